@@ -1,0 +1,211 @@
+/* ovlm.h - the only public header of the orchvlm C core.
+ *
+ * Plans a training step of a multimodal model from lengths alone: who encodes which item, which
+ * group of GPUs runs which sequences, and which bytes go where - with a proof of how far from
+ * the best possible that is.  Plain C11, no Python, no CUDA.
+ *
+ *   1  status      how calls fail                 4  balance     items over ranks, one phase
+ *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
+ *   3  cost        what work costs
+ *
+ * Shape letters, used in every comment and docstring of the project:
+ *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
+ *   B batch   T packed tokens   S longest sequence   C channels   H query heads   L layers
+ *
+ * Arrays are borrowed for the duration of the call unless a comment says "owned".  Every pure
+ * function gives the same answer for the same input, seed and work limit on every machine. */
+#ifndef OVLM_H
+#define OVLM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define OVLM_NODISCARD __attribute__((warn_unused_result))
+#define OVLM_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define OVLM_NODISCARD
+#define OVLM_PRINTF(fmt, args)
+#endif
+
+/* ------------------------------------------------------------------ 1  status ---------- */
+
+typedef enum ovlm_status {
+    OVLM_OK = 0,
+    OVLM_E_ARG,         /* bad shape or value, or provably infeasible: the caller's input      */
+    OVLM_E_NOMEM,       /* host or device allocation failed                                    */
+    OVLM_E_BACKEND,     /* a backend is not built, not found, has no device, or failed         */
+    OVLM_E_COMM,        /* a communicator failed or a peer died                                */
+    OVLM_E_UNDECIDED,   /* the limit ended the search before a plan or a proof was found       */
+    OVLM_E_INTERRUPTED, /* the caller's poll function asked to stop                            */
+    OVLM_E_INTERNAL     /* a plan failed its own check: a bug of this library                  */
+} ovlm_status;
+
+/* What failed first: callers forward it untouched. */
+typedef struct ovlm_err {
+    ovlm_status code;
+    int line;
+    const char *file; /* static string                                                    */
+    char message[400]; /* names the argument, the value, and what to do                   */
+} ovlm_err;
+
+/* Name of a status, e.g. "out of memory"; never NULL. */
+const char *ovlm_status_name(ovlm_status status);
+
+/* ------------------------------------------------------------------ 2  budget ---------- */
+
+/* How long a search may take.  work_limit counts search steps and is reproducible on every
+ * machine; time_limit_s only cuts a search short, and then the result says cut_short. */
+typedef struct ovlm_budget {
+    int64_t work_limit;  /* search steps; 0 = construct only; negative = the call's default   */
+    double time_limit_s; /* wall seconds from the start of the call; <= 0 or inf: no limit    */
+    int (*poll)(void *ctx); /* optional; called at least every ~20 ms; non-zero stops the call */
+    void *poll_ctx;
+} ovlm_budget;
+
+/* ------------------------------------------------------------------ 3  cost ------------ */
+
+/* Cost of a set of items with lengths l on one rank (OrchMLLM 1.3):
+ *   f(S) = fixed + per_item*n + linear*sum(l) + quadratic*sum(q)
+ *        + padded_linear*n*max(l) + padded_quadratic*n*max(l)^2,       f(empty) = 0.
+ * q is l^2, or the item's sum of true segment lengths squared.  All terms >= 0 and finite. */
+typedef struct ovlm_batch_cost {
+    double linear, quadratic, padded_linear, padded_quadratic, per_item, fixed;
+} ovlm_batch_cost;
+
+OVLM_NODISCARD ovlm_status ovlm_batch_cost_check(const ovlm_batch_cost *cost, ovlm_err *err);
+
+/* f(S) of n items with the given sum and maximum of l and sum of q; 0 when n is 0. */
+double ovlm_batch_cost_eval(const ovlm_batch_cost *cost, int64_t n, double sum, double sum_q,
+                            double max);
+
+/* Cost of a set of sequences on a sequence-parallel group of degree d (FlexSP 2.2), seconds:
+ *   T(S, d) = fixed + sum_s( quadratic*s^2*share(d) + (linear + comm[d])*s/d )
+ * share(d) = 1/d, or ceil(H/d)/H with heads = H.  Memory in bytes per GPU:
+ *   memory_fixed + memory_per_token*sum(s)/d <= memory_limit. */
+typedef struct ovlm_sequence_cost {
+    double quadratic, linear, fixed;
+    double memory_per_token, memory_fixed, memory_limit;
+    int64_t heads;         /* 0: attention divides perfectly; degrees above heads are refused   */
+    int64_t degree_n;      /* D                                                                 */
+    const int64_t *degree; /* [D] ascending, positive                                           */
+    const double *comm;    /* [D] GPU-seconds per token at that degree                          */
+} ovlm_sequence_cost;
+
+OVLM_NODISCARD ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost,
+                                                    ovlm_err *err);
+
+/* ------------------------------------------------------------------ 4  balance --------- */
+
+typedef enum ovlm_plan_status {
+    OVLM_PLAN_FEASIBLE = 0, /* a plan, and a bound below it                                     */
+    OVLM_PLAN_OPTIMAL = 1   /* the plan meets the bound (to 1e-9 relative)                      */
+} ovlm_plan_status;
+
+/* n items onto N ranks so that the largest load is least.  Optional arrays may be NULL.
+ *   load[r] = base_load[r] + f(items of r)/speed[r]  */
+typedef struct ovlm_balance_problem {
+    int64_t n, n_ranks;
+    const int64_t *lengths;   /* [n] >= 0                                                       */
+    const double *squares;    /* [n] >= 0: sum of segment lengths squared; NULL: l^2            */
+    const double *item_cost;  /* [n] >= 0: replaces f by the sum of these; NULL: use cost       */
+    ovlm_batch_cost cost;
+    const int64_t *size;      /* [n] >= 0: second resource, and the bytes that a move costs     */
+    const int64_t *capacity;  /* [N] >= 0: limit on the sum of size per rank; needs size        */
+    int64_t min_items;        /* per rank, >= 0                                                 */
+    int64_t max_items;        /* per rank; negative = no limit                                  */
+    const int64_t *together;  /* [n] labels: items of one label share a rank                    */
+    const int64_t *pinned;    /* [n] rank, or -1 = free                                         */
+    const double *base_load;  /* [N] >= 0                                                       */
+    const double *speed;      /* [N] > 0                                                        */
+    int64_t group_size;       /* > 0: an item stays among the group of consecutive ranks that
+                                 holds its home; needs home and divides N; 0 = anywhere         */
+    const int64_t *home;      /* [n] rank where the item is now: move few bytes, in-node first  */
+    int64_t node_size;        /* ranks per node, for home; > 0                                  */
+    double slack;             /* with home: loads up to (1 + slack)*best are as good            */
+    uint64_t seed;
+} ovlm_balance_problem;
+
+typedef struct ovlm_balance_result {
+    double bound;            /* certified lower bound on the largest load                       */
+    ovlm_plan_status status;
+    bool cut_short;          /* the clock ended the search: not reproducible                    */
+    int64_t work;            /* search steps taken                                              */
+} ovlm_balance_result;
+
+/* Fills rank[n] and loads[N] (both the caller's memory).  OVLM_E_ARG names the bad argument, or
+ * why no assignment can exist; OVLM_E_UNDECIDED when none was found and none was disproved.
+ * O(n log N) at work_limit = 0. */
+OVLM_NODISCARD ovlm_status ovlm_balance_solve(const ovlm_balance_problem *problem,
+                                              const ovlm_budget *budget, int64_t *rank,
+                                              double *loads, ovlm_balance_result *result,
+                                              ovlm_err *err);
+
+/* ------------------------------------------------------------------ 5  sequences ------- */
+
+typedef enum ovlm_sp_policy {
+    OVLM_SP_STATIC = 0,      /* one degree for the whole step, the best one                     */
+    OVLM_SP_HOMOGENEOUS = 1, /* the best degree per micro-batch                                 */
+    OVLM_SP_CHUNKED = 2,     /* FlexSP: sorted chunks, then mixed groups in each                */
+    OVLM_SP_FLEX = 3         /* micro-batches and groups chosen together                        */
+} ovlm_sp_policy;
+
+/* n sequences onto n_gpus over M micro-batches.  Within a micro-batch, groups are aligned blocks
+ * of GPUs (inside a node where they fit) and run at the same time; micro-batches follow each
+ * other.  Step time = sum over micro-batches of the largest T(S, d) of its groups. */
+typedef struct ovlm_sp_problem {
+    int64_t n, n_gpus, gpus_per_node;
+    const int64_t *lengths;   /* [n] >= 1                                                       */
+    ovlm_sequence_cost cost;  /* its degrees are the permitted ones                             */
+    int64_t pad_to;           /* shards hold a multiple of this many tokens; >= 1               */
+    int64_t micro_batches;    /* exactly this many; 0 = choose                                  */
+    ovlm_sp_policy policy;
+    int threads;              /* >= 1; does not change the result under a work limit            */
+    uint64_t seed;
+    const struct ovlm_sp_plan *warm_start; /* a plan of another batch, for degrees; or NULL     */
+} ovlm_sp_problem;
+
+/* A plan as flat arrays; micro-batch m has groups micro_start[m] .. micro_start[m+1]-1, group g
+ * has items item[group_start[g]] .. in packed order.  Empty micro-batches have no group.  Groups
+ * never have no items. */
+typedef struct ovlm_sp_plan {
+    int64_t n, n_micro, n_groups; /* n, M, P                                                    */
+    int64_t *micro_start;         /* [M+1] owned                                                */
+    int64_t *degree, *first_gpu;  /* [P] owned                                                  */
+    int64_t *group_start;         /* [P+1] owned                                                */
+    int64_t *item;                /* [n] owned, a permutation of 0..n-1                         */
+    double *group_time;           /* [P] owned, seconds, T(S, d)                                */
+    double time, bound;           /* seconds; bound <= time of any plan, any policy             */
+    ovlm_plan_status status;
+    bool cut_short;
+    int64_t work;
+} ovlm_sp_plan;
+
+/* Solves and certifies.  On OVLM_OK the caller owns *plan and frees it with ovlm_sp_plan_free.
+ * OVLM_E_ARG: a sequence that fits no degree (message: which, how long, what would fit it), or a
+ * proof that micro_batches is too few; OVLM_E_UNDECIDED: no plan found and none disproved. */
+OVLM_NODISCARD ovlm_status ovlm_sp_solve(const ovlm_sp_problem *problem,
+                                         const ovlm_budget *budget, ovlm_sp_plan **plan,
+                                         ovlm_err *err);
+void ovlm_sp_plan_free(ovlm_sp_plan *plan); /* NULL is fine */
+
+/* Re-verifies a plan from scratch: every sequence once, memory, GPUs, alignment, times, the sum,
+ * bound <= time.  OVLM_E_ARG with the first violation. */
+OVLM_NODISCARD ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem,
+                                              const ovlm_sp_plan *plan, ovlm_err *err);
+
+/* Certified lower bound alone, rounded down, over all permitted degrees: for exactly
+ * problem->micro_batches micro-batches, or the least over their number when that is 0. */
+OVLM_NODISCARD ovlm_status ovlm_sp_bound(const ovlm_sp_problem *problem,
+                                         const ovlm_budget *budget, double *bound_s,
+                                         ovlm_err *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,76 @@
+/* cost.c - what a set of items costs on a rank, and a set of sequences on a group. */
+#include "base/status.h"
+
+#include <math.h>
+
+/* A coefficient must be finite and >= 0. */
+static ovlm_status check_coefficient(const char *name, double value, ovlm_err *err)
+{
+    if (!isfinite(value) || value < 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "cost.%s must be finite and >= 0; got %g", name, value);
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_batch_cost_check(const ovlm_batch_cost *cost, ovlm_err *err)
+{
+    OVLM_TRY(check_coefficient("linear", cost->linear, err));
+    OVLM_TRY(check_coefficient("quadratic", cost->quadratic, err));
+    OVLM_TRY(check_coefficient("padded_linear", cost->padded_linear, err));
+    OVLM_TRY(check_coefficient("padded_quadratic", cost->padded_quadratic, err));
+    OVLM_TRY(check_coefficient("per_item", cost->per_item, err));
+    OVLM_TRY(check_coefficient("fixed", cost->fixed, err));
+    return OVLM_OK;
+}
+
+double ovlm_batch_cost_eval(const ovlm_batch_cost *cost, int64_t n, double sum, double sum_q,
+                            double max)
+{
+    if (n == 0) {
+        return 0.0;
+    }
+    double count = (double)n;
+    return cost->fixed + cost->per_item * count + cost->linear * sum + cost->quadratic * sum_q +
+           count * max * (cost->padded_linear + cost->padded_quadratic * max);
+}
+
+static ovlm_status check_degrees(const ovlm_sequence_cost *cost, ovlm_err *err)
+{
+    if (cost->degree_n < 1) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "cost.comm must name at least one degree");
+    }
+    for (int64_t i = 0; i < cost->degree_n; i++) {
+        int64_t degree = cost->degree[i];
+        if (degree < 1 || (i > 0 && degree <= cost->degree[i - 1])) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "degrees must be positive and ascending; got %lld at position %lld",
+                             (long long)degree, (long long)i);
+        }
+        if (cost->heads > 0 && degree > cost->heads) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "degree %lld is above heads = %lld: a head cannot be split; "
+                             "leave that degree out",
+                             (long long)degree, (long long)cost->heads);
+        }
+        OVLM_TRY(check_coefficient("comm", cost->comm[i], err));
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost, ovlm_err *err)
+{
+    OVLM_TRY(check_coefficient("quadratic", cost->quadratic, err));
+    OVLM_TRY(check_coefficient("linear", cost->linear, err));
+    OVLM_TRY(check_coefficient("fixed", cost->fixed, err));
+    OVLM_TRY(check_coefficient("memory_per_token", cost->memory_per_token, err));
+    OVLM_TRY(check_coefficient("memory_fixed", cost->memory_fixed, err));
+    if (isnan(cost->memory_limit) || cost->memory_limit < 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "cost.memory_limit must be >= 0 (inf = no limit); got %g",
+                         cost->memory_limit);
+    }
+    if (cost->heads < 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "cost.heads must be >= 0 (0 = not modelled); got %lld",
+                         (long long)cost->heads);
+    }
+    return check_degrees(cost, err);
+}

@@ -1,0 +1,36 @@
+"""orchvlm: balanced training steps for vision-language models, with proofs.
+
+Names load on first use, so that ``import orchvlm`` needs NumPy only and stays fast.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Error": "_core", "BackendError": "_core", "CommError": "_core",
+    "BatchCost": "cost", "SequenceCost": "cost", "Cluster": "cost", "fit": "cost",
+    "from_model": "cost",
+    "balance": "balancing", "Partition": "balancing",
+    "plan_sequences": "sequences", "SequencePlan": "sequences",
+    "bucket_lengths": "sequences", "blast_lengths": "sequences",
+    "plan_sequences_milp": "milp",
+    "Batch": "step", "Items": "step", "plan_step": "step", "StepPlan": "step",
+    "Route": "routes", "Planner": "planner",
+    "simulate": "simulator", "Simulation": "simulator",
+    "compat": "compat", "demo": "demo",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'orchvlm' has no attribute {name!r}")
+    module = import_module(f"{__name__}.{home}")
+    value = module if home == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
  *
  * Nothing in the plan is trusted: every offset is checked before it is followed. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "base/arena.h"
 #include "plan/sp_model.h"
@@ -9,12 +10,16 @@
 /* Times are sums of up to n rounded terms; a plan is right when they agree to this, relative. */
 #define TIME_TOLERANCE 1e-9
 
+typedef struct block {
+    int64_t first, end;
+} block;
+
 typedef struct checking {
     const ovlm_sp_problem *problem;
     const ovlm_sp_plan *plan;
-    bool *seen;  /* [n] items already in a group                                      */
-    bool *taken; /* [N] GPUs already in a group of the micro-batch                    */
-    bool chain;  /* blocks can all be aligned to multiples of their degree            */
+    bool *seen;   /* [n] items already in a group                                      */
+    block *block; /* [P] blocks of one micro-batch                                     */
+    bool chain;   /* blocks can all be aligned to multiples of their degree            */
 } checking;
 
 static bool close_to(double a, double b)
@@ -98,12 +103,29 @@ static ovlm_status check_block(const checking *c, int64_t g, ovlm_err *err)
         return OVLM_FAIL(err, OVLM_E_ARG, "plan: group %lld (GPU %lld, degree %lld) is not aligned "
                          "to the nodes", (long long)g, (long long)first, (long long)d);
     }
-    for (int64_t gpu = first; gpu < first + d; gpu++) {
-        if (c->taken[gpu]) {
-            return OVLM_FAIL(err, OVLM_E_ARG, "plan: GPU %lld is in two groups of a micro-batch",
-                             (long long)gpu);
+    return OVLM_OK;
+}
+
+static int compare_blocks(const void *left, const void *right)
+{
+    const block *a = left, *b = right;
+    return (a->first > b->first) - (a->first < b->first);
+}
+
+/* No GPU is in two groups of micro-batch m.  Sorted, so that the size of the cluster costs nothing. */
+static ovlm_status check_overlap(const checking *c, int64_t m, ovlm_err *err)
+{
+    int64_t begin = c->plan->micro_start[m], count = c->plan->micro_start[m + 1] - begin;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t first = c->plan->first_gpu[begin + i];
+        c->block[i] = (block){first, first + c->plan->degree[begin + i]};
+    }
+    qsort(c->block, (size_t)count, sizeof *c->block, compare_blocks);
+    for (int64_t i = 0; i + 1 < count; i++) {
+        if (c->block[i].end > c->block[i + 1].first) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "plan: GPU %lld is in two groups of micro-batch %lld",
+                             (long long)c->block[i + 1].first, (long long)m);
         }
-        c->taken[gpu] = true;
     }
     return OVLM_OK;
 }
@@ -191,13 +213,11 @@ static ovlm_status check_all(const checking *c, ovlm_err *err)
     OVLM_TRY(check_shape(c, err));
     for (int64_t m = 0; m < plan->n_micro; m++) {
         double most = 0;
-        for (int64_t gpu = 0; gpu < c->problem->n_gpus; gpu++) {
-            c->taken[gpu] = false;
-        }
         for (int64_t g = plan->micro_start[m]; g < plan->micro_start[m + 1]; g++) {
             OVLM_TRY(check_group(c, g, err));
             most = plan->group_time[g] > most ? plan->group_time[g] : most;
         }
+        OVLM_TRY(check_overlap(c, m, err));
         time += most;
     }
     return check_times(c, time, err); /* offsets cover n items, none twice: each is there once */
@@ -212,7 +232,7 @@ ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem, const ovlm_sp_pla
     checking c = {.problem = problem, .plan = plan, .chain = is_chain(problem)};
     OVLM_GOTO(done, sp_model_init(&model, problem, &arena, err));
     OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &c.seen, problem->n, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &c.taken, problem->n_gpus, err));
+    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &c.block, plan->n_groups, err));
     OVLM_GOTO(done, check_all(&c, err));
 done:
     ovlm_arena_free(&arena);

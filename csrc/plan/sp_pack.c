@@ -267,11 +267,8 @@ static bool can_open(sp_pack *pack, int64_t j)
     return sp_place(pack->model, pack->place_j, pack->n_groups + 1, pack->place);
 }
 
-bool sp_pack_open(sp_pack *pack, const sp_fill *fill)
+void sp_pack_reopen(sp_pack *pack, const sp_fill *fill)
 {
-    if (!can_open(pack, fill->j)) {
-        return false;
-    }
     sp_group *g = &pack->group[pack->n_groups++];
     *g = (sp_group){fill->j, -1, fill->count, fill->sum_s, fill->sum_s2};
     pack->free_gpus -= pack->model->degree[fill->j];
@@ -281,6 +278,14 @@ bool sp_pack_open(sp_pack *pack, const sp_fill *fill)
         pack->next[i] = g->head;
         g->head = i;
     }
+}
+
+bool sp_pack_open(sp_pack *pack, const sp_fill *fill)
+{
+    if (!can_open(pack, fill->j)) {
+        return false;
+    }
+    sp_pack_reopen(pack, fill);
     return true;
 }
 
@@ -302,6 +307,17 @@ void sp_pack_insert(sp_pack *pack, int64_t g, int64_t i)
     to->count++;
     to->sum_s += pack->s[i];
     to->sum_s2 += pack->s[i] * pack->s[i];
+}
+
+void sp_pack_pop(sp_pack *pack, int64_t g)
+{
+    sp_group *from = &pack->group[g];
+    int64_t i = from->head;
+    from->head = pack->next[i];
+    from->count--;
+    from->sum_s -= pack->s[i];
+    from->sum_s2 -= pack->s[i] * pack->s[i];
+    pool_add(pack, i);
 }
 
 static void fill_take(sp_pack *pack, int64_t i)

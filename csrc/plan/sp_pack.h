@@ -67,10 +67,15 @@ int64_t sp_pack_pool_next(const sp_pack *pack, int64_t i);
  * its GPUs are not free or cannot be placed. */
 bool sp_pack_open(sp_pack *pack, const sp_fill *fill);
 
+/* The same where a place is certain: the groups were open together before. */
+void sp_pack_reopen(sp_pack *pack, const sp_fill *fill);
+
 /* The group's items go to the pool, its GPUs are free, the last group takes its index. */
 void sp_pack_dissolve(sp_pack *pack, int64_t g);
 
+/* Item i of the pool into group g; the group's latest item back into the pool. */
 void sp_pack_insert(sp_pack *pack, int64_t g, int64_t i);
+void sp_pack_pop(sp_pack *pack, int64_t g);
 
 /* Whether group g also holds item i. */
 static inline bool sp_pack_fits(const sp_pack *pack, const sp_group *g, double s)

@@ -6,7 +6,8 @@
  *
  *   1  status      how calls fail                 4  balance     items over ranks, one phase
  *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
- *   3  cost        what work costs                   7  simulate    tasks on resources over time
+ *   3  cost        what work costs               7  simulate    tasks on resources over time
+ *                                                8  backend     compute backends, found at run time
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
@@ -233,6 +234,17 @@ OVLM_NODISCARD ovlm_status ovlm_simulate_run(const ovlm_simulate_problem *proble
                                              const ovlm_budget *budget, double *start_s,
                                              double *end_s, int64_t *cause, double *busy_s,
                                              double *time_s, ovlm_err *err);
+
+/* ------------------------------------------------------------------ 8  backend --------- */
+
+/* A compute backend is a table of functions; csrc/backend/backend.h says which. */
+typedef struct ovlm_ops ovlm_ops;
+
+/* Finds the table in the shared object at `path`, which stays loaded for the life of the process.
+ * OVLM_E_BACKEND: no such file, not a backend, or built for another version of this library.
+ * Touches no device. */
+OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
+                                             ovlm_err *err);
 
 #ifdef __cplusplus
 }

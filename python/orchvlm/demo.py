@@ -14,6 +14,8 @@ Examples
 >>> int(lengths.max()) <= 192 * 1024
 True
 """
+import dataclasses
+
 import numpy as np
 
 #: Quantiles of public datasets, as (share, value) pairs.
@@ -53,12 +55,29 @@ PATCH_PIXELS = 14 * 14          # a vision encoder's patch; four become one lang
 PATCHES_PER_TOKEN = 4
 AUDIO_FRAMES_PER_SECOND = 100   # mel frames into the audio encoder
 AUDIO_FRAMES_PER_TOKEN = 4      # 25 tokens per second come out
+AUDIO_WINDOW_FRAMES = 3000      # sound attends inside windows of 30 seconds
 FRAMES_PER_CLIP = 16            # one video item: so many frames, taken at 1 per second
 FRAME_TOKENS = 160              # language tokens of a video frame, about 350 x 350 pixels
 VIDEO_FRAMES = 64               # of longer videos, so many frames are taken
 IMAGE_TOKENS = 2048             # larger images are scaled down to this
-PAGE_IMAGES = 8                 # at most so many on a page
+PAGE_IMAGES = 4                 # at most so many on a page
 LONGEST_TEXT = 8192             # longer documents are cut
+
+#: A model of about 84 billion parameters and three modalities.  OrchMLLM does not publish its
+#: dimensions: the language model is Qwen2-72B, the encoders are ours.
+MODEL_84B = {
+    "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064,
+    "vision_config": {"hidden_size": 4096, "num_hidden_layers": 48, "patch_size": 14,
+                      "spatial_merge_size": 2, "mlp_ratio": 4},
+    "audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120,
+                     "num_mel_bins": 128},
+}
+
+#: GPT-7B of FlexSP's experiments, for clusters other than the one it was measured on.
+MODEL_GPT_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 64,
+                "num_key_value_heads": 64, "head_dim": 64, "intermediate_size": 10923,
+                "vocab_size": 50257}
 
 #: Kinds of samples and their shares in :func:`batch`.
 MIXTURE = {"caption": .40, "document": .15, "speech": .20, "video": .10, "text": .15}
@@ -177,7 +196,9 @@ def _add_picture(vision, sample, position, frames, tokens):
 def _add_sound(audio, sample, position, seconds):
     tokens = max(1, int(seconds * AUDIO_FRAMES_PER_SECOND / AUDIO_FRAMES_PER_TOKEN))
     frames = tokens * AUDIO_FRAMES_PER_TOKEN
-    audio.add(sample, position, frames, tokens, frames * 128 * 2, float(frames)**2)
+    whole, rest = divmod(frames, AUDIO_WINDOW_FRAMES)
+    audio.add(sample, position, frames, tokens, frames * 128 * 2,
+              whole * float(AUDIO_WINDOW_FRAMES)**2 + float(rest)**2)
     return position + tokens
 
 
@@ -224,6 +245,43 @@ def _pool(name, rng):
     """An endless stream of values, drawn a thousand at a time."""
     while True:
         yield from rng.random(1000) if name == "coin" else draw(name, 1000, rng)
+
+
+def recomputed(model, config):
+    """A model that keeps only each layer's input and computes forward twice.
+
+    Parameters
+    ----------
+    model : ModelCosts
+        Of :func:`orchvlm.from_model`, with ``BatchCost`` throughout.
+    config : dict
+        The configuration it was made from.
+
+    Returns
+    -------
+    ModelCosts
+        Seconds of four passes in place of three, memory of one input per layer; useful FLOPs as
+        before.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> from orchvlm import demo
+    >>> model = orchvlm.from_model(demo.MODEL_84B, orchvlm.Cluster.preset("h100", nodes=320))
+    >>> slow = demo.recomputed(model, demo.MODEL_84B)
+    >>> round(slow.costs["llm"].linear / model.costs["llm"].linear, 3)
+    1.333
+    """
+    costs = {phase: dataclasses.replace(
+        cost, **{name: getattr(cost, name) * 4 / 3
+                 for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})
+        for phase, cost in model.costs.items()}
+    vision, audio = config["vision_config"], config["audio_config"]
+    kept = {"llm": 2.0 * config["hidden_size"] * config["num_hidden_layers"],
+            "vision": 2.0 * vision["hidden_size"] * vision["num_hidden_layers"],
+            "audio": 2.0 * audio["d_model"] * audio["encoder_layers"] / 2}
+    memory = {phase: (kept[phase], fixed) for phase, (_, fixed) in model.memory.items()}
+    return model._replace(costs=costs, memory=memory)
 
 
 def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):

@@ -198,11 +198,22 @@ def language_lengths(batch):
     return total
 
 
+def _tokens_that_fit(phase, cluster, bytes_per_token, fixed_bytes):
+    """Most tokens of a phase on one GPU at a time; None without a limit."""
+    room = cluster.memory_bytes - fixed_bytes
+    if room < bytes_per_token:
+        raise ValueError(f"memory[{phase!r}]: {fixed_bytes:.3g} fixed bytes leave no room in "
+                         f"{cluster.memory_bytes:.3g} bytes for a token")
+    return int(room / bytes_per_token) if bytes_per_token > 0 else None
+
+
 class Placer:
     """Places one batch under any policy; what policies share is computed once."""
 
-    def __init__(self, batch, cluster, costs, limits, seed, work_limit, time_limit):
-        self.batch, self.cluster, self.costs, self.limits = batch, cluster, costs, limits
+    def __init__(self, batch, cluster, costs, memory, seed, work_limit, time_limit):
+        self.batch, self.cluster, self.costs, self.memory = batch, cluster, costs, memory
+        self.limits = {phase: _tokens_that_fit(phase, cluster, *pair)
+                       for phase, pair in memory.items()}
         self.search = {"seed": seed, "work_limit": work_limit, "time_limit": time_limit}
         self.n_ranks = cluster.n_gpus
         self.source = np.asarray(batch.source_rank, np.int64)
@@ -213,7 +224,8 @@ class Placer:
         """The plan of :func:`orchvlm.plan_step`, made when first asked for."""
         from .step import plan_step
         if self._step is None:
-            self._step = plan_step(self.batch, self.cluster, self.costs, **self.search)
+            self._step = plan_step(self.batch, self.cluster, self.costs, memory=self.memory,
+                                   **self.search)
         return self._step
 
     def place(self, policy):

@@ -484,7 +484,7 @@ def default_policies(phases, llm_cost):
     return per_rank
 
 
-def simulate(batches, cluster, costs, *, policies=None, flops=None, limits=None, parameters=None,
+def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None, parameters=None,
              backward=2.0, sharded=True, planning_s=0.0, work_limit=None, time_limit=None, seed=0,
              progress=None):
     """Simulates training steps under several policies on the same batches.
@@ -512,9 +512,9 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, limits=None,
     flops : dict, optional
         Phase -> :class:`BatchCost` in FLOPs: useful work, for model FLOPs utilisation.
         Recomputation does not belong there.
-    limits : dict, optional
-        Phase -> most tokens (patches, frames) on a GPU at a time; more is split into micro-batches,
-        equally many on all ranks.
+    memory : dict, optional
+        Phase -> (bytes per token, fixed bytes), as for :func:`orchvlm.plan_step`; what does not fit
+        into a GPU at a time is split into micro-batches, equally many on all ranks.
     parameters : dict, optional
         Phase -> parameter count; adds gathering and reduction in bf16, beside the compute.
     backward : float
@@ -578,7 +578,7 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, limits=None,
                              f"{int(source.min())} to {int(source.max())}")
     options = _Options(float(backward), bool(sharded), _sync_seconds(parameters, cluster),
                        float(planning_s))
-    placers = [Placer(batch, cluster, costs, limits or {}, seed, work_limit, time_limit)
+    placers = [Placer(batch, cluster, costs, memory or {}, seed, work_limit, time_limit)
                for batch in batches]
     report = progress if progress is not None else (lambda line: None)
     return Simulation(cluster, phases, {

@@ -281,6 +281,155 @@ typedef struct ovlm_ops ovlm_ops;
 OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
                                              ovlm_err *err);
 
+/* ------------------------------------------------------------------ 6  step plan ------- */
+
+/* Rows on their way between ranks.  Piece p takes rows first_row[p] .. first_row[p]+n_rows[p]-1 of
+ * item[p] from row send_row[p] of the source's array to row receive_row[p] of the destination's.
+ * Pieces are ordered by (destination, receive_row) and have n_rows > 0.  A valid route moves every
+ * row that any rank holds exactly once, so per rank both kinds of rows are 0, 1, 2, ... */
+typedef struct ovlm_route {
+    int64_t k, n_ranks;
+    int64_t *item, *first_row, *n_rows;     /* [k] owned */
+    int64_t *source, *destination;          /* [k] owned */
+    int64_t *send_row, *receive_row;        /* [k] owned */
+} ovlm_route;
+
+/* Room for k pieces; released (and zeroed) by ovlm_route_free, which takes a zeroed route too. */
+OVLM_NODISCARD ovlm_status ovlm_route_init(ovlm_route *route, int64_t k, int64_t n_ranks,
+                                           ovlm_err *err);
+void ovlm_route_free(ovlm_route *route);
+
+/* Ranges, order, and that every row leaves once and arrives once.  OVLM_E_ARG: first violation. */
+OVLM_NODISCARD ovlm_status ovlm_route_check(const ovlm_route *route, ovlm_err *err);
+
+/* The way back.  O(k + N). */
+OVLM_NODISCARD ovlm_status ovlm_route_invert(const ovlm_route *route, ovlm_route *out,
+                                             ovlm_err *err);
+
+/* One route that does what `first` then `second` do (OrchMLLM 1.5: second after first).  What
+ * `second` sends must be what `first` delivers, rank by rank.  O(k1 + k2 + N). */
+OVLM_NODISCARD ovlm_status ovlm_route_compose(const ovlm_route *first, const ovlm_route *second,
+                                              ovlm_route *out, ovlm_err *err);
+
+/* What a route costs.  seconds is the all-to-all's: over ranks, the largest of what the rank sends
+ * or receives inside its node at intra bandwidth and between nodes at inter bandwidth, the two
+ * networks working at the same time. */
+typedef struct ovlm_traffic {
+    double stay_bytes, node_bytes, cross_bytes; /* same rank, same node, between nodes         */
+    double worst_bytes; /* max over ranks of max(sent, received) between nodes                */
+    double seconds;
+} ovlm_traffic;
+
+typedef enum ovlm_relabel_mode {
+    OVLM_RELABEL_NONE = 0,
+    OVLM_RELABEL_SUM = 1,   /* least bytes between nodes in all                                 */
+    OVLM_RELABEL_MINMAX = 2 /* least max over ranks of max(sent, received) between nodes        */
+} ovlm_relabel_mode;
+
+/* n flows between mini-batches that look for a rank and ranks that are given.  Mini-batch j is at
+ * rank j now, and any two may change places: N names for N ranks (OrchMLLM 1.4).  Direction does
+ * not matter, as both objectives treat sending and receiving alike. */
+typedef struct ovlm_relabel_problem {
+    int64_t n, n_ranks, node_size;
+    const int64_t *label;  /* [n] mini-batch, 0..N-1                                            */
+    const int64_t *rank;   /* [n] the given end, 0..N-1                                         */
+    const int64_t *bytes;  /* [n] >= 0                                                          */
+    int64_t n_ties;        /* more flows, which only decide between equals (fewest bytes)       */
+    const int64_t *tie_label, *tie_rank, *tie_bytes;
+    ovlm_relabel_mode mode;
+} ovlm_relabel_problem;
+
+typedef struct ovlm_relabel_result {
+    double before, value, bound; /* the mode's objective in bytes: of rank j = j, found, certified */
+    ovlm_plan_status status;
+    bool cut_short;
+    int64_t work;
+} ovlm_relabel_result;
+
+/* Fills rank_of[N], a permutation.  Never worse than leaving all where they are.  The sum is exact
+ * unless the budget ends it; minmax is a search below which `bound` is certified. */
+OVLM_NODISCARD ovlm_status ovlm_relabel_solve(const ovlm_relabel_problem *problem,
+                                              const ovlm_budget *budget, int64_t *rank_of,
+                                              ovlm_relabel_result *result, ovlm_err *err);
+
+/* The items of one encoder: an image, a clip's frame group, a sound. */
+typedef struct ovlm_step_items {
+    const char *name;           /* for messages */
+    int64_t n;
+    const int64_t *sample;      /* [n] its sample                                               */
+    const int64_t *position;    /* [n] its first token in that sample                           */
+    const int64_t *length;      /* [n] >= 0: rows of raw data (patches, frames)                 */
+    const int64_t *out_tokens;  /* [n] >= 0: rows of encoder output = tokens in the sample      */
+    const int64_t *bytes;       /* [n] >= 0: raw data                                           */
+    const double *squares;      /* [n] or NULL: l^2                                             */
+    double out_bytes_per_token; /* of encoder output                                            */
+    ovlm_batch_cost cost;       /* seconds, forward and backward                                */
+    double memory_per_token, memory_fixed; /* bytes per rank; both 0: not limited               */
+} ovlm_step_items;
+
+typedef struct ovlm_step_problem {
+    int64_t n, n_ranks, gpus_per_node;
+    double memory_bytes, intra_bandwidth, inter_bandwidth; /* per GPU; bytes, bytes per second */
+    const int64_t *text_tokens;  /* [n] >= 0                                                   */
+    const int64_t *source_rank;  /* [n] where the sampler put the sample                       */
+    double text_bytes_per_token;
+    int64_t n_phases;
+    const ovlm_step_items *phase; /* [n_phases] encoders                                       */
+    bool sequence_parallel;       /* the language phase: groups, or balanced ranks             */
+    ovlm_batch_cost llm_cost;     /* balanced                                                  */
+    double llm_memory_per_token, llm_memory_fixed;
+    ovlm_sequence_cost sequence_cost; /* groups                                                */
+    int64_t pad_to;
+    const ovlm_sp_plan *warm_start; /* groups of an earlier step, or NULL                      */
+    ovlm_relabel_mode relabel;
+    double slack;                 /* loads may grow by this for fewer bytes; < 0: homes ignored */
+    bool compose;                 /* encoder outputs in one all-to-all, not by way of the source */
+    uint64_t seed;
+} ovlm_step_problem;
+
+/* One balanced phase. */
+typedef struct ovlm_step_share {
+    int64_t n, n_micro;
+    int64_t *rank, *micro;    /* [n] owned: item -> rank, micro-batch                          */
+    double *loads;            /* [N] owned: seconds, summed over micro-batches                 */
+    double time, bound;       /* time = sum over micro-batches of the largest load in it       */
+    double sampled_time, sampled_imbalance; /* every item at its source, one micro-batch       */
+    ovlm_plan_status status;
+} ovlm_step_share;
+
+typedef struct ovlm_step_route {
+    ovlm_route route;
+    int64_t *place;             /* [k] owned: first row on the destination's packed token axis, all
+                                   micro-batches one after the other, padding included; or NULL */
+    ovlm_traffic before, after; /* before and after relabelling                                */
+} ovlm_step_route;
+
+typedef struct ovlm_step_plan {
+    int64_t n, n_ranks, n_phases;
+    ovlm_step_share *share;   /* [n_phases + 1] owned; the last is the language phase, empty
+                                 when it runs in groups                                         */
+    ovlm_sp_plan *sequences;  /* owned, NULL unless it runs in groups                           */
+    ovlm_step_route text;     /* text tokens, source -> where they are used                     */
+    ovlm_step_route *raw;     /* [n_phases] owned: rows of length, source -> encoder            */
+    ovlm_step_route *back;    /* [n_phases] owned: outputs to the source; empty when composed   */
+    ovlm_step_route *to_llm;  /* [n_phases] owned: outputs to their token's rank                */
+    ovlm_relabel_result *relabel; /* [n_phases + 1] owned, as share                             */
+    double exposed_s;         /* transfers that nothing hides, forward and backward             */
+    double time, bound;       /* time = phases + exposed_s; bound = of the phases               */
+    bool cut_short;
+} ovlm_step_plan;
+
+/* Plans a step.  On OVLM_OK the caller owns *plan.  OVLM_E_ARG names the argument, or the item that
+ * fits no micro-batch. */
+OVLM_NODISCARD ovlm_status ovlm_step_solve(const ovlm_step_problem *problem,
+                                           const ovlm_budget *budget, ovlm_step_plan **plan,
+                                           ovlm_err *err);
+void ovlm_step_plan_free(ovlm_step_plan *plan); /* NULL is fine */
+
+/* Re-verifies a plan from scratch: shares, memory, routes, places, times, bound <= time. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_check(const ovlm_step_problem *problem,
+                                                const ovlm_step_plan *plan, ovlm_err *err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -95,12 +95,12 @@ static bool build_by(builder *b, double tau, bool by_ratio)
         b->lack[by_ratio] = 0;
         return true;
     }
-    b->lack[by_ratio] = b->pack->pool_value / (double)b->pack->model->n_gpus;
+    b->lack[by_ratio] = fmin(0.5, b->pack->pool_value / (double)b->pack->model->n_gpus);
     sp_pack_learn(b->pack);
     return false;
 }
 
-/* A few constructions with the rule that has come closer, one with the other. */
+/* With the rule that came closer the last time, the other one, and the better one at new prices. */
 static bool build(builder *b, double tau)
 {
     bool by_ratio = b->lack[1] <= b->lack[0];
@@ -114,10 +114,16 @@ static void construct(sp_pack *pack, double floor_s, sp_saved *saved)
 {
     builder b = {.pack = pack, .saved = saved};
     double fails = floor_s, tau = floor_s * 1.003;
-    for (int round = 0; round < 100 && !build(&b, tau); round++) {
-        double lack = b.lack[0] < b.lack[1] ? b.lack[0] : b.lack[1];
+    for (int round = 0; round < 200; round++) {
+        sp_pack_clear(pack);
+        bool possible = sp_pack_set_tau(pack, tau);
+        double excess = possible ? pack->pool_value / (double)pack->model->n_gpus - 1 : 0.01;
+        if (possible && excess <= 0 && build(&b, tau)) {
+            break;
+        }
+        double lack = excess > 0 ? excess : fmin(b.lack[0], b.lack[1]);
         fails = tau;
-        tau *= 1.003 + (round < 10 ? 0.5 * lack : lack + 0.5);
+        tau *= 1.003 + (round < 20 ? 0.5 * lack : 0.5);
     }
     for (int round = 0; round < 3 && saved->makespan > fails * 1.003; round++) {
         double middle = 0.5 * (fails + saved->makespan);

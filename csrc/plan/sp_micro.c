@@ -60,16 +60,17 @@ static void read_plan(const sp_micro *micro, const int64_t *k, const sp_pack *pa
     }
 }
 
-/* Either way of filling; the first that succeeds. */
+/* A few constructions, each at prices that the last one taught; the first that succeeds. */
 static bool build(sp_pack *pack, double tau, sp_saved *saved)
 {
     int64_t work = 0;
-    for (int by_ratio = 1; by_ratio >= 0; by_ratio--) {
-        sp_fill_rule rule = {.by_ratio = by_ratio != 0};
+    for (int round = 0; round < 4; round++) {
+        sp_fill_rule rule = {.by_ratio = round != 1};
         if (sp_pack_build(pack, tau, &rule, &work)) {
             sp_saved_keep(saved, pack);
             return true;
         }
+        sp_pack_learn(pack);
     }
     return false;
 }

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { RUIN_GROUPS = 16, ABSORB = 8 };
+enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE = 4 };
 
 typedef struct search {
     sp_pack *pack;
@@ -57,6 +57,20 @@ static void ruin(search *s, int64_t g, int64_t *items)
     sp_pack_dissolve(pack, g);
 }
 
+/* Share of the group's GPUs that its content is not worth. */
+static double waste(const sp_pack *pack, int64_t g)
+{
+    return 1 - pack->group[g].value / (double)pack->model->degree[pack->group[g].j];
+}
+
+/* The more wasteful of two. */
+static int64_t wasteful_group(search *s)
+{
+    int64_t a = ovlm_rng_below(s->rng, s->pack->n_groups);
+    int64_t b = ovlm_rng_below(s->rng, s->pack->n_groups);
+    return waste(s->pack, a) > waste(s->pack, b) ? a : b;
+}
+
 /* At random, at least enough GPUs for the longest item of the pool. */
 static int64_t ruin_some(search *s)
 {
@@ -67,7 +81,7 @@ static int64_t ruin_some(search *s)
     s->undo_n = 0;
     while (s->undo_n < RUIN_GROUPS && pack->n_groups > 0 &&
            (s->undo_n < wanted || pack->free_gpus < gpus)) {
-        ruin(s, ovlm_rng_below(s->rng, pack->n_groups), &items);
+        ruin(s, wasteful_group(s), &items);
     }
     return items;
 }
@@ -84,7 +98,7 @@ static void take_back(search *s, int64_t base, int64_t absorbed)
     int64_t items = 0;
     for (int64_t u = 0; u < s->undo_n; u++) {
         const sp_group *g = &s->undo[u];
-        sp_fill old = {g->j, g->count, s->undo_item + items, g->sum_s, g->sum_s2, 0};
+        sp_fill old = {g->j, g->count, s->undo_item + items, g->sum_s, g->sum_s2, g->value};
         sp_pack_reopen(pack, &old);
         items += g->count;
     }
@@ -110,6 +124,38 @@ static void move(search *s)
     ovlm_meter_spend(s->meter, work);
 }
 
+/* A random item of the pool takes the place of a less valuable one in some group. */
+static void exchange(search *s)
+{
+    sp_pack *pack = s->pack;
+    int64_t i = sp_pack_pool_next(pack, ovlm_rng_below(s->rng, pack->n)), work = 1;
+    i = i < 0 ? sp_pack_pool_next(pack, 0) : i;
+    double si = pack->s[i], best = 0;
+    int64_t best_g = -1, best_before = -1;
+    for (int64_t tries = 0; tries < EXCHANGE && pack->n_groups > 0; tries++) {
+        int64_t g = ovlm_rng_below(s->rng, pack->n_groups), before = -1;
+        sp_group rest = pack->group[g];
+        if (si > (double)pack->model->cap[rest.j] || rest.count > 64) {
+            continue;
+        }
+        work += rest.count;
+        for (int64_t o = rest.head; o >= 0; before = o, o = pack->next[o]) {
+            double so = pack->s[o], gain = pack->value[i] - pack->value[o];
+            sp_group without = {.j = rest.j, .sum_s = rest.sum_s - so, .sum_s2 = rest.sum_s2 - so * so};
+            if (gain > best && sp_pack_fits(pack, &without, si)) {
+                best = gain;
+                best_g = g;
+                best_before = before;
+            }
+        }
+    }
+    if (best_g >= 0) {
+        sp_pack_remove(pack, best_g, best_before);
+        sp_pack_insert(pack, best_g, i);
+    }
+    ovlm_meter_spend(s->meter, work);
+}
+
 ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, double target,
                             ovlm_meter *meter, ovlm_rng *rng, ovlm_arena *arena, ovlm_err *err)
 {
@@ -117,22 +163,34 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
     OVLM_TRY(OVLM_ARENA_NEW(arena, &s.undo_item, pack->n, err));
     double share = 0.25; /* of the distance to the floor, tried next */
     target = target > floor_s ? target : floor_s;
-    while (saved->makespan > target * (1 + 1e-9) && share > 1e-4 && !ovlm_meter_spend(meter, 1)) {
+    int64_t patience = 100 + pack->n, rounds = 0;
+    while (saved->makespan > target * (1 + 1e-9) && rounds < 8 && !ovlm_meter_spend(meter, 1)) {
         double tau = saved->makespan - share * (saved->makespan - target);
         sp_saved_load(saved, pack);
-        if (!sp_pack_set_tau(pack, tau)) {
-            share *= 0.5;
-            continue;
-        }
-        int64_t patience = 200 + 4 * pack->n;
-        while (pack->pool_n > 0 && patience-- > 0 && !ovlm_meter_spend(meter, 0)) {
-            move(&s);
+        bool possible = sp_pack_set_tau(pack, tau);
+        double best = pack->pool_value;
+        int64_t left = patience;
+        while (possible && pack->pool_n > 0 && left-- > 0 && !ovlm_meter_spend(meter, 0)) {
+            if (ovlm_rng_below(rng, 2) > 0) {
+                exchange(&s);
+            } else {
+                move(&s);
+            }
+            if (pack->pool_value < best) {
+                best = pack->pool_value;
+                left = patience;
+            }
         }
         if (pack->pool_n == 0) {
             sp_saved_keep(saved, pack);
             share = share < 0.5 ? share * 1.5 : share;
         } else {
             share *= 0.5;
+        }
+        if (share < 1e-3) {
+            share = 0.25;
+            patience *= 2;
+            rounds++;
         }
     }
     return OVLM_OK;

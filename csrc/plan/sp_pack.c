@@ -189,40 +189,6 @@ static void set_first(sp_pack *pack)
     }
 }
 
-bool sp_pack_set_tau(sp_pack *pack, double tau)
-{
-    const sp_model *m = pack->model;
-    double a[SP_MAX_DEGREES], b[SP_MAX_DEGREES], per_s = tau > 0 ? 1 / tau : 0;
-    pack->tau = tau;
-    set_first(pack);
-    for (int64_t j = 0; j < m->D; j++) {
-        double d = (double)m->degree[j], time = d * pack->theta[j] * per_s;
-        a[j] = time * m->quad[j];
-        b[j] = time * m->lin[j] + d * (1 - pack->theta[j]) / (double)(m->cap[j] > 0 ? m->cap[j] : 1);
-    }
-    int64_t need = 0;
-    bool possible = true;
-    for (int64_t i = pack->n - 1; i >= 0; i--) {
-        /* Shortest first: the first degree that holds an item only moves up. */
-        while (need < m->D && pack->first[need] > i) {
-            need++;
-        }
-        possible = possible && need < m->D;
-        pack->need_j[i] = need;
-        pack->value[i] = item_value(pack, i, a, b);
-    }
-    for (int64_t g = pack->n_groups - 1; g >= 0; g--) {
-        if (sp_pack_time(pack, &pack->group[g]) > tau) {
-            sp_pack_dissolve(pack, g);
-        }
-    }
-    pack->pool_value = 0;
-    for (int64_t i = sp_pack_pool_next(pack, 0); i >= 0; i = sp_pack_pool_next(pack, i + 1)) {
-        pack->pool_value += pack->value[i];
-    }
-    return possible;
-}
-
 double sp_pack_floor(const sp_pack *pack)
 {
     const sp_model *m = pack->model;
@@ -270,7 +236,7 @@ static bool can_open(sp_pack *pack, int64_t j)
 void sp_pack_reopen(sp_pack *pack, const sp_fill *fill)
 {
     sp_group *g = &pack->group[pack->n_groups++];
-    *g = (sp_group){fill->j, -1, fill->count, fill->sum_s, fill->sum_s2};
+    *g = (sp_group){fill->j, -1, fill->count, fill->sum_s, fill->sum_s2, fill->value};
     pack->free_gpus -= pack->model->degree[fill->j];
     for (int64_t a = fill->count - 1; a >= 0; a--) {
         int64_t i = fill->item[a];
@@ -307,17 +273,98 @@ void sp_pack_insert(sp_pack *pack, int64_t g, int64_t i)
     to->count++;
     to->sum_s += pack->s[i];
     to->sum_s2 += pack->s[i] * pack->s[i];
+    to->value += pack->value[i];
+}
+
+void sp_pack_remove(sp_pack *pack, int64_t g, int64_t before)
+{
+    sp_group *from = &pack->group[g];
+    int64_t *link = before < 0 ? &from->head : &pack->next[before];
+    int64_t i = *link;
+    *link = pack->next[i];
+    from->count--;
+    from->sum_s -= pack->s[i];
+    from->sum_s2 -= pack->s[i] * pack->s[i];
+    from->value -= pack->value[i];
+    pool_add(pack, i);
 }
 
 void sp_pack_pop(sp_pack *pack, int64_t g)
 {
-    sp_group *from = &pack->group[g];
-    int64_t i = from->head;
-    from->head = pack->next[i];
-    from->count--;
-    from->sum_s -= pack->s[i];
-    from->sum_s2 -= pack->s[i] * pack->s[i];
-    pool_add(pack, i);
+    sp_pack_remove(pack, g, -1);
+}
+
+/* Until the group keeps the time limit: the shortest item that is enough goes, else the longest. */
+static void trim(sp_pack *pack, int64_t g)
+{
+    sp_group *group = &pack->group[g];
+    while (sp_pack_time(pack, group) > pack->tau) {
+        int64_t before = -1, chosen = -1, chosen_before = -1;
+        bool chosen_enough = false;
+        for (int64_t i = group->head; i >= 0; before = i, i = pack->next[i]) {
+            double s = pack->s[i];
+            sp_group rest = {.j = group->j, .sum_s = group->sum_s - s, .sum_s2 = group->sum_s2 - s * s};
+            bool enough = sp_pack_time(pack, &rest) <= pack->tau;
+            bool better = chosen < 0 || (enough && !chosen_enough) ||
+                          (enough == chosen_enough && enough == (s < pack->s[chosen]));
+            if (better) {
+                chosen = i;
+                chosen_before = before;
+                chosen_enough = enough;
+            }
+        }
+        sp_pack_remove(pack, g, chosen_before);
+    }
+}
+
+/* Values of items, groups and pool at the current limit and prices. */
+static bool revalue(sp_pack *pack)
+{
+    const sp_model *m = pack->model;
+    double a[SP_MAX_DEGREES], b[SP_MAX_DEGREES], per_s = pack->tau > 0 ? 1 / pack->tau : 0;
+    for (int64_t j = 0; j < m->D; j++) {
+        double d = (double)m->degree[j], time = d * pack->theta[j] * per_s;
+        a[j] = time * m->quad[j];
+        b[j] = time * m->lin[j] + d * (1 - pack->theta[j]) / (double)(m->cap[j] > 0 ? m->cap[j] : 1);
+    }
+    int64_t need = 0;
+    bool possible = true;
+    for (int64_t i = pack->n - 1; i >= 0; i--) {
+        /* Shortest first: the first degree that holds an item only moves up. */
+        while (need < m->D && pack->first[need] > i) {
+            need++;
+        }
+        possible = possible && need < m->D;
+        pack->need_j[i] = need;
+        pack->value[i] = item_value(pack, i, a, b);
+    }
+    pack->pool_value = 0;
+    for (int64_t i = sp_pack_pool_next(pack, 0); i >= 0; i = sp_pack_pool_next(pack, i + 1)) {
+        pack->pool_value += pack->value[i];
+    }
+    for (int64_t g = 0; g < pack->n_groups; g++) {
+        pack->group[g].value = 0;
+        for (int64_t i = pack->group[g].head; i >= 0; i = pack->next[i]) {
+            pack->group[g].value += pack->value[i];
+        }
+    }
+    return possible;
+}
+
+bool sp_pack_set_tau(sp_pack *pack, double tau)
+{
+    pack->tau = tau;
+    set_first(pack);
+    if (!revalue(pack)) {
+        return false;
+    }
+    for (int64_t g = pack->n_groups - 1; g >= 0; g--) {
+        trim(pack, g);
+        if (pack->group[g].count == 0) {
+            sp_pack_dissolve(pack, g);
+        }
+    }
+    return true;
 }
 
 static void fill_take(sp_pack *pack, int64_t i)
@@ -339,7 +386,9 @@ static double matching_length(const sp_pack *pack, double time_left, double fair
     if (tokens_left <= 0 || quad <= 0) {
         return HUGE_VAL;
     }
-    return (time_left / tokens_left - lin) / quad;
+    /* Below a twentieth of lin, shorter items save no time to speak of: keep them for the last gaps. */
+    double wish = (time_left / tokens_left - lin) / quad;
+    return wish > 0.05 * lin / quad ? wish : 0.05 * lin / quad;
 }
 
 void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
@@ -369,7 +418,7 @@ void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *ru
                 wish *= 1 + rule->jitter * (2 * ovlm_rng_uniform(rule->rng) - 1);
             }
             if (wish < longest) {
-                from = first_within(pack, wish > 0 ? wish : 0);
+                from = first_within(pack, wish);
             }
         }
         int64_t i = sp_pack_pool_next(pack, from);

@@ -17,6 +17,7 @@
 typedef struct sp_group {
     int64_t j, head, count; /* degree index; first item of a list through next[]; its length */
     double sum_s, sum_s2;   /* exact while below 2^53                                        */
+    double value;           /* of its items, GPUs                                            */
 } sp_group;
 
 /* One candidate content of a group, before it is committed. */
@@ -53,8 +54,8 @@ OVLM_NODISCARD ovlm_status sp_pack_init(sp_pack *pack, const sp_model *model, co
 /* Everything into the pool, all GPUs free. */
 void sp_pack_clear(sp_pack *pack);
 
-/* A new time limit: values, needs; groups that break it are dissolved into the pool.  False when an
- * item fits no degree within it. */
+/* A new time limit: values, needs; groups that break it lose items to the pool until they keep it.
+ * False when an item fits no degree within it. */
 bool sp_pack_set_tau(sp_pack *pack, double tau);
 
 /* A time below which no plan of these items exists (work over GPUs; longest item at its fastest). */
@@ -76,6 +77,9 @@ void sp_pack_dissolve(sp_pack *pack, int64_t g);
 /* Item i of the pool into group g; the group's latest item back into the pool. */
 void sp_pack_insert(sp_pack *pack, int64_t g, int64_t i);
 void sp_pack_pop(sp_pack *pack, int64_t g);
+
+/* The item after `before` in the group's list (its first one for -1) goes into the pool. */
+void sp_pack_remove(sp_pack *pack, int64_t g, int64_t before);
 
 /* Whether group g also holds item i. */
 static inline bool sp_pack_fits(const sp_pack *pack, const sp_group *g, double s)
@@ -115,5 +119,8 @@ int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into);
 
 /* From nothing, at limit tau; true when the pool came out empty. */
 bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t *work);
+
+/* Moves the prices of each degree towards the resource that its groups have less of left. */
+void sp_pack_learn(sp_pack *pack);
 
 #endif

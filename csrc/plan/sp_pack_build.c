@@ -89,3 +89,21 @@ bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t 
     *work += 64;
     return pack->pool_n == 0;
 }
+
+void sp_pack_learn(sp_pack *pack)
+{
+    const sp_model *m = pack->model;
+    double time[SP_MAX_DEGREES] = {0}, memory[SP_MAX_DEGREES] = {0}, groups[SP_MAX_DEGREES] = {0};
+    for (int64_t g = 0; g < pack->n_groups; g++) {
+        const sp_group *group = &pack->group[g];
+        time[group->j] += sp_pack_time(pack, group) / pack->tau;
+        memory[group->j] += group->sum_s / (double)m->cap[group->j];
+        groups[group->j] += 1;
+    }
+    for (int64_t j = 0; j < m->D; j++) {
+        /* Halfway towards the resource of which less is left. */
+        if (groups[j] > 0) {
+            pack->theta[j] = 0.5 * pack->theta[j] + (time[j] >= memory[j] ? 0.5 : 0.0);
+        }
+    }
+}

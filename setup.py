@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Werror"]
 SANITIZE = os.environ.get("ORCHVLM_SANITIZE", "")
 
-cflags = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fvisibility=hidden", *WARNINGS]
+# No fused multiply-add: a plan must be the same on every machine.
+cflags = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fvisibility=hidden", "-ffp-contract=off",
+          *WARNINGS]
 if SANITIZE:
     cflags += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 else:
@@ -60,9 +62,10 @@ def cuda_wanted():
     return nvcc
 
 
-def run_tool(command):
+def run_tool(command, verbose):
     command = [str(word) for word in command]
-    print(" ".join(command), flush=True)
+    if verbose:
+        print(" ".join(command), flush=True)
     if subprocess.run(command).returncode != 0:
         raise CompileError("failed: " + " ".join(command))
 
@@ -124,14 +127,14 @@ class BuildExt(build_ext):
                 host = ["-fPIC", *cflags]
             run_tool([ext.nvcc, "-c", HERE / source, "-o", obj, "-O3", *gencode,
                       *(f"-I{HERE / folder}" for folder in ext.include_dirs),
-                      "-Xcompiler", ",".join(host)])
+                      "-Xcompiler", ",".join(host)], self.verbose)
             return obj
 
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, ext.sources))
         run_tool([ext.nvcc, "-shared", "-o", target, *objects, *gencode, "-cudart", "static",
                   "-Xlinker", f"--version-script={HERE / 'cuda' / 'exports.map'}",
-                  "-Xlinker", "-z,defs"])
+                  "-Xlinker", "-z,defs"], self.verbose)
 
 
 core = Extension(

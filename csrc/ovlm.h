@@ -100,6 +100,41 @@ typedef struct ovlm_sequence_cost {
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost,
                                                     ovlm_err *err);
 
+/* f of the items with those lengths; squares (or NULL: l^2) as in ovlm_balance_problem. */
+double ovlm_batch_cost_load(const ovlm_batch_cost *cost, int64_t n, const int64_t *lengths,
+                            const double *squares);
+
+/* T of the sequences on a group of cost->degree[j], without the memory limit; 0 for none. */
+double ovlm_sequence_cost_time(const ovlm_sequence_cost *cost, int64_t n, const int64_t *lengths,
+                               int64_t j);
+
+/* Batches (or sequence-parallel groups) that were timed.  Row i had the lengths
+ * length[start[i]] .. length[start[i+1]-1], at least one. */
+typedef struct ovlm_measurements {
+    int64_t rows;           /* >= 1                                                            */
+    const int64_t *start;   /* [rows+1] ascending from 0                                       */
+    const int64_t *length;  /* [start[rows]] >= 0                                              */
+    const int64_t *degree;  /* [rows] >= 1; NULL for ovlm_batch_cost_fit                       */
+    const double *seconds;  /* [rows] > 0                                                      */
+    const double *bytes;    /* [rows] > 0, per GPU; or NULL                                    */
+} ovlm_measurements;
+
+/* Non-negative least squares on relative errors: min sum over rows of (f/seconds - 1)^2.
+ * use[6]: which terms may be non-zero, in the order of ovlm_batch_cost.  error[rows] gets
+ * f/seconds - 1. */
+OVLM_NODISCARD ovlm_status ovlm_batch_cost_fit(const ovlm_measurements *rows, const bool *use,
+                                               ovlm_batch_cost *cost, double *error,
+                                               ovlm_err *err);
+
+/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, degree_n
+ * and degree (every measured one) are set; comm[D] is filled, cost->comm points to it and
+ * memory_limit is left alone.  comm of the smallest degree is 0: the rest of its cost per token
+ * is in `linear`.  bytes_error[rows] is needed with bytes only. */
+OVLM_NODISCARD ovlm_status ovlm_sequence_cost_fit(const ovlm_measurements *rows,
+                                                  ovlm_sequence_cost *cost, double *comm,
+                                                  double *error, double *bytes_error,
+                                                  ovlm_err *err);
+
 /* ------------------------------------------------------------------ 4  balance --------- */
 
 typedef enum ovlm_plan_status {
@@ -203,6 +238,17 @@ OVLM_NODISCARD ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem,
  * problem->micro_batches micro-batches, or the least over their number when that is 0. */
 OVLM_NODISCARD ovlm_status ovlm_sp_bound(const ovlm_sp_problem *problem,
                                          const ovlm_budget *budget, double *bound_s,
+                                         ovlm_err *err);
+
+/* FlexSP's bucketing (eqs 15-16) and blaster (eqs 23-24): n lengths >= 0, sorted ascending, are cut
+ * into min(n_parts, n) consecutive parts so that rounding up to each part's longest adds the fewest
+ * tokens, or so that the largest sum of a part is least.  Part of each length in part[n], the
+ * longest of each part in longest[n_parts], and how many parts there are. */
+OVLM_NODISCARD ovlm_status ovlm_sp_bucket(const int64_t *lengths, int64_t n, int64_t n_parts,
+                                          int64_t *part, int64_t *longest, int64_t *n_used,
+                                          ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_sp_blast(const int64_t *lengths, int64_t n, int64_t n_parts,
+                                         int64_t *part, int64_t *longest, int64_t *n_used,
                                          ovlm_err *err);
 
 /* ------------------------------------------------------------------ 8  backend --------- */

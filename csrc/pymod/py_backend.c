@@ -56,7 +56,7 @@ PyDoc_STRVAR(backend_info_doc,
              "backend_info(path, /)\n--\n\n"
              "{'name', 'abi', 'devices', 'problem'} of the backend in a shared object.\n\n"
              "devices is a list of one-line descriptions; problem says why it is empty, or is\n"
-             "None.  BackendError when the file cannot be loaded or was built for another version.");
+             "None.  BackendError when the file cannot be loaded or is of another version.");
 
 static PyObject *backend_info(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {

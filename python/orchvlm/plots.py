@@ -238,7 +238,7 @@ def plot_timeline(simulation, names, path=None):
     colour = _phase_colour(simulation.phases)
     for axes, name in zip(panels, names):
         _tidy(axes)
-        axes.set_facecolor(_IDLE)
+        axes.axvspan(0, simulation[name].step_s[0], color=_IDLE, linewidth=0)
         for phase, kind, start, end in simulation[name].timeline:
             fill = colour.get(phase, _EXPOSED)
             rank = np.arange(len(start))

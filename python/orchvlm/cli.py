@@ -214,8 +214,11 @@ def main(argv=None):
 
 
 def _is_callers(error):
-    """Mistakes of the caller and of the machine get one line; bugs keep their traceback."""
+    """Mistakes of the caller and of the machine get one line; bugs keep their traceback, a module
+    of our own that is not there among them."""
     from ._core import Error
+    if isinstance(error, ModuleNotFoundError):
+        return False
     return isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError,
                               MemoryError, Error))
 

@@ -59,8 +59,11 @@ def _read(arguments):
 
 
 def _search(arguments):
-    return {"time_limit": arguments.time_limit, "work_limit": arguments.work_limit,
-            "seed": arguments.seed}
+    """Limits as given: a work limit alone switches the planners' own time limit off."""
+    chosen = {"seed": arguments.seed}
+    if arguments.work_limit is not None or arguments.time_limit is not None:
+        chosen |= {"work_limit": arguments.work_limit, "time_limit": arguments.time_limit}
+    return chosen
 
 
 def _print_json(value):

@@ -473,7 +473,7 @@ def default_policies(phases, llm_cost):
     >>> import orchvlm
     >>> from orchvlm.simulator import default_policies
     >>> default_policies(["llm"], orchvlm.SequenceCost(0.0, 1.0))
-    ('sp_static', 'sp_homogeneous', 'sp_chunked', 'sp_flex')
+    ('sp_run', 'sp_static', 'sp_homogeneous', 'sp_chunked', 'sp_flex')
     """
     from .cost import BatchCost
     if not isinstance(llm_cost, BatchCost):
@@ -485,7 +485,7 @@ def default_policies(phases, llm_cost):
 
 
 def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None, parameters=None,
-             backward=2.0, sharded=True, planning_s=0.0, work_limit=None, time_limit=None, seed=0,
+             backward=2.0, sharded=True, planning_s=0.0, work_limit=20_000, time_limit=None, seed=0,
              progress=None):
     """Simulates training steps under several policies on the same batches.
 
@@ -525,7 +525,8 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
     planning_s : float
         Host seconds to plan the next step, hidden behind this one as far as they fit.
     work_limit, time_limit, seed
-        Of the planners that policies call; see :func:`orchvlm.balance`.
+        Of the planners that policies call; see :func:`orchvlm.balance`.  A time limit makes
+        results depend on the machine.
     progress : callable, optional
         Called with a line of text before each policy and batch.
 
@@ -578,7 +579,8 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
                              f"{int(source.min())} to {int(source.max())}")
     options = _Options(float(backward), bool(sharded), _sync_seconds(parameters, cluster),
                        float(planning_s))
-    placers = [Placer(batch, cluster, costs, memory or {}, seed, work_limit, time_limit)
+    longest = max(int(language_lengths(batch).max(initial=1)) for batch in batches)
+    placers = [Placer(batch, cluster, costs, memory or {}, longest, seed, work_limit, time_limit)
                for batch in batches]
     report = progress if progress is not None else (lambda line: None)
     return Simulation(cluster, phases, {

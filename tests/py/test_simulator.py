@@ -182,7 +182,7 @@ PER_RANK = tuple(name for name in policies.POLICIES if not name.startswith("sp_"
 
 
 def placer(batch, machine, costs=COSTS, memory=None):
-    return policies.Placer(batch, machine, costs, memory or {}, 0, None, None)
+    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 1000, None)
 
 
 def test_time_is_the_sum_of_maxima_and_transfers(rng):
@@ -323,10 +323,24 @@ def test_sequence_policies():
     machine = Cluster.preset("a100_40g", nodes=8)
     cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
     sim = orchvlm.simulate(lengths, machine, {"llm": cost})
-    assert list(sim.results) == ["sp_static", "sp_homogeneous", "sp_chunked", "sp_flex"]
+    assert list(sim.results) == ["sp_run", "sp_static", "sp_homogeneous", "sp_chunked", "sp_flex"]
+    assert sim["sp_static"].step_s[0] <= sim["sp_run"].step_s[0] * (1 + 1e-12)
     plan = orchvlm.plan_sequences(lengths, 64, cost, policy="static")
     assert sim["sp_static"].step_s[0] == pytest.approx(plan.time, rel=1e-9)
     assert sim["sp_flex"].step_s[0] <= sim["sp_static"].step_s[0] * (1 + 1e-12)
+
+
+def test_the_run_decides_the_fixed_degree():
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=64)  # 5,992 tokens per GPU
+    machine = Cluster.preset("a100_40g", nodes=8)
+    short, long = np.full(64, 5000), np.array([100_000, 5000])
+    alone, both = (orchvlm.simulate(b, machine, {"llm": cost}, policies=("sp_run",))["sp_run"]
+                   for b in ([short], [short, long]))
+    for degree, result in ((1, alone), (32, both)):
+        plan = orchvlm.plan_sequences(short, 64, cost, policy="static", degrees=[degree])
+        assert result.step_s[0] == pytest.approx(plan.time, rel=1e-9)
+    with pytest.raises(ValueError, match="fits no degree"):
+        orchvlm.simulate(np.array([9_000_000]), machine, {"llm": cost}, policies=("sp_run",))
 
 
 def test_outputs_reach_their_shards(rng):

@@ -437,6 +437,15 @@ OVLM_NODISCARD ovlm_status ovlm_step_solve(const ovlm_step_problem *problem,
                                            ovlm_err *err);
 void ovlm_step_plan_free(ovlm_step_plan *plan); /* NULL is fine */
 
+/* An empty plan with room for a problem's decisions, for ovlm_step_plan_rebuild. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_init(const ovlm_step_problem *problem,
+                                               ovlm_step_plan **plan, ovlm_err *err);
+
+/* Builds routes, places, traffic and times again from the decisions of a plan: the shares' rank and
+ * micro (n_micro of them), sequences, and the bounds.  Of a plan that came from elsewhere. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem,
+                                                  ovlm_step_plan *plan, ovlm_err *err);
+
 /* Re-verifies a plan from scratch: shares, memory, routes, places, times, bound <= time. */
 OVLM_NODISCARD ovlm_status ovlm_step_plan_check(const ovlm_step_problem *problem,
                                                 const ovlm_step_plan *plan, ovlm_err *err);

@@ -144,7 +144,9 @@ typedef enum ovlm_plan_status {
 } ovlm_plan_status;
 
 /* n items onto N ranks so that the largest load is least.  Optional arrays may be NULL.
- *   load[r] = base_load[r] + f(items of r)/speed[r]  */
+ *   load[r] = base_load[r] + f(items of r)/speed[r]
+ * With home, among the plans whose largest load is at most (1 + slack) times the best one found:
+ * least bytes that change their node, then least bytes that change their rank. */
 typedef struct ovlm_balance_problem {
     int64_t n, n_ranks;
     const int64_t *lengths;   /* [n] >= 0                                                       */

@@ -68,6 +68,7 @@ POLICIES = {
 }
 
 GROUP_RANKS = 128  # Seed1.5-VL 5.1 balances inside groups of 128 to 256 GPUs
+HOME_SLACK = 0.002  # of the largest load, given away to move few bytes; plan_step's default
 
 
 @dataclass
@@ -311,9 +312,10 @@ class Placer:
         if policy.encoders == "grouped":
             group = GROUP_RANKS if self.n_ranks % GROUP_RANKS == 0 else self.n_ranks
             return self._balance(items.length, cost, squares, home=home, group_size=group,
-                                 work_limit=0)
+                                 node_size=self.cluster.gpus_per_node, work_limit=0)
         if policy.encoders == "home":
             return self._balance(items.length, cost, squares, home=home, size=items.bytes,
+                                 node_size=self.cluster.gpus_per_node, slack=HOME_SLACK,
                                  **self.search)
         rank = self._balance(items.length, cost, squares, work_limit=0)
         return self._relabel(policy, rank, home, items.bytes)

@@ -25,7 +25,7 @@ class Policy:
         moves little; or :func:`orchvlm.plan_step`.
     language : str
         Where a sample's language part runs: "source", "balanced", "planned", "sp_run" (groups of
-        one degree, the least that holds the longest sample of all batches), or a policy of
+        one degree, the least that holds the longest sample of the run), or a policy of
         :func:`orchvlm.plan_sequences` behind "sp_".
     outputs : {"stay", "return", "detour", "direct"}
         How encoder outputs travel: not at all; back to the source; back and from there to the

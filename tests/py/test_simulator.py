@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import orchvlm
-from orchvlm import BatchCost, Cluster, SequenceCost, _core, demo, policies, simulator
+from orchvlm import BatchCost, Cluster, SequenceCost, _core, demo, policies, step_graph
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**32))
 FAST = 1e30  # bytes/s: transfers take no time
@@ -100,7 +100,7 @@ def test_traffic_by_hand():
     machine = cluster(nodes=2, per_node=2, intra=10.0, inter=1.0)
     exchange = policies.Exchange("x", np.array([0, 0, 0, 3, 1]), np.array([0, 1, 2, 1, 3]),
                                  np.array([99.0, 20.0, 3.0, 4.0, 1.0]))
-    traffic = simulator.measure_traffic(exchange, machine)
+    traffic = step_graph.measure_traffic(exchange, machine)
     # 0 sends 20 inside (2 s) and 3 across (3 s); 1 gets 20 inside, 4 across, sends 1 across
     assert traffic.seconds.tolist() == [3.0, 4.0, 3.0, 4.0]
     assert (traffic.intra_bytes, traffic.inter_bytes) == (20.0, 8.0)
@@ -195,10 +195,10 @@ def test_time_is_the_sum_of_maxima_and_transfers(rng):
         for name in PER_RANK:
             place = placer(batch, machine).place(policies.POLICIES[name])
             lone = upper = sum(m.max() for s in place.seconds.values() for m in s)
-            moves = [simulator.measure_traffic(e, machine).seconds.max()
+            moves = [step_graph.measure_traffic(e, machine).seconds.max()
                      for e in sum(place.after.values(), [])]
             upper += 2 * sum(moves)
-            upper += sum(simulator.measure_traffic(e, machine).seconds.max()
+            upper += sum(step_graph.measure_traffic(e, machine).seconds.max()
                          for e in [*sum(place.before.values(), []), *place.ahead])
             step_s = sim[name].step_s[0]
             assert lone * (1 - 1e-12) <= step_s <= upper * (1 + 1e-12)
@@ -339,6 +339,10 @@ def test_the_run_decides_the_fixed_degree():
     for degree, result in ((1, alone), (32, both)):
         plan = orchvlm.plan_sequences(short, 64, cost, policy="static", degrees=[degree])
         assert result.step_s[0] == pytest.approx(plan.time, rel=1e-9)
+    told = orchvlm.simulate(short, machine, {"llm": cost}, policies=("sp_run",), context=100_000)
+    assert told["sp_run"].step_s[0] == both.step_s[0]
+    with pytest.raises(ValueError, match="context = 10"):
+        orchvlm.simulate(short, machine, {"llm": cost}, context=10)
     with pytest.raises(ValueError, match="fits no degree"):
         orchvlm.simulate(np.array([9_000_000]), machine, {"llm": cost}, policies=("sp_run",))
 

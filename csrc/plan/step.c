@@ -127,7 +127,7 @@ static ovlm_status decide(const step_input *input, const ovlm_meter *clock,
         OVLM_TRY(step_share_solve(input, &work, &part, &plan->share[p], &plan->cut_short, arena,
                                   err));
     }
-    if (groups && problem->n > 0) {
+    if (groups) {
         ovlm_sp_problem sequences = step_sequence_problem(input);
         ovlm_budget part = step_budget(clock, budget, 1);
         if (part.time_limit_s > 0) {
@@ -137,23 +137,6 @@ static ovlm_status decide(const step_input *input, const ovlm_meter *clock,
         plan->cut_short = plan->cut_short || plan->sequences->cut_short;
     }
     return OVLM_OK;
-}
-
-/* A language phase in groups that has no sample: no micro-batch. */
-static ovlm_status empty_sequences(const ovlm_step_problem *problem, ovlm_step_plan *plan,
-                                   ovlm_err *err)
-{
-    if (!problem->sequence_parallel || problem->n > 0 || plan->sequences != NULL) {
-        return OVLM_OK;
-    }
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences, 1, err));
-    plan->sequences->status = OVLM_PLAN_OPTIMAL;
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences->micro_start, 1, err));
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences->group_start, 1, err));
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences->degree, 0, err));
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences->first_gpu, 0, err));
-    OVLM_TRY(OVLM_HEAP_NEW(&plan->sequences->item, 0, err));
-    return OVLM_HEAP_NEW(&plan->sequences->group_time, 0, err);
 }
 
 static ovlm_status traffic_of(const step_input *input, const ovlm_step_plan *plan,
@@ -228,7 +211,6 @@ ovlm_status ovlm_step_solve(const ovlm_step_problem *problem, const ovlm_budget 
     OVLM_GOTO(done, step_input_init(&input, problem, &arena, err));
     OVLM_GOTO(done, ovlm_step_plan_init(problem, &plan, err));
     OVLM_GOTO(done, decide(&input, &clock, budget, plan, &arena, err));
-    OVLM_GOTO(done, empty_sequences(problem, plan, err));
     if (problem->relabel != OVLM_RELABEL_NONE) {
         OVLM_GOTO(done, traffic_of(&input, plan, &before, &arena, err));
         OVLM_GOTO(done, step_relabel(&input, &clock, budget, plan, &arena, err));
@@ -281,7 +263,7 @@ static ovlm_status check_decisions(const step_input *input, const ovlm_step_plan
         return OVLM_FAIL(err, OVLM_E_ARG, "plan: the groups of the language phase are missing");
     }
     ovlm_sp_problem sequences = step_sequence_problem(input);
-    return problem->n > 0 ? ovlm_sp_plan_check(&sequences, plan->sequences, err) : OVLM_OK;
+    return ovlm_sp_plan_check(&sequences, plan->sequences, err);
 }
 
 ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_plan *plan,
@@ -297,7 +279,6 @@ ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_p
         OVLM_GOTO(done, step_work_init(&work, &input, p, err));
         OVLM_GOTO(done, step_share_measure(&work, plan->n_ranks, &plan->share[p], &arena, err));
     }
-    OVLM_GOTO(done, empty_sequences(problem, plan, err));
     routes_free(plan);
     OVLM_GOTO(done, follow_up(&input, plan, &arena, err));
 done:

@@ -260,7 +260,7 @@ ovlm_status ovlm_step_plan_check(const ovlm_step_problem *problem, const ovlm_st
     for (int64_t p = 0; p < problem->n_phases + !problem->sequence_parallel; p++) {
         OVLM_GOTO(done, check_share(&input, plan, p, &arena, err));
     }
-    if (problem->sequence_parallel && problem->n > 0) {
+    if (problem->sequence_parallel) {
         ovlm_sp_problem sequences = step_sequence_problem(&input);
         OVLM_GOTO(done, ovlm_sp_plan_check(&sequences, plan->sequences, err));
     }

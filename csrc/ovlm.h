@@ -6,8 +6,8 @@
  *
  *   1  status      how calls fail                 4  balance     items over ranks, one phase
  *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
- *   3  cost        what work costs               7  simulate    tasks on resources over time
- *                                                8  backend     compute backends, found at run time
+ *   3  cost        what work costs               6  step plan   phases, routes, relabelling
+ *   7  simulate    tasks on resources over time  8  backend     compute backends, at run time
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces

@@ -36,13 +36,27 @@ static int64_t least_micro(const sp_model *model)
     return least;
 }
 
+/* All items in one micro-batch. */
+static ovlm_status bound_single(const sp_model *model, double hint, ovlm_meter *meter,
+                                double *bound_s, ovlm_arena *arena, ovlm_err *err)
+{
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    int64_t *k = NULL;
+    ovlm_status status = OVLM_ARENA_NEW(arena, &k, model->n, err);
+    for (int64_t i = 0; status == OVLM_OK && i < model->n; i++) {
+        k[i] = i;
+    }
+    if (status == OVLM_OK) {
+        status = sp_bound_micro(model, k, model->n, hint - model->fixed, meter, bound_s, arena, err);
+        *bound_s = (*bound_s + model->fixed) * sp_round_down(0);
+    }
+    ovlm_arena_rewind(arena, mark);
+    return status;
+}
+
 ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, ovlm_meter *meter,
                           double *bound_s, ovlm_arena *arena, ovlm_err *err)
 {
-    (void)hint;
-    (void)meter;
-    (void)arena;
-    (void)err;
     *bound_s = 0;
     if (model->n == 0) {
         return OVLM_OK;
@@ -51,6 +65,9 @@ ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, o
     if (n_micro > 0 && n_micro < least) {
         *bound_s = HUGE_VAL;
         return OVLM_OK;
+    }
+    if (n_micro == 1) {
+        return bound_single(model, hint, meter, bound_s, arena, err);
     }
     *bound_s = ((double)least * model->fixed + work_per_gpu(model)) * sp_round_down(0);
     return OVLM_OK;

@@ -95,7 +95,7 @@ done:
 static ovlm_status fail_without_plan(const solving *s, ovlm_err *err)
 {
     if (s->purse.meter.interrupted) {
-        return OVLM_FAIL(err, OVLM_E_INTERRUPTED, "interrupted before a plan was found");
+        return OVLM_FAIL(err, OVLM_E_INTERRUPTED, "interrupted");
     }
     if (!isfinite(s->bound)) {
         return OVLM_FAIL(err, OVLM_E_ARG,

@@ -55,6 +55,9 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     if (!*found) {
         OVLM_TRY(bal_construct(model, plan, found, search->arena, err));
     }
+    if (!*found) {
+        OVLM_TRY(bal_repair(search, plan, found, err));
+    }
     return OVLM_OK;
 }
 

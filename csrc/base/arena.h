@@ -21,8 +21,8 @@ typedef struct ovlm_arena_mark {
     size_t used_bytes;
 } ovlm_arena_mark;
 
-/* count*size zeroed bytes, or OVLM_E_NOMEM (also when the product overflows).  A count of zero gives
- * a valid pointer to nothing; a negative one is OVLM_E_NOMEM. */
+/* count*size zeroed bytes, or OVLM_E_NOMEM (also when the product overflows).  A count of zero
+ * gives a valid pointer to nothing; a negative one is OVLM_E_NOMEM. */
 OVLM_NODISCARD ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count,
                                             size_t size, ovlm_err *err);
 

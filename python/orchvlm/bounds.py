@@ -1,0 +1,82 @@
+"""Certified lower bounds on the step time of sequence-parallel plans."""
+from . import _core
+
+
+def _degrees(cost, degrees, n_gpus):
+    """Permitted degrees, ascending, and their comm; one without comm is refused."""
+    chosen = sorted(cost.comm) if degrees is None else sorted({int(d) for d in degrees})
+    for degree in chosen:
+        if degree not in cost.comm:
+            raise ValueError(f"degrees: {degree} has no cost.comm entry; measured degrees are "
+                             f"{sorted(cost.comm)}")
+    if not chosen or chosen[0] > n_gpus:
+        raise ValueError(f"degrees: none of {chosen} is at most n_gpus = {n_gpus}")
+    return chosen, [float(cost.comm[d]) for d in chosen]
+
+
+def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_to=1,
+                   micro_batches=None, work_limit=None, time_limit=0.2):
+    """Lower bound on the step time of every sequence-parallel plan, whatever its policy.
+
+    The step time of a plan with M non-empty micro-batches of groups (S, d) is::
+
+        sum over micro-batches of  max over its groups of  T(S, d)
+        T(S, d) = fixed + sum_{s in S} (quadratic s^2 + (linear + comm[d]) s) / d
+
+    subject to the memory of each group and to degrees that sum to at most N in each micro-batch.
+    The bound holds for any placement of the groups and over all permitted degrees.
+
+    Parameters
+    ----------
+    lengths : array_like of int64, shape (n,)
+        Sequence lengths in tokens, at least 1.
+    n_gpus : int
+        N, ranks of the cluster.
+    cost : SequenceCost
+        Seconds and bytes of a group.
+    gpus_per_node : int
+        Ranks of a node; the bound does not depend on it.
+    degrees : sequence of int, optional
+        Permitted group sizes; default: every degree of ``cost.comm``.
+    pad_to : int
+        Every shard holds a multiple of this many tokens.
+    micro_batches : int, optional
+        M, at most this many non-empty micro-batches; default: the least over their number.
+    work_limit : int, optional
+        Search steps; 0 gives the quick bound. The result is then the same on every machine.
+    time_limit : float, optional
+        Seconds after which the search for a stronger bound stops.
+
+    Returns
+    -------
+    float
+        Seconds, rounded down. ``inf`` when `micro_batches` is proved to be too few.
+
+    Raises
+    ------
+    TypeError
+        When an argument has the wrong type, such as lengths that are no integers.
+    ValueError
+        When a value is out of range, a degree has no ``comm``, or a sequence fits no degree.
+
+    Notes
+    -----
+    O(n log n) for the quick bound; more work never gives a weaker one.
+
+    References
+    ----------
+    FlexSP (arXiv 2412.01523), equations 5 to 10, for the problem.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> cost = orchvlm.SequenceCost(quadratic=0.0, linear=1e-3, fixed=0.5, comm={1: 0.0, 2: 0.0},
+    ...                             memory_per_token=1.0, memory_limit=1000)
+    >>> round(orchvlm.sequence_bound([1500, 400, 400], 2, cost), 3)
+    2.15
+    """
+    chosen, comm = _degrees(cost, degrees, n_gpus)
+    return _core.sequence_bound(
+        lengths, n_gpus, gpus_per_node, cost.quadratic, cost.linear, cost.fixed,
+        cost.memory_per_token, cost.memory_fixed, cost.memory_limit, cost.heads, chosen, comm,
+        pad_to, 0 if micro_batches is None else micro_batches, work_limit, time_limit)

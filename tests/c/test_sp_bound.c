@@ -1,0 +1,134 @@
+/* test_sp_bound.c - certificates against exact optima of small instances, by the thousand. */
+#include <math.h>
+
+#include "plan/sp_bound.h"
+#include "sp_brute.h"
+#include "test.h"
+
+typedef struct instance {
+    ovlm_sp_problem problem;
+    int64_t lengths[BRUTE_N], degrees[8];
+    double comm[8];
+} instance;
+
+/* Degrees: powers of two, or any set; memory from tight to none; one or several long items. */
+static void draw(instance *x)
+{
+    static const double memory[] = {1.02, 1.2, 1.6, 2.5, 6, 1e9};
+    static const double fixed[] = {0, 0, .01, .3, 5};
+    *x = (instance){.problem = {.n = 1 + ovlm_rng_below(&test_rng, 6),
+                                .n_gpus = 1 + ovlm_rng_below(&test_rng, 8),
+                                .gpus_per_node = 8,
+                                .pad_to = ovlm_rng_below(&test_rng, 4) ? 1 : 8,
+                                .threads = 1,
+                                .policy = OVLM_SP_FLEX}};
+    ovlm_sp_problem *p = &x->problem;
+    bool odd = ovlm_rng_below(&test_rng, 3) == 0;
+    int64_t degree_n = 0;
+    for (int64_t d = 1; d <= p->n_gpus; d = odd ? d + 1 + ovlm_rng_below(&test_rng, 2) : 2 * d) {
+        x->degrees[degree_n] = d;
+        x->comm[degree_n++] = 1e-4 * ovlm_rng_uniform(&test_rng) * (double)d;
+    }
+    int64_t longest = 0, total = 0, spread = 2 + ovlm_rng_below(&test_rng, 1000);
+    int64_t base = 1 + ovlm_rng_below(&test_rng, 1000);
+    for (int64_t k = 0; k < p->n; k++) {
+        x->lengths[k] = base + ovlm_rng_below(&test_rng, spread);
+        x->lengths[k] *= ovlm_rng_below(&test_rng, 3) == 0 ? 4 : 1;
+        longest = x->lengths[k] > longest ? x->lengths[k] : longest;
+        total += x->lengths[k];
+    }
+    double largest = (double)x->degrees[degree_n - 1];
+    double least = (double)longest / largest, most = (double)total / (double)p->n_gpus;
+    double limit = (ovlm_rng_below(&test_rng, 2) ? least : fmax(least, most / 2)) *
+                   memory[ovlm_rng_below(&test_rng, 6)];
+    p->lengths = x->lengths;
+    p->cost = (ovlm_sequence_cost){
+        .quadratic = 1e-6 * (double)ovlm_rng_below(&test_rng, 3) * ovlm_rng_uniform(&test_rng),
+        .linear = 1e-4 * ovlm_rng_uniform(&test_rng) * (double)ovlm_rng_below(&test_rng, 8),
+        .fixed = fixed[ovlm_rng_below(&test_rng, 5)],
+        .memory_per_token = 1, .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
+        .heads = ovlm_rng_below(&test_rng, 3) == 0 ? 8 : 0,
+        .degree_n = degree_n, .degree = x->degrees, .comm = x->comm};
+}
+
+typedef struct tally {
+    long cases, micro_tight, step_tight, micro_caught, step_caught;
+    double micro_gap, step_gap;
+} tally;
+
+static bool sound(double bound, double optimum)
+{
+    return bound <= optimum || (isinf(optimum) && isinf(bound));
+}
+
+static void test_against_brute(const instance *x, const sp_brute *brute, const sp_model *model,
+                               ovlm_arena *arena, tally *tally_)
+{
+    const ovlm_sp_problem *p = &x->problem;
+    int64_t k[BRUTE_N];
+    double optimum = brute->makespan[(1u << p->n) - 1], bound = 0, before = 0;
+    for (int64_t i = 0; i < p->n; i++) {
+        k[i] = i;
+    }
+    double quick = sp_bound_quick(model, k, p->n);
+    CHECK(sound(quick, optimum), "quick %.17g above optimum %.17g", quick, optimum);
+    for (int64_t work = 0; work < 1000000; work = work * 8 + 1) {
+        ovlm_meter meter;
+        ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = work}, 0, 100);
+        CHECK(sp_bound_micro(model, k, p->n, HUGE_VAL, &meter, &bound, arena, NULL) == OVLM_OK,
+              "failed");
+        CHECK(sound(bound, optimum), "micro %.17g above %.17g, work %lld", bound, optimum,
+              (long long)work);
+        CHECK(bound >= before, "weaker with more work: %.17g < %.17g", bound, before);
+        before = bound;
+    }
+    if (!isinf(optimum)) {
+        tally_->micro_tight += bound >= optimum * (1 - 1e-6);
+        tally_->micro_caught += bound * 1.01 > optimum;
+        tally_->micro_gap += optimum > 0 ? 1 - bound / optimum : 0;
+    }
+    double best = HUGE_VAL, any = 0;
+    for (int64_t m = 1; m <= p->n; m++) {
+        best = fmin(best, (double)m * p->cost.fixed + brute->step[m]);
+        ovlm_meter meter;
+        ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = 100000}, 0, 100);
+        CHECK(sp_bound_step(model, m, HUGE_VAL, &meter, &bound, arena, NULL) == OVLM_OK, "failed");
+        CHECK(sound(bound, best), "step %.17g above %.17g with m = %lld", bound, best, (long long)m);
+    }
+    CHECK(sp_bound_step(model, 0, HUGE_VAL, &(ovlm_meter){.work_limit = 100000}, &any, arena, NULL)
+          == OVLM_OK, "failed");
+    CHECK(sound(any, best), "step %.17g above %.17g", any, best);
+    tally_->step_tight += any >= best * (1 - 1e-6);
+    tally_->step_caught += any * 1.01 > best;
+    tally_->step_gap += best > 0 ? 1 - any / best : 0;
+    tally_->cases++;
+}
+
+int main(int argc, char **argv)
+{
+    test_start(argc, argv);
+    ovlm_arena arena = {0};
+    static instance x;
+    static sp_brute brute;
+    tally tally_ = {0};
+    for (int round = 0; round < 4000; round++) {
+        ovlm_arena_mark mark = ovlm_arena_save(&arena);
+        sp_model model;
+        draw(&x);
+        ovlm_err err = {0};
+        if (sp_model_init(&model, &x.problem, &arena, &err) == OVLM_OK) {
+            brute_solve(&x.problem, &brute);
+            test_against_brute(&x, &brute, &model, &arena, &tally_);
+        }
+        ovlm_arena_rewind(&arena, mark);
+    }
+    ovlm_arena_free(&arena);
+    /* A bound one per cent too high would be found often: the test can fail. */
+    CHECK(tally_.cases > 2000, "%ld", tally_.cases);
+    CHECK(tally_.micro_caught * 10 > tally_.cases, "%ld of %ld", tally_.micro_caught, tally_.cases);
+    CHECK(tally_.step_caught * 10 > tally_.cases, "%ld of %ld", tally_.step_caught, tally_.cases);
+    printf("sp_bound: %ld cases; mean gap %.4f micro, %.4f step; tight %ld, %ld\n", tally_.cases,
+           tally_.micro_gap / (double)tally_.cases, tally_.step_gap / (double)tally_.cases,
+           tally_.micro_tight, tally_.step_tight);
+    return test_end("sp_bound");
+}

@@ -5,7 +5,8 @@
  * takes a subset of the pool whose sum lies in [lo, hi], where hi is the rank's room at T and lo what
  * the later ranks cannot hold.  Where the ranks are nearly full, that window is narrow and the
  * search tiny, which is why this gets where single moves and swaps stop.  T starts half way between
- * the bound and the best and follows what succeeds. */
+ * the bound and the best and follows what succeeds.  When that fails for a while, the excess is also
+ * handed on: a different filling with the same excess on another rank opens new neighbours. */
 #include "plan/balance_parts.h"
 
 #include <math.h>
@@ -19,12 +20,16 @@ typedef struct bin {
     double room;                 /* additive cost that the pool may bring                       */
 } bin;
 
+/* Ranks in no order; at[r] is r's place in the list, or -1. */
+typedef struct rank_set {
+    int64_t *list, *at, n;
+} rank_set;
+
 typedef struct rebuild {
     bal_search *search;
     bal_plan *plan;
     int64_t *head, *next;        /* [n_ranks], [n_units] units of each rank, -1 ends            */
-    int64_t *over, *over_at;     /* ranks above the target, and where in that list (-1: not)    */
-    int64_t n_over;
+    rank_set over, under;        /* ranks above the target; ranks with room                     */
     double target;
     bool same_node;              /* prefer partners of the same node                            */
     bin bin[BINS];
@@ -32,6 +37,7 @@ typedef struct rebuild {
     int64_t unit[POOL];          /* the pool, a descending                                      */
     double a[POOL];
     int to[POOL];                /* bin of each, -1 = open                                      */
+    int banned;                  /* pool position that bin 0 must not take; -1: none            */
     int64_t nodes;               /* search steps left                                           */
 } rebuild;
 
@@ -75,7 +81,8 @@ static bool extend(rebuild *b, int j, const level *v, int i, double sum, int64_t
         int at = v->item[t];
         int64_t u = b->unit[at];
         int64_t new_count = count + bal_count(model, u), new_size = size + bal_size(model, u);
-        if (sum + b->a[at] > v->hi || new_count > v->count_hi || new_size > v->size_hi) {
+        if (sum + b->a[at] > v->hi || new_count > v->count_hi || new_size > v->size_hi ||
+            (j == 0 && at == b->banned)) {
             continue;
         }
         b->to[at] = j;
@@ -211,18 +218,24 @@ static double set_rooms(rebuild *b, double largest)
     return target;
 }
 
-static void over_set(rebuild *b, int64_t r)
+static void set_member(rank_set *set, int64_t r, bool is)
 {
-    bool is = !bal_meets(b->plan->load[r], b->target);
-    if (is && b->over_at[r] < 0) {
-        b->over_at[r] = b->n_over;
-        b->over[b->n_over++] = r;
-    } else if (!is && b->over_at[r] >= 0) {
-        int64_t last = b->over[--b->n_over];
-        b->over[b->over_at[r]] = last;
-        b->over_at[last] = b->over_at[r];
-        b->over_at[r] = -1;
+    if (is && set->at[r] < 0) {
+        set->at[r] = set->n;
+        set->list[set->n++] = r;
+    } else if (!is && set->at[r] >= 0) {
+        int64_t last = set->list[--set->n];
+        set->list[set->at[r]] = last;
+        set->at[last] = set->at[r];
+        set->at[r] = -1;
     }
+}
+
+/* Files rank r by its load. */
+static void classify(rebuild *b, int64_t r)
+{
+    set_member(&b->over, r, !bal_meets(b->plan->load[r], b->target));
+    set_member(&b->under, r, b->plan->load[r] < b->target * (1 - BAL_TOLERANCE));
 }
 
 /* Takes the found distribution over, unless it is no better after all. */
@@ -265,7 +278,7 @@ static bool apply(rebuild *b, double limit)
             plan->size[r] += bal_size(model, u);
         }
         plan->load[r] = bal_load(model, r, plan->add[r], plan->count[r], 0);
-        over_set(b, r);
+        classify(b, r);
     }
     return true;
 }
@@ -280,9 +293,12 @@ static int64_t pick_partner(rebuild *b)
     int64_t node_end = node + model->node_size < model->n_ranks ? node + model->node_size
                                                                 : model->n_ranks;
     bool near = b->same_node && ovlm_rng_below(rng, 8) != 0;
+    /* without room somewhere in the set there is nothing to find */
+    bool roomy = !near && b->n_bins == 1 && b->under.n > 0 && ovlm_rng_below(rng, 4) != 0;
     for (int64_t t = 0; t < tries; t++) {
-        int64_t r = near ? node + ovlm_rng_below(rng, node_end - node)
-                         : ovlm_rng_below(rng, model->n_ranks);
+        int64_t r = near    ? node + ovlm_rng_below(rng, node_end - node)
+                    : roomy ? b->under.list[ovlm_rng_below(rng, b->under.n)]
+                            : ovlm_rng_below(rng, model->n_ranks);
         bool taken = false;
         for (int j = 0; j < b->n_bins; j++) {
             taken = taken || b->bin[j].rank == r;
@@ -294,16 +310,15 @@ static int64_t pick_partner(rebuild *b)
     return best;
 }
 
-/* One attempt; true when the plan has changed. */
-static bool attempt(rebuild *b)
+/* A rank above the target and partners for it; returns the largest of their loads. */
+static double pick_bins(rebuild *b)
 {
     const bal_model *model = b->search->model;
     ovlm_rng *rng = &b->search->rng;
-    int64_t units_each = model->n_units / model->n_ranks;
-    int64_t most_bins = units_each <= 4 ? BINS : 4;
-    most_bins = most_bins < model->n_ranks ? most_bins : model->n_ranks;
-    int64_t want = 2 + ovlm_rng_below(rng, most_bins - 1);
-    b->bin[0].rank = b->over[ovlm_rng_below(rng, b->n_over)];
+    int64_t most = model->n_units / model->n_ranks <= 4 ? BINS : 4;
+    most = most < model->n_ranks ? most : model->n_ranks;
+    int64_t want = 2 + ovlm_rng_below(rng, most - 1);
+    b->bin[0].rank = b->over.list[ovlm_rng_below(rng, b->over.n)];
     b->n_bins = 1;
     double largest = b->plan->load[b->bin[0].rank];
     for (int64_t i = 1; i < want; i++) {
@@ -313,7 +328,33 @@ static bool attempt(rebuild *b)
             largest = b->plan->load[r] > largest ? b->plan->load[r] : largest;
         }
     }
+    return largest;
+}
+
+/* Permits one bin the present excess, but not the present filling: one neighbour of the largest unit
+ * of the pool is banned from its bin. */
+static void hand_on(rebuild *b, double largest)
+{
+    const bal_model *model = b->search->model;
+    int j = ovlm_rng_below(&b->search->rng, 2) == 0 ? 0 : b->n_bins - 1;
+    b->bin[j].room = bal_room(model, b->bin[j].rank, largest * (1 + BAL_TOLERANCE / 2)) -
+                     b->bin[j].add;
+    int64_t same = b->plan->rank[b->unit[0]];
+    for (int k = 1; k < b->n_pool; k++) {
+        if (b->plan->rank[b->unit[k]] == same &&
+            (b->banned < 0 || ovlm_rng_below(&b->search->rng, 2) == 0)) {
+            b->banned = k;
+        }
+    }
+}
+
+/* One attempt; true when fewer ranks, or the same by less, are above the target. */
+static bool attempt(rebuild *b, bool may_hand_on)
+{
+    const bal_model *model = b->search->model;
+    double largest = pick_bins(b);
     b->n_pool = 0;
+    b->banned = -1;
     for (int j = 0; j < b->n_bins; j++) {
         draw(b, j, POOL / b->n_bins);
     }
@@ -321,20 +362,29 @@ static bool attempt(rebuild *b)
         b->to[k] = -1;
     }
     double limit = set_rooms(b, largest);
+    bool whole = model->uniform;
+    for (int j = 0; j < b->n_bins; j++) {
+        whole = whole && b->bin[j].count == 0;
+    }
+    bool on = may_hand_on && whole && b->n_pool > 2;
+    if (on) {
+        hand_on(b, largest);
+        limit = largest;
+    }
     b->nodes = NODES;
     bool found = b->n_bins > 1 && complete(b, 0);
     b->search->meter->work += NODES - b->nodes;
-    return found && apply(b, limit);
+    return found && apply(b, limit) && !on;
 }
 
-/* Collects the ranks above the target. */
+/* Files all ranks by a new target. */
 static void set_target(rebuild *b, double target)
 {
     b->target = target;
-    b->n_over = 0;
+    b->over.n = b->under.n = 0;
     for (int64_t r = 0; r < b->search->model->n_ranks; r++) {
-        b->over_at[r] = -1;
-        over_set(b, r);
+        b->over.at[r] = b->under.at[r] = -1;
+        classify(b, r);
     }
 }
 
@@ -342,11 +392,12 @@ static void set_target(rebuild *b, double target)
 static bool drive(rebuild *b, int64_t patience)
 {
     int64_t failed = 0;
-    while (b->n_over > 0) {
+    while (b->over.n > 0) {
         if (ovlm_meter_spend(b->search->meter, 8) || failed > patience) {
             return false;
         }
-        failed = attempt(b) ? 0 : failed + 1;
+        bool stuck = failed > 32 && failed % 2 == 0;
+        failed = attempt(b, stuck) ? 0 : failed + 1;
     }
     return true;
 }
@@ -357,8 +408,10 @@ static ovlm_status rebuild_init(rebuild *b, bal_search *search, bal_plan *plan, 
     *b = (rebuild){.search = search, .plan = plan};
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->head, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->next, model->n_units, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over, model->n_ranks, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over_at, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.list, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.at, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->under.list, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->under.at, model->n_ranks, err));
     for (int64_t r = 0; r < model->n_ranks; r++) {
         b->head[r] = -1;
     }

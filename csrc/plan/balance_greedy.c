@@ -1,9 +1,9 @@
 /* balance_greedy.c - longest-first on winner trees.
  *
  * One tree per distinct speed holds its ranks by load; inside a class the least loaded rank ends
- * first, so a unit compares one winner per class.  Keys are the bits of loads >= 0, which order like
- * the loads.  After an insertion the path from the leaf to the root is replayed without a branch:
- * 163,840 units on 2,560 ranks are 2 million such steps. */
+ * first, so a unit compares one winner per class.  Keys are the bits of loads >= 0, which order
+ * like the loads.  After an insertion the path from the leaf to the root is replayed without a
+ * branch: 163,840 units on 2,560 ranks are 2 million such steps. */
 #include "plan/balance_parts.h"
 
 #include <math.h>

@@ -117,7 +117,7 @@ def table_scale():
     seconds, most = timed(lambda: karmarkar_karp(values, n_ranks, True))
     row("Karmarkar-Karp, equal counts", f"{1e3 * seconds:.0f}", f"{most / mean:.6f}")
     for work in (0, None):
-        seconds, p = timed(lambda: balance(lengths, n_ranks, work_limit=work), 15 if work == 0 else 5)
+        seconds, p = timed(lambda: balance(lengths, n_ranks, work_limit=work), 25)
         row(f"balance, work_limit={work}", f"{1e3 * seconds:.1f}",
             f"{p.imbalance:.6f} (gap {p.gap:.1e}, {p.status})")
 
@@ -138,7 +138,8 @@ def table_triplets():
                     t, most = timed(lambda: method(triplets(m, total, seed)))
                     seconds.append(t)
                     gaps.append(100 * (most / total - 1))
-                cells.append(f"{np.mean(gaps):.3f} % ({max(gaps):.3f}), {1e3 * np.mean(seconds):.0f}")
+                cells.append(f"{np.mean(gaps):.3f} % ({max(gaps):.3f}), "
+                             f"{1e3 * np.mean(seconds):.0f}")
             row(total, m, *cells)
 
 

@@ -180,7 +180,7 @@ static int64_t first_within(const sp_pack *pack, double x)
 /* Largest s with quad*s^2 + lin*s <= time, up to rounding; in the form without cancellation. */
 static double longest_within(double quad, double lin, double time)
 {
-    if (time <= 0) {
+    if (time < 0) {
         return 0;
     }
     double divisor = lin + sqrt(lin * lin + 4 * quad * time);

@@ -116,7 +116,7 @@ static void move(search *s)
     int64_t work = 1 + ruin_some(s), base = pack->n_groups;
     sp_fill_rule rule = {.by_ratio = ovlm_rng_below(s->rng, 4) > 0,
                          .jitter = ovlm_rng_uniform(s->rng),
-                         .noise = 0.1 * ovlm_rng_uniform(s->rng),
+                         .noise = ovlm_rng_below(s->rng, 8) == 0 ? 1.0 : 0.1 * ovlm_rng_uniform(s->rng),
                          .rng = s->rng};
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;

@@ -135,8 +135,8 @@ typedef struct sp_fill_rule {
 } sp_fill_rule;
 
 /* pack->fill = a group of degree index j with head `head` filled from the pool.  The pool is the same
- * afterwards. */
-void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
+ * afterwards.  Returns the steps it took. */
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
 
 /* Opens the best group around the pool's longest item, by value per GPU; false when none can be.
  * The pool must not be empty.  `work` counts the items looked at. */

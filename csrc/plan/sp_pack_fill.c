@@ -4,6 +4,8 @@
 
 #include "plan/sp_pack.h"
 
+enum { TOP_UPS = 3, TOP_UP_ITEMS = 12 };
+
 /* Bucket of a length >= 1: exponent and three bits of the mantissa. */
 static int64_t bucket_of(double s)
 {
@@ -141,7 +143,41 @@ static int64_t fill_skip(const sp_pack *pack, int64_t i)
     return i;
 }
 
-void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
+/* Exchanges one item for a longer one of the pool that uses what is left; the most valuable such
+ * exchange, or false. */
+static bool top_up(sp_pack *pack)
+{
+    sp_fill *f = &pack->fill;
+    const sp_model *m = pack->model;
+    double quad = m->quad[f->j], lin = m->lin[f->j], cap = (double)m->cap[f->j], best = 0;
+    int64_t best_a = -1, best_i = -1;
+    for (int64_t a = 1; a < f->count; a++) {
+        double s = pack->s[f->item[a]], sum_s = f->sum_s - s, sum_s2 = f->sum_s2 - s * s;
+        double time_left = pack->tau - (quad * sum_s2 + lin * sum_s);
+        double longest = fmin(sp_pack_longest_within(quad, lin, time_left), cap - sum_s);
+        int64_t i = sp_pack_pool_next(pack, sp_pack_first_within(pack, longest));
+        sp_group rest = {.j = f->j, .sum_s = sum_s, .sum_s2 = sum_s2};
+        if (i >= 0 && pack->value[i] - pack->value[f->item[a]] > best &&
+            sp_pack_fits(pack, &rest, pack->s[i])) {
+            best = pack->value[i] - pack->value[f->item[a]];
+            best_a = a;
+            best_i = i;
+        }
+    }
+    if (best_a < 0) {
+        return false;
+    }
+    double out = pack->s[f->item[best_a]], in = pack->s[best_i];
+    sp_pool_mark(pack, f->item[best_a]);
+    sp_pool_unmark(pack, best_i);
+    f->item[best_a] = best_i;
+    f->sum_s += in - out;
+    f->sum_s2 += in * in - out * out;
+    f->value += best;
+    return true;
+}
+
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
 {
     const sp_model *m = pack->model;
     sp_fill *f = &pack->fill;
@@ -188,7 +224,15 @@ void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *ru
             i = sp_pack_pool_next(pack, i + 1);
         } while (i >= 0 && f->sum_s + pack->s[i] < enough);
     }
+    int64_t work = 1 + f->count;
+    for (int turn = 0; turn < TOP_UPS && f->count <= TOP_UP_ITEMS; turn++) {
+        work += f->count;
+        if (!top_up(pack)) {
+            break;
+        }
+    }
     for (int64_t a = 0; a < f->count; a++) {
         sp_pool_mark(pack, f->item[a]);
     }
+    return work;
 }

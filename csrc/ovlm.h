@@ -252,17 +252,6 @@ OVLM_NODISCARD ovlm_status ovlm_sp_blast(const int64_t *lengths, int64_t n, int6
                                          int64_t *part, int64_t *longest, int64_t *n_used,
                                          ovlm_err *err);
 
-/* FlexSP's bucketing (eqs 15-16) and blaster (eqs 23-24): n lengths >= 0, sorted ascending, are cut
- * into min(n_parts, n) consecutive parts so that rounding up to each part's longest adds the fewest
- * tokens, or so that the largest sum of a part is least.  Part of each length in part[n], the
- * longest of each part in longest[n_parts], and how many parts there are. */
-OVLM_NODISCARD ovlm_status ovlm_sp_bucket(const int64_t *lengths, int64_t n, int64_t n_parts,
-                                          int64_t *part, int64_t *longest, int64_t *n_used,
-                                          ovlm_err *err);
-OVLM_NODISCARD ovlm_status ovlm_sp_blast(const int64_t *lengths, int64_t n, int64_t n_parts,
-                                         int64_t *part, int64_t *longest, int64_t *n_used,
-                                         ovlm_err *err);
-
 /* ------------------------------------------------------------------ 7  simulate -------- */
 
 /* A graph of tasks on resources, e.g. one training step: a rank's compute and its link are two

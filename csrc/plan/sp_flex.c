@@ -12,7 +12,7 @@
 
 enum { STARTS = 2, TASTES = 2, WALKS = STARTS * TASTES, SURVIVORS = 2 };
 
-static const double taste_balance[TASTES] = {1, 0.1};
+static const double taste_balance[TASTES] = {0.6, 0.1};
 
 typedef struct runner {
     sp_walk walk;

@@ -6,8 +6,6 @@
 #include <math.h>
 #include <string.h>
 
-#include <stdlib.h>
-static double P(const char*n,double d){char*e=getenv(n);return e?atof(e):d;}
 enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE = 4 };
 
 typedef struct search {
@@ -77,7 +75,7 @@ static int64_t wasteful_group(search *s)
 static int64_t ruin_some(search *s)
 {
     sp_pack *pack = s->pack;
-    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, (int64_t)P("Q",4));
+    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, 4);
     int64_t head = sp_pack_pool_next(pack, 0);
     int64_t gpus = pack->model->degree[pack->need_j[head]];
     s->undo_n = 0;
@@ -114,13 +112,13 @@ static void move(search *s)
     int64_t work = 1 + ruin_some(s), base = pack->n_groups;
     sp_fill_rule rule = {.by_ratio = ovlm_rng_below(s->rng, 4) > 0,
                          .jitter = ovlm_rng_uniform(s->rng),
-                         .noise = P("NOISE",.1) * ovlm_rng_uniform(s->rng),
+                         .noise = 0.1 * ovlm_rng_uniform(s->rng),
                          .rng = s->rng};
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;
     }
     int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into);
-    static double T=-1; if(T<0)T=P("T",0); if (pack->pool_value > before+T*ovlm_rng_uniform(s->rng)) {
+    if (pack->pool_value > before + 0.01 * ovlm_rng_uniform(s->rng)) {
         take_back(s, base, absorbed);
     }
     ovlm_meter_spend(s->meter, work);
@@ -163,9 +161,9 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
 {
     search s = {.pack = pack, .rng = rng, .meter = meter};
     OVLM_TRY(OVLM_ARENA_NEW(arena, &s.undo_item, pack->n, err));
-    double share = 0.25; /* of the distance to the floor, tried next */
+    double share = 0.06; /* of the distance to the floor, tried next */
     target = target > floor_s ? target : floor_s;
-    int64_t patience = 100 + pack->n, rounds = 0;
+    int64_t patience = 100 + pack->n / 5, rounds = 0;
     while (saved->makespan > target * (1 + 1e-9) && rounds < 8 && !ovlm_meter_spend(meter, 1)) {
         double tau = saved->makespan - share * (saved->makespan - target);
         sp_saved_load(saved, pack);
@@ -173,7 +171,7 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
         double best = pack->pool_value;
         int64_t left = patience;
         while (possible && pack->pool_n > 0 && left-- > 0 && !ovlm_meter_spend(meter, 0)) {
-            if (ovlm_rng_below(rng, (int64_t)P("X",2)) > 0) {
+            if (ovlm_rng_below(rng, 4) > 0) {
                 exchange(&s);
             } else {
                 move(&s);
@@ -190,7 +188,7 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
             share *= 0.5;
         }
         if (share < 1e-3) {
-            share = 0.25;
+            share = 0.06;
             patience *= 2;
             rounds++;
         }

@@ -324,26 +324,26 @@ void sp_pack_pop(sp_pack *pack, int64_t g)
     sp_pack_remove(pack, g, -1);
 }
 
-/* Until the group keeps the time limit: the shortest item that is enough goes, else the longest. */
+/* Until the group keeps the time limit, one item after the other goes: the shortest that is enough
+ * or, where that is far more than needed, the longest that is not. */
 static void trim(sp_pack *pack, int64_t g)
 {
     sp_group *group = &pack->group[g];
-    while (sp_pack_time(pack, group) > pack->tau) {
-        int64_t before = -1, chosen = -1, chosen_before = -1;
-        bool chosen_enough = false;
+    double quad = pack->model->quad[group->j], lin = pack->model->lin[group->j], excess;
+    while ((excess = sp_pack_time(pack, group) - pack->tau) > 0) {
+        int64_t before = -1, enough_before = -1, less_before = -1;
+        double enough = HUGE_VAL, less = -1;
         for (int64_t i = group->head; i >= 0; before = i, i = pack->next[i]) {
-            double s = pack->s[i];
-            sp_group rest = {.j = group->j, .sum_s = group->sum_s - s, .sum_s2 = group->sum_s2 - s * s};
-            bool enough = sp_pack_time(pack, &rest) <= pack->tau;
-            bool better = chosen < 0 || (enough && !chosen_enough) ||
-                          (enough == chosen_enough && enough == (s < pack->s[chosen]));
-            if (better) {
-                chosen = i;
-                chosen_before = before;
-                chosen_enough = enough;
+            double time = pack->s[i] * (quad * pack->s[i] + lin);
+            if (time >= excess && time < enough) {
+                enough = time;
+                enough_before = before;
+            } else if (time < excess && time > less) {
+                less = time;
+                less_before = before;
             }
         }
-        sp_pack_remove(pack, g, chosen_before);
+        sp_pack_remove(pack, g, less < 0 || enough <= 2 * excess ? enough_before : less_before);
     }
 }
 
@@ -421,6 +421,17 @@ static double matching_length(const sp_pack *pack, double time_left, double fair
     return wish > 0.05 * lin / quad ? wish : 0.05 * lin / quad;
 }
 
+/* The first item from i on that fits. */
+static int64_t fill_skip(const sp_pack *pack, int64_t i)
+{
+    const sp_fill *f = &pack->fill;
+    sp_group now = {.j = f->j, .sum_s = f->sum_s, .sum_s2 = f->sum_s2};
+    while (i >= 0 && !sp_pack_fits(pack, &now, pack->s[i])) {
+        i = sp_pack_pool_next(pack, i + 1);
+    }
+    return i;
+}
+
 void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
 {
     const sp_model *m = pack->model;
@@ -457,14 +468,16 @@ void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *ru
             break;
         }
         /* `longest` is rounded: the predicate decides. */
-        sp_group now = {.j = j, .sum_s = f->sum_s, .sum_s2 = f->sum_s2};
-        while (i >= 0 && !sp_pack_fits(pack, &now, pack->s[i])) {
-            i = sp_pack_pool_next(pack, i + 1);
-        }
+        i = fill_skip(pack, i);
         if (i < 0) {
             break;
         }
-        fill_take(pack, i);
+        /* Short items go in by the handful: neighbours, up to a part of what is left. */
+        double enough = f->sum_s + 0.4 * longest;
+        do {
+            fill_take(pack, i);
+            i = sp_pack_pool_next(pack, i + 1);
+        } while (i >= 0 && f->sum_s + pack->s[i] < enough);
     }
     for (int64_t a = 0; a < f->count; a++) {
         pool_mark(pack, f->item[a]);

@@ -99,6 +99,9 @@ static inline double sp_pack_time(const sp_pack *pack, const sp_group *g)
     return pack->model->quad[g->j] * g->sum_s2 + pack->model->lin[g->j] * g->sum_s;
 }
 
+/* GPUs that the pool takes by time, and by memory, at the degrees it needs. */
+void sp_pack_pool_load(const sp_pack *pack, double *time, double *memory);
+
 double sp_pack_makespan(const sp_pack *pack);
 
 /* How a group is filled after its head. */
@@ -125,7 +128,8 @@ int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into);
 /* From nothing, at limit tau; true when the pool came out empty. */
 bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t *work);
 
-/* Moves the prices of each degree towards the resource that its groups have less of left. */
-void sp_pack_learn(sp_pack *pack);
+/* Moves the price of time at each degree towards the share of its groups that time fills rather
+ * than memory. */
+void sp_pack_learn(sp_pack *pack, double rate);
 
 #endif

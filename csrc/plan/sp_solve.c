@@ -16,6 +16,7 @@ enum { STRIDE = 16 };
  * knows what the other found; the search has what remains. */
 #define FIRST_BOUND 0.05
 #define POLISH 0.1
+#define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 
@@ -88,8 +89,10 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
         sp_draft_copy(&s->best, &warm);
     }
     if (starts.n_drafts > 0) {
-        OVLM_TRY(sp_policy_improve(&s->model, &starts.draft[starts.best], POLISH, s->problem->seed,
-                                   &s->purse, &s->arena, err));
+        sp_draft *draft = &starts.draft[starts.best];
+        double share = draft->n_micro == 1 ? POLISH_ALONE : POLISH;
+        OVLM_TRY(sp_policy_improve(&s->model, draft, share, s->problem->seed, &s->purse, &s->arena,
+                                   err));
         take_best(s, &starts);
     }
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));

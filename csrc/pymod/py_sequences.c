@@ -37,15 +37,7 @@ static int parse_problem(PyObject *const *args, problem_views *views, ovlm_sp_pr
 
 /* ------------------------------------------------------------------ plans ---------------- */
 
-/* A plan borrowed from Python: micro_start, degree, first_gpu, group_start, item, group_time, time,
- * bound, status, cut_short, work. */
-typedef struct plan_views {
-    ovlm_i64_view micro_start, degree, first_gpu, group_start, item;
-    ovlm_f64_view group_time;
-    ovlm_sp_plan plan;
-} plan_views;
-
-static void release_plan(plan_views *views)
+void ovlm_sp_plan_release(ovlm_sp_plan_view *views)
 {
     Py_CLEAR(views->micro_start.owner);
     Py_CLEAR(views->degree.owner);
@@ -55,7 +47,7 @@ static void release_plan(plan_views *views)
     Py_CLEAR(views->group_time.owner);
 }
 
-static int parse_arrays(PyObject *tuple, plan_views *views)
+static int parse_arrays(PyObject *tuple, ovlm_sp_plan_view *views)
 {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != PLAN_ARGS) {
         PyErr_SetString(PyExc_TypeError, "a plan is a tuple of 11 fields");
@@ -83,7 +75,7 @@ static int parse_arrays(PyObject *tuple, plan_views *views)
     return 0;
 }
 
-static int parse_plan(PyObject *tuple, plan_views *views)
+int ovlm_arg_sp_plan(PyObject *tuple, ovlm_sp_plan_view *views)
 {
     int64_t status = 0;
     ovlm_sp_plan *plan = &views->plan;
@@ -111,7 +103,7 @@ static int parse_plan(PyObject *tuple, plan_views *views)
     return 0;
 }
 
-static PyObject *plan_tuple(const ovlm_sp_plan *plan)
+PyObject *ovlm_new_sp_plan(const ovlm_sp_plan *plan)
 {
     return Py_BuildValue("(NNNNNNddiOL)", ovlm_new_i64(plan->micro_start, plan->n_micro + 1),
                          ovlm_new_i64(plan->degree, plan->n_groups),
@@ -127,7 +119,7 @@ static PyObject *plan_tuple(const ovlm_sp_plan *plan)
 
 /* The search's own arguments: policy, threads, seed, work_limit, time_limit, warm_start. */
 static int parse_search(PyObject *const *args, ovlm_sp_problem *problem, ovlm_budget *budget,
-                        plan_views *warm)
+                        ovlm_sp_plan_view *warm)
 {
     int64_t policy = 0, threads = 0;
     if (ovlm_arg_int(args[0], "policy", &policy) < 0 ||
@@ -143,7 +135,7 @@ static int parse_search(PyObject *const *args, ovlm_sp_problem *problem, ovlm_bu
     problem->policy = (ovlm_sp_policy)policy;
     problem->threads = (int)threads;
     if (args[5] != Py_None) {
-        if (parse_plan(args[5], warm) < 0) {
+        if (ovlm_arg_sp_plan(args[5], warm) < 0) {
             return -1;
         }
         problem->warm_start = &warm->plan;
@@ -161,7 +153,7 @@ static PyObject *sp_solve(PyObject *module, PyObject *const *args, Py_ssize_t na
         return NULL;
     }
     problem_views views = {0};
-    plan_views warm = {0};
+    ovlm_sp_plan_view warm = {0};
     ovlm_sp_problem problem;
     ovlm_budget budget;
     PyObject *answer = NULL;
@@ -173,10 +165,10 @@ static PyObject *sp_solve(PyObject *module, PyObject *const *args, Py_ssize_t na
         Py_BEGIN_ALLOW_THREADS
         status = ovlm_sp_solve(&problem, &budget, &plan, &err);
         Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? plan_tuple(plan) : ovlm_raise(module, &err);
+        answer = status == OVLM_OK ? ovlm_new_sp_plan(plan) : ovlm_raise(module, &err);
         ovlm_sp_plan_free(plan);
     }
-    release_plan(&warm);
+    ovlm_sp_plan_release(&warm);
     release_problem(&views);
     return answer;
 }
@@ -190,11 +182,11 @@ static PyObject *sp_check(PyObject *module, PyObject *const *args, Py_ssize_t na
         return NULL;
     }
     problem_views views = {0};
-    plan_views plan = {0};
+    ovlm_sp_plan_view plan = {0};
     ovlm_sp_problem problem;
     PyObject *answer = NULL;
     if (parse_problem(args, &views, &problem) == 0 &&
-        parse_plan(args[PROBLEM_ARGS], &plan) == 0) {
+        ovlm_arg_sp_plan(args[PROBLEM_ARGS], &plan) == 0) {
         ovlm_err err = {0};
         ovlm_status status;
         Py_BEGIN_ALLOW_THREADS
@@ -202,7 +194,7 @@ static PyObject *sp_check(PyObject *module, PyObject *const *args, Py_ssize_t na
         Py_END_ALLOW_THREADS
         answer = status == OVLM_OK ? Py_NewRef(Py_None) : ovlm_raise(module, &err);
     }
-    release_plan(&plan);
+    ovlm_sp_plan_release(&plan);
     release_problem(&views);
     return answer;
 }

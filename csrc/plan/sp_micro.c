@@ -147,11 +147,27 @@ static bool build(builder *b, double tau, int rounds)
     return build_by(b, tau, !longest_first);
 }
 
-/* Raises the limit by a part of what was missing until construction succeeds. */
+/* More than any plan takes: with this limit, memory alone decides. */
+static double no_limit(const sp_pack *pack)
+{
+    const sp_model *m = pack->model;
+    double sum = 0, sum2 = 0, longest = 0;
+    for (int64_t i = 0; i < pack->n; i++) {
+        sum += pack->s[i];
+        sum2 += pack->s[i] * pack->s[i];
+    }
+    for (int64_t j = 0; j < m->D; j++) {
+        longest = fmax(longest, m->quad[j] * sum2 + m->lin[j] * sum);
+    }
+    return longest * 1.001;
+}
+
+/* Raises the limit by a part of what was missing until construction succeeds; in the end only memory
+ * counts. */
 static void construct(builder *b, double floor_s)
 {
     double tau = floor_s * 1.003;
-    for (int round = 0; round < 200; round++) {
+    for (int round = 0; round < 20; round++) {
         sp_pack_clear(b->pack);
         bool possible = sp_pack_set_tau(b->pack, tau);
         double excess = possible ? b->pack->pool_value / (double)b->pack->model->n_gpus - 1 : 0.01;
@@ -159,17 +175,24 @@ static void construct(builder *b, double floor_s)
             return;
         }
         double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
-        tau *= 1.003 + (round < 20 ? 0.5 * lack : 0.5);
+        tau *= 1.003 + 0.5 * lack;
     }
+    for (int64_t j = 0; j < b->pack->model->D; j++) {
+        b->pack->theta[j] = 0;
+    }
+    build_by(b, no_limit(b->pack), true);
 }
 
 /* Bisects down to the floor: a construction is a noisy test of a limit, so few steps pay. */
 static void refine(builder *b, double floor_s, int steps, int rounds)
 {
     double fails = floor_s;
+    if (!isfinite(b->saved->makespan)) {
+        return;
+    }
     for (int step = 0; step < steps && b->saved->makespan > fails * 1.003; step++) {
         double middle = 0.5 * (fails + b->saved->makespan);
-        if (!isfinite(middle) || !build(b, middle, rounds)) {
+        if (!build(b, middle, rounds)) {
             fails = middle;
         }
         if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {

@@ -17,8 +17,7 @@ static void keep_best(sp_pack *pack)
 static void try_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule, double *best,
                      int64_t *work)
 {
-    sp_pack_fill(pack, j, head, rule);
-    *work += 1 + pack->fill.count;
+    *work += sp_pack_fill(pack, j, head, rule);
     double score = pack->fill.value / (double)pack->model->degree[j];
     if (rule->noise > 0) {
         score *= 1 + rule->noise * ovlm_rng_uniform(rule->rng);

@@ -38,7 +38,10 @@ ovlm_status step_work_init(step_work *work, const step_input *input, int64_t p, 
                          "memory[%s]: %.4g fixed bytes exceed the %.4g of a GPU", work->name,
                          fixed, problem->memory_bytes);
     }
-    double room = per_unit > 0 ? floor((problem->memory_bytes - fixed) / per_unit) : HUGE_VAL;
+    /* what fits exactly must not fail for the rounding of a division */
+    double room = per_unit > 0
+                      ? floor((problem->memory_bytes - fixed) / per_unit * (1 + 1e-12))
+                      : HUGE_VAL;
     if (room < 4e18) {
         work->capacity = (int64_t)room;
     }

@@ -11,15 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import orchvlm
 from orchvlm.cli import main, make_parser
 from orchvlm.reading import FileError, read_lengths
 
 SMALL = ["--nodes", "1", "--gpus-per-node", "8"]
 
 
-def run(*arguments, **more):
+#: Subprocesses find the package that is tested, installed or not.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(
+    [str(Path(orchvlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(*arguments):
     done = subprocess.run([sys.executable, "-m", "orchvlm", *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120, **more)
+                          capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -239,7 +245,7 @@ def test_examples_of_the_help_parse():
 def test_closed_pipe():
     command = f"{sys.executable} -m orchvlm plan --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
@@ -248,7 +254,8 @@ def test_interrupt(tmp_path):
     picture = tmp_path / "x.png"
     process = subprocess.Popen(
         [sys.executable, "-m", "orchvlm", "simulate", "--demo", "--nodes", "64", "--steps", "200",
-         "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT)
     try:
         line = process.stderr.readline()  # progress says that it runs
         assert line.startswith("orchvlm: "), line

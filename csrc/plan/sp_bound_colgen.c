@@ -7,6 +7,7 @@
 enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 512 };
 #define MARGIN 1e-9      /* relative; covers the rounding of all sums of at most 1e6 terms */
 #define TOLERANCE 3e-4   /* bisection on T stops here                                      */
+#define HOPELESS 1e-4    /* the program's optimum this close to N: T will not be disproved  */
 
 /* Nodes: every item while there are few, else the longest half one by one and the others at equal
  * steps of tokens. */
@@ -84,18 +85,23 @@ ovlm_status sp_colgen_init(sp_colgen *g, const sp_model *model, const int64_t *k
     return sp_pricer_init(&g->pricer, model, g->s, n_items, arena, err);
 }
 
-/* Starting point at T: the line envelope's prices.  They also limit the program's prices: an item
- * needs at most about twice its share of a group. */
-static void start_at(sp_colgen *g, double makespan)
+/* Multipliers to try at T: the line envelope's, time alone, memory alone. */
+static void choose_thetas(sp_colgen *g, double makespan)
 {
-    const sp_model *model = g->model;
-    (void)sp_line_gpus(model, &g->line, makespan, &g->line_prices, 2);
-    for (int64_t j = 0; j < model->D; j++) {
+    (void)sp_line_gpus(g->model, &g->line, makespan, &g->line_prices, 2);
+    for (int64_t j = 0; j < g->model->D; j++) {
         g->theta[j][0] = g->line_prices.theta[j];
         g->theta[j][1] = 1;
         g->theta[j][2] = 0;
-        g->favourite[j] = 0;
     }
+}
+
+/* First prices: the line envelope's.  They also limit the program's: an item needs little more than
+ * twice its share of a group. */
+static void start_at(sp_colgen *g, double makespan)
+{
+    const sp_model *model = g->model;
+    choose_thetas(g, makespan);
     for (int64_t r = 0; r < g->lp.rows; r++) {
         double s = g->s[g->node[r]], least = HUGE_VAL;
         for (int64_t j = 0; j < model->D; j++) {
@@ -106,8 +112,8 @@ static void start_at(sp_colgen *g, double makespan)
                 least = fmin(least, d * part);
             }
         }
-        g->pi[r] = g->best_pi[r] = least < HUGE_VAL ? least : (double)model->n_gpus;
-        g->lp.limit[r] = 2.2 * g->pi[r];
+        g->best_pi[r] = least < HUGE_VAL ? least : (double)model->n_gpus;
+        g->lp.limit[r] = 2.2 * g->best_pi[r];
     }
     sp_simplex_reset(&g->lp);
 }
@@ -203,39 +209,38 @@ static bool add_columns(sp_colgen *g)
     return true;
 }
 
-/* True when T is proved impossible. */
+/* True when T is proved impossible.  Starts from best_pi, the prices that proved most so far. */
 static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
 {
     double best = 0, smooth = 0.5, gpus = (double)g->model->n_gpus;
-    double *trial = g->lp.work;
     int64_t rows = g->lp.rows, pivots = 0;
-    start_at(g, makespan);
-    memcpy(trial, g->pi, (size_t)rows * sizeof *trial);
+    choose_thetas(g, makespan);
+    memcpy(g->pi, g->best_pi, (size_t)rows * sizeof *g->pi);
     for (int64_t round = 0; round < ROUNDS; round++, g->rounds++) {
         int64_t before = g->pricer.spent;
-        double ratio = evaluate(g, trial, makespan);
-        if (ratio > 1) {
-            return true;
-        }
+        double ratio = evaluate(g, g->pi, makespan);
         if (ratio > best) {
             best = ratio;
-            memcpy(g->best_pi, trial, (size_t)rows * sizeof *trial);
+            memcpy(g->best_pi, g->pi, (size_t)rows * sizeof *g->pi);
+        }
+        if (ratio > 1) {
+            return true;
         }
         if (!add_columns(g)) {
             return false;
         }
         double optimum = sp_simplex_solve(&g->lp, 40 + rows / 2, &pivots);
-        int64_t cells = g->pricer.spent - before + 2 * pivots * rows * rows;
+        int64_t cells = (g->pricer.spent - before) / 4 + 2 * pivots * rows * rows;
         if (ovlm_meter_spend(meter, 1 + cells / CELLS_PER_STEP)) {
             return false;
         }
         /* The program's optimum is what prices could reach at most over these columns. */
-        if (optimum <= gpus * (1 + 1e-7) || (pivots == 0 && smooth == 0)) {
+        if (optimum <= gpus * (1 + HOPELESS) || (pivots == 0 && smooth <= 0)) {
             return false;
         }
         smooth = pivots == 0 ? 0 : 0.5;
         for (int64_t r = 0; r < rows; r++) {
-            trial[r] = smooth * g->best_pi[r] + (1 - smooth) * g->lp.price[r];
+            g->pi[r] = smooth * g->best_pi[r] + (1 - smooth) * g->lp.price[r];
         }
     }
     return false;
@@ -244,19 +249,18 @@ static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
 void sp_colgen_raise(sp_colgen *g, double hint, ovlm_meter *meter, double *low)
 {
     double high = hint, step = 0.01;
-    int64_t kept = 0, kept_entries = 0;
+    start_at(g, *low);
+    sp_simplex_save(&g->lp);
     while (*low > 0 && high > *low * (1 + TOLERANCE)) {
         double makespan = fmin(*low * (1 + step), (*low + high) / 2);
         if (prove(g, makespan, meter)) {
             *low = makespan;
             step *= 2;
-            kept = g->lp.n_columns;
-            kept_entries = g->lp.n_entries;
+            sp_simplex_save(&g->lp);
         } else {
             high = makespan;
             /* Groups generated for a longer makespan may not be groups of a shorter one. */
-            g->lp.n_columns = kept;
-            g->lp.n_entries = kept_entries;
+            sp_simplex_restore(&g->lp);
         }
         if (ovlm_meter_look(meter)) {
             return;

@@ -6,6 +6,7 @@
 
 /* Below 1/SMALL of a group an item counts as filling. */
 enum { SMALL = 24, MAX_PASSES = 768 };
+#define FLOAT_MARGIN 4e-6 /* (SMALL + 2) roundings of 2^-24, doubled */
 
 ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model, const double *s, int64_t n,
                            ovlm_arena *arena, ovlm_err *err)
@@ -15,9 +16,7 @@ ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model, const doubl
     pricer->cells = n <= 128 ? 2048 : 1024;
     int64_t row = pricer->cells + 1;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->weight, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->old_value, row, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->new_value, row, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->took, passes * row, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->value, (passes + 1) * row, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->pass_item, passes, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->pass_cells, passes, err));
     return OVLM_ARENA_NEW(arena, &pricer->pass_many, passes, err);
@@ -113,30 +112,26 @@ static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, doubl
     return passes;
 }
 
-/* One pass of the knapsack; took[] remembers it for the way back. */
-static void run_pass(sp_pricer *pricer, int64_t pass, double gain)
+/* One pass of the knapsack, row to row, so that the way back can compare them.  Single precision: an
+ * item with a premium weighs at least 1/SMALL, hence no value is a sum of more than SMALL + 1 terms,
+ * and FLOAT_MARGIN covers their rounding. */
+static void run_pass(const sp_pricer *pricer, int64_t pass, float gain)
 {
-    int64_t size = pricer->pass_cells[pass], cells = pricer->cells;
-    double *old = pricer->old_value, *new = pricer->new_value;
-    uint8_t *took = pricer->took + pass * (cells + 1);
+    int64_t size = pricer->pass_cells[pass], row = pricer->cells + 1;
+    const float *restrict from = pricer->value + pass * row;
+    float *restrict to = pricer->value + (pass + 1) * row;
+    memcpy(to, from, (size_t)size * sizeof *to);
     if (pricer->pass_many[pass]) {
-        memset(took, 0, (size_t)(cells + 1));
-        for (int64_t g = size; g <= cells; g++) {
-            double with = old[g - size] + gain;
-            took[g] = with > old[g];
-            old[g] = took[g] ? with : old[g];
+        for (int64_t g = size; g < row; g++) {
+            float with = to[g - size] + gain;
+            to[g] = with > from[g] ? with : from[g];
         }
         return;
     }
-    memcpy(new, old, (size_t)size * sizeof *old);
-    memset(took, 0, (size_t)size);
-    for (int64_t g = size; g <= cells; g++) {
-        double with = old[g - size] + gain, without = old[g];
-        took[g] = with > without;
-        new[g] = with > without ? with : without;
+    for (int64_t g = size; g < row; g++) {
+        float with = from[g - size] + gain;
+        to[g] = with > from[g] ? with : from[g];
     }
-    pricer->old_value = new;
-    pricer->new_value = old;
 }
 
 static void push(sp_pattern *pattern, int64_t item, double amount)
@@ -150,11 +145,11 @@ static void push(sp_pattern *pattern, int64_t item, double amount)
 /* The way back through the passes, then filling with the item of ratio rho. */
 static void trace(const sp_pricer *pricer, int64_t passes, int64_t filler, sp_pattern *pattern)
 {
-    int64_t g = pricer->cells;
+    int64_t row = pricer->cells + 1, g = pricer->cells;
     double room = 1;
     for (int64_t pass = passes - 1; pass >= 0; pass--) {
-        const uint8_t *took = pricer->took + pass * (pricer->cells + 1);
-        while (took[g]) {
+        const float *from = pricer->value + pass * row, *to = from + row;
+        while (to[g] > from[g]) {
             g -= pricer->pass_cells[pass];
             room -= pricer->weight[pricer->pass_item[pass]];
             push(pattern, pricer->pass_item[pass], 1);
@@ -178,7 +173,7 @@ void sp_price_group(sp_pricer *pricer, const double *pi, int64_t j, double makes
     if (first >= pricer->n) {
         return;
     }
-    double rho = filling_ratio(pricer, pi, first, &filler);
+    double rho = filling_ratio(pricer, pi, first, &filler), unit = (double)pricer->model->degree[j];
     int64_t passes = rho < HUGE_VAL ? collect(pricer, pi, first, rho) : -1;
     if (passes < 0) {
         /* No weight at all, or too many different items: all of them together. */
@@ -187,12 +182,13 @@ void sp_price_group(sp_pricer *pricer, const double *pi, int64_t j, double makes
         }
         return;
     }
-    memset(pricer->old_value, 0, (size_t)(pricer->cells + 1) * sizeof *pricer->old_value);
+    memset(pricer->value, 0, (size_t)(pricer->cells + 1) * sizeof *pricer->value);
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t i = pricer->pass_item[pass];
-        run_pass(pricer, pass, pi[i] - rho * pricer->weight[i]);
+        run_pass(pricer, pass, (float)((pi[i] - rho * pricer->weight[i]) / unit));
     }
     pricer->spent += passes * pricer->cells;
-    pattern->value = (rho + pricer->old_value[pricer->cells]) * (1 + 1e-11);
+    double premium = (double)pricer->value[passes * (pricer->cells + 1) + pricer->cells] * unit;
+    pattern->value = (rho + premium * (1 + FLOAT_MARGIN)) * (1 + 1e-11);
     trace(pricer, passes, filler, pattern);
 }

@@ -26,8 +26,7 @@ typedef struct sp_pricer {
     int64_t n, cells, max_passes;
     const double *s;      /* [n] lengths, descending                           */
     double *weight;       /* [n] r_i of the degree at hand                     */
-    double *old_value, *new_value; /* [cells+1]                                */
-    uint8_t *took;        /* [max_passes*(cells+1)]                            */
+    float *value;         /* [(max_passes+1)*(cells+1)] best premium after each pass */
     int64_t *pass_item, *pass_cells; /* [max_passes]                           */
     uint8_t *pass_many;   /* [max_passes] the pass may take its item repeatedly */
     int64_t spent;        /* cells visited, for the meter                      */

@@ -21,6 +21,9 @@ ovlm_status sp_simplex_init(sp_simplex *lp, int64_t rows, int64_t max_columns, o
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->start, max_columns + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->entry_row, lp->max_entries, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->entry_value, lp->max_entries, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->saved_inverse, rows * rows, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->saved_x, rows, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->saved_basis, rows, err));
     return OVLM_ARENA_NEW(arena, &lp->is_basic, max_columns, err);
 }
 
@@ -33,6 +36,32 @@ void sp_simplex_reset(sp_simplex *lp)
         lp->inverse[i * m + i] = 1;
         lp->x[i] = lp->demand[i];
         lp->basis[i] = -1 - i;
+    }
+}
+
+void sp_simplex_save(sp_simplex *lp)
+{
+    size_t m = (size_t)lp->rows;
+    memcpy(lp->saved_inverse, lp->inverse, m * m * sizeof *lp->inverse);
+    memcpy(lp->saved_x, lp->x, m * sizeof *lp->x);
+    memcpy(lp->saved_basis, lp->basis, m * sizeof *lp->basis);
+    lp->saved_columns = lp->n_columns;
+    lp->saved_entries = lp->n_entries;
+}
+
+void sp_simplex_restore(sp_simplex *lp)
+{
+    size_t m = (size_t)lp->rows;
+    memcpy(lp->inverse, lp->saved_inverse, m * m * sizeof *lp->inverse);
+    memcpy(lp->x, lp->saved_x, m * sizeof *lp->x);
+    memcpy(lp->basis, lp->saved_basis, m * sizeof *lp->basis);
+    lp->n_columns = lp->saved_columns;
+    lp->n_entries = lp->saved_entries;
+    memset(lp->is_basic, 0, (size_t)lp->max_columns);
+    for (int64_t i = 0; i < lp->rows; i++) {
+        if (lp->basis[i] >= 0) {
+            lp->is_basic[lp->basis[i]] = 1;
+        }
     }
 }
 

@@ -21,6 +21,10 @@ typedef struct sp_simplex {
     int64_t *entry_row;          /* [max_entries]                                     */
     double *entry_value;         /* [max_entries]                                     */
     uint8_t *is_basic;           /* [max_columns]                                     */
+    double *saved_inverse;       /* [rows*rows]                                       */
+    double *saved_x;             /* [rows]                                            */
+    int64_t *saved_basis;        /* [rows]                                            */
+    int64_t saved_columns, saved_entries;
 } sp_simplex;
 
 OVLM_NODISCARD ovlm_status sp_simplex_init(sp_simplex *lp, int64_t rows, int64_t max_columns,
@@ -28,6 +32,10 @@ OVLM_NODISCARD ovlm_status sp_simplex_init(sp_simplex *lp, int64_t rows, int64_t
 
 /* Back to artificials alone; limit[] and demand[] must be set.  Columns stay. */
 void sp_simplex_reset(sp_simplex *lp);
+
+/* Remembers columns and basis, and goes back to what was remembered. */
+void sp_simplex_save(sp_simplex *lp);
+void sp_simplex_restore(sp_simplex *lp);
 
 /* Begins a column, adds entries (a repeated row adds up), and ends it; false when there is no room. */
 bool sp_simplex_begin(sp_simplex *lp, double cost);

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "plan/sp_bound_line.h"
 #include "plan/sp_micro_search.h"
 
 ovlm_status sp_micro_init(sp_micro *micro, int64_t n_items, ovlm_arena *arena, ovlm_err *err)
@@ -60,33 +61,73 @@ static void read_plan(const sp_micro *micro, const int64_t *k, const sp_pack *pa
     }
 }
 
-/* A few constructions, each at prices that the last one taught; the first that succeeds. */
-static bool build(sp_pack *pack, double tau, sp_saved *saved)
+/* Where to start, with prices: the relaxation's bound or, where it is more, the plain one. */
+static double find_floor(sp_pack *pack, const int64_t *k)
+{
+    sp_line_items items;
+    sp_line_prices prices;
+    sp_line_summarise(pack->model, k, pack->n, &items);
+    double line = sp_line_bound(pack->model, &items, 1e-3, 2, &prices);
+    double plain = sp_pack_floor(pack);
+    if (line > plain && line < HUGE_VAL) {
+        for (int64_t j = 0; j < pack->model->D; j++) {
+            pack->theta[j] = prices.theta[j];
+        }
+        return line;
+    }
+    return plain;
+}
+
+/* What constructions have shown so far. */
+typedef struct builder {
+    sp_pack *pack;
+    sp_saved *saved;
+    double lack[2]; /* share of the GPUs missing with [by_ratio], at its last failure           */
+} builder;
+
+/* One construction, at the prices that the last one taught. */
+static bool build_by(builder *b, double tau, bool by_ratio)
 {
     int64_t work = 0;
-    for (int round = 0; round < 4; round++) {
-        sp_fill_rule rule = {.by_ratio = round != 1};
-        if (sp_pack_build(pack, tau, &rule, &work)) {
-            sp_saved_keep(saved, pack);
-            return true;
-        }
-        sp_pack_learn(pack);
+    sp_fill_rule rule = {.by_ratio = by_ratio};
+    if (sp_pack_build(b->pack, tau, &rule, &work)) {
+        sp_saved_keep(b->saved, b->pack);
+        b->lack[by_ratio] = 0;
+        return true;
     }
+    b->lack[by_ratio] = fmin(0.5, b->pack->pool_value / (double)b->pack->model->n_gpus);
+    sp_pack_learn(b->pack);
     return false;
 }
 
-/* Doubles the distance to the floor until construction succeeds, then bisects: a construction is a
- * noisy test of a limit, so a few steps are all that pays. */
+/* With the rule that came closer the last time, the other one, and the better one at new prices. */
+static bool build(builder *b, double tau)
+{
+    bool by_ratio = b->lack[1] <= b->lack[0];
+    return build_by(b, tau, by_ratio) || build_by(b, tau, !by_ratio) ||
+           build_by(b, tau, b->lack[1] <= b->lack[0]);
+}
+
+/* Raises the limit by a part of what was missing until construction succeeds, then bisects: a
+ * construction is a noisy test of a limit, so a few steps are all that pays. */
 static void construct(sp_pack *pack, double floor_s, sp_saved *saved)
 {
-    double fails = floor_s, step = 0.01 * floor_s;
-    for (int round = 0; round < 40 && !build(pack, floor_s + step, saved); round++) {
-        fails = floor_s + step;
-        step *= 2;
+    builder b = {.pack = pack, .saved = saved};
+    double fails = floor_s, tau = floor_s * 1.003;
+    for (int round = 0; round < 200; round++) {
+        sp_pack_clear(pack);
+        bool possible = sp_pack_set_tau(pack, tau);
+        double excess = possible ? pack->pool_value / (double)pack->model->n_gpus - 1 : 0.01;
+        if (possible && excess <= 0 && build(&b, tau)) {
+            break;
+        }
+        double lack = excess > 0 ? excess : fmin(b.lack[0], b.lack[1]);
+        fails = tau;
+        tau *= 1.003 + (round < 20 ? 0.5 * lack : 0.5);
     }
-    for (int round = 0; round < 4 && saved->makespan > fails * 1.002; round++) {
+    for (int round = 0; round < 3 && saved->makespan > fails * 1.003; round++) {
         double middle = 0.5 * (fails + saved->makespan);
-        if (!isfinite(middle) || !build(pack, middle, saved)) {
+        if (!isfinite(middle) || !build(&b, middle)) {
             fails = middle;
         }
     }
@@ -106,7 +147,7 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    construct(&pack, sp_pack_floor(&pack), &saved);
+    construct(&pack, find_floor(&pack, k), &saved);
     write_plan(&saved, k, micro);
 done:
     ovlm_arena_rewind(arena, mark);
@@ -128,7 +169,7 @@ ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_it
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    double floor_s = sp_pack_floor(&pack);
+    double floor_s = find_floor(&pack, k);
     if (isfinite(micro->makespan)) {
         read_plan(micro, k, &pack, &saved);
     } else {

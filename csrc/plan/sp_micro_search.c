@@ -6,6 +6,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <stdlib.h>
+static double P(const char*n,double d){char*e=getenv(n);return e?atof(e):d;}
 enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE = 4 };
 
 typedef struct search {
@@ -75,7 +77,7 @@ static int64_t wasteful_group(search *s)
 static int64_t ruin_some(search *s)
 {
     sp_pack *pack = s->pack;
-    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, 4);
+    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, (int64_t)P("Q",4));
     int64_t head = sp_pack_pool_next(pack, 0);
     int64_t gpus = pack->model->degree[pack->need_j[head]];
     s->undo_n = 0;
@@ -112,13 +114,13 @@ static void move(search *s)
     int64_t work = 1 + ruin_some(s), base = pack->n_groups;
     sp_fill_rule rule = {.by_ratio = ovlm_rng_below(s->rng, 4) > 0,
                          .jitter = ovlm_rng_uniform(s->rng),
-                         .noise = 0.1 * ovlm_rng_uniform(s->rng),
+                         .noise = P("NOISE",.1) * ovlm_rng_uniform(s->rng),
                          .rng = s->rng};
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;
     }
     int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into);
-    if (pack->pool_value > before) {
+    static double T=-1; if(T<0)T=P("T",0); if (pack->pool_value > before+T*ovlm_rng_uniform(s->rng)) {
         take_back(s, base, absorbed);
     }
     ovlm_meter_spend(s->meter, work);
@@ -171,7 +173,7 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
         double best = pack->pool_value;
         int64_t left = patience;
         while (possible && pack->pool_n > 0 && left-- > 0 && !ovlm_meter_spend(meter, 0)) {
-            if (ovlm_rng_below(rng, 2) > 0) {
+            if (ovlm_rng_below(rng, (int64_t)P("X",2)) > 0) {
                 exchange(&s);
             } else {
                 move(&s);

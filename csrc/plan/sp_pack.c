@@ -16,6 +16,27 @@ static ovlm_status init_scratch(sp_pack *pack, ovlm_arena *arena, ovlm_err *err)
     return OVLM_OK;
 }
 
+/* Bucket of a length >= 1: exponent and three bits of the mantissa. */
+static int64_t bucket_of(double s)
+{
+    uint64_t bits;
+    memcpy(&bits, &s, sizeof bits);
+    return (int64_t)(bits >> 49) - ((int64_t)1023 << 3);
+}
+
+/* bucket[b]: first item in bucket b or a lower one, so that an item of bucket b lies in
+ * bucket[b] .. bucket[b-1]-1. */
+static void fill_buckets(sp_pack *pack)
+{
+    int64_t i = pack->n;
+    for (int64_t b = 0; b < SP_BUCKETS; b++) {
+        while (i > 0 && bucket_of(pack->s[i - 1]) <= b) {
+            i--;
+        }
+        pack->bucket[b] = i;
+    }
+}
+
 ovlm_status sp_pack_init(sp_pack *pack, const sp_model *model, const int64_t *k, int64_t n,
                          ovlm_arena *arena, ovlm_err *err)
 {
@@ -29,10 +50,12 @@ ovlm_status sp_pack_init(sp_pack *pack, const sp_model *model, const int64_t *k,
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pack->group, pack->max_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pack->pool, pack->words + (pack->words + 63) / 64, err));
     pack->pool_top = pack->pool + pack->words;
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &pack->bucket, SP_BUCKETS, err));
     OVLM_TRY(init_scratch(pack, arena, err));
     for (int64_t i = 0; i < n; i++) {
         pack->s[i] = (double)model->s[k[i]];
     }
+    fill_buckets(pack);
     for (int64_t j = 0; j < model->D; j++) {
         pack->theta[j] = 1.0;
     }
@@ -137,7 +160,14 @@ void sp_pack_clear(sp_pack *pack)
 static int64_t first_within(const sp_pack *pack, double x)
 {
     const double *s = pack->s;
-    int64_t low = 0, left = pack->n;
+    if (x >= s[0]) {
+        return 0;
+    }
+    if (x < s[pack->n - 1]) {
+        return pack->n;
+    }
+    int64_t b = bucket_of(x), low = pack->bucket[b];
+    int64_t left = (b > 0 ? pack->bucket[b - 1] : pack->n) - low;
     while (left > 0) {
         int64_t half = left >> 1;
         bool longer = s[low + half] > x;

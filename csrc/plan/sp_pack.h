@@ -27,6 +27,9 @@ typedef struct sp_fill {
     double sum_s, sum_s2, value;
 } sp_fill;
 
+/* Lengths by their leading bits: 8 buckets per octave up to 2^53. */
+enum { SP_BUCKETS = 54 * 8 };
+
 typedef struct sp_pack {
     const sp_model *model;
     int64_t n;
@@ -35,6 +38,8 @@ typedef struct sp_pack {
     int64_t *next;     /* [n] list of the item's group; -1 ends                          */
     double tau;
     double theta[SP_MAX_DEGREES];
+    int64_t *bucket; /* [SP_BUCKETS+1] first item whose length falls in bucket b or below, from
+                        the longest: where to look for a length                            */
     int64_t first[SP_MAX_DEGREES]; /* first (longest) item that fits an empty group       */
 
     sp_group *group; /* [max_groups] */

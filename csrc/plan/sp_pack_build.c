@@ -78,7 +78,7 @@ int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into)
 bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t *work)
 {
     sp_pack_clear(pack);
-    if (!sp_pack_set_tau(pack, tau) || pack->pool_value > (double)pack->model->n_gpus) {
+    if (!sp_pack_set_tau(pack, tau)) {
         return false;
     }
     while (pack->pool_n > 0 && sp_pack_grow(pack, rule, work)) {

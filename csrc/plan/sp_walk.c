@@ -208,6 +208,15 @@ static double threshold(sp_walk *walk)
     return walk->cost * (HOT * left * left * left + COLD) * u * u;
 }
 
+/* Writing a step down takes as long as many changes to it, so a row of improvements is saved once. */
+static void save(sp_walk *walk)
+{
+    if (walk->unsaved) {
+        sp_step_store(&walk->step, &walk->best);
+        walk->unsaved = false;
+    }
+}
+
 ovlm_status sp_walk_run(sp_walk *walk, double target, ovlm_meter *meter, ovlm_err *err)
 {
     sp_step *step = &walk->step;
@@ -220,14 +229,16 @@ ovlm_status sp_walk_run(sp_walk *walk, double target, ovlm_meter *meter, ovlm_er
         double cost = sp_step_cost(step);
         if (cost > walk->cost + threshold(walk) || !placeable(walk)) {
             sp_step_undo(step);
-            continue;
-        }
-        sp_step_commit(step);
-        walk->cost = cost;
-        if (cost < walk->best_cost) {
-            walk->best_cost = cost;
-            sp_step_store(step, &walk->best);
+        } else if (cost > walk->cost && walk->unsaved) {
+            sp_step_undo(step); /* do not leave the best before it is written down */
+            save(walk);
+        } else {
+            sp_step_commit(step);
+            walk->cost = cost;
+            walk->unsaved = walk->unsaved || cost < walk->best_cost;
+            walk->best_cost = cost < walk->best_cost ? cost : walk->best_cost;
         }
     }
+    save(walk);
     return OVLM_OK;
 }

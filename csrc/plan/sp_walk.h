@@ -9,12 +9,12 @@ typedef struct sp_walk {
     sp_draft best;      /* the best step seen; time HUGE_VAL while items are in the pool         */
     double cost;        /* of the step now                                                       */
     double best_cost;
+    bool unsaved;       /* the step now is the best, and not in `best` yet                       */
     ovlm_rng rng;
     int64_t at, length; /* iterations done in this cycle of cooling, and its length              */
     int64_t *out;       /* [n] items of the ruin, in the order in which they go back             */
     int64_t n_out;
     int64_t *place_j, *place; /* [n] scratch for sp_place                                        */
-    int64_t error;      /* an allocation failed on a thread of its own: ovlm_status              */
 } sp_walk;
 
 /* A walk from a draft (time HUGE_VAL: from all items in the pool) over at most n_boxes boxes. */

@@ -75,18 +75,26 @@ bool sp_simplex_begin(sp_simplex *lp, double cost)
     return true;
 }
 
-bool sp_simplex_entry(sp_simplex *lp, int64_t row, double value)
+void sp_simplex_entry(sp_simplex *lp, int64_t row, double value)
 {
     for (int64_t e = lp->start[lp->n_columns - 1]; e < lp->n_entries; e++) {
         if (lp->entry_row[e] == row) {
             lp->entry_value[e] += value;
-            return true;
+            return;
         }
     }
     lp->entry_row[lp->n_entries] = row;
     lp->entry_value[lp->n_entries++] = value;
     lp->start[lp->n_columns] = lp->n_entries;
-    return true;
+}
+
+void sp_simplex_cover(sp_simplex *lp, const sp_nodes *nodes, int64_t item, double amount)
+{
+    int64_t c = nodes->left[item];
+    sp_simplex_entry(lp, c, amount * nodes->share[item]);
+    if (nodes->share[item] < 1) {
+        sp_simplex_entry(lp, c + 1, amount * (1 - nodes->share[item]));
+    }
 }
 
 /* price = c_B * inverse. */

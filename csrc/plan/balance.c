@@ -55,6 +55,9 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     if (!*found) {
         OVLM_TRY(bal_construct(model, plan, found, search->arena, err));
     }
+    if (!*found) {
+        OVLM_TRY(bal_repair(search, plan, found, err));
+    }
     return OVLM_OK;
 }
 
@@ -140,8 +143,7 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
         OVLM_TRY(settle_homes(&search, &plan, j->problem->slack, err));
     }
     if (optimal) {
-        /* proved best among sums of doubles: allow for their rounding */
-        double proved = best * (1 - (double)(model->n_units + 64) * 0x1p-52);
+        double proved = best * model->down;
         bound = proved > bound ? proved : bound;
     }
     j->bound = bound > j->bound ? bound : j->bound;
@@ -154,8 +156,8 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
 }
 
 /* The items of every group of ranks: item[start[g]] ... item[start[g + 1] - 1]. */
-static ovlm_status group_items(const ovlm_balance_problem *p, int64_t n_groups, int64_t *start,
-                               int64_t *item, ovlm_err *err)
+static void group_items(const ovlm_balance_problem *p, int64_t n_groups, int64_t *start,
+                        int64_t *item)
 {
     for (int64_t i = 0; i < p->n; i++) {
         start[p->home[i] / p->group_size + 1]++;
@@ -172,8 +174,6 @@ static ovlm_status group_items(const ovlm_balance_problem *p, int64_t n_groups, 
         start[g] = start[g + 1];
     }
     start[n_groups] = p->n;
-    (void)err;
-    return OVLM_OK;
 }
 
 static int by_label(const void *a, const void *b)
@@ -218,7 +218,7 @@ static ovlm_status solve_groups(job *j, ovlm_err *err)
     OVLM_TRY(OVLM_ARENA_NEW(&j->arena, &item, p->n, err));
     OVLM_TRY(OVLM_ARENA_NEW(&j->arena, &model, n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(&j->arena, &bound, n_groups, err));
-    OVLM_TRY(group_items(p, n_groups, start, item, err));
+    group_items(p, n_groups, start, item);
     for (int64_t g = 0; g < n_groups; g++) {
         bal_part part = {item + start[g], start[g + 1] - start[g], g * p->group_size,
                          p->group_size};

@@ -240,6 +240,7 @@ ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena, 
         }
         OVLM_TRY(load_by_units(&x, bound, arena, err));
     }
+    *bound *= model->down;
     if (model->padded) {
         double padded = 0;
         OVLM_TRY(bal_bound_padded(model, &padded, arena, err));

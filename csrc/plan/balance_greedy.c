@@ -24,7 +24,7 @@ typedef struct forest {
     int64_t *leaf_of;   /* [n_ranks]                                                           */
 } forest;
 
-static const uint64_t CLOSED = UINT64_MAX;
+static const uint64_t CLOSED = UINT64_MAX - 1; /* above every load; + 1 does not wrap */
 
 static uint64_t load_key(double load)
 {
@@ -34,19 +34,20 @@ static uint64_t load_key(double load)
     return bits;
 }
 
-/* Sets a leaf and replays its path; ties go to the left, that is to the lower rank. */
+/* Sets a leaf and replays its path; ties go to the left, that is to the lower rank.  Plain
+ * selections, which compile to conditional moves: which side wins is as good as random, and one
+ * mispredicted branch costs more than the whole step. */
 static inline void tree_update(tree *t, int64_t leaf, uint64_t key)
 {
     uint64_t *keys = t->key;
     uint32_t *ranks = t->rank;
-    int64_t node = t->leaves + leaf;
+    uint64_t node = (uint64_t)(t->leaves + leaf);
     uint32_t rank = ranks[node];
     keys[node] = key;
     while (node > 1) {
-        uint64_t other = keys[node ^ 1];
+        uint64_t other = keys[node ^ 1], is_left = ~node & 1;
         uint32_t other_rank = ranks[node ^ 1];
-        uint64_t is_left = (uint64_t)(~node & 1);
-        bool wins = key < other || (is_left != 0 && key == other);
+        bool wins = key < other + is_left;
         key = wins ? key : other;
         rank = wins ? rank : other_rank;
         node >>= 1;
@@ -105,7 +106,9 @@ static ovlm_status forest_init(const bal_model *model, forest *f, ovlm_arena *ar
         t->leaves = leaves;
         OVLM_TRY(OVLM_ARENA_NEW(arena, &t->key, 2 * leaves, err));
         OVLM_TRY(OVLM_ARENA_NEW(arena, &t->rank, 2 * leaves, err));
-        memset(t->key, 0xff, 2 * (size_t)leaves * sizeof *t->key);
+        for (int64_t node = 0; node < 2 * leaves; node++) {
+            t->key[node] = CLOSED;
+        }
     }
     return OVLM_OK;
 }
@@ -195,6 +198,21 @@ static int64_t put_pinned(const bal_model *model, const int64_t *order, bal_plan
     return left;
 }
 
+/* Like ranks without limits: the key of the winner is its load, so nothing but the tree is read.
+ * Adding `fixed` to every rank in use would not change who is least loaded. */
+static void place_simple(const bal_model *model, const int64_t *order, forest *f, bal_plan *plan)
+{
+    tree *t = &f->class[0];
+    forest_fill(model, f, plan, false);
+    for (int64_t i = 0; i < model->n_units; i++) {
+        uint32_t r = t->rank[1];
+        double load;
+        memcpy(&load, &t->key[1], sizeof load);
+        plan->rank[order[i]] = r;
+        tree_update(t, r, load_key(load + model->a[order[i]]));
+    }
+}
+
 static bool place_all(const bal_model *model, const int64_t *order, forest *f, bal_plan *plan)
 {
     int64_t left = put_pinned(model, order, plan), owed = items_owed(model, plan);
@@ -235,7 +253,14 @@ ovlm_status bal_greedy(const bal_model *model, const int64_t *order, bal_plan *p
     forest f = {0};
     OVLM_TRY(forest_init(model, &f, arena, err));
     bal_plan_clear(model, plan);
-    *done = place_all(model, order, &f, plan) && bal_plan_settle(model, plan);
+    bool simple = model->uniform && !model->padded && model->count == NULL &&
+                  model->capacity == NULL && model->min_items == 0 && model->max_items >= model->n;
+    if (simple) {
+        place_simple(model, order, &f, plan);
+        *done = bal_plan_settle(model, plan);
+    } else {
+        *done = place_all(model, order, &f, plan) && bal_plan_settle(model, plan);
+    }
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }

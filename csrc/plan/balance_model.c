@@ -202,17 +202,32 @@ static double find_grain(const bal_model *model, const ovlm_balance_problem *p,
     return (double)divisor;
 }
 
-static bool whole_numbers(const bal_model *model)
+static bool is_whole(double value)
 {
-    if (model->total >= 0x1p53) {
-        return false;
-    }
+    return value < 0x1p53 && value <= floor(value);
+}
+
+/* Additive costs that are whole numbers, with exact sums. */
+static bool whole_costs(const bal_model *model)
+{
     for (int64_t u = 0; u < model->n_units; u++) {
-        if (model->a[u] != (double)(int64_t)model->a[u]) {
+        if (!is_whole(model->a[u])) {
             return false;
         }
     }
-    return true;
+    return model->total < 0x1p53;
+}
+
+/* Loads that are whole numbers, up to `worst`. */
+static bool whole_loads(const bal_model *model, double worst)
+{
+    bool whole = whole_costs(model) && model->speed == NULL && worst < 0x1p52 &&
+                 is_whole(model->fixed) && is_whole(model->padded_linear) &&
+                 is_whole(model->padded_quadratic);
+    for (int64_t r = 0; whole && r < model->n_ranks; r++) {
+        whole = bal_base(model, r) < 0x1p52 && is_whole(bal_base(model, r));
+    }
+    return whole;
 }
 
 static ovlm_status fill(bal_model *model, const ovlm_balance_problem *p, const bal_part *part,
@@ -237,6 +252,8 @@ static ovlm_status fill(bal_model *model, const ovlm_balance_problem *p, const b
                              (long long)(part->first_rank + r));
         }
     }
+    /* sums of n terms, then a handful of operations: each off by 2^-53 at most */
+    model->down = whole_loads(model, worst) ? 1 : 1 - (double)(part->n_items + 64) * 0x1p-52;
     return OVLM_OK;
 }
 
@@ -317,7 +334,7 @@ ovlm_status bal_model_init(bal_model *model, const ovlm_balance_problem *p, cons
     OVLM_TRY(sort_units(model, p, part, arena, err));
     const ovlm_batch_cost *c = &p->cost;
     bool linear = !by_item && c->quadratic <= 0 && c->per_item <= 0;
-    model->grain = linear || whole_numbers(model) ? find_grain(model, p, part) : 0;
+    model->grain = linear || whole_costs(model) ? find_grain(model, p, part) : 0;
     model->uniform = is_uniform(model);
     return OVLM_OK;
 }

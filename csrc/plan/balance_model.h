@@ -29,6 +29,8 @@ typedef struct bal_model {
     int64_t node_size;
     double total;         /* sum of a                                                         */
     double grain;         /* > 0: every a is a multiple of it, up to rounding; 0: unknown     */
+    double down;          /* factor that makes any computed load a safe lower bound: 1 when all
+                             loads are whole numbers, so exact; else 1 less all rounding      */
     bool padded;          /* a padded coefficient is not zero                                 */
     bool uniform;         /* all ranks are alike and no unit is pinned                        */
 } bal_model;

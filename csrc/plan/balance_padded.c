@@ -244,7 +244,7 @@ ovlm_status bal_bound_padded(const bal_model *model, double *bound, ovlm_arena *
     double rounding = 1 - (double)(n + 64) * 0x1p-52;
     double exact = least_limit(&c);
     if (exact < HUGE_VAL) {
-        *bound = (least_base + exact / best_speed) * rounding;
+        *bound = (least_base + exact / best_speed) * model->down;
     }
     bool pure = most_a <= least_a && model->uniform && model->capacity == NULL;
     if (pure) {

@@ -35,6 +35,10 @@ OVLM_NODISCARD ovlm_status bal_greedy(const bal_model *model, const int64_t *ord
 OVLM_NODISCARD ovlm_status bal_construct(const bal_model *model, bal_plan *plan, bool *done,
                                          ovlm_arena *arena, ovlm_err *err);
 
+/* Random repair of a plan that breaks limits, for when those fail too.  A fixed number of steps. */
+OVLM_NODISCARD ovlm_status bal_repair(bal_search *search, bal_plan *plan, bool *done,
+                                      ovlm_err *err);
+
 /* Certified lower bound on the largest load, rounded down.  HUGE_VAL never. */
 OVLM_NODISCARD ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena,
                                      ovlm_err *err);

@@ -126,6 +126,7 @@ static ovlm_status decide(const step_input *input, const ovlm_meter *clock,
         OVLM_TRY(step_work_init(&work, input, p, err));
         OVLM_TRY(step_share_solve(input, &work, &part, &plan->share[p], &plan->cut_short, arena,
                                   err));
+        OVLM_TRY(step_share_sampled(&work, plan->n_ranks, &plan->share[p], arena, err));
     }
     if (groups) {
         ovlm_sp_problem sequences = step_sequence_problem(input);
@@ -190,8 +191,11 @@ static ovlm_status follow_up(const step_input *input, ovlm_step_plan *plan, ovlm
     plan->time = plan->exposed_s;
     plan->bound = 0;
     for (int64_t p = 0; p <= plan->n_phases; p++) {
-        plan->time += plan->share[p].time;
-        plan->bound += plan->share[p].bound;
+        ovlm_step_share *share = &plan->share[p];
+        share->status = share->time <= share->bound * (1 + 1e-9) ? OVLM_PLAN_OPTIMAL
+                                                                 : OVLM_PLAN_FEASIBLE;
+        plan->time += share->time;
+        plan->bound += share->bound;
     }
     plan->time += plan->sequences ? plan->sequences->time : 0;
     plan->bound += plan->sequences ? plan->sequences->bound : 0;
@@ -278,6 +282,7 @@ ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_p
         step_work work;
         OVLM_GOTO(done, step_work_init(&work, &input, p, err));
         OVLM_GOTO(done, step_share_measure(&work, plan->n_ranks, &plan->share[p], &arena, err));
+        OVLM_GOTO(done, step_share_sampled(&work, plan->n_ranks, &plan->share[p], &arena, err));
     }
     routes_free(plan);
     OVLM_GOTO(done, follow_up(&input, plan, &arena, err));

@@ -52,6 +52,11 @@ OVLM_NODISCARD ovlm_status step_share_measure(const step_work *work, int64_t n_r
                                               ovlm_step_share *share, ovlm_arena *arena,
                                               ovlm_err *err);
 
+/* share->sampled_time and sampled_imbalance: every item at its home, one micro-batch. */
+OVLM_NODISCARD ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks,
+                                              ovlm_step_share *share, ovlm_arena *arena,
+                                              ovlm_err *err);
+
 /* Where tokens live: groups of GPUs in order of their micro-batch, each with its samples in packed
  * order, cut into `degree` cells of `rows` tokens.  A balanced rank is a group of one. */
 typedef struct step_cells {

@@ -148,8 +148,7 @@ ovlm_status step_share_measure(const step_work *work, int64_t n_ranks, ovlm_step
                : OVLM_FAIL(err, OVLM_E_ARG, "costs[%s]: the cost of a rank overflows", work->name);
 }
 
-/* As sampled: every item at its home, one micro-batch. */
-static ovlm_status measure_sampled(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
+ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
                                    ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
@@ -241,7 +240,6 @@ ovlm_status step_share_solve(const step_input *input, const step_work *work,
     if (!isfinite(total_length(work))) {
         return OVLM_FAIL(err, OVLM_E_ARG, "%s lengths overflow", work->name);
     }
-    OVLM_TRY(measure_sampled(work, problem->n_ranks, share, arena, err));
     OVLM_TRY(balance(input, work, 0, budget, share, &result, arena, err));
     *cut_short = *cut_short || result.cut_short;
     share->n_micro = 1;
@@ -259,8 +257,6 @@ ovlm_status step_share_solve(const step_input *input, const step_work *work,
         share->bound = padded || other > share->bound ? other : share->bound;
     }
     share->bound = share->bound < share->time ? share->bound : share->time;
-    share->status = share->time <= share->bound * (1 + 1e-9) ? OVLM_PLAN_OPTIMAL
-                                                             : OVLM_PLAN_FEASIBLE;
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }

@@ -2,6 +2,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -260,8 +261,7 @@ def _gap(time, bound):
     return time / bound - 1 if bound > 0 else math.inf
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """What one route costs.
 
     Attributes
@@ -414,19 +414,27 @@ class StepPlan:
         and compared with what the plan says; then each piece is checked against the definition of
         its place. O(n + items + k).
         """
-        again = StepPlan(*self._problem(), self._rebuild(self._decisions()))
+        named = [(r.before, r.value, r.bound, r.status == "optimal", r.cut_short, r.work)
+                 for r in self.relabelling.values()]
+        again = StepPlan._restore(*self._problem(), self._decisions(), self._sequence_fields,
+                                  [before for before, _ in self.traffic.values()], named,
+                                  self.cut_short)
         for name, route in self.routes.items():
             if route != again.routes[name] or not np.array_equal(
                     self.places.get(name, 0), again.places.get(name, 0)):
                 raise ValueError(f"plan: route {name!r} differs from what its ranks imply")
-        said = [self.time, self.bound, self.exposed, *self.llm_and_phase_times()]
-        found = [again.time, again.bound, again.exposed, *again.llm_and_phase_times()]
-        if not np.allclose(said, found, rtol=1e-9, atol=0):
-            raise ValueError(f"plan: times {said} differ from what its ranks imply, {found}")
+        if not np.allclose(self._seconds(), again._seconds(), rtol=1e-9, atol=0):
+            raise ValueError(f"plan: seconds {self._seconds()} differ from what its ranks imply, "
+                             f"{again._seconds()}")
 
-    def llm_and_phase_times(self):
-        """list of float : seconds of the language phase, then of each encoder."""
-        return [self.llm.time, *(phase.time for phase in self.phases.values())]
+    def _seconds(self):
+        """Every time and bound, and the traffic."""
+        values = [self.time, self.bound, self.exposed, self.llm.time, self.llm.bound]
+        for phase in self.phases.values():
+            values += [phase.time, phase.bound, phase.sampled_time, *phase.loads]
+        for _, after in self.traffic.values():
+            values += [after.stay_bytes, after.cross_bytes, after.worst_bytes, after.seconds]
+        return values
 
     def _problem(self):
         return (self.batch, self.cluster, self.costs, self.memory), self._options
@@ -441,12 +449,17 @@ class StepPlan:
             decisions = [(empty, empty, 1, 0.0)]
         return (*((p.rank, p.micro_batch, p.micro_batches, p.bound) for p in plans), *decisions)
 
-    def _rebuild(self, decisions):
-        problem = _core_problem(*self._problem(), None)
-        shares, sequences, routes, _, *rest = _core.step_rebuild(problem, decisions,
-                                                                 self._sequence_fields)
-        unnamed = [(0.0, 0.0, 0.0, 0, False, 0)] * len(shares)
-        return shares, sequences, routes, unnamed, *rest[:-1], self.cut_short
+    @classmethod
+    def _restore(cls, problem, options, decisions, groups, before, named, cut_short):
+        """The plan that follows from decisions, verified; `before` and `named` are taken as said."""
+        shares, sequences, routes, _, *sums = _core.step_rebuild(
+            _core_problem(problem, options, None), decisions, groups)
+        parts, before = [], iter(before)
+        for index, (fields, place, _, after) in enumerate(routes):
+            is_back = index > 0 and index % 3 == 2
+            said = after if is_back and options["compose"] else next(before)
+            parts.append((fields, place, said, after))
+        return cls(problem, options, (shares, sequences, parts, named, *sums[:3], cut_short))
 
     @property
     def digest(self):

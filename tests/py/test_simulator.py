@@ -180,7 +180,7 @@ PER_RANK = tuple(name for name in policies.POLICIES if not name.startswith("sp_"
 
 
 def placer(batch, machine, costs=COSTS, memory=None):
-    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 1000, None)
+    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 20_000, None)
 
 
 def test_time_is_the_sum_of_maxima_and_transfers(rng):
@@ -202,6 +202,20 @@ def test_time_is_the_sum_of_maxima_and_transfers(rng):
             assert lone * (1 - 1e-12) <= step_s <= upper * (1 + 1e-12)
             if slow == FAST:
                 assert step_s == pytest.approx(lone, rel=1e-12)
+
+
+def test_a_planned_step_takes_as_long_as_its_plan_says():
+    """plan_step's own time and bound, and the simulated step, which may begin a phase on one rank
+    while another is still receiving."""
+    machine = Cluster.preset("h100", nodes=8)
+    model = demo.recomputed(orchvlm.from_model(demo.MODEL_84B, machine), demo.MODEL_84B)
+    batch = demo.batch(64, 8, seed=7)
+    limits = dict(work_limit=20_000, time_limit=None)
+    plan = orchvlm.plan_step(batch, machine, model.costs, memory=model.memory, **limits)
+    sim = orchvlm.simulate(batch, machine, model.costs, memory=model.memory,
+                           policies=("orchvlm",), **limits)
+    step_s = sim["orchvlm"].step_s[0]
+    assert plan.bound * (1 - 1e-9) <= step_s <= plan.time * (1 + 1e-9)
 
 
 def test_shares_add_up_and_no_rank_is_busier_than_the_step(rng):
@@ -374,6 +388,16 @@ def test_outputs_reach_their_shards(rng):
 
 
 # ------------------------------------------------------------ demo lengths
+
+
+def test_demo_models_have_their_sizes():
+    for config, size in ((demo.MODEL_84B, 84e9), (demo.MODEL_9B, 9e9)):
+        counted = orchvlm.from_model(config, Cluster.preset("h100", nodes=8))
+        assert sum(counted.parameters.values()) == pytest.approx(size, rel=.03)
+    assert demo.model_for(Cluster.preset("h100", nodes=8))[0] == "84B"
+    assert demo.model_for(Cluster.preset("h100", nodes=1))[0] == "9B"
+    with pytest.raises(ValueError, match="do not fit"):
+        demo.model_for(Cluster.preset("a100_40g", nodes=1, gpus_per_node=1))
 
 
 def test_demo_follows_its_quantiles():

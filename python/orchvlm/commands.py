@@ -193,7 +193,23 @@ def _plan_demo(arguments):
           f"{cluster.n_gpus} GPUs:\n")
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
+    print(_others_text(lengths, cluster, made, arguments))
     return 0
+
+
+def _others_text(lengths, cluster, made, arguments):
+    """What simpler policies make of the same sequences."""
+    from .sequences import plan_sequences
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus)
+    widest = max(d for d in cost.comm if d <= cluster.n_gpus)
+    parts = []
+    for words, policy, degrees in ((f"groups of {widest} throughout", "static", [widest]),
+                                   ("one degree per micro-batch", "homogeneous", None),
+                                   ("FlexSP's chunks", "chunked", None)):
+        other = plan_sequences(lengths, cluster.n_gpus, cost, policy=policy, degrees=degrees,
+                               gpus_per_node=cluster.gpus_per_node, **_search(arguments))
+        parts.append(f"{words} {other.time:.4f} s ({other.time / made.time:.2f}x)")
+    return "Others take longer: " + ", ".join(parts) + "."
 
 
 def _plot_demo(path, batch, step, costs, cluster, made):

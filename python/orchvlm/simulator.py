@@ -299,7 +299,7 @@ def default_policies(phases, llm_cost):
 
 
 def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None, parameters=None,
-             context=None, backward=2.0, sharded=True, planning_s=0.0, work_limit=20_000,
+             context=None, backward=2.0, sharded=True, planning_s=0.0, work_limit=200_000,
              time_limit=None, seed=0, progress=None):
     """Simulates training steps under several policies on the same batches.
 

@@ -180,7 +180,7 @@ PER_RANK = tuple(name for name in policies.POLICIES if not name.startswith("sp_"
 
 
 def placer(batch, machine, costs=COSTS, memory=None):
-    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 20_000, None)
+    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 200_000, None)
 
 
 def test_time_is_the_sum_of_maxima_and_transfers(rng):

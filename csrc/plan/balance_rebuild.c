@@ -45,6 +45,23 @@ typedef struct level {
 
 static bool complete(rebuild *b, int j);
 
+/* Can a bin that has `count` units still end inside its window, choosing from t, t+1, ...?  With one
+ * item per unit, the number still needed says what the choice costs at least and brings at most. */
+static inline bool in_reach(const rebuild *b, const level *v, int t, double sum, int64_t count)
+{
+    if (sum + v->left[t] < v->lo) {
+        return false;
+    }
+    if (b->search->model->count != NULL) {
+        return true;
+    }
+    int64_t need = v->count_lo - count, may = v->count_hi - count, open = v->n - t;
+    if (need > open || (need > 0 && sum + v->left[v->n - need] > v->hi)) {
+        return false;
+    }
+    return may >= open || sum + v->left[t] - v->left[t + may] >= v->lo;
+}
+
 /* Bin j holds `sum` so far and may still choose among level items i, i+1, ... */
 static bool extend(rebuild *b, int j, const level *v, int i, double sum, int64_t count,
                    int64_t size)
@@ -53,7 +70,7 @@ static bool extend(rebuild *b, int j, const level *v, int i, double sum, int64_t
     if (sum >= v->lo && count >= v->count_lo && complete(b, j + 1)) {
         return true;
     }
-    for (int t = i; t < v->n && b->nodes > 0 && sum + v->left[t] >= v->lo; t++) {
+    for (int t = i; t < v->n && b->nodes > 0 && in_reach(b, v, t, sum, count); t++) {
         b->nodes--;
         int at = v->item[t];
         int64_t u = b->unit[at];

@@ -176,14 +176,14 @@ static ovlm_status check_layout(const step_input *input, ovlm_err *err)
         int64_t end = 0;
         for (int64_t e = input->item_start[i]; e < input->item_start[i + 1]; e++) {
             const ovlm_step_items *items = &problem->phase[input->item_phase[e]];
-            int64_t index = input->item_index[e], position = items->position[index];
+            int64_t index = input->item_index[e], position = input->item_position[e];
             if (position < end) {
                 return OVLM_FAIL(err, OVLM_E_ARG,
                                  "%s.position[%lld] = %lld overlaps another item of sample %lld, "
                                  "which ends at %lld", items->name, (long long)index,
                                  (long long)position, (long long)i, (long long)end);
             }
-            end = position + items->out_tokens[index];
+            end = position + input->item_tokens[e];
             if (end > input->tokens[i]) {
                 return OVLM_FAIL(err, OVLM_E_ARG,
                                  "%s item %lld ends at token %lld of sample %lld, which has %lld "
@@ -231,51 +231,64 @@ static ovlm_status derive_sizes(step_input *input, int64_t *sample, int64_t *pos
     return OVLM_OK;
 }
 
+/* Room for everything that lives as long as the input. */
+static ovlm_status reserve(step_input *input, ovlm_arena *arena, ovlm_err *err)
+{
+    int64_t n = input->problem->n, n_phases = input->problem->n_phases;
+    for (int64_t p = 0; p < n_phases; p++) {
+        input->n_items += input->problem->phase[p].n;
+    }
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->tokens, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->text_bytes, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->llm_bytes, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_start, n + 1, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_phase, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_index, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_position, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_tokens, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->order, n_phases, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->home, n_phases, err));
+    return OVLM_ARENA_NEW(arena, &input->out_bytes, n_phases, err);
+}
+
+/* item_phase, item_index, item_position, item_tokens and order, from the items' common order. */
+static ovlm_status list_items(step_input *input, const int64_t *item, ovlm_arena *arena,
+                              ovlm_err *err)
+{
+    const ovlm_step_problem *problem = input->problem;
+    int64_t *first = NULL, *filled = NULL;
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &first, problem->n_phases + 1, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, problem->n_phases, err));
+    for (int64_t p = 0; p < problem->n_phases; p++) {
+        first[p + 1] = first[p] + problem->phase[p].n;
+    }
+    for (int64_t e = 0; e < input->n_items; e++) {
+        int64_t p = 0;
+        while (item[e] >= first[p + 1]) {
+            p++;
+        }
+        int64_t index = item[e] - first[p];
+        input->item_phase[e] = p;
+        input->item_index[e] = index;
+        input->item_position[e] = problem->phase[p].position[index];
+        input->item_tokens[e] = problem->phase[p].out_tokens[index];
+        input->order[p][filled[p]++] = index;
+    }
+    return OVLM_OK;
+}
+
 ovlm_status step_input_init(step_input *input, const ovlm_step_problem *problem, ovlm_arena *arena,
                             ovlm_err *err)
 {
     *input = (step_input){.problem = problem};
     OVLM_TRY(check_problem(input, err));
-    int64_t *sample = NULL, *position = NULL, *order = NULL, *filled = NULL;
-    for (int64_t p = 0; p < problem->n_phases; p++) {
-        input->n_items += problem->phase[p].n;
-    }
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->tokens, problem->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->text_bytes, problem->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->llm_bytes, problem->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_start, problem->n + 1, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_phase, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_index, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->order, problem->n_phases, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->home, problem->n_phases, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->out_bytes, problem->n_phases, err));
+    OVLM_TRY(reserve(input, arena, err));
+    int64_t *sample = NULL, *position = NULL, *item = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &sample, input->n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &position, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &order, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, problem->n_phases + 1, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &item, input->n_items, err));
     OVLM_TRY(derive_sizes(input, sample, position, arena, err));
-    OVLM_TRY(order_items(input, sample, position, order, arena, err));
-    int64_t *first = filled, phase = 0; /* first item number of the phase, then a cursor */
-    for (int64_t p = 0, at = 0; p < problem->n_phases; p++) {
-        first[p] = at;
-        at += problem->phase[p].n;
-    }
-    int64_t *of_item = sample; /* reused: phase of each item number */
-    for (int64_t at = 0; at < input->n_items; at++) {
-        while (phase + 1 < problem->n_phases && at >= first[phase + 1]) {
-            phase++;
-        }
-        of_item[at] = phase;
-        position[at] = at - first[phase];
-    }
-    for (int64_t p = 0; p < problem->n_phases; p++) {
-        filled[p] = 0;
-    }
-    for (int64_t e = 0; e < input->n_items; e++) {
-        int64_t p = of_item[order[e]], index = position[order[e]];
-        input->item_phase[e] = p;
-        input->item_index[e] = index;
-        input->order[p][filled[p]++] = index;
-    }
+    OVLM_TRY(order_items(input, sample, position, item, arena, err));
+    OVLM_TRY(list_items(input, item, arena, err));
     return check_layout(input, err);
 }

@@ -14,8 +14,8 @@ enum { STRIDE = 16 };
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has what remains. */
 #define FIRST_BOUND 0.05
-#define FIRST_SEARCH 0.5
-#define SECOND_BOUND 0.5
+#define FIRST_SEARCH 0.6
+#define SECOND_BOUND 0.4
 
 typedef struct solving {
     const ovlm_sp_problem *problem;

@@ -108,7 +108,7 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     >>> p.gap, p.status
     (0.0, 'optimal')
     >>> [p.order[a:b].tolist() for a, b in zip(p.splits[:-1], p.splits[1:])]
-    [[2, 3, 4], [0, 1]]
+    [[0, 1], [2, 3, 4]]
     """
     if cost is None:
         cost = BatchCost(linear=1.0)

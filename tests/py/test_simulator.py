@@ -295,6 +295,22 @@ def test_speedup_and_batches():
         sim["veomni"]
 
 
+def test_nothing_to_do_takes_no_time():
+    machine, costs = cluster(nodes=2, per_node=2), {"llm": BatchCost(linear=1.0, fixed=1.0)}
+    sim = orchvlm.simulate(np.zeros(0, np.int64), machine, costs, flops=costs)
+    assert list(sim.results) == ["sampled", "prebalanced", "orchvlm"]
+    for result in sim.results.values():
+        assert result.step_s.tolist() == [0.0] and result.mfu is None
+    assert "as sampled" in repr(sim)
+
+
+def test_fewer_samples_than_ranks():
+    sim = orchvlm.simulate(np.array([3]), cluster(nodes=2, per_node=4),
+                           {"llm": BatchCost(linear=1.0)})
+    assert all(r.step_s.tolist() == [3.0] for r in sim.results.values())
+    assert sim["orchvlm"].idle["llm"] == pytest.approx(7 / 8)
+
+
 def test_deterministic():
     machine = Cluster.preset("h100", nodes=2)
     one, two = (orchvlm.simulate(demo.batch(16, 4, seed=5), machine, COSTS) for _ in range(2))

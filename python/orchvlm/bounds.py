@@ -1,5 +1,6 @@
 """Certified lower bounds on the step time of sequence-parallel plans."""
 from . import _core
+from .cost import SequenceCost
 
 
 def _degrees(cost, degrees, n_gpus):
@@ -75,6 +76,8 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     >>> round(orchvlm.sequence_bound([1500, 400, 400], 2, cost), 3)
     2.15
     """
+    if not isinstance(cost, SequenceCost):
+        raise TypeError(f"cost must be a SequenceCost; got {type(cost).__name__}")
     chosen, comm = _degrees(cost, degrees, n_gpus)
     return _core.sequence_bound(
         lengths, n_gpus, gpus_per_node, cost.quadratic, cost.linear, cost.fixed,

@@ -101,6 +101,9 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
     >>> get_groups_and_subsamples(scheduler, [(7, 30000), (8, 10000)])[1]
     [[[7, 8], [7, 8]]]
     """
+    for name in ("total_hdp_gpus", "max_seq_len_per_rank"):
+        if not hasattr(scheduler, name):
+            raise TypeError(f"scheduler must have {name}; got {type(scheduler).__name__}")
     n_gpus = int(scheduler.total_hdp_gpus)
     limit = scheduler.max_seq_len_per_rank
     pairs = [(sample_id, length) for sample_id, length in sample_id_seqlens]

@@ -85,6 +85,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     for (int policy = OVLM_SP_STATIC; policy <= OVLM_SP_CHUNKED; policy++) {
         OVLM_TRY(start(s, (ovlm_sp_policy)policy, &starts, err));
     }
+    OVLM_TRY(sp_policy_mix(&s->model, &starts, SP_FLEX_STARTS, &s->arena, err));
+    take_best(s, &starts);
     if (warm.time_s < s->best.time_s) {
         sp_draft_copy(&s->best, &warm);
     }

@@ -9,6 +9,7 @@
 typedef struct chunker {
     const sp_model *model;
     ovlm_sp_policy policy;
+    bool mixed;          /* a chunk needed it                                             */
     int64_t *all;        /* [n] 0..n-1                                                    */
     int64_t *begin;      /* [n+1]                                                         */
     sp_micro trial, best;
@@ -52,6 +53,7 @@ static ovlm_status solve_chunk(chunker *c, int64_t begin, int64_t end, int64_t o
     }
     if (c->policy >= OVLM_SP_CHUNKED && !isfinite(c->best.makespan)) {
         c->trial.makespan = HUGE_VAL;
+        c->mixed = true;
         OVLM_TRY(sp_micro_construct(model, c->all + begin, end - begin, &c->trial, c->arena,
                                     c->err));
         keep_better(c);
@@ -128,6 +130,7 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
     }
     int64_t order[SP_TRIES];
     sp_policy_order(chunked, order);
+    chunked->mixed = c.mixed;
     return OVLM_OK;
 }
 

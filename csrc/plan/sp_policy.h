@@ -12,6 +12,7 @@ enum { SP_TRIES = 5 };
 typedef struct sp_chunked {
     sp_draft draft[SP_TRIES];
     int64_t n_drafts, best; /* best: index of the one with the least time                        */
+    bool mixed;             /* some chunk fits no single degree, so it has mixed groups          */
 } sp_chunked;
 
 /* Sorted chunks (eqs 23-24) without search; `policy` says which groups a chunk may have: one degree

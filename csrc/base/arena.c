@@ -109,6 +109,16 @@ ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count, size_
     return OVLM_OK;
 }
 
+ovlm_status ovlm_arena_reserve(ovlm_arena *arena, int64_t bytes, ovlm_err *err)
+{
+    size_t need = 0;
+    OVLM_TRY(bytes_of(bytes, 1, &need, err));
+    if (must_fail()) {
+        return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory: %zu bytes were asked for", need);
+    }
+    return chunk_add(arena, need, err);
+}
+
 ovlm_arena_mark ovlm_arena_save(const ovlm_arena *arena)
 {
     return (ovlm_arena_mark){arena->chunk, arena->chunk ? arena->chunk->used_bytes : 0};

@@ -13,6 +13,7 @@ enum {
     STEP_STRIDE = 2048,         /* search steps of about 10 us                                  */
     EXACT_UNITS = 16,           /* branch and bound is tried up to here ...                     */
     EXACT_WORK = 1 << 22,       /* ... with at most this much work                              */
+    RESERVE_BYTES = 64,         /* per item: what longest-first alone needs                     */
 };
 static const int64_t DEFAULT_WORK = 6000000; /* about 40 ms */
 
@@ -54,6 +55,9 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     }
     if (!*found) {
         OVLM_TRY(bal_construct(model, plan, found, search->arena, err));
+    }
+    if (!*found) {
+        OVLM_TRY(bal_repair(search, plan, found, err));
     }
     return OVLM_OK;
 }
@@ -289,6 +293,7 @@ ovlm_status ovlm_balance_solve(const ovlm_balance_problem *problem, const ovlm_b
     double largest = 0;
     ovlm_meter_start(&j.meter, budget, DEFAULT_WORK, STEP_STRIDE);
     OVLM_GOTO(done, bal_problem_check(problem, err));
+    OVLM_GOTO(done, ovlm_arena_reserve(&j.arena, RESERVE_BYTES * problem->n, err));
     OVLM_GOTO(done, problem->group_size > 0 ? solve_groups(&j, err) : solve_whole(&j, err));
     OVLM_GOTO(done, final_loads(&j, loads, &largest, err));
     /* a bound above the plan could only be rounding */

@@ -60,14 +60,38 @@ static double work_by_pigeons(const relaxed *x)
         }
         best = sum > best ? sum : best;
     }
-    /* The rank of the largest unit also holds min_items - 1 others. */
-    if (model->count == NULL && model->min_items > 1 && n > 0) {
-        int64_t others = model->min_items - 1;
-        double sum = x->e[0];
-        for (int64_t i = n - others; i < n; i++) {
-            sum += x->e[i];
+    return best;
+}
+
+/* Mean work of `ranks` ranks that hold the j largest units and at least min_items units each. */
+static double work_of_top(const relaxed *x, int64_t j, int64_t ranks)
+{
+    int64_t n = x->model->n_units, held = ranks * x->model->min_items;
+    int64_t others = held > j ? held - j : 0;
+    return (x->prefix[j] + x->prefix[n] - x->prefix[n - others]) / (double)ranks;
+}
+
+/* Wherever the j largest units are, on however many ranks, these hold the smallest others at
+ * least; the work is quasi-convex in the number of ranks. */
+static double work_by_counts(const relaxed *x)
+{
+    const bal_model *model = x->model;
+    double best = 0;
+    if (model->count != NULL || model->min_items < 2) {
+        return best;
+    }
+    for (int64_t j = 1; j <= model->n_ranks; j++) {
+        int64_t lo = 1, hi = j;
+        while (lo < hi) {
+            int64_t mid = lo + (hi - lo) / 2;
+            if (work_of_top(x, j, mid) <= work_of_top(x, j, mid + 1)) {
+                hi = mid;
+            } else {
+                lo = mid + 1;
+            }
         }
-        best = sum > best ? sum : best;
+        double least = work_of_top(x, j, lo) * (1 - 4 * x->margin);
+        best = least > best ? least : best;
     }
     return best;
 }
@@ -224,7 +248,8 @@ ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena, 
         *bound = bal_base(model, r) > *bound ? bal_base(model, r) : *bound;
     }
     if (model->n_units > 0) {
-        double work = work_by_pigeons(&x);
+        double work = work_by_pigeons(&x), by_counts = work_by_counts(&x);
+        work = by_counts > work ? by_counts : work;
         bool like = model->base_load == NULL && model->speed == NULL;
         if (like) {
             double mean = work_by_mean(&x);

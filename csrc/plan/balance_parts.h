@@ -26,14 +26,18 @@ static inline bool bal_meets(double load, double limit)
 }
 
 /* Longest-first: units in `order`, each to the rank that ends first.  False through *done when a
- * constraint leaves some unit without a rank.  O(n_units log n_ranks) per distinct speed; O(n_ranks)
- * for a unit whose first choice has no room. */
+ * constraint leaves some unit without a rank.  O(n_units log n_ranks) per distinct speed;
+ * O(n_ranks) for a unit whose first choice has no room. */
 OVLM_NODISCARD ovlm_status bal_greedy(const bal_model *model, const int64_t *order, bal_plan *plan,
                                       bool *done, ovlm_arena *arena, ovlm_err *err);
 
 /* Other constructions, for when constraints defeat longest-first. */
 OVLM_NODISCARD ovlm_status bal_construct(const bal_model *model, bal_plan *plan, bool *done,
                                          ovlm_arena *arena, ovlm_err *err);
+
+/* Random repair of a plan that breaks limits, for when those fail too.  A fixed number of steps. */
+OVLM_NODISCARD ovlm_status bal_repair(bal_search *search, bal_plan *plan, bool *done,
+                                      ovlm_err *err);
 
 /* Certified lower bound on the largest load, rounded down.  HUGE_VAL never. */
 OVLM_NODISCARD ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena,

@@ -101,12 +101,14 @@ static void learn(builder *b, int round)
     memcpy(time > memory ? b->cheap : b->dear, pack->theta, sizeof b->dear);
     b->has_cheap = b->has_cheap || time > memory;
     b->has_dear = b->has_dear || time <= memory;
-    if (b->has_cheap && b->has_dear) {
-        for (int64_t j = 0; j < degrees; j++) {
-            pack->theta[j] = 0.5 * (b->cheap[j] + b->dear[j]);
-        }
-    } else {
-        sp_pack_learn(pack, 0.5 / (1 + 0.5 * round));
+    double rate = 0.5 / (1 + 0.5 * round);
+    if (time <= memory && !b->has_cheap) {
+        sp_pack_learn(pack, rate);
+        return;
+    }
+    for (int64_t j = 0; j < degrees; j++) {
+        pack->theta[j] = b->has_dear && b->has_cheap ? 0.5 * (b->cheap[j] + b->dear[j])
+                                                     : pack->theta[j] + rate * (1 - pack->theta[j]);
     }
 }
 

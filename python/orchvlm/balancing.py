@@ -97,7 +97,8 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     ----------
     .. [1] OrchMLLM, arXiv 2503.23830 (batch post-balancing).
     .. [2] Graham, "Bounds on multiprocessing timing anomalies", 1969 (longest-first).
-    .. [3] Martello, Toth, "Lower bounds and reduction procedures for the bin packing problem", 1990.
+    .. [3] Martello, Toth, "Lower bounds and reduction procedures for the bin packing problem",
+       1990.
 
     Examples
     --------
@@ -108,7 +109,7 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     >>> p.gap, p.status
     (0.0, 'optimal')
     >>> [p.order[a:b].tolist() for a, b in zip(p.splits[:-1], p.splits[1:])]
-    [[2, 3, 4], [0, 1]]
+    [[0, 1], [2, 3, 4]]
     """
     if cost is None:
         cost = BatchCost(linear=1.0)

@@ -50,7 +50,7 @@ def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
     --------
     >>> from orchvlm.compat import get_seqlen_balanced_partitions
     >>> get_seqlen_balanced_partitions([8, 7, 6, 5, 4], 2, equal_size=False)
-    [[2, 3, 4], [0, 1]]
+    [[0, 1], [2, 3, 4]]
     >>> get_seqlen_balanced_partitions([9, 1, 5, 5], 2, equal_size=True)
     [[0, 1], [2, 3]]
     """

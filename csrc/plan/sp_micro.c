@@ -174,8 +174,8 @@ static double no_limit(const sp_pack *pack)
     return longest * 1.001;
 }
 
-/* Raises the limit by a part of what was missing until construction succeeds; in the end only memory
- * counts. */
+/* Raises the limit by a part of what was missing until construction succeeds; in the end only
+ * memory counts. */
 static void construct(builder *b, double floor_s)
 {
     double tau = floor_s * 1.003;

@@ -23,7 +23,7 @@ OVLM_NODISCARD ovlm_status sp_micro_init(sp_micro *micro, int64_t n_items, ovlm_
  * entry `micro` may hold a plan of the same items (micro->makespan finite) to improve; it only gets
  * better.  Stops when the meter says so, when `target` is reached, or when stuck; the construction
  * is completed even when no work is allowed.  A step of work is an item looked at, some 50 ns.
- * Without any plan micro->makespan stays HUGE_VAL.  Scratch comes from the arena and is released. */
+ * Without any plan micro->makespan stays HUGE_VAL.  Scratch comes from the arena and goes back. */
 OVLM_NODISCARD ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_items,
                                           double target, ovlm_meter *meter, ovlm_rng *rng,
                                           sp_micro *micro, ovlm_arena *arena, ovlm_err *err);

@@ -3,7 +3,8 @@
 
 #include "plan/sp_pack.h"
 
-/* How many degrees a head tries; above which factor over the smallest degree's, linear cost is dear. */
+/* How many degrees a head tries; from which factor over the smallest degree's on linear cost is
+ * dear. */
 enum { CANDIDATES = 4 };
 #define DEAR 1.1
 

@@ -6,7 +6,8 @@
  *
  *   1  status      how calls fail                 4  balance     items over ranks, one phase
  *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
- *   3  cost        what work costs
+ *   3  cost        what work costs                6  step plan   phases, routes, relabelling
+ *   7  simulate    tasks on resources over time   8  backend     compute backends, at run time
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
@@ -100,6 +101,41 @@ typedef struct ovlm_sequence_cost {
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost,
                                                     ovlm_err *err);
 
+/* f of the items with those lengths; squares (or NULL: l^2) as in ovlm_balance_problem. */
+double ovlm_batch_cost_load(const ovlm_batch_cost *cost, int64_t n, const int64_t *lengths,
+                            const double *squares);
+
+/* T of the sequences on a group of cost->degree[j], without the memory limit; 0 for none. */
+double ovlm_sequence_cost_time(const ovlm_sequence_cost *cost, int64_t n, const int64_t *lengths,
+                               int64_t j);
+
+/* Batches (or sequence-parallel groups) that were timed.  Row i had the lengths
+ * length[start[i]] .. length[start[i+1]-1], at least one. */
+typedef struct ovlm_measurements {
+    int64_t rows;           /* >= 1                                                            */
+    const int64_t *start;   /* [rows+1] ascending from 0                                       */
+    const int64_t *length;  /* [start[rows]] >= 0                                              */
+    const int64_t *degree;  /* [rows] >= 1; NULL for ovlm_batch_cost_fit                       */
+    const double *seconds;  /* [rows] > 0                                                      */
+    const double *bytes;    /* [rows] > 0, per GPU; or NULL                                    */
+} ovlm_measurements;
+
+/* Non-negative least squares on relative errors: min sum over rows of (f/seconds - 1)^2.
+ * use[6]: which terms may be non-zero, in the order of ovlm_batch_cost.  error[rows] gets
+ * f/seconds - 1. */
+OVLM_NODISCARD ovlm_status ovlm_batch_cost_fit(const ovlm_measurements *rows, const bool *use,
+                                               ovlm_batch_cost *cost, double *error,
+                                               ovlm_err *err);
+
+/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, degree_n
+ * and degree (every measured one) are set; comm[D] is filled, cost->comm points to it and
+ * memory_limit is left alone.  comm of the smallest degree is 0: the rest of its cost per token
+ * is in `linear`.  bytes_error[rows] is needed with bytes only. */
+OVLM_NODISCARD ovlm_status ovlm_sequence_cost_fit(const ovlm_measurements *rows,
+                                                  ovlm_sequence_cost *cost, double *comm,
+                                                  double *error, double *bytes_error,
+                                                  ovlm_err *err);
+
 /* ------------------------------------------------------------------ 4  balance --------- */
 
 typedef enum ovlm_plan_status {
@@ -108,7 +144,9 @@ typedef enum ovlm_plan_status {
 } ovlm_plan_status;
 
 /* n items onto N ranks so that the largest load is least.  Optional arrays may be NULL.
- *   load[r] = base_load[r] + f(items of r)/speed[r]  */
+ *   load[r] = base_load[r] + f(items of r)/speed[r]
+ * With home, among the plans whose largest load is at most (1 + slack) times the best one found:
+ * least bytes that change their node, then least bytes that change their rank. */
 typedef struct ovlm_balance_problem {
     int64_t n, n_ranks;
     const int64_t *lengths;   /* [n] >= 0                                                       */
@@ -204,6 +242,215 @@ OVLM_NODISCARD ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem,
 OVLM_NODISCARD ovlm_status ovlm_sp_bound(const ovlm_sp_problem *problem,
                                          const ovlm_budget *budget, double *bound_s,
                                          ovlm_err *err);
+
+/* FlexSP's bucketing (eqs 15-16) and blaster (eqs 23-24): n lengths >= 0, sorted ascending, are cut
+ * into min(n_parts, n) consecutive parts so that rounding up to each part's longest adds the fewest
+ * tokens, or so that the largest sum of a part is least.  Part of each length in part[n], the
+ * longest of each part in longest[n_parts], and how many parts there are. */
+OVLM_NODISCARD ovlm_status ovlm_sp_bucket(const int64_t *lengths, int64_t n, int64_t n_parts,
+                                          int64_t *part, int64_t *longest, int64_t *n_used,
+                                          ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_sp_blast(const int64_t *lengths, int64_t n, int64_t n_parts,
+                                         int64_t *part, int64_t *longest, int64_t *n_used,
+                                         ovlm_err *err);
+
+/* ------------------------------------------------------------------ 6  step plan ------- */
+
+/* Rows on their way between ranks.  Piece p takes rows first_row[p] .. first_row[p]+n_rows[p]-1 of
+ * item[p] from row send_row[p] of the source's array to row receive_row[p] of the destination's.
+ * Pieces are ordered by (destination, receive_row) and have n_rows > 0.  A valid route moves every
+ * row that any rank holds exactly once, so per rank both kinds of rows are 0, 1, 2, ... */
+typedef struct ovlm_route {
+    int64_t k, n_ranks;
+    int64_t *item, *first_row, *n_rows;     /* [k] owned */
+    int64_t *source, *destination;          /* [k] owned */
+    int64_t *send_row, *receive_row;        /* [k] owned */
+} ovlm_route;
+
+/* Room for k pieces; released (and zeroed) by ovlm_route_free, which takes a zeroed route too. */
+OVLM_NODISCARD ovlm_status ovlm_route_init(ovlm_route *route, int64_t k, int64_t n_ranks,
+                                           ovlm_err *err);
+void ovlm_route_free(ovlm_route *route);
+
+/* Ranges, order, and that every row leaves once and arrives once.  OVLM_E_ARG: first violation. */
+OVLM_NODISCARD ovlm_status ovlm_route_check(const ovlm_route *route, ovlm_err *err);
+
+/* The way back.  O(k + N). */
+OVLM_NODISCARD ovlm_status ovlm_route_invert(const ovlm_route *route, ovlm_route *out,
+                                             ovlm_err *err);
+
+/* One route that does what `first` then `second` do (OrchMLLM 1.5: second after first).  What
+ * `second` sends must be what `first` delivers, rank by rank.  O(k1 + k2 + N). */
+OVLM_NODISCARD ovlm_status ovlm_route_compose(const ovlm_route *first, const ovlm_route *second,
+                                              ovlm_route *out, ovlm_err *err);
+
+/* What a route costs.  seconds is the all-to-all's: over ranks, the largest of what the rank sends
+ * or receives inside its node at intra bandwidth and between nodes at inter bandwidth, the two
+ * networks working at the same time. */
+typedef struct ovlm_traffic {
+    double stay_bytes, node_bytes, cross_bytes; /* same rank, same node, between nodes         */
+    double worst_bytes; /* max over ranks of max(sent, received) between nodes                */
+    double seconds;
+} ovlm_traffic;
+
+typedef enum ovlm_relabel_mode {
+    OVLM_RELABEL_NONE = 0,
+    OVLM_RELABEL_SUM = 1,   /* least bytes between nodes in all                                 */
+    OVLM_RELABEL_MINMAX = 2 /* least max over ranks of max(sent, received) between nodes        */
+} ovlm_relabel_mode;
+
+/* n flows between mini-batches that look for a rank and ranks that are given.  Mini-batch j is at
+ * rank j now, and any two may change places: N names for N ranks (OrchMLLM 1.4).  Direction does
+ * not matter, as both objectives treat sending and receiving alike. */
+typedef struct ovlm_relabel_problem {
+    int64_t n, n_ranks, node_size;
+    const int64_t *label;  /* [n] mini-batch, 0..N-1                                            */
+    const int64_t *rank;   /* [n] the given end, 0..N-1                                         */
+    const int64_t *bytes;  /* [n] >= 0                                                          */
+    int64_t n_ties;        /* more flows, which only decide between equals (fewest bytes)       */
+    const int64_t *tie_label, *tie_rank, *tie_bytes;
+    ovlm_relabel_mode mode;
+} ovlm_relabel_problem;
+
+typedef struct ovlm_relabel_result {
+    double before, value, bound; /* the mode's objective in bytes: of rank j = j, found, certified */
+    ovlm_plan_status status;
+    bool cut_short;
+    int64_t work;
+} ovlm_relabel_result;
+
+/* Fills rank_of[N], a permutation.  Never worse than leaving all where they are.  The sum is exact
+ * unless the budget ends it; minmax is a search below which `bound` is certified. */
+OVLM_NODISCARD ovlm_status ovlm_relabel_solve(const ovlm_relabel_problem *problem,
+                                              const ovlm_budget *budget, int64_t *rank_of,
+                                              ovlm_relabel_result *result, ovlm_err *err);
+
+/* The items of one encoder: an image, a clip's frame group, a sound. */
+typedef struct ovlm_step_items {
+    const char *name;           /* for messages */
+    int64_t n;
+    const int64_t *sample;      /* [n] its sample                                               */
+    const int64_t *position;    /* [n] its first token in that sample                           */
+    const int64_t *length;      /* [n] >= 0: rows of raw data (patches, frames)                 */
+    const int64_t *out_tokens;  /* [n] >= 0: rows of encoder output = tokens in the sample      */
+    const int64_t *bytes;       /* [n] >= 0: raw data                                           */
+    const double *squares;      /* [n] or NULL: l^2                                             */
+    double out_bytes_per_token; /* of encoder output                                            */
+    ovlm_batch_cost cost;       /* seconds, forward and backward                                */
+    double memory_per_token, memory_fixed; /* bytes per rank; both 0: not limited               */
+} ovlm_step_items;
+
+typedef struct ovlm_step_problem {
+    int64_t n, n_ranks, gpus_per_node;
+    double memory_bytes, intra_bandwidth, inter_bandwidth; /* per GPU; bytes, bytes per second */
+    const int64_t *text_tokens;  /* [n] >= 0                                                   */
+    const int64_t *source_rank;  /* [n] where the sampler put the sample                       */
+    double text_bytes_per_token;
+    int64_t n_phases;
+    const ovlm_step_items *phase; /* [n_phases] encoders                                       */
+    bool sequence_parallel;       /* the language phase: groups, or balanced ranks             */
+    ovlm_batch_cost llm_cost;     /* balanced                                                  */
+    double llm_memory_per_token, llm_memory_fixed;
+    ovlm_sequence_cost sequence_cost; /* groups                                                */
+    int64_t pad_to;
+    const ovlm_sp_plan *warm_start; /* groups of an earlier step, or NULL                      */
+    ovlm_relabel_mode relabel;
+    double slack;                 /* loads may grow by this for fewer bytes; < 0: homes ignored */
+    bool compose;                 /* encoder outputs in one all-to-all, not by way of the source */
+    uint64_t seed;
+} ovlm_step_problem;
+
+/* One balanced phase. */
+typedef struct ovlm_step_share {
+    int64_t n, n_micro;
+    int64_t *rank, *micro;    /* [n] owned: item -> rank, micro-batch                          */
+    double *loads;            /* [N] owned: seconds, summed over micro-batches                 */
+    double time, bound;       /* time = sum over micro-batches of the largest load in it       */
+    double sampled_time, sampled_imbalance; /* every item at its source, one micro-batch       */
+    ovlm_plan_status status;
+} ovlm_step_share;
+
+typedef struct ovlm_step_route {
+    ovlm_route route;
+    int64_t *place;             /* [k] owned: first row on the destination's packed token axis, all
+                                   micro-batches one after the other, padding included; or NULL */
+    ovlm_traffic before, after; /* before and after relabelling                                */
+} ovlm_step_route;
+
+typedef struct ovlm_step_plan {
+    int64_t n, n_ranks, n_phases;
+    ovlm_step_share *share;   /* [n_phases + 1] owned; the last is the language phase, empty
+                                 when it runs in groups                                         */
+    ovlm_sp_plan *sequences;  /* owned, NULL unless it runs in groups                           */
+    ovlm_step_route text;     /* text tokens, source -> where they are used                     */
+    ovlm_step_route *raw;     /* [n_phases] owned: rows of length, source -> encoder            */
+    ovlm_step_route *back;    /* [n_phases] owned: outputs to the source; empty when composed   */
+    ovlm_step_route *to_llm;  /* [n_phases] owned: outputs to their token's rank                */
+    ovlm_relabel_result *relabel; /* [n_phases + 1] owned, as share                             */
+    double exposed_s;         /* transfers that nothing hides, forward and backward             */
+    double time, bound;       /* time = phases + exposed_s; bound = of the phases               */
+    bool cut_short;
+} ovlm_step_plan;
+
+/* Plans a step.  On OVLM_OK the caller owns *plan.  OVLM_E_ARG names the argument, or the item that
+ * fits no micro-batch. */
+OVLM_NODISCARD ovlm_status ovlm_step_solve(const ovlm_step_problem *problem,
+                                           const ovlm_budget *budget, ovlm_step_plan **plan,
+                                           ovlm_err *err);
+void ovlm_step_plan_free(ovlm_step_plan *plan); /* NULL is fine */
+
+/* An empty plan with room for a problem's decisions, for ovlm_step_plan_rebuild. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_init(const ovlm_step_problem *problem,
+                                               ovlm_step_plan **plan, ovlm_err *err);
+
+/* Builds routes, places, traffic and times again from the decisions of a plan: the shares' rank and
+ * micro (n_micro of them), sequences, and the bounds.  Of a plan that came from elsewhere. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem,
+                                                  ovlm_step_plan *plan, ovlm_err *err);
+
+/* Re-verifies a plan from scratch: shares, memory, routes, places, times, bound <= time. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_check(const ovlm_step_problem *problem,
+                                                const ovlm_step_plan *plan, ovlm_err *err);
+
+/* ------------------------------------------------------------------ 7  simulate -------- */
+
+/* A graph of tasks on resources, e.g. one training step: a rank's compute and its link are two
+ * resources, a barrier is a task without duration that follows a task of every rank.
+ *   - A task may start when all tasks before it have ended; it then queues at all of its resources
+ *     at once and starts when it is first in every queue.  It holds them until it ends.
+ *   - Tasks join the queues in the order of the times at which they became ready; equal times in
+ *     the order of their numbers, after everything that ends at that time.
+ * So the result is unique, and no task waits for ever unless the dependencies form a cycle. */
+typedef struct ovlm_simulate_problem {
+    int64_t n_tasks, n_resources;
+    const double *duration_s;    /* [n_tasks] >= 0                                              */
+    const int64_t *before_start; /* [n_tasks+1]: task t follows before[before_start[t]] ..      */
+    const int64_t *before;
+    const int64_t *use_start;    /* [n_tasks+1]: task t holds use[use_start[t]] .., each once   */
+    const int64_t *use;
+} ovlm_simulate_problem;
+
+/* Fills start_s, end_s and cause [n_tasks], busy_s [n_resources] (the caller's memory) and *time_s,
+ * the end of the last task.  cause[t] is the task whose end let t start, -1 at time 0: followed
+ * back from the last task it is a critical path.  Every result is checked against the rules above
+ * before it is returned.  OVLM_E_ARG names a bad array or a task on a cycle.
+ * O((n_tasks + edges + uses) log n_tasks).  `budget` serves its poll and limits; when a limit ends
+ * the run, OVLM_E_UNDECIDED. */
+OVLM_NODISCARD ovlm_status ovlm_simulate_run(const ovlm_simulate_problem *problem,
+                                             const ovlm_budget *budget, double *start_s,
+                                             double *end_s, int64_t *cause, double *busy_s,
+                                             double *time_s, ovlm_err *err);
+
+/* ------------------------------------------------------------------ 8  backend --------- */
+
+/* A compute backend is a table of functions; csrc/backend/backend.h says which. */
+typedef struct ovlm_ops ovlm_ops;
+
+/* Finds the table in the shared object at `path`, which stays loaded for the life of the process.
+ * OVLM_E_BACKEND: no such file, not a backend, or built for another version of this library.
+ * Touches no device. */
+OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
+                                             ovlm_err *err);
 
 #ifdef __cplusplus
 }

@@ -76,8 +76,8 @@ static ovlm_status chunk_add(ovlm_arena *arena, size_t need, ovlm_err *err)
     if (chunk == NULL) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory: %zu bytes were asked for", body);
     }
-    uintptr_t start = (uintptr_t)(chunk + 1);
-    chunk->base = (unsigned char *)((start + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES);
+    unsigned char *start = (unsigned char *)(chunk + 1);
+    chunk->base = start + (ALIGN_BYTES - (uintptr_t)start % ALIGN_BYTES) % ALIGN_BYTES;
     chunk->size_bytes = body;
     chunk->used_bytes = 0;
     chunk->next = arena->chunk;
@@ -107,6 +107,16 @@ ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count, size_
     memset(piece, 0, bytes);
     *out = piece;
     return OVLM_OK;
+}
+
+ovlm_status ovlm_arena_reserve(ovlm_arena *arena, int64_t bytes, ovlm_err *err)
+{
+    size_t need = 0;
+    OVLM_TRY(bytes_of(bytes, 1, &need, err));
+    if (must_fail()) {
+        return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory: %zu bytes were asked for", need);
+    }
+    return chunk_add(arena, need, err);
 }
 
 ovlm_arena_mark ovlm_arena_save(const ovlm_arena *arena)

@@ -21,10 +21,14 @@ typedef struct ovlm_arena_mark {
     size_t used_bytes;
 } ovlm_arena_mark;
 
-/* count*size zeroed bytes, or OVLM_E_NOMEM (also when the product overflows).  A count of zero gives
- * a valid pointer to nothing; a negative one is OVLM_E_NOMEM. */
+/* count*size zeroed bytes, or OVLM_E_NOMEM (also when the product overflows).  A count of zero
+ * gives a valid pointer to nothing; a negative one is OVLM_E_NOMEM. */
 OVLM_NODISCARD ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count,
                                             size_t size, ovlm_err *err);
+
+/* Makes room for `bytes` at once, so that what follows comes from one block, which malloc can hand
+ * out again to the next call without new pages.  Nothing is zeroed or touched. */
+OVLM_NODISCARD ovlm_status ovlm_arena_reserve(ovlm_arena *arena, int64_t bytes, ovlm_err *err);
 
 /* Everything allocated after the mark is released by rewind. */
 ovlm_arena_mark ovlm_arena_save(const ovlm_arena *arena);

@@ -20,8 +20,8 @@ typedef struct ovlm_meter {
     bool interrupted;           /* poll said stop                                      */
 } ovlm_meter;
 
-/* Starts the clock.  budget NULL = no limits.  default_work applies when work_limit < 0; stride is the
- * number of steps that take about 10 us. */
+/* Starts the clock.  budget NULL = no limits.  default_work applies when work_limit < 0; stride is
+ * the number of steps that take about 10 us. */
 void ovlm_meter_start(ovlm_meter *meter, const ovlm_budget *budget, int64_t default_work,
                       int64_t stride);
 

@@ -34,6 +34,39 @@ double ovlm_batch_cost_eval(const ovlm_batch_cost *cost, int64_t n, double sum, 
            count * max * (cost->padded_linear + cost->padded_quadratic * max);
 }
 
+double ovlm_batch_cost_load(const ovlm_batch_cost *cost, int64_t n, const int64_t *lengths,
+                            const double *squares)
+{
+    double sum = 0, sum_q = 0, max = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double length = (double)lengths[i];
+        sum += length;
+        sum_q += squares == NULL ? length * length : squares[i];
+        max = length > max ? length : max;
+    }
+    return ovlm_batch_cost_eval(cost, n, sum, sum_q, max);
+}
+
+double ovlm_sequence_cost_time(const ovlm_sequence_cost *cost, int64_t n, const int64_t *lengths,
+                               int64_t j)
+{
+    if (n == 0) {
+        return 0.0;
+    }
+    double d = (double)cost->degree[j], sum = 0, sum_2 = 0, share = 1 / d;
+    if (cost->heads > 0) {
+        int64_t per_gpu = (cost->heads + cost->degree[j] - 1) / cost->degree[j];
+        share = (double)per_gpu / (double)cost->heads;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double length = (double)lengths[i];
+        sum += length;
+        sum_2 += length * length;
+    }
+    /* FlexSP 2.2, T_comp + T_comm */
+    return cost->fixed + cost->quadratic * sum_2 * share + (cost->linear + cost->comm[j]) * sum / d;
+}
+
 static ovlm_status check_degrees(const ovlm_sequence_cost *cost, ovlm_err *err)
 {
     if (cost->degree_n < 1) {

@@ -4,80 +4,27 @@
 #include <math.h>
 #include <string.h>
 
-enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 512 };
+enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 2048 };
 #define MARGIN 1e-9      /* relative; covers the rounding of all sums of at most 1e6 terms */
 #define TOLERANCE 3e-4   /* bisection on T stops here                                      */
 #define HOPELESS 1e-4    /* the program's optimum this close to N: T will not be disproved  */
 
-/* Nodes: every item while there are few, else the longest half one by one and the others at equal
- * steps of tokens. */
-static int64_t choose_nodes(sp_colgen *g, int64_t rows)
-{
-    if (g->n <= rows) {
-        for (int64_t i = 0; i < g->n; i++) {
-            g->node[i] = i;
-        }
-        return g->n;
-    }
-    int64_t m = 0;
-    double tokens = 0, seen = 0;
-    for (; m < rows / 2; m++) {
-        g->node[m] = m;
-    }
-    for (int64_t i = m; i < g->n; i++) {
-        tokens += g->s[i];
-    }
-    double step = tokens / (double)(rows - m - 1);
-    for (int64_t i = m; i < g->n && m < rows - 1; i++) {
-        if (seen >= step * (double)(m - rows / 2)) {
-            g->node[m++] = i;
-        }
-        seen += g->s[i];
-    }
-    if (g->node[m - 1] < g->n - 1) {
-        g->node[m++] = g->n - 1;
-    }
-    return m;
-}
-
-static void interpolate(sp_colgen *g, int64_t m)
-{
-    for (int64_t i = 0, c = 0; i < g->n; i++) {
-        while (c + 1 < m && g->node[c + 1] <= i) {
-            c++;
-        }
-        double here = g->s[g->node[c]], next = c + 1 < m ? g->s[g->node[c + 1]] : here;
-        g->left[i] = c;
-        g->share[i] = here > next ? (g->s[i] - next) / (here - next) : 1;
-    }
-}
-
 ovlm_status sp_colgen_init(sp_colgen *g, const sp_model *model, const int64_t *k, int64_t n_items,
                            ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t rows = n_items < ROWS ? n_items : ROWS;
     *g = (sp_colgen){.model = model, .n = n_items};
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->s, n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->node, rows, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->left, n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->share, n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->item_pi, n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->pi, rows, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->best_pi, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->pattern, model->D + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->content, model->n_gpus + 1, err));
     for (int64_t i = 0; i < n_items; i++) {
         g->s[i] = (double)model->s[k[i]];
     }
-    rows = choose_nodes(g, rows);
-    interpolate(g, rows);
-    OVLM_TRY(sp_simplex_init(&g->lp, rows, COLUMNS, arena, err));
-    for (int64_t i = 0; i < n_items; i++) {
-        g->lp.demand[g->left[i]] += g->share[i];
-        if (g->share[i] < 1) {
-            g->lp.demand[g->left[i] + 1] += 1 - g->share[i];
-        }
-    }
+    OVLM_TRY(sp_nodes_init(&g->nodes, model, k, n_items, ROWS, arena, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->pi, g->nodes.rows, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &g->best_pi, g->nodes.rows, err));
+    OVLM_TRY(sp_simplex_init(&g->lp, g->nodes.rows, COLUMNS, arena, err));
+    memcpy(g->lp.demand, g->nodes.demand, (size_t)g->nodes.rows * sizeof *g->lp.demand);
     sp_line_summarise(model, k, n_items, &g->line);
     for (int64_t j = 0; j < model->D; j++) {
         g->line_prices.theta[j] = 1;
@@ -103,7 +50,7 @@ static void start_at(sp_colgen *g, double makespan)
     const sp_model *model = g->model;
     choose_thetas(g, makespan);
     for (int64_t r = 0; r < g->lp.rows; r++) {
-        double s = g->s[g->node[r]], least = HUGE_VAL;
+        double s = g->s[g->nodes.node[r]], least = HUGE_VAL;
         for (int64_t j = 0; j < model->D; j++) {
             double time = s * (model->quad[j] * s + model->lin[j]), d = (double)model->degree[j];
             double theta = g->line_prices.theta[j];
@@ -142,22 +89,23 @@ static double mix_content(sp_colgen *g, const double *value)
     return g->content[N];
 }
 
+static double price_group(sp_colgen *g, int64_t j, double makespan, double theta,
+                          sp_pattern *pattern)
+{
+    sp_price price;
+    sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, 0, &price);
+    sp_price_trace(&g->pricer, &price, 1, 1, pattern);
+    return sp_price_value(&price, sp_price_row(&g->pricer), g->pricer.cells, 1);
+}
+
 /* Evaluates prices at T: sum of prices over the greatest content; above one, T is impossible. */
 static double evaluate(sp_colgen *g, const double *pi, double makespan)
 {
     const sp_model *model = g->model;
     int64_t D = model->D, tried[SP_MAX_DEGREES] = {0};
-    double total = 0, value[SP_MAX_DEGREES];
-    for (int64_t i = 0; i < g->n; i++) {
-        int64_t c = g->left[i];
-        double price = pi[c] * g->share[i] + (g->share[i] < 1 ? pi[c + 1] * (1 - g->share[i]) : 0);
-        g->item_pi[i] = fmax(price, 0);
-        total += g->item_pi[i];
-    }
+    double value[SP_MAX_DEGREES], total = sp_nodes_spread(&g->nodes, pi, g->item_pi);
     for (int64_t j = 0; j < D; j++) {
-        sp_price_group(&g->pricer, g->item_pi, j, makespan, g->theta[j][g->favourite[j]],
-                       &g->pattern[j]);
-        value[j] = g->pattern[j].value;
+        value[j] = price_group(g, j, makespan, g->theta[j][g->favourite[j]], &g->pattern[j]);
         tried[j] = 1;
     }
     /* Only the degree that binds is worth a second look: other multipliers may certify less. */
@@ -176,10 +124,9 @@ static double evaluate(sp_colgen *g, const double *pi, double makespan)
             option = (option + 1) % SP_THETAS;
         }
         tried[worst]++;
-        sp_price_group(&g->pricer, g->item_pi, worst, makespan, g->theta[worst][option],
-                       &g->pattern[D]);
-        if (g->pattern[D].value < value[worst]) {
-            value[worst] = g->pattern[D].value;
+        double other = price_group(g, worst, makespan, g->theta[worst][option], &g->pattern[D]);
+        if (other < value[worst]) {
+            value[worst] = other;
             g->pattern[worst] = g->pattern[D];
         }
     }
@@ -199,11 +146,7 @@ static bool add_columns(sp_colgen *g)
             return false;
         }
         for (int64_t e = 0; e < pattern->n; e++) {
-            int64_t i = pattern->item[e], c = g->left[i];
-            sp_simplex_entry(&g->lp, c, pattern->amount[e] * g->share[i]);
-            if (g->share[i] < 1) {
-                sp_simplex_entry(&g->lp, c + 1, pattern->amount[e] * (1 - g->share[i]));
-            }
+            sp_simplex_cover(&g->lp, &g->nodes, pattern->item[e], pattern->amount[e]);
         }
     }
     return true;
@@ -230,7 +173,7 @@ static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
             return false;
         }
         double optimum = sp_simplex_solve(&g->lp, 40 + rows / 2, &pivots);
-        int64_t cells = (g->pricer.spent - before) / 4 + 2 * pivots * rows * rows;
+        int64_t cells = g->pricer.spent - before + 2 * pivots * rows * rows;
         if (ovlm_meter_spend(meter, 1 + cells / CELLS_PER_STEP)) {
             return false;
         }

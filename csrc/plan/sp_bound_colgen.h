@@ -19,9 +19,7 @@ typedef struct sp_colgen {
     double *s;               /* [n] lengths, descending                                      */
     double *pi, *best_pi;    /* [rows] at the nodes; between them prices are linear in s     */
     double *item_pi;         /* [n]                                                          */
-    int64_t *node;           /* [rows] item of that node                                     */
-    int64_t *left;           /* [n] node at or before the item                               */
-    double *share;           /* [n] weight of that node; the rest belongs to the next        */
+    sp_nodes nodes;
     double theta[SP_MAX_DEGREES][SP_THETAS];
     int64_t favourite[SP_MAX_DEGREES];
     double *content;         /* [n_gpus+1] where mixes need it                               */

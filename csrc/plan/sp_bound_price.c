@@ -6,7 +6,6 @@
 
 /* Below 1/SMALL of a group an item counts as filling. */
 enum { SMALL = 24, MAX_PASSES = 768 };
-#define FLOAT_MARGIN 4e-6 /* (SMALL + 2) roundings of 2^-24, doubled */
 
 ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model, const double *s, int64_t n,
                            ovlm_arena *arena, ovlm_err *err)
@@ -44,12 +43,13 @@ static int64_t weigh(sp_pricer *pricer, int64_t j, double makespan, double theta
     return first;
 }
 
-/* rho: the best price per weight of small items, at least the worst of all; *filler attains it. */
-static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t first,
+/* rho: the best price per weight of small items, at least the worst of all, lifted towards the best
+ * of all; *filler comes next to it from above. */
+static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t first, double lift,
                             int64_t *filler)
 {
-    double small = 0, least = HUGE_VAL;
-    int64_t small_i = -1, least_i = -1;
+    double small = 0, least = HUGE_VAL, most = 0;
+    int64_t small_i = -1, least_i = -1, most_i = -1;
     for (int64_t i = first; i < pricer->n; i++) {
         double weight = pricer->weight[i];
         double ratio = weight > 0 ? pi[i] / weight : (pi[i] > 0 ? HUGE_VAL : 0);
@@ -61,13 +61,16 @@ static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t f
             least = ratio;
             least_i = i;
         }
+        if (ratio > most) {
+            most = ratio;
+            most_i = i;
+        }
     }
-    if (small >= least) {
-        *filler = small_i;
-        return small;
-    }
-    *filler = least_i;
-    return least;
+    double base = fmax(small, least);
+    *filler = lift >= 1 ? most_i : (small >= least ? small_i : least_i);
+    return base < HUGE_VAL && lift > 0 && most < HUGE_VAL
+               ? base + fmin(lift, 1) * (most - base) * (lift >= 1 ? 1 + 1e-15 : 1)
+               : base;
 }
 
 /* Collects the passes: items with a premium, equal sizes together.  Where as many items share a size
@@ -114,7 +117,7 @@ static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, doubl
 
 /* One pass of the knapsack, row to row, so that the way back can compare them.  Single precision: an
  * item with a premium weighs at least 1/SMALL, hence no value is a sum of more than SMALL + 1 terms,
- * and FLOAT_MARGIN covers their rounding. */
+ * and SP_PRICE_MARGIN covers their rounding (each at most 2^-24 relative). */
 static void run_pass(const sp_pricer *pricer, int64_t pass, float gain)
 {
     int64_t size = pricer->pass_cells[pass], row = pricer->cells + 1;
@@ -143,11 +146,12 @@ static void push(sp_pattern *pattern, int64_t item, double amount)
 }
 
 /* The way back through the passes, then filling with the item of ratio rho. */
-static void trace(const sp_pricer *pricer, int64_t passes, int64_t filler, sp_pattern *pattern)
+void sp_price_trace(const sp_pricer *pricer, const sp_price *price, double x, double room,
+                    sp_pattern *pattern)
 {
-    int64_t row = pricer->cells + 1, g = pricer->cells;
-    double room = 1;
-    for (int64_t pass = passes - 1; pass >= 0; pass--) {
+    int64_t row = pricer->cells + 1, g = (int64_t)((double)pricer->cells * x);
+    pattern->n = 0;
+    for (int64_t pass = pricer->passes - 1; pass >= 0; pass--) {
         const float *from = pricer->value + pass * row, *to = from + row;
         while (to[g] > from[g]) {
             g -= pricer->pass_cells[pass];
@@ -158,37 +162,47 @@ static void trace(const sp_pricer *pricer, int64_t passes, int64_t filler, sp_pa
             }
         }
     }
-    if (filler >= 0 && pricer->weight[filler] > 0 && room > 0) {
-        push(pattern, filler, room / pricer->weight[filler]);
+    if (price->filler >= 0 && pricer->weight[price->filler] > 0 && room > 0) {
+        push(pattern, price->filler, room / pricer->weight[price->filler]);
     }
 }
 
-void sp_price_group(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
-                    sp_pattern *pattern)
+/* No weight at all, or too many different items: everything that is allowed, together. */
+static void price_all(sp_pricer *pricer, const double *pi, int64_t first, sp_price *price)
 {
-    int64_t first = weigh(pricer, j, makespan, theta), filler = -1;
-    pattern->n = 0;
-    pattern->value = 0;
+    double total = 0;
+    for (int64_t i = first; i < pricer->n; i++) {
+        total += pi[i];
+    }
+    for (int64_t g = 0; g <= pricer->cells; g++) {
+        pricer->value[g] = (float)(total / price->unit);
+    }
+    price->rho = 0;
+    pricer->passes = 0;
+}
+
+void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
+                    double lift, sp_price *price)
+{
+    int64_t first = weigh(pricer, j, makespan, theta);
+    *price = (sp_price){.theta = theta, .lift = lift, .unit = (double)pricer->model->degree[j], .filler = -1};
+    memset(pricer->value, 0, (size_t)(pricer->cells + 1) * sizeof *pricer->value);
     pricer->spent += pricer->n;
+    pricer->passes = 0;
     if (first >= pricer->n) {
         return;
     }
-    double rho = filling_ratio(pricer, pi, first, &filler), unit = (double)pricer->model->degree[j];
-    int64_t passes = rho < HUGE_VAL ? collect(pricer, pi, first, rho) : -1;
+    price->rho = filling_ratio(pricer, pi, first, lift, &price->filler);
+    int64_t passes = price->rho < HUGE_VAL ? collect(pricer, pi, first, price->rho) : -1;
     if (passes < 0) {
-        /* No weight at all, or too many different items: all of them together. */
-        for (int64_t i = first; i < pricer->n; i++) {
-            pattern->value += pi[i];
-        }
+        price->filler = -1;
+        price_all(pricer, pi, first, price);
         return;
     }
-    memset(pricer->value, 0, (size_t)(pricer->cells + 1) * sizeof *pricer->value);
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t i = pricer->pass_item[pass];
-        run_pass(pricer, pass, (float)((pi[i] - rho * pricer->weight[i]) / unit));
+        run_pass(pricer, pass, (float)((pi[i] - price->rho * pricer->weight[i]) / price->unit));
     }
     pricer->spent += passes * pricer->cells;
-    double premium = (double)pricer->value[passes * (pricer->cells + 1) + pricer->cells] * unit;
-    pattern->value = (rho + premium * (1 + FLOAT_MARGIN)) * (1 + 1e-11);
-    trace(pricer, passes, filler, pattern);
+    pricer->passes = passes;
 }

@@ -15,15 +15,22 @@ enum { SP_PATTERN_ITEMS = 256, SP_THETAS = 3 };
 
 /* A content: items and amounts (the last one fractional: filling). */
 typedef struct sp_pattern {
-    double value; /* the certified v                                           */
     int64_t n;
     int64_t item[SP_PATTERN_ITEMS]; /* position i in the micro-batch           */
     double amount[SP_PATTERN_ITEMS];
 } sp_pattern;
 
+#define SP_PRICE_MARGIN 4e-6 /* rounding of the table in single precision: see run_pass */
+
+/* One table: content(x) = rho*x + premium in floor(cells*x) cells. */
+typedef struct sp_price {
+    double rho, theta, lift, unit;
+    int64_t filler; /* the item of ratio rho, or -1                            */
+} sp_price;
+
 typedef struct sp_pricer {
     const sp_model *model;
-    int64_t n, cells, max_passes;
+    int64_t n, cells, max_passes, passes;
     const double *s;      /* [n] lengths, descending                           */
     double *weight;       /* [n] r_i of the degree at hand                     */
     float *value;         /* [(max_passes+1)*(cells+1)] best premium after each pass */
@@ -37,9 +44,30 @@ OVLM_NODISCARD ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *mod
                                           const double *s, int64_t n, ovlm_arena *arena,
                                           ovlm_err *err);
 
-/* Certified content of one group of degree j with that theta; *pattern is what attains it in the
- * relaxation (it may not be a real group). */
-void sp_price_group(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
+/* Fills the table of a group of degree j with that theta.  Certified content of what fits into a
+ * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share.
+ * `lift` in [0,1] moves rho from the least that serves to the best ratio of all, where no premium is
+ * left: then the grid plays no part, nor does the fact that items are whole. */
+void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
+                    double lift, sp_price *price);
+
+static inline double sp_price_value(const sp_price *price, const float *row, int64_t cells,
+                                    double x)
+{
+    int64_t cell = (int64_t)((double)cells * x * (1 + 1e-12) + 1e-9);
+    double premium = (double)row[cell < cells ? cell : cells] * price->unit;
+    return (price->rho * x + premium * (1 + SP_PRICE_MARGIN)) * (1 + 1e-11);
+}
+
+/* The table's last row: the best premium in at most that many cells. */
+static inline const float *sp_price_row(const sp_pricer *pricer)
+{
+    return pricer->value + pricer->passes * (pricer->cells + 1);
+}
+
+/* What attains the value of a share x, in the relaxation (it may not be a real group): items of the
+ * table, then filling up to `room`. */
+void sp_price_trace(const sp_pricer *pricer, const sp_price *price, double x, double room,
                     sp_pattern *pattern);
 
 #endif

@@ -7,7 +7,7 @@
 #ifndef OVLM_PLAN_SP_BOUND_SIMPLEX_H
 #define OVLM_PLAN_SP_BOUND_SIMPLEX_H
 
-#include "base/arena.h"
+#include "plan/sp_bound_nodes.h"
 
 typedef struct sp_simplex {
     int64_t rows, n_columns, max_columns, n_entries, max_entries;
@@ -16,6 +16,7 @@ typedef struct sp_simplex {
     double *x, *price, *work;    /* [rows] basic values, duals, entering direction    */
     int64_t *basis;              /* [rows] column, or -1-i: the artificial of row i   */
     double *limit;               /* [rows] cost of the artificial: the price's limit  */
+    double *floor;               /* [rows] the price's floor, 0 unless set            */
     double *cost;                /* [max_columns]                                     */
     int64_t *start;              /* [max_columns+1]                                   */
     int64_t *entry_row;          /* [max_entries]                                     */
@@ -39,7 +40,9 @@ void sp_simplex_restore(sp_simplex *lp);
 
 /* Begins a column, adds entries (a repeated row adds up), and ends it; false when there is no room. */
 bool sp_simplex_begin(sp_simplex *lp, double cost);
-bool sp_simplex_entry(sp_simplex *lp, int64_t row, double value);
+void sp_simplex_entry(sp_simplex *lp, int64_t row, double value);
+/* `amount` of an item, on the nodes beside it. */
+void sp_simplex_cover(sp_simplex *lp, const sp_nodes *nodes, int64_t item, double amount);
 
 /* Optimises over the columns there are; afterwards price[] are the duals.  Returns the optimum.
  * `max_pivots` bounds the work; *pivots counts them. */

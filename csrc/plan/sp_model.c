@@ -54,8 +54,8 @@ static bool memory_fits(const ovlm_sequence_cost *cost, int64_t tokens, int64_t 
            cost->memory_limit;
 }
 
-/* Largest number of tokens, at most TOKENS_MAX, that a group of that degree holds; -1 when not
- * even an empty one fits.  Bisection on the very predicate: no rounding to argue about. */
+/* Largest number of tokens, at most TOKENS_MAX, that a group of that degree holds; -1 when not even
+ * an empty one fits.  Bisection on the very predicate that defines it: no rounding to argue about. */
 static int64_t memory_tokens(const ovlm_sequence_cost *cost, int64_t degree)
 {
     if (!memory_fits(cost, 0, degree)) {
@@ -113,10 +113,10 @@ static ovlm_status init_degrees(sp_model *model, const ovlm_sp_problem *p, ovlm_
                              SP_MAX_DEGREES);
         }
         int64_t j = model->D++, d = cost->degree[i];
-        double heads = (double)cost->heads;
         double share = 1 / (double)d;
         if (cost->heads > 0) {
-            share = (double)((cost->heads - 1) / d + 1) / heads;
+            int64_t per_gpu = (cost->heads - 1) / d + 1;
+            share = (double)per_gpu / (double)cost->heads;
         }
         model->degree[j] = d;
         model->quad[j] = cost->quadratic * share;

@@ -64,7 +64,8 @@ static int check_unsigned(PyArrayObject *array, const char *name)
     if (PyArray_TYPE(array) != NPY_UINT64 && PyArray_TYPE(array) != NPY_ULONGLONG) {
         return 0;
     }
-    PyArrayObject *flat = (PyArrayObject *)PyArray_ContiguousFromAny((PyObject *)array, NPY_UINT64, 0, 0);
+    PyArrayObject *flat =
+        (PyArrayObject *)PyArray_ContiguousFromAny((PyObject *)array, NPY_UINT64, 0, 0);
     if (flat == NULL) {
         return -1;
     }

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Error": "_core", "BackendError": "_core", "CommError": "_core",
-    "BatchCost": "cost", "SequenceCost": "cost", "Cluster": "cost", "fit": "cost",
-    "from_model": "cost",
+    "BatchCost": "cost", "SequenceCost": "cost", "Cluster": "cost", "fit": "fitting",
+    "from_model": "model_cost",
     "balance": "balancing", "Partition": "balancing",
     "plan_sequences": "sequences", "SequencePlan": "sequences",
     "bucket_lengths": "sequences", "blast_lengths": "sequences",

@@ -1,0 +1,203 @@
+/* sp_flex.c - walks in rounds: each round the better half goes on, until two are left.
+ *
+ * Walks are independent within a round, so threads share them out; each has its own part of the work,
+ * so the plan does not depend on how many threads there are. */
+#include "plan/sp_flex.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "plan/sp_walk.h"
+
+enum { STARTS = 2, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
+
+static const double taste_balance[TASTES] = {0.6, 0.1};
+
+typedef struct runner {
+    sp_walk walk;
+    ovlm_arena arena;
+    ovlm_meter meter;
+    ovlm_err err;
+    ovlm_status status;
+} runner;
+
+struct sp_flex {
+    const sp_model *model;
+    int threads;
+    runner runner[WALKS];
+    int64_t n_runners;      /* started                                                    */
+    int64_t alive[WALKS];   /* runners still walking, the best first                      */
+    int64_t n_alive;
+    double target;
+    atomic_int next;        /* of alive[]: the one that the next thread takes             */
+    atomic_bool stop;       /* the caller's poll said so                                  */
+};
+
+/* ------------------------------------------------------------------ set up --------------- */
+
+/* Walks from one draft, one for each taste. */
+static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, const sp_draft *start,
+                             ovlm_err *err)
+{
+    /* One box to spare, so that a walk may open another micro-batch. */
+    int64_t asked = problem->micro_batches, boxes = asked > 0 ? asked : start->n_micro + 1;
+    boxes = boxes < flex->model->n ? boxes : flex->model->n;
+    for (int i = 0; i < TASTES; i++) {
+        runner *r = &flex->runner[flex->n_runners];
+        uint64_t seed = problem->seed + (uint64_t)flex->n_runners;
+        flex->alive[flex->n_alive++] = flex->n_runners++;
+        OVLM_TRY(sp_walk_init(&r->walk, flex->model, boxes, start, taste_balance[i], seed,
+                              &r->arena, err));
+    }
+    return OVLM_OK;
+}
+
+ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_problem *problem,
+                         const sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
+{
+    ovlm_status status = OVLM_OK;
+    sp_flex *flex = NULL;
+    sp_draft nothing = {.time_s = HUGE_VAL};
+    bool used[SP_TRIES] = {false};
+    OVLM_TRY(OVLM_HEAP_NEW(&flex, 1, err));
+    flex->model = model;
+    flex->threads = problem->threads;
+    if (starts->n_drafts == 0) { /* sorted chunks do not fit: from nothing */
+        OVLM_GOTO(fail, add_walks(flex, problem, &nothing, err));
+    }
+    for (int round = 0; round < STARTS && round < starts->n_drafts; round++) {
+        int64_t next = -1;
+        for (int64_t i = 0; i < starts->n_drafts; i++) {
+            if (!used[i] && (next < 0 || starts->draft[i].time_s < starts->draft[next].time_s)) {
+                next = i;
+            }
+        }
+        used[next] = true;
+        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[next], err));
+    }
+    if (isfinite(warm->time_s)) {
+        OVLM_GOTO(fail, add_walks(flex, problem, warm, err));
+    }
+    *out = flex;
+    return OVLM_OK;
+fail:
+    sp_flex_close(flex);
+    return status;
+}
+
+void sp_flex_close(sp_flex *flex)
+{
+    if (flex == NULL) {
+        return;
+    }
+    for (int64_t i = 0; i < flex->n_runners; i++) {
+        sp_walk_release(&flex->runner[i].walk);
+        ovlm_arena_free(&flex->runner[i].arena);
+    }
+    free(flex);
+}
+
+/* ------------------------------------------------------------------ a round -------------- */
+
+static int poll_stop(void *ctx)
+{
+    return atomic_load((atomic_bool *)ctx);
+}
+
+static void run_walks(sp_flex *flex)
+{
+    for (int i = atomic_fetch_add(&flex->next, 1); i < flex->n_alive;
+         i = atomic_fetch_add(&flex->next, 1)) {
+        runner *r = &flex->runner[flex->alive[i]];
+        r->status = sp_walk_run(&r->walk, flex->target, &r->meter, &r->err);
+        if (r->meter.interrupted) {
+            atomic_store(&flex->stop, true);
+        }
+    }
+}
+
+static void *thread_main(void *ctx)
+{
+    run_walks(ctx);
+    return NULL;
+}
+
+/* Each walk gets 1/n_alive of the work, and as much of the time as the threads allow.  The walk that
+ * the calling thread takes first polls for the caller; the others look at a flag. */
+static void meter_walks(sp_flex *flex, double share, const sp_purse *purse, int threads)
+{
+    double lanes = ceil((double)flex->n_alive / (double)threads);
+    double now = ovlm_clock_s(), left_s = ovlm_meter_left_s(&purse->meter);
+    for (int64_t i = 0; i < flex->n_alive; i++) {
+        ovlm_meter *meter = &flex->runner[flex->alive[i]].meter;
+        *meter = sp_purse_part(purse, share / (double)flex->n_alive);
+        /* Walks of later lanes start when those before them are done. */
+        double lane = floor((double)i / (double)threads) + 1;
+        meter->deadline_s = left_s < HUGE_VAL ? now + share * left_s * lane / lanes : HUGE_VAL;
+        if (threads > 1) {
+            meter->poll = poll_stop;
+            meter->poll_ctx = &flex->stop;
+        }
+    }
+}
+
+static void run_round(sp_flex *flex, double share, sp_purse *purse)
+{
+    int threads = flex->threads < flex->n_alive ? flex->threads : (int)flex->n_alive;
+    pthread_t id[WALKS];
+    int started = 0;
+    meter_walks(flex, share, purse, threads);
+    atomic_store(&flex->next, 0);
+    while (started < threads - 1 && pthread_create(&id[started], NULL, thread_main, flex) == 0) {
+        started++; /* with fewer threads than asked for, the others take over their walks */
+    }
+    run_walks(flex);
+    for (int i = 0; i < started; i++) {
+        (void)pthread_join(id[i], NULL);
+    }
+}
+
+/* Sorts the walks by their best, earlier ones first among equals, and drops the worse half. */
+static void halve(sp_flex *flex)
+{
+    for (int64_t i = 1; i < flex->n_alive; i++) {
+        int64_t moving = flex->alive[i], at = i;
+        double cost = flex->runner[moving].walk.best_cost;
+        for (; at > 0 && flex->runner[flex->alive[at - 1]].walk.best_cost > cost; at--) {
+            flex->alive[at] = flex->alive[at - 1];
+        }
+        flex->alive[at] = moving;
+    }
+    int64_t half = (flex->n_alive + 1) / 2, least = SURVIVORS;
+    flex->n_alive = half > least ? half : least < flex->n_alive ? least : flex->n_alive;
+}
+
+ovlm_status sp_flex_run(sp_flex *flex, double target, double share, sp_purse *purse,
+                        sp_draft *best, ovlm_err *err)
+{
+    flex->target = target;
+    bool over = false;
+    for (double done = 0; done < 1 && !over;) {
+        /* Early rounds are short: the number of micro-batches shows soon which is the best. */
+        double step = flex->n_alive > SURVIVORS ? 0.3 : 1 - done;
+        run_round(flex, step * share / (1 - done * share), purse);
+        done += step;
+        for (int64_t i = 0; i < flex->n_alive; i++) {
+            runner *r = &flex->runner[flex->alive[i]];
+            if (r->status != OVLM_OK) {
+                if (err != NULL) {
+                    *err = r->err;
+                }
+                return r->status;
+            }
+            over = sp_purse_absorb(purse, &r->meter) || r->walk.best_cost <= target || over;
+            if (r->walk.best.time_s < best->time_s) {
+                sp_draft_copy(best, &r->walk.best);
+            }
+        }
+        halve(flex);
+    }
+    return OVLM_OK;
+}

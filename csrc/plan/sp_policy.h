@@ -1,0 +1,33 @@
+/* sp_policy.h - whole steps from sorted chunks: the baselines, and the starts of the search. */
+#ifndef OVLM_PLAN_SP_POLICY_H
+#define OVLM_PLAN_SP_POLICY_H
+
+#include "plan/sp_draft.h"
+#include "plan/sp_purse.h"
+
+/* FlexSP tries the first feasible number of micro-batches and four more. */
+enum { SP_TRIES = 5 };
+
+/* A draft per number of micro-batches for which sorted chunks were feasible. */
+typedef struct sp_chunked {
+    sp_draft draft[SP_TRIES];
+    int64_t n_drafts, best; /* best: index of the one with the least time                        */
+} sp_chunked;
+
+/* Sorted chunks (eqs 23-24) without search; `policy` says which groups a chunk may have: one degree
+ * for the whole step, one per chunk, or (chunked and flex) any mix.  n_micro as in the problem. */
+OVLM_NODISCARD ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy,
+                                           int64_t n_micro, sp_chunked *chunked,
+                                           ovlm_arena *arena, ovlm_err *err);
+
+/* Improves every micro-batch of the draft by itself with `share` of the purse. */
+OVLM_NODISCARD ovlm_status sp_policy_improve(const sp_model *model, sp_draft *draft, double share,
+                                             uint64_t seed, sp_purse *purse, ovlm_arena *arena,
+                                             ovlm_err *err);
+
+/* Policy "chunked": starts, then the group solver in each chunk of each draft, the best one first. */
+OVLM_NODISCARD ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked,
+                                             uint64_t seed, sp_purse *purse, ovlm_arena *arena,
+                                             ovlm_err *err);
+
+#endif

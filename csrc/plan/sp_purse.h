@@ -1,0 +1,36 @@
+/* sp_purse.h - one budget shared by several searches, each with a meter of its own. */
+#ifndef OVLM_PLAN_SP_PURSE_H
+#define OVLM_PLAN_SP_PURSE_H
+
+#include <math.h>
+
+#include "base/clock.h"
+
+typedef struct sp_purse {
+    ovlm_meter meter; /* the whole                                                       */
+    bool cut_short;   /* the clock ended some part: the plan depends on the machine      */
+} sp_purse;
+
+/* A meter with `share` of the work and of the time that is left. */
+static inline ovlm_meter sp_purse_part(const sp_purse *purse, double share)
+{
+    ovlm_meter part = purse->meter;
+    double left_s = ovlm_meter_left_s(&purse->meter);
+    part.work = part.next_look = 0;
+    part.work_limit = (int64_t)((double)(purse->meter.work_limit - purse->meter.work) * share);
+    part.deadline_s = left_s < HUGE_VAL ? ovlm_clock_s() + share * left_s : HUGE_VAL;
+    return part;
+}
+
+/* Accounts for a part; true when nothing is left, or the caller was asked to stop. */
+static inline bool sp_purse_absorb(sp_purse *purse, const ovlm_meter *part)
+{
+    purse->meter.work += part->work;
+    purse->meter.last_poll_s = part->last_poll_s;
+    purse->meter.interrupted = purse->meter.interrupted || part->interrupted;
+    bool over = ovlm_meter_look(&purse->meter);
+    purse->cut_short = purse->cut_short || part->cut_short || purse->meter.cut_short;
+    return over;
+}
+
+#endif

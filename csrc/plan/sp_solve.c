@@ -1,0 +1,192 @@
+/* sp_solve.c - plan_sequences: bound, start, search, stronger bound, plan, check. */
+#include <float.h>
+
+#include "plan/sp_bound.h"
+#include "plan/sp_flex.h"
+#include "plan/sp_plan.h"
+#include "plan/sp_warm.h"
+
+/* About 10 us of work between looks at the clock. */
+enum { STRIDE = 16 };
+
+#define DEFAULT_WORK 4000000
+#define OPTIMAL_GAP 1e-9
+
+/* Shares of what is left of the budget: a first bound; the group solver on the best start; then search and bound in turns, so that each
+ * knows what the other found; the search has what remains. */
+#define FIRST_BOUND 0.05
+#define POLISH 0.1
+#define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
+#define FIRST_SEARCH 0.6
+#define SECOND_BOUND 0.4
+
+typedef struct solving {
+    const ovlm_sp_problem *problem;
+    sp_model model;
+    sp_purse purse;
+    sp_draft best;
+    double bound;
+    ovlm_arena arena;
+} solving;
+
+static bool is_optimal(double time, double bound)
+{
+    return time - bound <= OPTIMAL_GAP * time;
+}
+
+static ovlm_status raise_bound(solving *s, double share, ovlm_err *err)
+{
+    double bound = 0;
+    ovlm_meter part = sp_purse_part(&s->purse, share);
+    OVLM_TRY(sp_bound_step(&s->model, s->problem->micro_batches, s->best.time_s, &part, &bound,
+                           &s->arena, err));
+    (void)sp_purse_absorb(&s->purse, &part);
+    s->bound = bound > s->bound ? bound : s->bound;
+    return OVLM_OK;
+}
+
+/* ------------------------------------------------------------------ policies ------------- */
+
+static void take_best(solving *s, const sp_chunked *from)
+{
+    if (from->n_drafts > 0 && from->draft[from->best].time_s < s->best.time_s) {
+        sp_draft_copy(&s->best, &from->draft[from->best]);
+    }
+}
+
+static ovlm_status start(solving *s, ovlm_sp_policy policy, sp_chunked *chunked, ovlm_err *err)
+{
+    OVLM_TRY(sp_policy_start(&s->model, policy, s->problem->micro_batches, chunked, &s->arena,
+                             err));
+    take_best(s, chunked);
+    return OVLM_OK;
+}
+
+static ovlm_status solve_chunked(solving *s, ovlm_err *err)
+{
+    sp_chunked chunked;
+    OVLM_TRY(start(s, OVLM_SP_CHUNKED, &chunked, err));
+    OVLM_TRY(sp_policy_chunked(&s->model, &chunked, s->problem->seed, &s->purse, &s->arena, err));
+    take_best(s, &chunked);
+    return is_optimal(s->best.time_s, s->bound) ? OVLM_OK : raise_bound(s, 1, err);
+}
+
+static ovlm_status solve_flex(solving *s, ovlm_err *err)
+{
+    ovlm_status status = OVLM_OK;
+    sp_flex *flex = NULL;
+    sp_chunked starts;
+    sp_draft warm;
+    OVLM_TRY(sp_draft_init(&warm, s->model.n, &s->arena, err));
+    if (s->problem->warm_start != NULL) {
+        OVLM_TRY(sp_warm_start(&s->model, s->problem, &warm, &s->arena, err));
+    }
+    /* The other policies first, so that flex is never worse than their constructions. */
+    for (int policy = OVLM_SP_STATIC; policy <= OVLM_SP_CHUNKED; policy++) {
+        OVLM_TRY(start(s, (ovlm_sp_policy)policy, &starts, err));
+    }
+    if (warm.time_s < s->best.time_s) {
+        sp_draft_copy(&s->best, &warm);
+    }
+    if (starts.n_drafts > 0) {
+        sp_draft *draft = &starts.draft[starts.best];
+        double share = draft->n_micro == 1 ? POLISH_ALONE : POLISH;
+        OVLM_TRY(sp_policy_improve(&s->model, draft, share, s->problem->seed, &s->purse, &s->arena,
+                                   err));
+        take_best(s, &starts);
+    }
+    OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
+    for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
+        OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), turn ? 1 : FIRST_SEARCH,
+                                    &s->purse, &s->best, err));
+        if (turn == 0 && !is_optimal(s->best.time_s, s->bound)) {
+            OVLM_GOTO(done, raise_bound(s, SECOND_BOUND, err));
+        }
+    }
+done:
+    sp_flex_close(flex);
+    return status;
+}
+
+/* ------------------------------------------------------------------ answer --------------- */
+
+static ovlm_status fail_without_plan(const solving *s, ovlm_err *err)
+{
+    if (s->purse.meter.interrupted) {
+        return OVLM_FAIL(err, OVLM_E_INTERRUPTED, "interrupted");
+    }
+    if (!isfinite(s->bound)) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "micro_batches = %lld is too few: no plan exists; leave it out or ask for "
+                         "more", (long long)s->problem->micro_batches);
+    }
+    return OVLM_FAIL(err, OVLM_E_UNDECIDED,
+                     "undecided: no plan with micro_batches = %lld was found within the limit and "
+                     "none was ruled out; raise the limit, or ask for more micro-batches",
+                     (long long)s->problem->micro_batches);
+}
+
+/* The draft as a plan with its certificate, verified. */
+static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
+{
+    ovlm_sp_plan *plan = NULL;
+    OVLM_TRY(sp_plan_assemble(&s->model, &s->best, s->problem->micro_batches, &plan, &s->arena,
+                              err));
+    /* A bound above the time by rounding alone is the time itself; by more, the check refuses. */
+    plan->bound = s->bound;
+    if (plan->bound > plan->time && plan->bound <= plan->time * (1 + OPTIMAL_GAP)) {
+        plan->bound = plan->time;
+    }
+    plan->status = is_optimal(plan->time, plan->bound) ? OVLM_PLAN_OPTIMAL : OVLM_PLAN_FEASIBLE;
+    plan->cut_short = s->purse.cut_short;
+    plan->work = s->purse.meter.work;
+    ovlm_err why = {0};
+    if (ovlm_sp_plan_check(s->problem, plan, &why) != OVLM_OK) {
+        ovlm_sp_plan_free(plan);
+        return OVLM_FAIL(err, OVLM_E_INTERNAL, "a bug: the plan failed its check: %s",
+                         why.message);
+    }
+    *out = plan;
+    return OVLM_OK;
+}
+
+static ovlm_status search(solving *s, ovlm_err *err)
+{
+    sp_chunked chunked;
+    OVLM_TRY(raise_bound(s, FIRST_BOUND, err));
+    if (!isfinite(s->bound)) {
+        return fail_without_plan(s, err);
+    }
+    switch (s->problem->policy) {
+    case OVLM_SP_STATIC:
+    case OVLM_SP_HOMOGENEOUS:
+        OVLM_TRY(start(s, s->problem->policy, &chunked, err));
+        OVLM_TRY(raise_bound(s, 1, err));
+        break;
+    case OVLM_SP_CHUNKED: OVLM_TRY(solve_chunked(s, err)); break;
+    default: OVLM_TRY(solve_flex(s, err)); break;
+    }
+    bool none = !isfinite(s->best.time_s) || !isfinite(s->bound);
+    return none || s->purse.meter.interrupted ? fail_without_plan(s, err) : OVLM_OK;
+}
+
+ovlm_status ovlm_sp_solve(const ovlm_sp_problem *problem, const ovlm_budget *budget,
+                          ovlm_sp_plan **plan, ovlm_err *err)
+{
+    ovlm_status status = OVLM_OK;
+    solving s = {.problem = problem};
+    bool timed = budget != NULL && budget->time_limit_s > 0 && budget->time_limit_s < DBL_MAX;
+    *plan = NULL;
+    ovlm_meter_start(&s.purse.meter, budget, timed ? INT64_MAX / 4 : DEFAULT_WORK, STRIDE);
+    OVLM_GOTO(done, sp_model_init(&s.model, problem, &s.arena, err));
+    OVLM_GOTO(done, sp_draft_init(&s.best, problem->n, &s.arena, err));
+    sp_draft_begin(&s.best);
+    if (problem->n > 0) {
+        s.best.time_s = HUGE_VAL;
+        OVLM_GOTO(done, search(&s, err));
+    }
+    OVLM_GOTO(done, finish(&s, plan, err));
+done:
+    ovlm_arena_free(&s.arena);
+    return status;
+}

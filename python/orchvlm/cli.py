@@ -1,0 +1,230 @@
+"""The ``orchvlm`` command: plan, simulate, doctor."""
+import argparse
+import os
+import sys
+import threading
+import time
+
+_EXAMPLES = """examples:
+  orchvlm plan --demo                                 a batch of three modalities, planned and proved
+  orchvlm plan lengths.csv --nodes 8 --preset a100_40g --batch-size 512
+  orchvlm plan sounds.csv --column seconds --seconds-to-tokens 25 --items
+  orchvlm simulate --demo --plot step.png             policies side by side
+  orchvlm doctor                                      what was built, found, missing
+"""
+_PLAN_EXAMPLES = """examples:
+  orchvlm plan --demo --plot plan.png
+  orchvlm plan lengths.npy --nodes 8 --gpus-per-node 8 --preset a100_40g
+  orchvlm plan docs.csv.gz --column text_chars --chars-per-token 4 --batch-size 512
+  orchvlm plan data.jsonl --field tokens --policy chunked --json > plan.json
+  orchvlm plan lengths.csv --model config.json --preset h100 --nodes 16
+  orchvlm plan images.csv --column pixels --pixels-per-token 784 --items --nodes 4
+
+Without --items, sequences are given to sequence-parallel groups of GPUs; with it, items to ranks.
+"""
+_SIMULATE_EXAMPLES = """examples:
+  orchvlm simulate --demo
+  orchvlm simulate --demo --nodes 16 --policies sampled,veomni,orchvlm --plot step.png
+  orchvlm simulate lengths.csv --batch-size 512 --steps 4 --preset a100_40g
+"""
+
+
+class CommandError(Exception):
+    """A mistake of the caller; its message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+class Progress:
+    """Says on stderr what takes longer than a second, once a second."""
+
+    def __init__(self, text):
+        self.text = text
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+
+    def _tell(self):
+        start = time.monotonic()
+        while not self._done.wait(1.0):
+            print(f"orchvlm: {self.text}, {time.monotonic() - start:.0f} s", file=sys.stderr,
+                  flush=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def report(self, text):
+        """Changes what the next line says."""
+        self.text = text
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
+    return value
+
+
+def _scale(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
+    return value
+
+
+_positive.__name__, _scale.__name__ = "integer", "number"
+
+
+def _add_input(parser):
+    group = parser.add_argument_group("lengths")
+    group.add_argument("file", nargs="?", metavar="FILE",
+                       help=".csv, .tsv, .jsonl or .npy, each also .gz")
+    group.add_argument("--demo", action="store_true", help="use embedded lengths")
+    group.add_argument("--column", help="column of a CSV file")
+    group.add_argument("--field", help="field of a JSON lines file")
+    unit = group.add_mutually_exclusive_group()
+    unit.add_argument("--chars-per-token", type=_scale, metavar="C",
+                      help="the file counts characters or bytes, C to a token (4 is usual)")
+    unit.add_argument("--seconds-to-tokens", type=_scale, metavar="T",
+                      help="the file counts seconds of T tokens (25 is usual for sound)")
+    unit.add_argument("--pixels-per-token", type=_scale, metavar="P",
+                      help="the file counts pixels, P to a token (784 is usual)")
+    group.add_argument("--batch-size", type=_positive, metavar="B",
+                       help="sequences per step (default: the whole file)")
+
+
+def _add_machine(parser, nodes):
+    group = parser.add_argument_group("machine and model")
+    group.add_argument("--nodes", type=_positive, default=nodes, help="default %(default)s")
+    group.add_argument("--gpus-per-node", type=_positive, default=8, help="default %(default)s")
+    group.add_argument("--preset", metavar="GPU",
+                       help="h100, h200, a100_40g, a100_80g, h800 or b200 (default: a100_40g for "
+                            "a file, h100 for the demo)")
+    group.add_argument("--model", default="gpt7b", metavar="MODEL",
+                       help="gpt7b, gpt13b or gpt30b as FlexSP measured them (a100_40g), or a "
+                            "Hugging Face config.json, whose costs are counted (default gpt7b)")
+
+
+def _add_output(parser):
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    group.add_argument("--plot", metavar="PNG", help="draw it (needs matplotlib)")
+
+
+def _add_search(parser):
+    group = parser.add_argument_group("search")
+    group.add_argument("--time-limit", type=_scale, metavar="S", help="seconds for each plan")
+    group.add_argument("--work-limit", type=int, metavar="W",
+                       help="search steps for each plan: the same result on every machine")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def make_parser():
+    """The argument parser of the ``orchvlm`` command."""
+    from . import __version__
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="orchvlm", formatter_class=raw, epilog=_EXAMPLES,
+                     description="Plans balanced training steps of multimodal models, with proofs.")
+    parser.add_argument("--version", action="version", version=f"orchvlm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
+                                     parser_class=_Parser)
+    plan = commands.add_parser("plan", formatter_class=raw, epilog=_PLAN_EXAMPLES,
+                               help="plan one step from lengths",
+                               description="Plans one training step and proves how good it is.")
+    _add_input(plan)
+    plan.add_argument("--items", action="store_true",
+                      help="balance items over ranks in place of sequence-parallel groups")
+    plan.add_argument("--policy", default="flex",
+                      choices=["static", "homogeneous", "chunked", "flex"])
+    _add_machine(plan, nodes=8)
+    _add_search(plan)
+    _add_output(plan)
+    simulate = commands.add_parser("simulate", formatter_class=raw, epilog=_SIMULATE_EXAMPLES,
+                                   help="simulate steps under several policies",
+                                   description="Simulates training steps, policies side by side.")
+    _add_input(simulate)
+    simulate.add_argument("--steps", type=_positive, default=2, help="default %(default)s")
+    simulate.add_argument("--samples-per-rank", type=_positive, default=16,
+                          help="of the demo; default %(default)s")
+    simulate.add_argument("--policies", metavar="A,B,...",
+                          help="names from: sampled, prebalanced, veomni, seed, detour, orchmllm, "
+                               "orchvlm; for a file sp_run, sp_static, sp_homogeneous, "
+                               "sp_chunked, sp_flex")
+    _add_machine(simulate, nodes=8)
+    _add_search(simulate)
+    _add_output(simulate)
+    commands.add_parser("doctor", help="what was built, found and missing",
+                        description="Says what was built, what was found and what is missing.")
+    return parser
+
+
+def _run(arguments):
+    from . import commands
+    if arguments.command == "doctor":
+        return commands.doctor()
+    if arguments.demo == (arguments.file is not None):
+        raise CommandError("give either a FILE of lengths or --demo")
+    return getattr(commands, arguments.command)(arguments)
+
+
+def main(argv=None):
+    """Runs the ``orchvlm`` command.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0; 2 for a mistake in arguments or input, said in one line; 130 after Ctrl-C.
+
+    Examples
+    --------
+    >>> from orchvlm.cli import main
+    >>> main(["plan", "no_such_file.csv"])
+    2
+    """
+    try:
+        status = _run(make_parser().parse_args(argv))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("orchvlm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `orchvlm plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as end:  # --help and --version
+        return end.code or 0
+    except Exception as error:
+        if not _is_callers(error):
+            raise
+        print(f"orchvlm: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _is_callers(error):
+    """Mistakes of the caller and of the machine get one line; bugs keep their traceback, a module
+    of our own that is not there among them."""
+    from ._core import Error
+    if isinstance(error, ModuleNotFoundError):
+        return False
+    return isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError,
+                              MemoryError, Error))
+
+
+def _one_line(error):
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,270 @@
+"""What the subcommands of ``orchvlm`` do; :mod:`orchvlm.cli` reads their arguments."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .cli import CommandError, Progress
+from .cost import BatchCost, Cluster, SequenceCost
+from .tables import format_percent, format_seconds, text_table
+
+_PUBLISHED = {"gpt7b": SequenceCost.flexsp_gpt7b, "gpt13b": SequenceCost.flexsp_gpt13b,
+              "gpt30b": SequenceCost.flexsp_gpt30b}
+
+
+def doctor():
+    """``orchvlm doctor``"""
+    from .doctor import examine
+    facts = examine()
+    print(text_table(["part", "state", "detail"], facts))
+    return 1 if any(state == "broken" for _, state, _ in facts) else 0
+
+
+def _cluster(arguments, default):
+    return Cluster.preset(arguments.preset or default, nodes=arguments.nodes,
+                          gpus_per_node=arguments.gpus_per_node)
+
+
+def _read_config(path):
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"--model: {path}: {error.strerror}; known models: "
+                           f"{', '.join(_PUBLISHED)}") from None
+    except ValueError as error:
+        raise CommandError(f"--model: {path}: not JSON ({error})") from None
+    return config
+
+
+def _sequence_cost(arguments, cluster):
+    if arguments.model in _PUBLISHED:
+        if (arguments.preset or "a100_40g") != "a100_40g":
+            raise CommandError(f"--model {arguments.model} was measured on a100_40g; for "
+                               f"{arguments.preset} give a config.json")
+        return _PUBLISHED[arguments.model](n_gpus=cluster.n_gpus)
+    from .model_cost import from_model
+    return from_model(_read_config(arguments.model), cluster, llm="sequence_parallel").costs["llm"]
+
+
+def _read(arguments):
+    from .reading import read_lengths
+    per_unit = arguments.seconds_to_tokens
+    for divisor in (arguments.chars_per_token, arguments.pixels_per_token):
+        per_unit = 1 / divisor if divisor is not None else per_unit
+    with Progress(f"reading {arguments.file}"):
+        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit)
+    if len(lengths) == 0:
+        raise CommandError(f"{arguments.file}: no lengths above 0")
+    return lengths
+
+
+def _search(arguments):
+    """Limits as given: a work limit alone switches the planners' own time limit off."""
+    chosen = {"seed": arguments.seed}
+    if arguments.work_limit is not None or arguments.time_limit is not None:
+        chosen |= {"work_limit": arguments.work_limit, "time_limit": arguments.time_limit}
+    return chosen
+
+
+def _print_json(value):
+    print(json.dumps(value, indent=1, default=_plain))
+
+
+def _plain(value):
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(arguments):
+    """``orchvlm plan``"""
+    if arguments.demo:
+        return _plan_demo(arguments)
+    lengths = _read(arguments)[:arguments.batch_size]
+    cluster = _cluster(arguments, "a100_40g")
+    return (_plan_items if arguments.items else _plan_groups)(arguments, lengths, cluster)
+
+
+def _plan_items(arguments, lengths, cluster):
+    from .balancing import balance
+    with Progress(f"balancing {len(lengths)} items over {cluster.n_gpus} ranks"):
+        part = balance(lengths, cluster.n_gpus, BatchCost(linear=1.0), **_search(arguments))
+    drawn = np.bincount(np.arange(len(lengths)) * cluster.n_gpus // len(lengths), weights=lengths,
+                        minlength=cluster.n_gpus)
+    if arguments.plot:
+        from .plots import plot_loads
+        plot_loads({"tokens": drawn}, {"tokens": part.loads}, arguments.plot,
+                   {"tokens": part.bound})
+    if arguments.json:
+        _print_json({"rank": part.rank, "loads": part.loads, "bound": part.bound, "gap": part.gap,
+                     "imbalance": part.imbalance, "status": part.status,
+                     "cut_short": part.cut_short})
+        return 0
+    mean = drawn.mean()
+    print(text_table(["", "largest", "mean", "max / mean"],
+                     [["in file order", f"{drawn.max():.0f}", f"{mean:.0f}",
+                       f"{drawn.max() / mean:.4f}"],
+                      ["planned", f"{part.loads.max():.0f}", f"{mean:.0f}",
+                       f"{part.imbalance:.4f}"],
+                      ["proven bound", f"{part.bound:.0f}", "", ""]],
+                     f"{len(lengths)} items on {cluster.n_gpus} ranks, tokens"))
+    print(f"No plan is better by more than {format_percent(part.gap, 3)} ({part.status}).")
+    return 0
+
+
+def _groups_text(micro):
+    """For example "32 16 8x2": degrees, largest first."""
+    degrees, counts = np.unique([g.degree for g in micro.groups], return_counts=True)
+    pairs = sorted(zip(degrees.tolist(), counts.tolist()), reverse=True)
+    return " ".join(f"{d}x{c}" if c > 1 else str(d) for d, c in pairs)
+
+
+def _groups_rows(plan_, n_gpus):
+    for m, micro in enumerate(plan_.micro_batches):
+        seconds = max((g.time for g in micro.groups), default=0.0)
+        busy = sum(g.degree * g.time for g in micro.groups)
+        yield [m + 1, _groups_text(micro), sum(len(g.items) for g in micro.groups),
+               sum(g.tokens for g in micro.groups), format_seconds(seconds),
+               format_percent(1 - busy / (n_gpus * seconds) if seconds else 0.0)]
+
+
+def _groups_table(plan_, n_gpus, title):
+    return text_table(["micro-batch", "groups", "sequences", "tokens", "time", "idle"],
+                      list(_groups_rows(plan_, n_gpus)), title)
+
+
+def _groups_json(plan_):
+    return {"time": plan_.time, "bound": plan_.bound, "gap": plan_.gap, "status": plan_.status,
+            "cut_short": plan_.cut_short, "micro_batches": [
+                [{"degree": g.degree, "first_gpu": g.first_gpu, "items": list(map(int, g.items)),
+                  "tokens": int(g.tokens), "time": g.time} for g in m.groups]
+                for m in plan_.micro_batches]}
+
+
+def _proof(plan_):
+    return (f"Step {plan_.time:.4f} s; no plan takes less than {plan_.bound:.4f} s: "
+            f"gap {format_percent(plan_.gap, 2)}.")
+
+
+def _plan_groups(arguments, lengths, cluster):
+    from .sequences import plan_sequences
+    with Progress(f"planning {len(lengths)} sequences on {cluster.n_gpus} GPUs"):
+        made = plan_sequences(lengths, cluster.n_gpus, _sequence_cost(arguments, cluster),
+                              gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
+                              **_search(arguments))
+    if arguments.plot:
+        from .plots import plot_groups
+        plot_groups(made, cluster.n_gpus, arguments.plot)
+    if arguments.json:
+        _print_json(_groups_json(made))
+        return 0
+    print(_groups_table(made, cluster.n_gpus,
+                        f"{len(lengths)} sequences, {int(lengths.sum())} tokens, longest "
+                        f"{int(lengths.max())}, on {cluster.n_gpus} GPUs"))
+    print(_proof(made))
+    return 0
+
+
+def _plan_demo(arguments):
+    from . import demo
+    from .sequences import plan_sequences
+    from .step import plan_step
+    cluster = _cluster(arguments, "h100")
+    name, config, model = demo.model_for(cluster)
+    with Progress(f"planning a batch on {cluster.n_gpus} GPUs"):
+        batch = demo.batch(cluster.n_gpus, 16, arguments.seed, config["hidden_size"])
+        step = plan_step(batch, cluster, model.costs, memory=model.memory, **_search(arguments))
+        lengths = demo.wikipedia_lengths(512, arguments.seed)
+        made = plan_sequences(lengths, cluster.n_gpus,
+                              SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus),
+                              gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
+                              **_search(arguments))
+    if arguments.plot:
+        _plot_demo(arguments.plot, batch, step, model.costs, cluster, made)
+    if arguments.json:
+        _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
+                     "sequences": _groups_json(made)})
+        return 0
+    print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "
+          f"{name} parameters, {cluster.n_gpus} GPUs:\n")
+    print(step.report())
+    print(f"\n{len(lengths)} Wikipedia-like articles, GPT-7B as FlexSP measured it, "
+          f"{cluster.n_gpus} GPUs:\n")
+    print(_groups_table(made, cluster.n_gpus, None))
+    print(_proof(made))
+    print(_others_text(lengths, cluster, made, arguments))
+    return 0
+
+
+def _others_text(lengths, cluster, made, arguments):
+    """What simpler policies make of the same sequences."""
+    from .sequences import plan_sequences
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus)
+    widest = max(d for d in cost.comm if d <= cluster.n_gpus)
+    parts = []
+    for words, policy, degrees in ((f"groups of {widest} throughout", "static", [widest]),
+                                   ("one degree per micro-batch", "homogeneous", None),
+                                   ("FlexSP's chunks", "chunked", None)):
+        other = plan_sequences(lengths, cluster.n_gpus, cost, policy=policy, degrees=degrees,
+                               gpus_per_node=cluster.gpus_per_node, **_search(arguments))
+        parts.append(f"{words} {other.time:.4f} s ({other.time / made.time:.2f}x)")
+    return "Others take longer: " + ", ".join(parts) + "."
+
+
+def _plot_demo(path, batch, step, costs, cluster, made):
+    from .plots import plot_plans
+    from .policies import language_lengths, load_per_rank, squares_of
+    source, tokens = np.asarray(batch.source_rank), language_lengths(batch)
+    work = {phase: (items.length, squares_of(items), source[items.sample],
+                    step.phases[phase].rank, step.phases[phase].bound)
+            for phase, items in batch.phases.items()}
+    work["llm"] = (tokens, np.asarray(tokens, float)**2, source, step.llm.rank, step.llm.bound)
+    before, after, bounds = {}, {}, {}
+    for phase, (length, squares, home, rank, bound) in work.items():
+        before[phase], after[phase] = (load_per_rank(costs[phase], r, length, squares,
+                                                     cluster.n_gpus) for r in (home, rank))
+        bounds[phase] = bound
+    plot_plans(before, after, bounds, made, cluster.n_gpus, path)
+
+
+# ---------------------------------------------------------------- simulate
+
+
+def simulate(arguments):
+    """``orchvlm simulate``"""
+    from .simulator import simulate as run
+    policies = arguments.policies.split(",") if arguments.policies else None
+    prepare = _simulate_demo if arguments.demo else _simulate_file
+    batches, cluster, costs, more = prepare(arguments)
+    with Progress("simulating") as progress:
+        result = run(batches, cluster, costs, policies=policies, progress=progress.report, **more,
+                     **_search(arguments))
+    if arguments.plot:
+        result.plot(arguments.plot)
+    if arguments.json:
+        _print_json(result.as_dict())
+    else:
+        print(result)
+    return 0
+
+
+def _simulate_demo(arguments):
+    from . import demo
+    cluster = _cluster(arguments, "h100")
+    _, config, model = demo.model_for(cluster)
+    with Progress("drawing the demo's batches"):
+        batches = [demo.batch(cluster.n_gpus, arguments.samples_per_rank, arguments.seed + i,
+                              config["hidden_size"]) for i in range(arguments.steps)]
+    return batches, cluster, model.costs, {
+        "flops": model.flops, "memory": model.memory, "parameters": model.parameters,
+        "backward": 3.0}
+
+
+def _simulate_file(arguments):
+    lengths = _read(arguments)
+    size = arguments.batch_size or len(lengths)
+    cluster = _cluster(arguments, "a100_40g")
+    batches = [lengths[i * size:(i + 1) * size] for i in range(arguments.steps)]
+    return ([b for b in batches if len(b)], cluster,
+            {"llm": _sequence_cost(arguments, cluster)}, {})

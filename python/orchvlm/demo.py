@@ -1,0 +1,383 @@
+"""Embedded lengths: seeded generators whose quantiles follow public datasets.
+
+Numbers only: a handful of quantiles per dataset stand in for the data, so that the demo, the
+notebook and the tests run anywhere.  Between two quantiles, lengths are spread evenly in their
+logarithm.
+
+Examples
+--------
+>>> import orchvlm
+>>> batch = orchvlm.demo.batch(n_ranks=8, samples_per_rank=4, seed=0)
+>>> len(batch.text_tokens), sorted(batch.phases)
+(32, ['audio', 'vision'])
+>>> lengths = orchvlm.demo.wikipedia_lengths(512, seed=0)
+>>> int(lengths.max()) <= 192 * 1024
+True
+"""
+import dataclasses
+
+import numpy as np
+
+#: Quantiles of public datasets, as (share, value) pairs.
+QUANTILES = {
+    # FlexSP's published Wikipedia list (Hetu-Galvatron, branch flexsp): tokens per article
+    "wikipedia_tokens": ((0, 1), (.01, 39), (.1, 87), (.25, 145), (.5, 347), (.75, 862),
+                         (.9, 2112), (.95, 3721), (.96, 4392), (.99, 10921), (.999, 37367),
+                         (.9999, 102060), (1, 1823777)),
+    # COCO val2017: pixels of an image; characters of all its captions
+    "photo_pixels": ((0, 29000), (.01, 136954), (.1, 187500), (.25, 271360), (.5, 273280),
+                     (.75, 307200), (.99, 409600), (1, 409600)),
+    "caption_chars": ((0, 184), (.01, 204), (.1, 225), (.5, 258), (.9, 302), (.99, 362),
+                      (1, 484)),
+    # Microsoft documentation (CC BY): pixels of a screenshot; characters of a page
+    "screenshot_pixels": ((0, 324), (.25, 450), (.5, 113492), (.75, 467343), (.9, 1183351),
+                          (.95, 1859740), (.99, 5757667), (1, 8620800)),
+    "page_chars": ((0, 85), (.01, 319), (.1, 518), (.25, 835), (.5, 1860), (.75, 4391),
+                   (.9, 9495), (.95, 15541), (.99, 46877), (.999, 140192), (1, 557012)),
+    # LibriSpeech utterances and VoxConverse speaker turns: seconds
+    "read_speech_seconds": ((0, 1.06), (.01, 2.14), (.1, 3.65), (.25, 6.75), (.5, 12.89),
+                            (.75, 14.86), (.9, 15.73), (.99, 17.66), (1, 35.16)),
+    "conversation_seconds": ((0, .04), (.01, .32), (.1, .58), (.25, 1.12), (.5, 3.16),
+                             (.75, 8.73), (.9, 20.27), (.95, 31.12), (.99, 59.72), (1, 314.44)),
+    # ActivityNet Captions: seconds of a video; characters of its description
+    "video_seconds": ((0, 1.58), (.01, 7.59), (.1, 29.4), (.25, 60.9), (.5, 115.1),
+                      (.75, 174), (.9, 211.5), (.99, 236.9), (1, 755.1)),
+    "video_chars": ((0, 45), (.01, 93), (.1, 128), (.25, 156), (.5, 212), (.75, 294),
+                    (.9, 415), (.99, 774), (1, 2664)),
+    # source files of 30 public repositories: bytes
+    "code_bytes": ((0, 1), (.01, 64), (.1, 475), (.25, 1314), (.5, 3226), (.75, 8606),
+                   (.9, 22025), (.95, 38497), (.99, 102139), (.999, 352360), (1, 3764336)),
+}
+
+#: Usual conversions to tokens, and raw bytes.
+CHARS_PER_TOKEN = 4
+PATCH_PIXELS = 14 * 14          # a vision encoder's patch; four become one language token
+PATCHES_PER_TOKEN = 4
+AUDIO_FRAMES_PER_SECOND = 100   # mel frames into the audio encoder
+AUDIO_FRAMES_PER_TOKEN = 4      # 25 tokens per second come out
+AUDIO_WINDOW_FRAMES = 3000      # sound attends inside windows of 30 seconds
+FRAMES_PER_CLIP = 16            # one video item: so many frames, taken at 1 per second
+FRAME_TOKENS = 160              # language tokens of a video frame, about 350 x 350 pixels
+VIDEO_FRAMES = 64               # of longer videos, so many frames are taken
+IMAGE_TOKENS = 2048             # larger images are scaled down to this
+SOUND_SECONDS = 300             # longer recordings are cut
+PAGE_IMAGES = 4                 # at most so many on a page
+LONGEST_TEXT = 8192             # longer documents are cut
+
+#: A model of about 84 billion parameters and three modalities.  OrchMLLM does not publish its
+#: dimensions: the language model is Qwen2-72B, the encoders are ours.
+MODEL_84B = {
+    "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064,
+    "vision_config": {"hidden_size": 4096, "num_hidden_layers": 48, "patch_size": 14,
+                      "spatial_merge_size": 2, "mlp_ratio": 4},
+    "audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120,
+                     "num_mel_bins": 128},
+}
+
+#: About 9 billion: Qwen2-7B with a vision encoder of Seed1.5-VL's shape and a Whisper-like one.
+MODEL_9B = {
+    "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "vision_config": {"hidden_size": 1280, "num_hidden_layers": 27, "patch_size": 14,
+                      "spatial_merge_size": 2, "mlp_ratio": 4},
+    "audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120,
+                     "num_mel_bins": 128},
+}
+
+#: Kinds of samples and their shares in :func:`batch`.
+MIXTURE = {"caption": .40, "document": .15, "speech": .20, "video": .10, "text": .15}
+
+
+def draw(name, n, rng):
+    """Draws n values whose quantiles follow a public dataset.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``QUANTILES``.
+    n : int
+        How many.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    float64[n]
+        In the dataset's unit, which the name says.
+
+    Raises
+    ------
+    ValueError
+        An unknown name.
+
+    Notes
+    -----
+    Inverse of the distribution function, linear in the logarithm between known quantiles.  O(n).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from orchvlm import demo
+    >>> v = demo.draw("video_seconds", 10_000, np.random.default_rng(0))
+    >>> bool(105 < np.median(v) < 125)
+    True
+    """
+    if name not in QUANTILES:
+        raise ValueError(f"unknown distribution {name!r}; known: {', '.join(sorted(QUANTILES))}")
+    share, value = np.array(QUANTILES[name], dtype=float).T
+    return np.exp(np.interp(rng.random(n), share, np.log(value)))
+
+
+def wikipedia_lengths(n, seed=0, longest=192 * 1024):
+    """Sequence lengths like those of FlexSP's Wikipedia experiments.
+
+    Parameters
+    ----------
+    n : int
+        How many sequences.
+    seed : int
+        Same seed, same lengths.
+    longest : int
+        Context length in tokens; longer articles are dropped and redrawn, as FlexSP drops them.
+
+    Returns
+    -------
+    int64[n]
+        Tokens per sequence, >= 1.
+
+    Raises
+    ------
+    ValueError
+        ``longest`` below 39 tokens, the first percentile: hardly anything would be left.
+
+    References
+    ----------
+    FlexSP (arXiv 2412.01523), section 2.9 of the evaluation: the list published with its code.
+
+    Examples
+    --------
+    >>> import numpy as np, orchvlm
+    >>> s = orchvlm.demo.wikipedia_lengths(20_000, seed=1)
+    >>> bool(320 < np.median(s) < 375), bool((s <= 8192).mean() > .96)
+    (True, True)
+    """
+    if longest < 39:
+        raise ValueError(f"longest must be at least 39 tokens; got {longest}")
+    rng = np.random.default_rng(seed)
+    kept = np.zeros(0, np.int64)
+    while len(kept) < n:
+        drawn = draw("wikipedia_tokens", n, rng).astype(np.int64)
+        kept = np.concatenate([kept, drawn[drawn <= longest]])
+    return kept[:n]
+
+
+class _Collector:
+    """Items of one encoder phase while a batch is being drawn."""
+
+    def __init__(self):
+        self.columns = {name: [] for name in ("sample", "position", "length", "out_tokens",
+                                              "bytes", "squares")}
+
+    def add(self, sample, position, length, out_tokens, size, squares):
+        row = (sample, position, length, out_tokens, size, squares)
+        for column, value in zip(self.columns.values(), row):
+            column.append(value)
+
+    def items(self, out_bytes_per_token):
+        from .step import Items
+        whole = {k: np.array(v, np.int64) for k, v in self.columns.items() if k != "squares"}
+        return Items(**whole, squares=np.array(self.columns["squares"], float),
+                     out_bytes_per_token=out_bytes_per_token)
+
+
+def _add_picture(vision, sample, position, frames, tokens):
+    """A picture or a clip: attention stays inside each frame, so squares add up per frame."""
+    patches = tokens * PATCHES_PER_TOKEN
+    vision.add(sample, position, frames * patches, frames * tokens,
+               frames * patches * PATCH_PIXELS * 3, frames * float(patches)**2)
+    return position + frames * tokens
+
+
+def _add_sound(audio, sample, position, seconds):
+    frames = min(seconds, SOUND_SECONDS) * AUDIO_FRAMES_PER_SECOND
+    tokens = max(1, int(frames / AUDIO_FRAMES_PER_TOKEN))
+    frames = tokens * AUDIO_FRAMES_PER_TOKEN
+    whole, rest = divmod(frames, AUDIO_WINDOW_FRAMES)
+    audio.add(sample, position, frames, tokens, frames * 128 * 2,
+              whole * float(AUDIO_WINDOW_FRAMES)**2 + float(rest)**2)
+    return position + tokens
+
+
+def _image_tokens(pixels):
+    return int(np.clip(np.ceil(pixels / (PATCH_PIXELS * PATCHES_PER_TOKEN)), 1, IMAGE_TOKENS))
+
+
+def _text_tokens(chars):
+    return int(np.clip(chars / CHARS_PER_TOKEN, 1, LONGEST_TEXT))
+
+
+def _add_sample(kind, sample, vision, audio, pools):
+    """Lays one sample out, media first; returns its text tokens."""
+    def take(name):
+        return next(pools[name])
+
+    if kind == "caption":
+        _add_picture(vision, sample, 0, 1, _image_tokens(take("photo_pixels")))
+        return _text_tokens(take("caption_chars"))
+    if kind == "document":
+        position, text = 0, _text_tokens(take("page_chars"))
+        for _ in range(min(1 + text // 500, PAGE_IMAGES)):
+            position = _add_picture(vision, sample, position, 1,
+                                    _image_tokens(take("screenshot_pixels")))
+        return text
+    if kind == "speech":
+        name = "read_speech_seconds" if take("coin") < .5 else "conversation_seconds"
+        seconds = take(name)
+        _add_sound(audio, sample, 0, seconds)
+        return _text_tokens(15 * seconds)  # about 15 characters are spoken per second
+    if kind == "video":
+        seconds = take("video_seconds")
+        position, frames = 0, int(np.clip(seconds, 1, VIDEO_FRAMES))
+        while frames > 0:
+            clip = min(frames, FRAMES_PER_CLIP)
+            position = _add_picture(vision, sample, position, clip, FRAME_TOKENS)
+            frames -= clip
+        _add_sound(audio, sample, position, seconds)
+        return _text_tokens(take("video_chars"))
+    return _text_tokens(take("code_bytes"))
+
+
+def _pool(name, rng):
+    """An endless stream of values, drawn a thousand at a time."""
+    while True:
+        yield from rng.random(1000) if name == "coin" else draw(name, 1000, rng)
+
+
+def recomputed(model, config):
+    """A model that keeps only each layer's input and computes forward twice.
+
+    Parameters
+    ----------
+    model : ModelCosts
+        Of :func:`orchvlm.from_model`, with ``BatchCost`` throughout.
+    config : dict
+        The configuration it was made from.
+
+    Returns
+    -------
+    ModelCosts
+        Seconds of four passes in place of three, memory of one input per layer; useful FLOPs as
+        before.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> from orchvlm import demo
+    >>> model = orchvlm.from_model(demo.MODEL_84B, orchvlm.Cluster.preset("h100", nodes=320))
+    >>> slow = demo.recomputed(model, demo.MODEL_84B)
+    >>> round(slow.costs["llm"].linear / model.costs["llm"].linear, 3)
+    1.333
+    """
+    costs = {phase: dataclasses.replace(
+        cost, **{name: getattr(cost, name) * 4 / 3
+                 for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})
+        for phase, cost in model.costs.items()}
+    vision, audio = config["vision_config"], config["audio_config"]
+    kept = {"llm": 2.0 * config["hidden_size"] * config["num_hidden_layers"],
+            "vision": 2.0 * vision["hidden_size"] * vision["num_hidden_layers"],
+            "audio": 2.0 * audio["d_model"] * audio["encoder_layers"] / 2}
+    memory = {phase: (kept[phase], fixed) for phase, (_, fixed) in model.memory.items()}
+    return model._replace(costs=costs, memory=memory)
+
+
+def model_for(cluster, efficiency=0.5):
+    """The larger of the two demo models that a cluster can hold, fully recomputed.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The machine.
+    efficiency : float
+        As for :func:`orchvlm.from_model`.
+
+    Returns
+    -------
+    (str, dict, ModelCosts)
+        Name, configuration, and what it costs.
+
+    Raises
+    ------
+    ValueError
+        Weights, gradients and optimizer states of neither fit into 80 % of the memory.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> orchvlm.demo.model_for(orchvlm.Cluster.preset("h100", nodes=8))[0]
+    '84B'
+    """
+    from .model_cost import from_model
+    for name, config in (("84B", MODEL_84B), ("9B", MODEL_9B)):
+        model = recomputed(from_model(config, cluster, efficiency=efficiency), config)
+        if model.memory["llm"][1] <= 0.8 * cluster.memory_bytes:
+            return name, config, model
+    raise ValueError(f"the demo's models do not fit on {cluster.n_gpus} GPUs of "
+                     f"{cluster.memory_bytes:.3g} bytes; give more nodes")
+
+
+def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
+    """A global batch of three modalities, sampled at random: nobody has balanced it.
+
+    Captions of photographs, pages with screenshots, speech, video with sound, and long text, in
+    the shares of ``MIXTURE``.  Vision lengths are in patches of 14 x 14 pixels, audio lengths in
+    frames of 10 ms, text in tokens.
+
+    Parameters
+    ----------
+    n_ranks : int
+        N, ranks that sample.
+    samples_per_rank : int
+        Samples that each rank draws.
+    seed : int
+        Same seed, same batch.
+    hidden : int
+        Width of the language model: encoder outputs are ``2 * hidden`` bytes per token (bf16).
+
+    Returns
+    -------
+    Batch
+        With phases "vision" and "audio".
+
+    Raises
+    ------
+    ValueError
+        A count below 1.
+
+    Notes
+    -----
+    Images are scaled down to 2,048 language tokens and text is cut at 8,192 tokens, as trainers
+    do.  A video gives one frame per second, at most 64, in items of 16 frames that attend within
+    each frame, and up to five minutes of sound, which attends inside windows of 30 seconds.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> b = orchvlm.demo.batch(n_ranks=4, samples_per_rank=2, seed=3)
+    >>> [int(r) for r in b.source_rank]
+    [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    from .step import Batch
+    if n_ranks < 1 or samples_per_rank < 1:
+        raise ValueError("n_ranks and samples_per_rank must be at least 1; "
+                         f"got {n_ranks} and {samples_per_rank}")
+    rng = np.random.default_rng(seed)
+    n = n_ranks * samples_per_rank
+    kinds = rng.choice(list(MIXTURE), size=n, p=list(MIXTURE.values()))
+    pools = {name: _pool(name, rng) for name in ("coin", *QUANTILES)}
+    vision, audio = _Collector(), _Collector()
+    text = np.array([_add_sample(kind, i, vision, audio, pools)
+                     for i, kind in enumerate(kinds)], np.int64)
+    return Batch(text_tokens=text, target_tokens=text,
+                 source_rank=np.repeat(np.arange(n_ranks), samples_per_rank),
+                 phases={"vision": vision.items(2 * hidden), "audio": audio.items(2 * hidden)})

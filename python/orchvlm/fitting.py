@@ -1,0 +1,168 @@
+"""Cost models from measurements."""
+from typing import NamedTuple
+
+import numpy as np
+
+from . import _core
+from .cost import BatchCost, SequenceCost, _count
+
+_TERMS = tuple(BatchCost.__dataclass_fields__)
+
+
+class Fit(NamedTuple):
+    """What :func:`fit` returns; unpacks as ``cost, seconds_error, bytes_error``.
+
+    Attributes
+    ----------
+    cost : BatchCost or SequenceCost
+        The fitted cost.
+    seconds_error : float64[rows]
+        Predicted over measured seconds, minus 1.
+    bytes_error : float64[rows] or None
+        Predicted over measured bytes, minus 1; None when no bytes were measured.
+    """
+
+    cost: object
+    seconds_error: np.ndarray
+    bytes_error: object
+
+
+def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), heads=0):
+    """Fit a cost model to measured times, by non-negative least squares on relative errors.
+
+    ::
+
+        minimise  sum over rows of (f(row)/seconds - 1)^2   over coefficients >= 0
+
+    Each row counts alike, however long it took, and what is minimised is the error that is
+    reported.  Rows (lengths, seconds) give a :class:`BatchCost`; rows (lengths, degree, seconds,
+    bytes) give a :class:`SequenceCost` over the measured degrees, its memory fitted in the same
+    way to bytes per GPU.
+
+    Parameters
+    ----------
+    measurements : sequence of tuples
+        One row per measured micro-batch: ``(lengths, seconds)``, or ``(lengths, degree, seconds,
+        bytes)`` with bytes None in all rows when memory was not measured.  lengths are int64[n]
+        with n >= 1; seconds lie in [1e-12, 1e12], bytes in [1, 1e18].
+    terms : sequence of str
+        Names of the BatchCost coefficients that may differ from 0.  Where the rows cannot tell two
+        of them apart (one item per row: per_item and fixed), one gets the whole.
+    heads : int
+        As in :class:`SequenceCost`; 0 for rows (lengths, seconds).
+
+    Returns
+    -------
+    Fit
+        ``(cost, seconds_error, bytes_error)``.  ``memory_limit`` stays infinite: set it with
+        ``dataclasses.replace``.
+
+    Raises
+    ------
+    TypeError
+        Rows of neither form, lengths or a degree that are not integers, other values that are not
+        numbers.
+    ValueError
+        No row, rows of both forms, bytes in some rows only, an empty row, a value out of range,
+        an unknown term, a degree above ``heads``.
+
+    Notes
+    -----
+    comm of the smallest measured degree is 0 and the rest of its cost per token is in ``linear``:
+    times alone cannot tell them apart.  Measure degree 1, where there is no communication.
+    Deterministic; O(rows * coefficients^2) after one pass over the lengths.
+
+    References
+    ----------
+    Lawson and Hanson, "Solving Least Squares Problems", 1974, algorithm 23.10.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> rows = [([100] * n, 1e-3 + 2e-5 * 100 * n) for n in (1, 2, 5, 10)]
+    >>> cost, error, _ = orchvlm.fit(rows, terms=("linear", "fixed"))
+    >>> f"{cost.linear:.2e} {cost.fixed:.2e} {abs(error).max() < 1e-9}"
+    '2.00e-05 1.00e-03 True'
+    """
+    rows = _rows(measurements)
+    lengths = [_lengths(row[0], i) for i, row in enumerate(rows)]
+    start = np.concatenate([[0], np.cumsum([len(x) for x in lengths])]).astype(np.int64)
+    flat = np.concatenate(lengths).astype(np.int64, copy=False)
+    if len(rows[0]) == 2:
+        if _count("fit", "heads", heads, least=0) != 0:
+            raise ValueError("heads is for rows (lengths, degree, seconds, bytes)")
+        seconds = _column(rows, 1, "seconds")
+        coefficients, error = _core.batch_cost_fit(start, flat, seconds, _term_bits(terms))
+        return Fit(BatchCost(*coefficients), error, None)
+    degree = np.array([_count("measurements", "degree", row[1]) for row in rows], np.int64)
+    if any(row[3] is None for row in rows):
+        if not all(row[3] is None for row in rows):
+            raise ValueError("measurements: bytes must be given in all rows or be None in all")
+        measured_bytes = None
+    else:
+        measured_bytes = _column(rows, 3, "bytes")
+    degrees = np.unique(degree)
+    heads = _count("fit", "heads", heads, least=0)
+    (quadratic, linear, fixed, per_token, memory_fixed), comm, error, bytes_error = (
+        _core.sequence_cost_fit(start, flat, _column(rows, 2, "seconds"), degree, measured_bytes,
+                                heads, degrees))
+    cost = SequenceCost(quadratic, linear, fixed, dict(zip(degrees.tolist(), comm.tolist())),
+                        memory_per_token=per_token, memory_fixed=memory_fixed, heads=heads)
+    return Fit(cost, error, bytes_error)
+
+
+def _rows(measurements):
+    try:
+        rows = [tuple(row) for row in measurements]
+    except TypeError:
+        raise TypeError("measurements must be a sequence of tuples (lengths, seconds) or "
+                        "(lengths, degree, seconds, bytes)") from None
+    if not rows:
+        raise ValueError("measurements must hold at least one row")
+    sizes = {len(row) for row in rows}
+    if not sizes <= {2, 4}:
+        raise TypeError("measurements must hold tuples (lengths, seconds) or "
+                        f"(lengths, degree, seconds, bytes); got {max(sizes - {2, 4})} values")
+    if len(sizes) > 1:
+        raise ValueError("measurements must not mix (lengths, seconds) and "
+                         "(lengths, degree, seconds, bytes)")
+    return rows
+
+
+def _lengths(value, row):
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise TypeError(f"measurements[{row}]: lengths must be an array of integers") from None
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"measurements[{row}]: lengths must be one-dimensional and not empty")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"measurements[{row}]: lengths must be integers; got {array.dtype}")
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"measurements[{row}]: a length is above 2^63-1")
+    return array
+
+
+def _column(rows, index, name):
+    column = [row[index] for row in rows]
+    for i, value in enumerate(column):
+        if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+            raise TypeError(f"measurements[{i}]: {name} must be a number; "
+                            f"got {type(value).__name__}")
+    try:
+        return np.array([float(value) for value in column])
+    except OverflowError:
+        raise ValueError(f"measurements: {name} must be finite") from None
+
+
+def _term_bits(terms):
+    if isinstance(terms, str):
+        raise TypeError("terms must be a sequence of names, not one string")
+    bits = 0
+    for term in terms:
+        if term not in _TERMS:
+            raise ValueError(f"unknown term {term!r}; known: {', '.join(_TERMS)}")
+        bits |= 1 << _TERMS.index(term)
+    if bits == 0:
+        raise ValueError("terms must name at least one coefficient")
+    return bits

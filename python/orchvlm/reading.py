@@ -1,0 +1,201 @@
+"""Length files: CSV, JSON lines and NumPy arrays, gzipped or not, read into whole token counts."""
+import csv
+import gzip
+import io
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+LONGEST = 2**40  # tokens; above it a figure is a mistake, and sums could overflow
+
+
+class FileError(ValueError):
+    """A length file that cannot be used; the message is one line and names the file."""
+
+
+def _kind(path):
+    suffixes = [s.lower() for s in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    last = suffixes[-1 - zipped] if len(suffixes) > zipped else ""
+    kinds = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".npy": "npy"}
+    if last not in kinds:
+        raise FileError(f"{path}: unknown kind of file {last or '(no suffix)'}; "
+                        "known: .csv .tsv .jsonl .npy, each also with .gz")
+    return kinds[last], zipped
+
+
+def _number(text, where):
+    try:
+        value = float(text)
+    except (TypeError, ValueError, OverflowError):
+        raise FileError(f"{where}: {_short(text)} is not a number") from None
+    if not math.isfinite(value) or value < 0:
+        raise FileError(f"{where}: lengths must be finite and >= 0; got {_short(text)}")
+    return value
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _choose(path, names, column):
+    """Index of the wanted column."""
+    if column is None:
+        if len(names) == 1:
+            return 0
+        raise FileError(f"{path}: choose one with --column; columns: {', '.join(names)}")
+    if column not in names:
+        raise FileError(f"{path}: no column {column!r}; columns: {', '.join(names)}")
+    return names.index(column)
+
+
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_csv(path, stream, column, delimiter):
+    """Values of one column; empty cells are dropped."""
+    rows = csv.reader(stream, delimiter=delimiter, strict=True)
+    first = next(rows, None)
+    if first is None:
+        raise FileError(f"{path}: the file is empty")
+    bare = all(_is_number(cell) for cell in first)  # no header: columns are named 1, 2, ...
+    names = [str(i + 1) for i in range(len(first))] if bare else [c.strip() for c in first]
+    index = _choose(path, names, column)
+    values = [_number(first[index], f"{path}, line 1")] if bare else []
+    for row in rows:
+        if row and len(row) != len(names):
+            raise FileError(f"{path}, line {rows.line_num}: {len(row)} cells where the first line "
+                            f"has {len(names)}")
+        if row and row[index].strip():
+            values.append(_number(row[index], f"{path}, line {rows.line_num}"))
+    return values
+
+
+def _read_jsonl(path, stream, field):
+    """One number per line, or one field of an object; a missing or null field is dropped."""
+    values = []
+    for line_number, line in enumerate(stream, 1):
+        where = f"{path}, line {line_number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"{where}: not JSON ({str(error)[:60]})") from None
+        if isinstance(value, dict):
+            if field is None:
+                raise FileError(f"{where}: choose a field with --field; fields: "
+                                f"{', '.join(map(str, value))[:200]}")
+            if field not in value and not values:
+                raise FileError(f"{where}: no field {field!r}; fields: "
+                                f"{', '.join(map(str, value))[:200]}")
+            value = value.get(field)
+            if value is None:
+                continue
+        if isinstance(value, (bool, str, list, type(None))):
+            raise FileError(f"{where}: {_short(value)} is not a number")
+        values.append(_number(value, where))
+    return values
+
+
+def _read_npy(path, stream):
+    array = np.load(io.BytesIO(stream.read()), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iuf":
+        shape = getattr(array, "shape", "?")
+        raise FileError(f"{path}: must hold a one-dimensional array of numbers; got shape {shape}"
+                        f", dtype {getattr(array, 'dtype', '?')}")
+    if array.size and (not np.isfinite(array).all() or array.min() < 0):
+        raise FileError(f"{path}: lengths must be finite and >= 0")
+    return array.astype(float)
+
+
+def _read_values(path, column, field):
+    kind, zipped = _kind(path)
+    opener = gzip.open if zipped else open
+    if kind == "npy":
+        with opener(path, "rb") as stream:
+            return _read_npy(path, stream)
+    with opener(path, "rt", encoding="utf-8-sig", newline="" if kind != "jsonl" else None) as stream:
+        if kind == "jsonl":
+            return _read_jsonl(path, stream, field)
+        return _read_csv(path, stream, column, "\t" if kind == "tsv" else ",")
+
+
+def read_lengths(path, column=None, field=None, per_unit=None):
+    """Lengths from a file, as whole numbers of tokens.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``.csv``, ``.tsv``, ``.jsonl`` or ``.npy``, each also gzipped (``.gz``).
+    column : str, optional
+        Column of a CSV or TSV file; needed when there are several.  Columns of a file without a
+        header are named 1, 2, ...
+    field : str, optional
+        Field of the objects of a JSON lines file.
+    per_unit : float, optional
+        Tokens per unit of the file, e.g. 0.25 for characters or 25 for seconds of sound; the
+        product is rounded up.  Without it the file must hold whole numbers.
+
+    Returns
+    -------
+    int64[n]
+        Tokens; zeros and empty cells are dropped.
+
+    Raises
+    ------
+    FileError
+        Whatever is wrong with the file or its contents, in one line that says where.
+
+    Notes
+    -----
+    Reads the whole file; never unpickles.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from orchvlm.reading import read_lengths
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "sounds.csv"
+    ...     _ = path.write_text("id,seconds\\n1,2.5\\n2,0.9\\n")
+    ...     read_lengths(path, column="seconds", per_unit=25)
+    array([63, 23])
+    """
+    path = Path(path)
+    try:
+        values = np.asarray(_read_values(path, column, field), float)
+    except FileError:
+        raise
+    except UnicodeDecodeError:
+        raise FileError(f"{path}: not a text file in UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = "broken gzip file" if _kind(path)[1] else "cannot be read"
+        raise FileError(f"{path}: {what} ({error})") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+    except (csv.Error, ValueError, MemoryError, SyntaxError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileError(f"{path}: cannot be read ({reason[:120]})") from None
+    return _whole(path, values, per_unit)
+
+
+def _whole(path, values, per_unit):
+    if per_unit is not None:
+        values = np.ceil(values * per_unit)
+    elif (values != np.floor(values)).any():
+        raise FileError(f"{path}: lengths are not whole numbers of tokens; convert them with "
+                        "--chars-per-token, --seconds-to-tokens or --pixels-per-token")
+    if len(values) and values.max() > LONGEST:
+        raise FileError(f"{path}: {values.max():.3g} tokens in one sequence; at most 2^40 make "
+                        "sense")
+    lengths = values.astype(np.int64)
+    return lengths[lengths > 0]

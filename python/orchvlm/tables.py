@@ -1,0 +1,158 @@
+"""Tables for people: aligned plain text, and HTML for notebooks."""
+import html as _html
+import math
+
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def format_bytes(count):
+    """Bytes with a binary unit.
+
+    Parameters
+    ----------
+    count : float
+        Bytes, >= 0.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from orchvlm.tables import format_bytes
+    >>> format_bytes(0), format_bytes(1536), format_bytes(5 * 2**30)
+    ('0 B', '1.5 KiB', '5.0 GiB')
+    """
+    power = 0 if count < 1024 else min(int(math.log2(count) / 10), len(_BYTES) - 1)
+    return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:.1f} {_BYTES[power]}"
+
+
+def format_seconds(seconds):
+    """Seconds with the unit that reads best.
+
+    Parameters
+    ----------
+    seconds : float
+        >= 0.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from orchvlm.tables import format_seconds
+    >>> format_seconds(0), format_seconds(0.00123), format_seconds(12.345)
+    ('0 s', '1.23 ms', '12.3 s')
+    """
+    if seconds == 0:
+        return "0 s"
+    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+
+
+def format_percent(share, digits=1):
+    """A share as a percentage; nothing for None.
+
+    Parameters
+    ----------
+    share : float or None
+        1.0 is 100 %.
+    digits : int
+        Digits behind the point.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from orchvlm.tables import format_percent
+    >>> format_percent(0.4163), format_percent(None)
+    ('41.6 %', '')
+    """
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _numeric(cell):
+    return cell[:1].isdigit() or cell[:1] in "-+." and cell[1:2].isdigit()
+
+
+def _right(columns):
+    """A column is set flush right when its non-empty cells are numbers."""
+    return [all(_numeric(c) for c in column if c) and any(column) for column in columns]
+
+
+def text_table(header, rows, title=None):
+    """An aligned plain-text table; columns of numbers are set flush right.
+
+    Parameters
+    ----------
+    header : sequence of str
+        Names of the columns.
+    rows : sequence of sequences
+        Cells; anything that ``str`` takes.
+    title : str, optional
+        A line above.
+
+    Returns
+    -------
+    str
+        Without a newline at the end.
+
+    Examples
+    --------
+    >>> from orchvlm.tables import text_table
+    >>> print(text_table(["rank", "load"], [["a", 1.5], ["bb", 10]]))
+    rank  load
+    ----  ----
+    a      1.5
+    bb      10
+    """
+    rows = [[str(c) for c in row] for row in rows]
+    columns = list(zip(*rows)) if rows else [()] * len(header)
+    width = [max(map(len, (name, *column))) for name, column in zip(header, columns)]
+    right = _right(columns)
+
+    def line(cells):
+        put = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, width, right))
+        return "  ".join(put).rstrip()
+
+    lines = [line(header), "  ".join("-" * w for w in width), *map(line, rows)]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def html_table(header, rows, title=None):
+    """The same table as an HTML fragment; every cell is escaped.
+
+    Parameters
+    ----------
+    header : sequence of str
+        Names of the columns.
+    rows : sequence of sequences
+        Cells; anything that ``str`` takes.
+    title : str, optional
+        A caption.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from orchvlm.tables import html_table
+    >>> "<td>&lt;8K</td>" in html_table(["mix"], [["<8K"]])
+    True
+    """
+    rows = [[str(c) for c in row] for row in rows]
+    right = _right(list(zip(*rows)) if rows else [()] * len(header))
+    style = [' style="text-align:right"' if r else "" for r in right]
+
+    def line(cells, tag):
+        inner = "".join(f"<{tag}{s}>{_html.escape(c)}</{tag}>" for c, s in zip(cells, style))
+        return f"<tr>{inner}</tr>"
+
+    caption = f"<caption>{_html.escape(title)}</caption>" if title else ""
+    return ("<table>" + caption + "<thead>" + line(header, "th")
+            + "</thead><tbody>" + "".join(line(r, "td") for r in rows) + "</tbody></table>")

@@ -11,7 +11,7 @@
 #define SHARE 0.06
 enum { ROUNDS = 8 };
 
-/* Limits of one move: groups dissolved, pool items tried elsewhere after it; of one exchange: groups
+/* Limits of a move: groups dissolved, pool items tried elsewhere after it; of an exchange: groups
  * looked at, and the items that such a group may have. */
 enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE_GROUPS = 4, EXCHANGE_ITEMS = 64 };
 

@@ -6,8 +6,8 @@
  *
  *   1  status      how calls fail                 4  balance     items over ranks, one phase
  *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
- *   3  cost        what work costs               7  simulate    tasks on resources over time
- *                                                8  backend     compute backends, found at run time
+ *   3  cost        what work costs                6  step plan   phases, routes, relabelling
+ *   7  simulate    tasks on resources over time   8  backend     compute backends, at run time
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
@@ -144,7 +144,9 @@ typedef enum ovlm_plan_status {
 } ovlm_plan_status;
 
 /* n items onto N ranks so that the largest load is least.  Optional arrays may be NULL.
- *   load[r] = base_load[r] + f(items of r)/speed[r]  */
+ *   load[r] = base_load[r] + f(items of r)/speed[r]
+ * With home, among the plans whose largest load is at most (1 + slack) times the best one found:
+ * least bytes that change their node, then least bytes that change their rank. */
 typedef struct ovlm_balance_problem {
     int64_t n, n_ranks;
     const int64_t *lengths;   /* [n] >= 0                                                       */
@@ -251,46 +253,6 @@ OVLM_NODISCARD ovlm_status ovlm_sp_bucket(const int64_t *lengths, int64_t n, int
 OVLM_NODISCARD ovlm_status ovlm_sp_blast(const int64_t *lengths, int64_t n, int64_t n_parts,
                                          int64_t *part, int64_t *longest, int64_t *n_used,
                                          ovlm_err *err);
-
-/* ------------------------------------------------------------------ 7  simulate -------- */
-
-/* A graph of tasks on resources, e.g. one training step: a rank's compute and its link are two
- * resources, a barrier is a task without duration that follows a task of every rank.
- *   - A task may start when all tasks before it have ended; it then queues at all of its resources
- *     at once and starts when it is first in every queue.  It holds them until it ends.
- *   - Tasks join the queues in the order of the times at which they became ready; equal times in
- *     the order of their numbers, after everything that ends at that time.
- * So the result is unique, and no task waits for ever unless the dependencies form a cycle. */
-typedef struct ovlm_simulate_problem {
-    int64_t n_tasks, n_resources;
-    const double *duration_s;    /* [n_tasks] >= 0                                              */
-    const int64_t *before_start; /* [n_tasks+1]: task t follows before[before_start[t]] ..      */
-    const int64_t *before;
-    const int64_t *use_start;    /* [n_tasks+1]: task t holds use[use_start[t]] .., each once   */
-    const int64_t *use;
-} ovlm_simulate_problem;
-
-/* Fills start_s, end_s and cause [n_tasks], busy_s [n_resources] (the caller's memory) and *time_s,
- * the end of the last task.  cause[t] is the task whose end let t start, -1 at time 0: followed
- * back from the last task it is a critical path.  Every result is checked against the rules above
- * before it is returned.  OVLM_E_ARG names a bad array or a task on a cycle.
- * O((n_tasks + edges + uses) log n_tasks).  `budget` serves its poll and limits; when a limit ends
- * the run, OVLM_E_UNDECIDED. */
-OVLM_NODISCARD ovlm_status ovlm_simulate_run(const ovlm_simulate_problem *problem,
-                                             const ovlm_budget *budget, double *start_s,
-                                             double *end_s, int64_t *cause, double *busy_s,
-                                             double *time_s, ovlm_err *err);
-
-/* ------------------------------------------------------------------ 8  backend --------- */
-
-/* A compute backend is a table of functions; csrc/backend/backend.h says which. */
-typedef struct ovlm_ops ovlm_ops;
-
-/* Finds the table in the shared object at `path`, which stays loaded for the life of the process.
- * OVLM_E_BACKEND: no such file, not a backend, or built for another version of this library.
- * Touches no device. */
-OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
-                                             ovlm_err *err);
 
 /* ------------------------------------------------------------------ 6  step plan ------- */
 
@@ -437,9 +399,58 @@ OVLM_NODISCARD ovlm_status ovlm_step_solve(const ovlm_step_problem *problem,
                                            ovlm_err *err);
 void ovlm_step_plan_free(ovlm_step_plan *plan); /* NULL is fine */
 
+/* An empty plan with room for a problem's decisions, for ovlm_step_plan_rebuild. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_init(const ovlm_step_problem *problem,
+                                               ovlm_step_plan **plan, ovlm_err *err);
+
+/* Builds routes, places, traffic and times again from the decisions of a plan: the shares' rank and
+ * micro (n_micro of them), sequences, and the bounds.  Of a plan that came from elsewhere. */
+OVLM_NODISCARD ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem,
+                                                  ovlm_step_plan *plan, ovlm_err *err);
+
 /* Re-verifies a plan from scratch: shares, memory, routes, places, times, bound <= time. */
 OVLM_NODISCARD ovlm_status ovlm_step_plan_check(const ovlm_step_problem *problem,
                                                 const ovlm_step_plan *plan, ovlm_err *err);
+
+/* ------------------------------------------------------------------ 7  simulate -------- */
+
+/* A graph of tasks on resources, e.g. one training step: a rank's compute and its link are two
+ * resources, a barrier is a task without duration that follows a task of every rank.
+ *   - A task may start when all tasks before it have ended; it then queues at all of its resources
+ *     at once and starts when it is first in every queue.  It holds them until it ends.
+ *   - Tasks join the queues in the order of the times at which they became ready; equal times in
+ *     the order of their numbers, after everything that ends at that time.
+ * So the result is unique, and no task waits for ever unless the dependencies form a cycle. */
+typedef struct ovlm_simulate_problem {
+    int64_t n_tasks, n_resources;
+    const double *duration_s;    /* [n_tasks] >= 0                                              */
+    const int64_t *before_start; /* [n_tasks+1]: task t follows before[before_start[t]] ..      */
+    const int64_t *before;
+    const int64_t *use_start;    /* [n_tasks+1]: task t holds use[use_start[t]] .., each once   */
+    const int64_t *use;
+} ovlm_simulate_problem;
+
+/* Fills start_s, end_s and cause [n_tasks], busy_s [n_resources] (the caller's memory) and *time_s,
+ * the end of the last task.  cause[t] is the task whose end let t start, -1 at time 0: followed
+ * back from the last task it is a critical path.  Every result is checked against the rules above
+ * before it is returned.  OVLM_E_ARG names a bad array or a task on a cycle.
+ * O((n_tasks + edges + uses) log n_tasks).  `budget` serves its poll and limits; when a limit ends
+ * the run, OVLM_E_UNDECIDED. */
+OVLM_NODISCARD ovlm_status ovlm_simulate_run(const ovlm_simulate_problem *problem,
+                                             const ovlm_budget *budget, double *start_s,
+                                             double *end_s, int64_t *cause, double *busy_s,
+                                             double *time_s, ovlm_err *err);
+
+/* ------------------------------------------------------------------ 8  backend --------- */
+
+/* A compute backend is a table of functions; csrc/backend/backend.h says which. */
+typedef struct ovlm_ops ovlm_ops;
+
+/* Finds the table in the shared object at `path`, which stays loaded for the life of the process.
+ * OVLM_E_BACKEND: no such file, not a backend, or built for another version of this library.
+ * Touches no device. */
+OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
+                                             ovlm_err *err);
 
 #ifdef __cplusplus
 }

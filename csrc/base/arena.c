@@ -76,8 +76,8 @@ static ovlm_status chunk_add(ovlm_arena *arena, size_t need, ovlm_err *err)
     if (chunk == NULL) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory: %zu bytes were asked for", body);
     }
-    uintptr_t start = (uintptr_t)(chunk + 1);
-    chunk->base = (unsigned char *)((start + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES);
+    unsigned char *start = (unsigned char *)(chunk + 1);
+    chunk->base = start + (ALIGN_BYTES - (uintptr_t)start % ALIGN_BYTES) % ALIGN_BYTES;
     chunk->size_bytes = body;
     chunk->used_bytes = 0;
     chunk->next = arena->chunk;

@@ -19,8 +19,8 @@ const char *ovlm_status_name(ovlm_status status)
     return "unknown status";
 }
 
-ovlm_status ovlm_err_set(ovlm_err *err, ovlm_status code, const char *file, int line,
-                         const char *format, ...)
+void ovlm_err_set(ovlm_err *err, ovlm_status code, const char *file, int line,
+                  const char *format, ...)
 {
     if (err != NULL) {
         va_list args;
@@ -31,5 +31,4 @@ ovlm_status ovlm_err_set(ovlm_err *err, ovlm_status code, const char *file, int 
         (void)vsnprintf(err->message, sizeof err->message, format, args);
         va_end(args);
     }
-    return code;
 }

@@ -8,10 +8,12 @@
 
 #include "ovlm.h"
 
-OVLM_NODISCARD ovlm_status ovlm_err_set(ovlm_err *err, ovlm_status code, const char *file,
-                                        int line, const char *format, ...) OVLM_PRINTF(5, 6);
+void ovlm_err_set(ovlm_err *err, ovlm_status code, const char *file, int line,
+                  const char *format, ...) OVLM_PRINTF(5, 6);
 
-#define OVLM_FAIL(err, code, ...) ovlm_err_set(err, code, __FILE__, __LINE__, __VA_ARGS__)
+/* Its value is `code`, where compilers and analysers can see it. */
+#define OVLM_FAIL(err, code, ...) \
+    (ovlm_err_set((err), (code), __FILE__, __LINE__, __VA_ARGS__), (code))
 
 #define OVLM_TRY(call)                       \
     do {                                     \

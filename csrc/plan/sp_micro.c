@@ -2,7 +2,9 @@
 #include "plan/sp_micro.h"
 
 #include <math.h>
+#include <string.h>
 
+#include "plan/sp_bound_line.h"
 #include "plan/sp_micro_search.h"
 
 ovlm_status sp_micro_init(sp_micro *micro, int64_t n_items, ovlm_arena *arena, ovlm_err *err)
@@ -60,34 +62,141 @@ static void read_plan(const sp_micro *micro, const int64_t *k, const sp_pack *pa
     }
 }
 
-/* A few constructions, each at prices that the last one taught; the first that succeeds. */
-static bool build(sp_pack *pack, double tau, sp_saved *saved)
+/* Where to start, with prices: the relaxation's bound or, where it is more, the plain one. */
+static double find_floor(sp_pack *pack, const int64_t *k)
 {
-    int64_t work = 0;
-    for (int round = 0; round < 4; round++) {
-        sp_fill_rule rule = {.by_ratio = round != 1};
-        if (sp_pack_build(pack, tau, &rule, &work)) {
-            sp_saved_keep(saved, pack);
-            return true;
+    sp_line_items items;
+    sp_line_prices prices;
+    sp_line_summarise(pack->model, k, pack->n, &items);
+    double line = sp_line_bound(pack->model, &items, 1e-3, 2, &prices);
+    double plain = sp_pack_floor(pack);
+    if (line > plain && line < HUGE_VAL) {
+        for (int64_t j = 0; j < pack->model->D; j++) {
+            pack->theta[j] = prices.theta[j];
         }
-        sp_pack_learn(pack);
+        return line;
     }
-    return false;
+    return plain;
 }
 
-/* Doubles the distance to the floor until construction succeeds, then bisects: a construction is a
- * noisy test of a limit, so a few steps are all that pays. */
-static void construct(sp_pack *pack, double floor_s, sp_saved *saved)
+/* Constructions, one after the other. */
+typedef struct builder {
+    sp_pack *pack;
+    sp_saved *saved;
+    ovlm_meter *meter; /* or NULL                                                              */
+    double lack;       /* least share of the GPUs that was missing at this limit               */
+    bool longest_first; /* the rule that came closer is not by ratio                            */
+    double dear[SP_MAX_DEGREES], cheap[SP_MAX_DEGREES]; /* prices at which time was too ...      */
+    bool has_dear, has_cheap;
+} builder;
+
+/* What is left over tells which resource was priced too low: long items are left when memory was
+ * (short ones went beside others for it), short ones when time was. */
+static void learn(builder *b, int round)
 {
-    double fails = floor_s, step = 0.01 * floor_s;
-    for (int round = 0; round < 40 && !build(pack, floor_s + step, saved); round++) {
-        fails = floor_s + step;
-        step *= 2;
+    sp_pack *pack = b->pack;
+    int64_t degrees = pack->model->D;
+    double time = 0, memory = 0;
+    sp_pack_pool_load(pack, &time, &memory);
+    memcpy(time > memory ? b->cheap : b->dear, pack->theta, sizeof b->dear);
+    b->has_cheap = b->has_cheap || time > memory;
+    b->has_dear = b->has_dear || time <= memory;
+    if (b->has_cheap && b->has_dear) {
+        for (int64_t j = 0; j < degrees; j++) {
+            pack->theta[j] = 0.5 * (b->cheap[j] + b->dear[j]);
+        }
+    } else {
+        sp_pack_learn(pack, 0.5 / (1 + 0.5 * round));
     }
-    for (int round = 0; round < 4 && saved->makespan > fails * 1.002; round++) {
-        double middle = 0.5 * (fails + saved->makespan);
-        if (!isfinite(middle) || !build(pack, middle, saved)) {
+}
+
+static bool build_by(builder *b, double tau, bool longest_first)
+{
+    int64_t work = 0;
+    sp_fill_rule rule = {.by_ratio = !longest_first};
+    bool found = sp_pack_build(b->pack, tau, &rule, &work);
+    if (found) {
+        sp_saved_keep(b->saved, b->pack);
+    }
+    double lack = found ? 0 : b->pack->pool_value / (double)b->pack->model->n_gpus;
+    if (lack < b->lack) {
+        b->lack = lack;
+        b->longest_first = longest_first;
+    }
+    if (b->meter != NULL) {
+        ovlm_meter_spend(b->meter, work);
+    }
+    return found;
+}
+
+/* Up to `rounds` constructions at prices that each teaches the next, and one by the other rule. */
+static bool build(builder *b, double tau, int rounds)
+{
+    bool longest_first = b->longest_first;
+    b->has_dear = b->has_cheap = false;
+    b->lack = HUGE_VAL;
+    for (int round = 0; round < rounds; round++) {
+        if (build_by(b, tau, longest_first)) {
+            return true;
+        }
+        learn(b, round);
+        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
+            return false;
+        }
+    }
+    return build_by(b, tau, !longest_first);
+}
+
+/* More than any plan takes: with this limit, memory alone decides. */
+static double no_limit(const sp_pack *pack)
+{
+    const sp_model *m = pack->model;
+    double sum = 0, sum2 = 0, longest = 0;
+    for (int64_t i = 0; i < pack->n; i++) {
+        sum += pack->s[i];
+        sum2 += pack->s[i] * pack->s[i];
+    }
+    for (int64_t j = 0; j < m->D; j++) {
+        longest = fmax(longest, m->quad[j] * sum2 + m->lin[j] * sum);
+    }
+    return longest * 1.001;
+}
+
+/* Raises the limit by a part of what was missing until construction succeeds; in the end only memory
+ * counts. */
+static void construct(builder *b, double floor_s)
+{
+    double tau = floor_s * 1.003;
+    for (int round = 0; round < 20; round++) {
+        sp_pack_clear(b->pack);
+        bool possible = sp_pack_set_tau(b->pack, tau);
+        double excess = possible ? b->pack->pool_value / (double)b->pack->model->n_gpus - 1 : 0.01;
+        if (possible && excess <= 0 && build(b, tau, 2)) {
+            return;
+        }
+        double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
+        tau *= 1.003 + 0.5 * lack;
+    }
+    for (int64_t j = 0; j < b->pack->model->D; j++) {
+        b->pack->theta[j] = 0;
+    }
+    build_by(b, no_limit(b->pack), true);
+}
+
+/* Bisects down to the floor: a construction is a noisy test of a limit, so few steps pay. */
+static void refine(builder *b, double floor_s, int steps, int rounds)
+{
+    double fails = floor_s;
+    if (!isfinite(b->saved->makespan)) {
+        return;
+    }
+    for (int step = 0; step < steps && b->saved->makespan > fails * 1.003; step++) {
+        double middle = 0.5 * (fails + b->saved->makespan);
+        if (!build(b, middle, rounds)) {
             fails = middle;
+        }
+        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
+            return;
         }
     }
 }
@@ -106,7 +215,10 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    construct(&pack, sp_pack_floor(&pack), &saved);
+    builder b = {.pack = &pack, .saved = &saved};
+    double floor_s = find_floor(&pack, k);
+    construct(&b, floor_s);
+    refine(&b, floor_s, 3, 2);
     write_plan(&saved, k, micro);
 done:
     ovlm_arena_rewind(arena, mark);
@@ -128,11 +240,13 @@ ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_it
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    double floor_s = sp_pack_floor(&pack);
+    double floor_s = find_floor(&pack, k);
     if (isfinite(micro->makespan)) {
         read_plan(micro, k, &pack, &saved);
     } else {
-        construct(&pack, floor_s, &saved);
+        builder b = {.pack = &pack, .saved = &saved, .meter = meter};
+        construct(&b, floor_s);
+        refine(&b, floor_s, 6, 6);
     }
     OVLM_GOTO(done, sp_micro_search(&pack, &saved, floor_s, target, meter, rng, arena, err));
     write_plan(&saved, k, micro);

@@ -113,8 +113,11 @@ static ovlm_status init_degrees(sp_model *model, const ovlm_sp_problem *p, ovlm_
                              SP_MAX_DEGREES);
         }
         int64_t j = model->D++, d = cost->degree[i];
-        double heads = (double)cost->heads;
-        double share = cost->heads > 0 ? (double)((cost->heads - 1) / d + 1) / heads : 1 / (double)d;
+        double share = 1 / (double)d;
+        if (cost->heads > 0) {
+            int64_t per_gpu = (cost->heads - 1) / d + 1;
+            share = (double)per_gpu / (double)cost->heads;
+        }
         model->degree[j] = d;
         model->quad[j] = cost->quadratic * share;
         model->lin[j] = (cost->linear + cost->comm[i]) / (double)d;

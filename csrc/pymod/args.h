@@ -60,6 +60,19 @@ int ovlm_arg_batch_cost(PyObject *object, ovlm_batch_cost *cost);
 int ovlm_arg_sequence_cost(PyObject *object, ovlm_sequence_cost *cost, ovlm_i64_view *degree,
                            ovlm_f64_view *comm);
 
+/* A sequence plan borrowed from Python's tuple of its fields: micro_start, degree, first_gpu,
+ * group_start, item, group_time, time, bound, status, cut_short, work.  Only read `plan`; release
+ * the view in any case. */
+typedef struct ovlm_sp_plan_view {
+    ovlm_i64_view micro_start, degree, first_gpu, group_start, item;
+    ovlm_f64_view group_time;
+    ovlm_sp_plan plan;
+} ovlm_sp_plan_view;
+
+int ovlm_arg_sp_plan(PyObject *tuple, ovlm_sp_plan_view *view);
+void ovlm_sp_plan_release(ovlm_sp_plan_view *view);
+PyObject *ovlm_new_sp_plan(const ovlm_sp_plan *plan);
+
 /* New one-dimensional arrays; copies of C data. */
 PyObject *ovlm_new_i64(const int64_t *data, int64_t n);
 PyObject *ovlm_new_f64(const double *data, int64_t n);

@@ -276,7 +276,7 @@ done:
     return result;
 }
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_cost_methods[] = {
     METHOD(batch_cost_load),

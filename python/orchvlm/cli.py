@@ -157,7 +157,8 @@ def make_parser():
                           help="of the demo; default %(default)s")
     simulate.add_argument("--policies", metavar="A,B,...",
                           help="names from: sampled, prebalanced, veomni, seed, detour, orchmllm, "
-                               "orchvlm; for a file sp_static, sp_homogeneous, sp_chunked, sp_flex")
+                               "orchvlm; for a file sp_run, sp_static, sp_homogeneous, "
+                               "sp_chunked, sp_flex")
     _add_machine(simulate, nodes=8)
     _add_search(simulate)
     _add_output(simulate)
@@ -214,8 +215,11 @@ def main(argv=None):
 
 
 def _is_callers(error):
-    """Mistakes of the caller and of the machine get one line; bugs keep their traceback."""
+    """Mistakes of the caller and of the machine get one line; bugs keep their traceback, a module
+    of our own that is not there among them."""
     from ._core import Error
+    if isinstance(error, ModuleNotFoundError):
+        return False
     return isinstance(error, (CommandError, ValueError, TypeError, ImportError, OSError,
                               MemoryError, Error))
 

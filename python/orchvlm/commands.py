@@ -59,8 +59,11 @@ def _read(arguments):
 
 
 def _search(arguments):
-    return {"time_limit": arguments.time_limit, "work_limit": arguments.work_limit,
-            "seed": arguments.seed}
+    """Limits as given: a work limit alone switches the planners' own time limit off."""
+    chosen = {"seed": arguments.seed}
+    if arguments.work_limit is not None or arguments.time_limit is not None:
+        chosen |= {"work_limit": arguments.work_limit, "time_limit": arguments.time_limit}
+    return chosen
 
 
 def _print_json(value):
@@ -166,7 +169,6 @@ def _plan_groups(arguments, lengths, cluster):
 def _plan_demo(arguments):
     from . import demo
     from .model_cost import from_model
-    from .policies import load_per_rank, language_lengths, squares_of
     from .sequences import plan_sequences
     from .step import plan_step
     cluster = _cluster(arguments, "h100")
@@ -180,7 +182,7 @@ def _plan_demo(arguments):
                               gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
                               **_search(arguments))
     if arguments.plot:
-        _plot_demo(arguments.plot, batch, step, model, cluster, made)
+        _plot_demo(arguments.plot, batch, step, model.costs, cluster, made)
     if arguments.json:
         _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
                      "sequences": _groups_json(made)})
@@ -193,6 +195,22 @@ def _plan_demo(arguments):
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
     return 0
+
+
+def _plot_demo(path, batch, step, costs, cluster, made):
+    from .plots import plot_plans
+    from .policies import language_lengths, load_per_rank, squares_of
+    source, tokens = np.asarray(batch.source_rank), language_lengths(batch)
+    work = {phase: (items.length, squares_of(items), source[items.sample],
+                    step.phases[phase].rank, step.phases[phase].bound)
+            for phase, items in batch.phases.items()}
+    work["llm"] = (tokens, np.asarray(tokens, float)**2, source, step.llm.rank, step.llm.bound)
+    before, after, bounds = {}, {}, {}
+    for phase, (length, squares, home, rank, bound) in work.items():
+        before[phase], after[phase] = (load_per_rank(costs[phase], r, length, squares,
+                                                     cluster.n_gpus) for r in (home, rank))
+        bounds[phase] = bound
+    plot_plans(before, after, bounds, made, cluster.n_gpus, path)
 
 
 # ---------------------------------------------------------------- simulate

@@ -60,6 +60,7 @@ FRAMES_PER_CLIP = 16            # one video item: so many frames, taken at 1 per
 FRAME_TOKENS = 160              # language tokens of a video frame, about 350 x 350 pixels
 VIDEO_FRAMES = 64               # of longer videos, so many frames are taken
 IMAGE_TOKENS = 2048             # larger images are scaled down to this
+SOUND_SECONDS = 300             # longer recordings are cut
 PAGE_IMAGES = 4                 # at most so many on a page
 LONGEST_TEXT = 8192             # longer documents are cut
 
@@ -194,7 +195,8 @@ def _add_picture(vision, sample, position, frames, tokens):
 
 
 def _add_sound(audio, sample, position, seconds):
-    tokens = max(1, int(seconds * AUDIO_FRAMES_PER_SECOND / AUDIO_FRAMES_PER_TOKEN))
+    frames = min(seconds, SOUND_SECONDS) * AUDIO_FRAMES_PER_SECOND
+    tokens = max(1, int(frames / AUDIO_FRAMES_PER_TOKEN))
     frames = tokens * AUDIO_FRAMES_PER_TOKEN
     whole, rest = divmod(frames, AUDIO_WINDOW_FRAMES)
     audio.add(sample, position, frames, tokens, frames * 128 * 2,
@@ -316,7 +318,7 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
     -----
     Images are scaled down to 2,048 language tokens and text is cut at 8,192 tokens, as trainers
     do.  A video gives one frame per second, at most 64, in items of 16 frames that attend within
-    each frame, and its sound.
+    each frame, and up to five minutes of sound, which attends inside windows of 30 seconds.
 
     Examples
     --------

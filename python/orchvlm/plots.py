@@ -43,7 +43,7 @@ def plot_loads(before, after, path=None, bounds=None):
     Parameters
     ----------
     before, after : dict
-        Phase -> float64[N], seconds per rank.
+        Phase -> float64[N], load of each rank (seconds, or whatever the cost counts).
     path : str or Path, optional
         PNG to write.
     bounds : dict, optional
@@ -69,6 +69,12 @@ def plot_loads(before, after, path=None, bounds=None):
     if set(before) != set(after):
         raise ValueError(f"before has phases {sorted(before)}, after {sorted(after)}")
     figure = _figure(9, 0.7 + 1.9 * len(before))
+    _draw_phases(figure, before, after, bounds or {})
+    return _finish(figure, path)
+
+
+def _draw_phases(figure, before, after, bounds):
+    """A row of two panels per phase."""
     grid = figure.subplots(len(before), 2, sharey="row", sharex=True, squeeze=False)
     for row, phase in zip(grid, before):
         for axes, loads, colour, name in ((row[0], before[phase], _BEFORE, "as sampled"),
@@ -78,11 +84,10 @@ def plot_loads(before, after, path=None, bounds=None):
                 axes.set_title(name, fontsize=11)
             if row is grid[-1]:
                 axes.set_xlabel("rank")
-        if bounds and phase in bounds:
+        if phase in bounds:
             row[1].axhline(bounds[phase], color=_EXPOSED, linewidth=1, label="proven bound")
             row[1].legend(loc="upper right", frameon=False, fontsize=8)
-        row[0].set_ylabel(f"{phase}\nseconds")
-    return _finish(figure, path)
+        row[0].set_ylabel(f"{phase}\nload")
 
 
 def _draw_loads(axes, loads, colour):
@@ -120,10 +125,15 @@ def plot_groups(plan, n_gpus, path=None):
     ImportError
         matplotlib is not installed.
     """
+    figure = _figure(10, 4.2)
+    _draw_groups(figure.subplots(), plan, n_gpus)
+    return _finish(figure, path)
+
+
+def _draw_groups(axes, plan, n_gpus):
+    """Rectangles degree x time in a common frame; grey is idle."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch, Rectangle
-    figure = _figure(10, 4.2)
-    axes = figure.subplots()
     _tidy(axes)
     degrees = sorted({g.degree for m in plan.micro_batches for g in m.groups})
     shades = colormaps["viridis"](np.linspace(0.92, 0.12, max(len(degrees), 2)))
@@ -152,6 +162,34 @@ def plot_groups(plan, n_gpus, path=None):
     handles.append(Patch(facecolor=_IDLE, label="idle"))
     axes.legend(handles=handles, title="degree", loc="center left", bbox_to_anchor=(1.0, 0.5),
                 frameon=False, fontsize=8, title_fontsize=8)
+
+
+def plot_plans(before, after, bounds, plan, n_gpus, path=None):
+    """A step plan above, a sequence plan below: :func:`plot_loads` and :func:`plot_groups`.
+
+    Parameters
+    ----------
+    before, after, bounds : dict
+        As for :func:`plot_loads`.
+    plan, n_gpus
+        As for :func:`plot_groups`.
+    path : str or Path, optional
+        PNG to write.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
+    loads = 0.7 + 1.7 * len(before)
+    figure = _figure(10, loads + 4.2)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(loads, 4.2))
+    _draw_phases(upper, before, after, bounds)
+    _draw_groups(lower.subplots(), plan, n_gpus)
     return _finish(figure, path)
 
 
@@ -238,7 +276,7 @@ def plot_timeline(simulation, names, path=None):
     colour = _phase_colour(simulation.phases)
     for axes, name in zip(panels, names):
         _tidy(axes)
-        axes.set_facecolor(_IDLE)
+        axes.axvspan(0, simulation[name].step_s[0], color=_IDLE, linewidth=0)
         for phase, kind, start, end in simulation[name].timeline:
             fill = colour.get(phase, _EXPOSED)
             rank = np.arange(len(start))

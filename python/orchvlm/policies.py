@@ -19,11 +19,13 @@ class Policy:
     ----------
     title : str
         For tables.
-    encoders : {"source", "longest_first", "grouped", "balanced", "planned"}
-        Who encodes an item: the rank that sampled it; longest first over all ranks, or inside
-        groups of 128; the least certified maximum; or :func:`orchvlm.plan_step`.
+    encoders : {"source", "longest_first", "grouped", "balanced", "home", "planned"}
+        Who encodes an item: the rank that sampled it; longest first over all ranks by squared
+        length, inside groups of 128 by cost, or over all ranks by cost; the least load that
+        moves little; or :func:`orchvlm.plan_step`.
     language : str
-        Where a sample's language part runs: "source", "balanced", "planned", or a policy of
+        Where a sample's language part runs: "source", "balanced", "planned", "sp_run" (groups of
+        one degree, the least that holds the longest sample of the run), or a policy of
         :func:`orchvlm.plan_sequences` behind "sp_".
     outputs : {"stay", "return", "detour", "direct"}
         How encoder outputs travel: not at all; back to the source; back and from there to the
@@ -57,6 +59,7 @@ POLICIES = {
     "orchmllm": Policy("post-balanced, composed, relabelled (OrchMLLM)", "balanced", "balanced",
                        "direct", relabelled=True),
     "orchvlm": Policy("planned (orchvlm)", "planned", "planned", "direct"),
+    "sp_run": Policy("sequence parallel, one degree for the run", "home", "sp_run", "direct"),
     "sp_static": Policy("sequence parallel, static", "home", "sp_static", "direct"),
     "sp_homogeneous": Policy("sequence parallel, homogeneous", "home", "sp_homogeneous",
                              "direct"),
@@ -65,6 +68,7 @@ POLICIES = {
 }
 
 GROUP_RANKS = 128  # Seed1.5-VL 5.1 balances inside groups of 128 to 256 GPUs
+HOME_SLACK = 0.002  # of the largest load, given away to move few bytes; plan_step's default
 
 
 @dataclass
@@ -210,7 +214,8 @@ def _tokens_that_fit(phase, cluster, bytes_per_token, fixed_bytes):
 class Placer:
     """Places one batch under any policy; what policies share is computed once."""
 
-    def __init__(self, batch, cluster, costs, memory, seed, work_limit, time_limit):
+    def __init__(self, batch, cluster, costs, memory, longest, seed, work_limit, time_limit):
+        self.longest = longest  # tokens of the longest sample of the run
         self.batch, self.cluster, self.costs, self.memory = batch, cluster, costs, memory
         self.limits = {phase: _tokens_that_fit(phase, cluster, *pair)
                        for phase, pair in memory.items()}
@@ -272,8 +277,11 @@ class Placer:
         """(rank of each sample, None) or (None, SequencePlan)."""
         if policy.language.startswith("sp_"):
             from .sequences import plan_sequences
+            kind, degrees = policy.language[3:], None
+            if kind == "run":
+                kind, degrees = "static", [self._degree_of_the_run()]
             return None, plan_sequences(
-                self.tokens, self.n_ranks, self.costs["llm"], policy=policy.language[3:],
+                self.tokens, self.n_ranks, self.costs["llm"], policy=kind, degrees=degrees,
                 gpus_per_node=self.cluster.gpus_per_node, **self.search)
         if policy.language == "source":
             return source, None
@@ -281,6 +289,16 @@ class Placer:
             return np.asarray(self.step_plan().llm.rank), None
         rank = self._balance(self.tokens, self._language_cost(), work_limit=0)
         return self._relabel(policy, rank, self.source, TEXT_BYTES_PER_TOKEN * self.tokens), None
+
+    def _degree_of_the_run(self):
+        """The least degree at which the run's longest sample fits: a trainer's fixed choice."""
+        cost = self.costs["llm"]
+        room = cost.memory_limit - cost.memory_fixed
+        fitting = [d for d in cost.comm if cost.memory_per_token * self.longest <= room * d]
+        if not fitting:
+            raise ValueError(f"a sequence of {self.longest} tokens fits no degree of "
+                             f"{sorted(cost.comm)}")
+        return min(fitting)
 
     def _place_items(self, policy, phase, items, home):
         cost, squares = self.costs[phase], squares_of(items)
@@ -294,9 +312,10 @@ class Placer:
         if policy.encoders == "grouped":
             group = GROUP_RANKS if self.n_ranks % GROUP_RANKS == 0 else self.n_ranks
             return self._balance(items.length, cost, squares, home=home, group_size=group,
-                                 work_limit=0)
+                                 node_size=self.cluster.gpus_per_node, work_limit=0)
         if policy.encoders == "home":
             return self._balance(items.length, cost, squares, home=home, size=items.bytes,
+                                 node_size=self.cluster.gpus_per_node, slack=HOME_SLACK,
                                  **self.search)
         rank = self._balance(items.length, cost, squares, work_limit=0)
         return self._relabel(policy, rank, home, items.bytes)

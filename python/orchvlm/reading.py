@@ -178,7 +178,8 @@ def read_lengths(path, column=None, field=None, per_unit=None):
     except UnicodeDecodeError:
         raise FileError(f"{path}: not a text file in UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise FileError(f"{path}: broken gzip file ({error})") from None
+        what = "broken gzip file" if _kind(path)[1] else "cannot be read"
+        raise FileError(f"{path}: {what} ({error})") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None
     except (csv.Error, ValueError, MemoryError, SyntaxError) as error:

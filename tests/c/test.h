@@ -1,6 +1,6 @@
 /* test.h - the C tests' harness: CHECK counts, a failed one prints where and fails the program.
  *
- *   int main(int argc, char **argv) { test_start(argc, argv); test_x(); return test_end("balance"); }
+ *   int main(int argc, char **argv) { test_start(argc, argv); test_x(); return test_end("x"); }
  *
  * The seed comes from argv[1] or the clock and is printed, so that a failure can be repeated. */
 #ifndef OVLM_TEST_H

@@ -1,0 +1,262 @@
+"""The command line through subprocesses: good files, broken files, JSON, plots, Ctrl-C."""
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchvlm.cli import main, make_parser
+from orchvlm.reading import FileError, read_lengths
+
+SMALL = ["--nodes", "1", "--gpus-per-node", "8"]
+
+
+def run(*arguments, **more):
+    done = subprocess.run([sys.executable, "-m", "orchvlm", *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120, **more)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def refuse(*arguments):
+    """The one line of a refusal."""
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("orchvlm: "), done.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    """The same lengths in every kind of file."""
+    values = np.random.default_rng(3).integers(10, 4000, 64)
+    (tmp_path / "a.csv").write_text("tokens\n" + "\n".join(map(str, values)) + "\n")
+    (tmp_path / "bare.csv").write_text("\n".join(map(str, values)) + "\n")
+    (tmp_path / "two.csv").write_text("id,tokens\r\n" + "".join(
+        f"x{i},{v}\r\n" for i, v in enumerate(values)))
+    (tmp_path / "a.tsv").write_text("id\ttokens\n" + "".join(
+        f"x{i}\t{v}\n" for i, v in enumerate(values)))
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {v}, "s": "x"}}\n' for v in values))
+    (tmp_path / "bare.jsonl").write_text("\n".join(map(str, values)))
+    np.save(tmp_path / "a.npy", values.astype(np.int32))
+    for name in ("a.csv", "a.jsonl", "a.npy"):
+        with gzip.open(tmp_path / f"{name}.gz", "wb") as stream:
+            stream.write((tmp_path / name).read_bytes())
+    return tmp_path, values
+
+
+def test_every_kind_of_file(lengths):
+    folder, values = lengths
+    for name, how in {"a.csv": {}, "bare.csv": {}, "two.csv": dict(column="tokens"),
+                      "a.tsv": dict(column="tokens"), "a.jsonl": dict(field="n"),
+                      "bare.jsonl": {}, "a.npy": {}, "a.csv.gz": {}, "a.npy.gz": {},
+                      "a.jsonl.gz": dict(field="n")}.items():
+        assert (read_lengths(folder / name, **how) == values).all(), name
+
+
+def test_units_and_empty_cells(tmp_path):
+    path = tmp_path / "sound.csv"
+    path.write_text("id,seconds\na,0.5\nb,\nc,0.01\nd,0\n\n")
+    assert read_lengths(path, column="seconds", per_unit=25).tolist() == [13, 1]
+    with pytest.raises(FileError, match="whole numbers"):
+        read_lengths(path, column="seconds")
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("name, content, word", [
+    ("a.csv", b"", "empty"),
+    ("a.csv", b"a,b\n1,2\n", "columns: a, b"),
+    ("a.csv", b"a\n1\nx\n", "line 3"),
+    ("a.csv", b"a\n-1\n", "finite and >= 0"),
+    ("a.csv", b"a\nnan\n", "finite and >= 0"),
+    ("a.csv", b"a\n1e999\n", "finite and >= 0"),
+    ("a.csv", b"a\n1e300\n", r"2\^40"),
+    ("a.csv", b"a\n1,2\n", "2 cells"),
+    ("a.csv", b"a\n\"1\n", "cannot be read"),
+    ("a.csv", b"a\n" + b"9" * 200_000 + b"\n", "cannot be read"),
+    ("a.csv", b"\xff\xfe\x00a\n", "UTF-8"),
+    ("a.csv", b"a\n1\x00\n", "csv"),
+    ("a.csv.gz", b"a\n1\n", "gzip"),
+    ("a.csv.gz", gzip.compress(b"a\n" + b"1\n" * 999)[:20], "gzip"),
+    ("a.csv.gz", gzip.compress(os.urandom(999))[:-9] + b"x" * 9, "csv"),
+    ("a.jsonl", b"{\"n\": 1}\n", "fields: n"),
+    ("a.jsonl", b"1\n{\n", "line 2"),
+    ("a.jsonl", b"[1]\n", "not a number"),
+    ("a.jsonl", b"true\n", "not a number"),
+    ("a.jsonl", b"1" * 5000 + b"\n", "line 1"),
+    ("a.jsonl", nested(100_000).encode(), "not JSON"),
+    ("a.npy", b"", "cannot be read"),
+    ("a.npy", b"\x93NUMPY\x01\x00\xff\xff{", "cannot be read"),
+    ("a.npy", b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, "
+              b"'shape': (99999999999999,), }\n", "cannot be read"),
+    ("a.parquet", b"x", "unknown kind"),
+    ("plain", b"1\n", "unknown kind"),
+])
+def test_broken_files_give_one_line(tmp_path, name, content, word):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=word) as caught:
+        read_lengths(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_pickles_and_tables_are_refused(tmp_path):
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "table.npy", np.ones((2, 2)))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    for name in ("object", "table", "text"):
+        with pytest.raises(FileError, match=f"{name}.npy"):
+            read_lengths(tmp_path / f"{name}.npy")
+
+
+def test_refusals_are_one_line(lengths):
+    folder, _ = lengths
+    assert "either a FILE" in refuse("plan")
+    assert "either a FILE" in refuse("plan", folder / "a.csv", "--demo")
+    assert "No such file" in refuse("plan", folder / "none.csv")
+    (folder / "folder.csv").mkdir()
+    assert "directory" in refuse("plan", folder / "folder.csv", "--items")
+    assert "id, tokens" in refuse("plan", folder / "two.csv")
+    assert "no column 'x'" in refuse("plan", folder / "two.csv", "--column", "x")
+    assert "fields: n, s" in refuse("plan", folder / "a.jsonl")
+    assert "nowhere" in refuse("plan", folder / "a.csv", "--preset", "nowhere", "--items")
+    assert "measured on a100_40g" in refuse("plan", folder / "a.csv", "--preset", "h100")
+    assert "known models" in refuse("plan", folder / "a.csv", "--model", "gpt9")
+    assert "--nodes" in refuse("plan", folder / "a.csv", "--nodes", "0")
+    assert "--time-limit" in refuse("plan", folder / "a.csv", "--time-limit", "-1")
+    assert "not allowed with" in refuse("plan", folder / "a.csv", "--chars-per-token", "4",
+                                        "--pixels-per-token", "784")
+    assert "magic" in refuse("simulate", folder / "a.csv", "--policies", "magic")
+    assert "invalid choice" in refuse("dance")
+    (folder / "long.csv").write_text("tokens\n10\n9000000\n")
+    assert "9000000" in refuse("plan", folder / "long.csv", *SMALL)
+
+
+def test_plan_groups(lengths):
+    folder, values = lengths
+    picture = folder / "plan.png"
+    done = run("plan", folder / "two.csv", "--column", "tokens", "--work-limit", "2000",
+               "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    assert "64 sequences" in done.stdout and "no plan takes less" in done.stdout
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plan = json.loads(run("plan", folder / "a.npy", "--work-limit", "2000", "--json").stdout)
+    items = [i for m in plan["micro_batches"] for g in m for i in g["items"]]
+    assert sorted(items) == list(range(64)) and plan["bound"] <= plan["time"]
+    tokens = sum(g["tokens"] for m in plan["micro_batches"] for g in m)
+    assert tokens == values.sum()
+
+
+def test_plan_items(lengths):
+    folder, values = lengths
+    done = run("plan", folder / "a.csv", "--items", *SMALL)
+    assert done.returncode == 0 and "8 ranks" in done.stdout, done.stderr
+    plan = json.loads(run("plan", folder / "a.csv", "--items", "--json", *SMALL).stdout)
+    loads = np.bincount(plan["rank"], weights=values, minlength=8)
+    assert loads.tolist() == plan["loads"]
+
+
+def test_batch_size_takes_the_first(lengths):
+    folder, values = lengths
+    plan = json.loads(run("plan", folder / "a.csv", "--items", "--json", "--batch-size", "5",
+                          *SMALL).stdout)
+    assert sum(plan["loads"]) == values[:5].sum()
+
+
+def test_counted_model(lengths):
+    folder, _ = lengths
+    config = dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
+                  num_key_value_heads=4, intermediate_size=4096, vocab_size=32000)
+    (folder / "config.json").write_text(json.dumps(config))
+    done = run("plan", folder / "a.csv", "--model", folder / "config.json", "--preset", "h100",
+               "--work-limit", "500", *SMALL)
+    assert done.returncode == 0, done.stderr
+    (folder / "config.json").write_text("{")
+    assert "not JSON" in refuse("plan", folder / "a.csv", "--model", folder / "config.json")
+
+
+def test_demos(tmp_path):
+    done = run("plan", "--demo", "--nodes", "2", "--work-limit", "2000", "--plot",
+               tmp_path / "demo.png")
+    assert done.returncode == 0, done.stderr
+    for word in ("vision", "audio", "llm", "no plan takes less"):
+        assert word in done.stdout
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    done = run("simulate", "--demo", "--nodes", "2", "--samples-per-rank", "4", "--steps", "1",
+               "--work-limit", "1000")
+    assert done.returncode == 0, done.stderr
+    assert "as sampled" in done.stdout and "1.00x" in done.stdout
+
+
+def test_simulate_file(lengths):
+    folder, _ = lengths
+    done = run("simulate", folder / "a.csv", "--batch-size", "32", "--json", "--work-limit", "500",
+               "--plot", folder / "sim.png")
+    assert done.returncode == 0, done.stderr
+    policies = json.loads(done.stdout)["policies"]
+    assert len(policies["sp_flex"]["step_s"]) == 2
+    assert (folder / "sim.png").exists()
+
+
+def test_nothing_is_left_half_written(lengths):
+    folder, _ = lengths
+    before = sorted(folder.iterdir())
+    refuse("plan", folder / "a.csv", "--items", *SMALL, "--plot", folder / "no" / "x.png")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_doctor():
+    done = run("doctor")
+    assert done.returncode in (0, 1)
+    for part in ("orchvlm", "core", "numpy", "cuda backend", "nvcc", "gpu"):
+        assert part in done.stdout
+
+
+def test_help_shows_examples(capsys):
+    assert main(["--help"]) == 0 and "orchvlm plan --demo" in capsys.readouterr().out
+    for command in ("plan", "simulate"):
+        assert main([command, "--help"]) == 0
+        assert f"examples:\n  orchvlm {command}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+
+
+def test_examples_of_the_help_parse():
+    for line in make_parser().epilog.splitlines()[1:]:
+        words = line.split("   ")[0].strip() if "   " in line.strip() else line.strip()
+        make_parser().parse_args(words.split()[1:])
+
+
+def test_closed_pipe():
+    command = f"{sys.executable} -m orchvlm plan --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_interrupt(tmp_path):
+    """Ctrl-C during a long search: exit 130, one line, no file."""
+    picture = tmp_path / "x.png"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchvlm", "simulate", "--demo", "--nodes", "64", "--steps", "200",
+         "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline()  # progress says that it runs
+        assert line.startswith("orchvlm: "), line
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == "" and err.strip().endswith("interrupted") and "Traceback" not in err
+    assert not picture.exists() and list(Path(tmp_path).iterdir()) == []

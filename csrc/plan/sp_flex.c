@@ -1,4 +1,4 @@
-/* sp_flex.c - walks in rounds: each round the better half goes on, until two are left.
+/* sp_flex.c - walks in rounds: each round the better half goes on.
  *
  * Walks are independent within a round, so threads share them out; each has its own part of the work,
  * so the plan does not depend on how many threads there are. */
@@ -11,9 +11,9 @@
 
 #include "plan/sp_walk.h"
 
-enum { STARTS = 2, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
+enum { STARTS = SP_FLEX_STARTS, STYLES = 2, WALKS = (STARTS + 1) * STYLES };
 
-static const double taste_balance[TASTES] = {0.6, 0.1};
+static const sp_style styles[STYLES] = {{0.6, 0.33}, {0.1, 0.8}};
 
 typedef struct runner {
     sp_walk walk;
@@ -37,45 +37,39 @@ struct sp_flex {
 
 /* ------------------------------------------------------------------ set up --------------- */
 
-/* Walks from one draft, one for each taste. */
+/* Walks from one draft, one of each style. */
 static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, const sp_draft *start,
                              ovlm_err *err)
 {
     /* One box to spare, so that a walk may open another micro-batch. */
     int64_t asked = problem->micro_batches, boxes = asked > 0 ? asked : start->n_micro + 1;
     boxes = boxes < flex->model->n ? boxes : flex->model->n;
-    for (int i = 0; i < TASTES; i++) {
+    for (int i = 0; i < STYLES; i++) {
         runner *r = &flex->runner[flex->n_runners];
         uint64_t seed = problem->seed + (uint64_t)flex->n_runners;
         flex->alive[flex->n_alive++] = flex->n_runners++;
-        OVLM_TRY(sp_walk_init(&r->walk, flex->model, boxes, start, taste_balance[i], seed,
+        OVLM_TRY(sp_walk_init(&r->walk, flex->model, boxes, start, styles[i], seed,
                               &r->arena, err));
     }
     return OVLM_OK;
 }
 
 ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_problem *problem,
-                         const sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
+                         sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
     sp_draft nothing = {.time_s = HUGE_VAL};
-    bool used[SP_TRIES] = {false};
+    int64_t order[SP_TRIES];
     OVLM_TRY(OVLM_HEAP_NEW(&flex, 1, err));
     flex->model = model;
     flex->threads = problem->threads;
     if (starts->n_drafts == 0) { /* sorted chunks do not fit: from nothing */
         OVLM_GOTO(fail, add_walks(flex, problem, &nothing, err));
     }
-    for (int round = 0; round < STARTS && round < starts->n_drafts; round++) {
-        int64_t next = -1;
-        for (int64_t i = 0; i < starts->n_drafts; i++) {
-            if (!used[i] && (next < 0 || starts->draft[i].time_s < starts->draft[next].time_s)) {
-                next = i;
-            }
-        }
-        used[next] = true;
-        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[next], err));
+    sp_policy_order(starts, order);
+    for (int64_t i = 0; i < STARTS && i < starts->n_drafts; i++) {
+        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[order[i]], err));
     }
     if (isfinite(warm->time_s)) {
         OVLM_GOTO(fail, add_walks(flex, problem, warm, err));
@@ -170,8 +164,7 @@ static void halve(sp_flex *flex)
         }
         flex->alive[at] = moving;
     }
-    int64_t half = (flex->n_alive + 1) / 2, least = SURVIVORS;
-    flex->n_alive = half > least ? half : least < flex->n_alive ? least : flex->n_alive;
+    flex->n_alive = (flex->n_alive + 1) / 2;
 }
 
 ovlm_status sp_flex_run(sp_flex *flex, double target, double share, sp_purse *purse,
@@ -181,7 +174,7 @@ ovlm_status sp_flex_run(sp_flex *flex, double target, double share, sp_purse *pu
     bool over = false;
     for (double done = 0; done < 1 && !over;) {
         /* Early rounds are short: the number of micro-batches shows soon which is the best. */
-        double step = flex->n_alive > SURVIVORS ? 0.3 : 1 - done;
+        double step = flex->n_alive > 1 && done < 0.5 ? 0.25 : 1 - done;
         run_round(flex, step * share / (1 - done * share), purse);
         done += step;
         for (int64_t i = 0; i < flex->n_alive; i++) {

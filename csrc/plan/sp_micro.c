@@ -83,12 +83,22 @@ static double find_floor(sp_pack *pack, const int64_t *k)
 typedef struct builder {
     sp_pack *pack;
     sp_saved *saved;
-    ovlm_meter *meter; /* or NULL                                                              */
-    double lack;       /* least share of the GPUs that was missing at this limit               */
-    bool longest_first; /* the rule that came closer is not by ratio                            */
-    double dear[SP_MAX_DEGREES], cheap[SP_MAX_DEGREES]; /* prices at which time was too ...      */
+    ovlm_meter *meter;  /* or NULL                                                              */
+    bool searching;     /* the meter's work ends it too; construction proper only minds the clock */
+    bool longest_first; /* the rule that came closer last time is not by ratio                   */
+    double lack;        /* least share of the GPUs that was missing at this limit                */
+    double dear[SP_MAX_DEGREES], cheap[SP_MAX_DEGREES]; /* prices at which time was too ...       */
     bool has_dear, has_cheap;
 } builder;
+
+static bool must_stop(const builder *b)
+{
+    if (b->meter == NULL) {
+        return false;
+    }
+    bool spent = ovlm_meter_spend(b->meter, 0);
+    return b->searching ? spent : b->meter->cut_short || b->meter->interrupted;
+}
 
 /* What is left over tells which resource was priced too low: long items are left when memory was
  * (short ones went beside others for it), short ones when time was. */
@@ -142,7 +152,7 @@ static bool build(builder *b, double tau, int rounds)
             return true;
         }
         learn(b, round);
-        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
+        if (must_stop(b)) {
             return false;
         }
     }
@@ -164,12 +174,12 @@ static double no_limit(const sp_pack *pack)
     return longest * 1.001;
 }
 
-/* Raises the limit by a part of what was missing until construction succeeds; in the end only memory
- * counts. */
+/* Raises the limit by a part of what was missing until construction succeeds; in the end only
+ * memory counts. */
 static void construct(builder *b, double floor_s)
 {
     double tau = floor_s * 1.003;
-    for (int round = 0; round < 20; round++) {
+    for (int round = 0; round < 20 && !must_stop(b); round++) {
         sp_pack_clear(b->pack);
         bool possible = sp_pack_set_tau(b->pack, tau);
         double excess = possible ? b->pack->pool_value / (double)b->pack->model->n_gpus - 1 : 0.01;
@@ -189,18 +199,22 @@ static void construct(builder *b, double floor_s)
 static void refine(builder *b, double floor_s, int steps, int rounds)
 {
     double fails = floor_s;
-    if (!isfinite(b->saved->makespan)) {
-        return;
-    }
-    for (int step = 0; step < steps && b->saved->makespan > fails * 1.003; step++) {
+    while (steps-- > 0 && isfinite(b->saved->makespan) && b->saved->makespan > fails * 1.003 &&
+           !must_stop(b)) {
         double middle = 0.5 * (fails + b->saved->makespan);
         if (!build(b, middle, rounds)) {
             fails = middle;
         }
-        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
-            return;
-        }
     }
+}
+
+/* From nothing; returns the floor. */
+static double start(builder *b, const int64_t *k)
+{
+    double floor_s = find_floor(b->pack, k);
+    construct(b, floor_s);
+    refine(b, floor_s, 3, 2);
+    return floor_s;
 }
 
 ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t n_items,
@@ -218,9 +232,7 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
     builder b = {.pack = &pack, .saved = &saved};
-    double floor_s = find_floor(&pack, k);
-    construct(&b, floor_s);
-    refine(&b, floor_s, 3, 2);
+    start(&b, k);
     write_plan(&saved, k, micro);
 done:
     ovlm_arena_rewind(arena, mark);
@@ -242,13 +254,18 @@ ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_it
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    double floor_s = find_floor(&pack, k);
+    double floor_s;
     if (isfinite(micro->makespan)) {
         read_plan(micro, k, &pack, &saved);
+        sp_saved_load(&saved, &pack);
+        pack.tau = saved.makespan;
+        sp_pack_learn(&pack, 0.5);
+        floor_s = sp_pack_floor(&pack);
     } else {
         builder b = {.pack = &pack, .saved = &saved, .meter = meter};
-        construct(&b, floor_s);
-        refine(&b, floor_s, 6, 6);
+        floor_s = start(&b, k);
+        b.searching = true;
+        refine(&b, target > floor_s ? target : floor_s, 6, 6);
     }
     OVLM_GOTO(done, sp_micro_search(&pack, &saved, floor_s, target, meter, rng, arena, err));
     write_plan(&saved, k, micro);

@@ -1,6 +1,7 @@
-/* sp_micro_search.c - drives the time limit down: at a limit below the best makespan the groups that
- * break it fall into the pool, and a few groups at a time are dissolved and rebuilt at random, until
- * the pool is empty or patience ends. */
+/* sp_micro_search.c - drives the time limit down (a dual approximation): at a limit below the best
+ * makespan, groups lose items to the pool until they keep it; then pool items change places with
+ * others and a few groups at a time are dissolved and rebuilt at random, until the pool is empty or
+ * patience ends. */
 #include "plan/sp_micro_search.h"
 
 #include <math.h>
@@ -10,7 +11,9 @@
 #define SHARE 0.06
 enum { ROUNDS = 8 };
 
-enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE = 4 };
+/* Limits of a move: groups dissolved, pool items tried elsewhere after it; of an exchange: groups
+ * looked at, and the items that such a group may have. */
+enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE_GROUPS = 4, EXCHANGE_ITEMS = 64 };
 
 typedef struct search {
     sp_pack *pack;
@@ -108,16 +111,17 @@ static void take_back(search *s, int64_t base, int64_t absorbed)
     }
 }
 
-/* One move; the pool never becomes worth more. */
+/* Ruin and rebuild; kept unless the pool becomes worth more by over a hundredth of a GPU. */
 static void move(search *s)
 {
     sp_pack *pack = s->pack;
     double before = pack->pool_value;
     int64_t work = 1 + ruin_some(s), base = pack->n_groups;
-    sp_fill_rule rule = {.by_ratio = ovlm_rng_below(s->rng, 4) > 0,
-                         .jitter = ovlm_rng_uniform(s->rng),
-                         .noise = ovlm_rng_below(s->rng, 8) == 0 ? 1.0 : 0.1 * ovlm_rng_uniform(s->rng),
-                         .rng = s->rng};
+    /* One statement each: the order of draws in an initialiser is the compiler's choice. */
+    sp_fill_rule rule = {.rng = s->rng};
+    rule.by_ratio = ovlm_rng_below(s->rng, 4) > 0;
+    rule.jitter = ovlm_rng_uniform(s->rng);
+    rule.noise = ovlm_rng_below(s->rng, 8) == 0 ? 1.0 : 0.1 * ovlm_rng_uniform(s->rng);
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;
     }
@@ -136,16 +140,18 @@ static void exchange(search *s)
     i = i < 0 ? sp_pack_pool_next(pack, 0) : i;
     double si = pack->s[i], best = 0;
     int64_t best_g = -1, best_before = -1;
-    for (int64_t tries = 0; tries < EXCHANGE && pack->n_groups > 0; tries++) {
+    for (int64_t tries = 0; tries < EXCHANGE_GROUPS && pack->n_groups > 0; tries++) {
         int64_t g = ovlm_rng_below(s->rng, pack->n_groups), before = -1;
         sp_group rest = pack->group[g];
-        if (si > (double)pack->model->cap[rest.j] || rest.count > 64) {
+        if (si > (double)pack->model->cap[rest.j] || rest.count > EXCHANGE_ITEMS) {
             continue;
         }
         work += rest.count;
         for (int64_t o = rest.head; o >= 0; before = o, o = pack->next[o]) {
             double so = pack->s[o], gain = pack->value[i] - pack->value[o];
-            sp_group without = {.j = rest.j, .sum_s = rest.sum_s - so, .sum_s2 = rest.sum_s2 - so * so};
+            sp_group without = rest;
+            without.sum_s -= so;
+            without.sum_s2 -= so * so;
             if (gain > best && sp_pack_fits(pack, &without, si)) {
                 best = gain;
                 best_g = g;
@@ -160,7 +166,8 @@ static void exchange(search *s)
     ovlm_meter_spend(s->meter, work);
 }
 
-/* Moves until the pool is empty, `patience` of them have not made it worth less, or the meter stops. */
+/* Moves until the pool is empty, `patience` of them have not made it worth less, or the meter
+ * stops. */
 static void drive(search *s, int64_t patience)
 {
     sp_pack *pack = s->pack;

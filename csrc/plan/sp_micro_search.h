@@ -19,8 +19,8 @@ OVLM_NODISCARD ovlm_status sp_saved_init(sp_saved *saved, const sp_pack *pack, o
 void sp_saved_keep(sp_saved *saved, const sp_pack *pack);
 void sp_saved_load(const sp_saved *saved, sp_pack *pack);
 
-/* Improves `saved` until the meter stops it, `target` is reached or nothing helps.  floor_s: no plan
- * is better. */
+/* Improves `saved` until the meter stops it, `target` is reached or nothing helps.  floor_s: no
+ * plan is better. */
 OVLM_NODISCARD ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s,
                                            double target, ovlm_meter *meter, ovlm_rng *rng,
                                            ovlm_arena *arena, ovlm_err *err);

@@ -1,5 +1,5 @@
-/* sp_micro_uniform.c - all groups of one degree: longest item first onto the least loaded group that
- * has room for it; where memory is too tight for that, best fit decreasing on tokens. */
+/* sp_micro_uniform.c - all groups of one degree: longest item first onto the least loaded group
+ * that has room for it; where memory is too tight for that, best fit decreasing on tokens. */
 #include <math.h>
 
 #include "plan/sp_micro.h"

@@ -25,8 +25,8 @@ typedef struct sp_model {
     int64_t *s;                      /* [n] lengths, descending                                */
     double *sum_s, *sum_s2;          /* [n+1] prefix sums over k of s and s^2                  */
     int64_t *min_j;                  /* [n] first degree index whose cap holds s_k             */
-    bool buddy;                      /* degrees and node are a chain of divisors (powers of two): any
-                                        multiset of degrees with sum <= n_gpus can be placed     */
+    bool buddy;                      /* degrees and node are a chain of divisors, like powers of
+                                        two: any multiset with sum <= n_gpus can be placed      */
 } sp_model;
 
 /* Checks the whole problem (every argument, sums below 2^62, every sequence fits some degree) and
@@ -47,8 +47,8 @@ static inline double sp_item_work(const sp_model *model, int64_t k, int64_t j)
     return (double)model->degree[j] * sp_item_time(model, k, j);
 }
 
-/* Places groups (degree indices j[0..n_groups-1]) as blocks: a degree up to gpus_per_node inside one
- * node, a larger one from the start of a node; with model->buddy also first_gpu % degree == 0.
+/* Places groups (degree indices j[0..n_groups-1]) as blocks: a degree up to gpus_per_node inside
+ * one node, a larger one from the start of a node; with model->buddy also first_gpu % degree == 0.
  * first_gpu[g] answers, false when they cannot all be placed (or, beyond 256 groups or 20,000 steps
  * of search, when first fit decreasing does not).  O(n_groups) with buddy; deterministic. */
 bool sp_place(const sp_model *model, const int64_t *j, int64_t n_groups, int64_t *first_gpu);

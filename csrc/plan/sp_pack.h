@@ -1,13 +1,13 @@
 /* sp_pack.h - groups being packed for a time limit tau: the state that constructors and searches of
  * one micro-batch share.
  *
- * Items are 0..n-1 here, longest first.  An item is in a group or in the pool.  Every group fits tau
- * and its memory; GPUs not in a group are free; the plan is found when the pool is empty.
+ * Items are 0..n-1 here, longest first.  An item is in a group or in the pool.  Every group fits
+ * tau and its memory; GPUs not in a group are free; a plan is found when the pool is empty.
  *
  * An item's value is what it must cost, in GPUs, at prices theta of the aggregate relaxation:
  *   value_i = s_i * min_j d_j*( theta_j*(quad_j*s_i + lin_j)/tau + (1 - theta_j)/cap_j )
- * over the degrees that can hold it within tau, so a group of degree d packed without loss has value
- * d, and the pool's value says how many GPUs are missing. */
+ * over the degrees that can hold it within tau, so a group of degree d packed without loss has
+ * value d, and the pool's value says how many GPUs are missing. */
 #ifndef OVLM_PLAN_SP_PACK_H
 #define OVLM_PLAN_SP_PACK_H
 
@@ -62,7 +62,7 @@ void sp_pack_clear(sp_pack *pack);
  * False when an item fits no degree within it. */
 bool sp_pack_set_tau(sp_pack *pack, double tau);
 
-/* A time below which no plan of these items exists (work over GPUs; longest item at its fastest). */
+/* A time below which no plan exists (work over GPUs; longest item at its fastest). */
 double sp_pack_floor(const sp_pack *pack);
 
 /* The pool's bits alone; its sums are the business of sp_pack.c. */
@@ -134,16 +134,16 @@ typedef struct sp_fill_rule {
     ovlm_rng *rng;  /* needed where jitter or noise > 0                                  */
 } sp_fill_rule;
 
-/* pack->fill = a group of degree index j with head `head` filled from the pool.  The pool is the same
- * afterwards.  Returns the steps it took. */
+/* pack->fill = a group of degree index j with head `head` filled from the pool.  The pool is the
+ * same afterwards.  Returns the steps it took. */
 int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
 
 /* Opens the best group around the pool's longest item, by value per GPU; false when none can be.
  * The pool must not be empty.  `work` counts the items looked at. */
 bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work);
 
-/* Up to `most` pool items, longest first, into groups that have room; into[a], if given, is the group
- * of the a-th one absorbed.  Returns how many. */
+/* Up to `most` pool items, longest first, into groups that have room; into[a], if given, is the
+ * group of the a-th one absorbed.  Returns how many. */
 int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into);
 
 /* From nothing, at limit tau; true when the pool came out empty. */

@@ -3,8 +3,10 @@
 
 #include "plan/sp_pack.h"
 
-/* Degrees beyond the third that holds an item have never been the better ones. */
+/* How many degrees a head tries; from which factor over the smallest degree's on linear cost is
+ * dear. */
 enum { CANDIDATES = 4 };
+#define DEAR 1.1
 
 static void keep_best(sp_pack *pack)
 {
@@ -28,15 +30,27 @@ static void try_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule 
     }
 }
 
+/* Whether a head on degree index j takes more than its share of time (time it needs over time it
+ * has, against its tokens over the pool's tokens per free GPU), at a degree that costs every token
+ * beside it dearly.  Searches try the cheap degrees too, now and then. */
+static bool head_is_dear(const sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
+{
+    const sp_model *m = pack->model;
+    double d = (double)m->degree[j], s = pack->s[head];
+    double fair = (double)pack->free_gpus / pack->pool_s;
+    if (d * s * (m->quad[j] * s + m->lin[j]) <= pack->tau * s * fair) {
+        return false;
+    }
+    return (rule->noise > 0 && ovlm_rng_uniform(rule->rng) < 0.5) ||
+           d * m->lin[j] > DEAR * (double)m->degree[0] * m->lin[0];
+}
+
 bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work)
 {
     const sp_model *m = pack->model;
     int64_t head = sp_pack_pool_next(pack, 0), tried = 0;
-    double best = -HUGE_VAL, s = pack->s[head];
-    /* GPUs per token at the pool's share of what is free. */
-    double fair = (double)pack->free_gpus / pack->pool_s;
+    double best = -HUGE_VAL;
     for (int64_t j = pack->need_j[head]; j < m->D && tried < CANDIDATES; j++) {
-        double d = (double)m->degree[j];
         if (m->degree[j] > pack->free_gpus) {
             break;
         }
@@ -45,10 +59,8 @@ bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work)
         }
         tried++;
         try_fill(pack, j, head, rule, &best, work);
-        /* A head that takes more than its share of time: either many short items beside it use its
-         * memory, or few long ones pay less for its degree. */
-        if (rule->by_ratio && d * s * (m->quad[j] * s + m->lin[j]) > pack->tau * s * fair &&
-            ((rule->noise > 0 && ovlm_rng_uniform(rule->rng) < 0.5) || d * m->lin[j] > 1.1 * (double)m->degree[0] * m->lin[0])) {
+        /* Either many short items beside it use its memory, or few long ones pay for its degree. */
+        if (rule->by_ratio && head_is_dear(pack, j, head, rule)) {
             sp_fill_rule longest = *rule;
             longest.by_ratio = false;
             try_fill(pack, j, head, &longest, &best, work);

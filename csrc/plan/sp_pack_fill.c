@@ -127,7 +127,8 @@ static double matching_length(const sp_pack *pack, double time_left, double fair
     if (tokens_left <= 0 || quad <= 0) {
         return HUGE_VAL;
     }
-    /* Below a twentieth of lin, shorter items save no time to speak of: keep them for the last gaps. */
+    /* Where quad*s is a twentieth of lin, shorter items save no time to speak of: keep them for
+     * the last gaps. */
     double wish = (time_left / tokens_left - lin) / quad;
     return wish > 0.05 * lin / quad ? wish : 0.05 * lin / quad;
 }

@@ -66,7 +66,8 @@ static bool revalue(sp_pack *pack)
     for (int64_t j = 0; j < m->D; j++) {
         double d = (double)m->degree[j], time = d * pack->theta[j] * per_s;
         a[j] = time * m->quad[j];
-        b[j] = time * m->lin[j] + d * (1 - pack->theta[j]) / (double)(m->cap[j] > 0 ? m->cap[j] : 1);
+        double cap = (double)(m->cap[j] > 0 ? m->cap[j] : 1);
+        b[j] = time * m->lin[j] + d * (1 - pack->theta[j]) / cap;
     }
     int64_t need = 0;
     bool possible = true;

@@ -8,8 +8,8 @@
 
 enum { SEARCH_GROUPS = 256, SEARCH_STEPS = 20000 };
 
-/* GPUs are given out from left to right.  Groups of one degree are interchangeable: the next free one
- * of degree j is at or after cursor[j]. */
+/* GPUs are given out from left to right.  Groups of one degree are interchangeable: the next free
+ * one of degree j is at or after cursor[j]. */
 typedef struct packer {
     const sp_model *model;
     const int64_t *j;
@@ -99,8 +99,8 @@ static bool place_greedily(packer *p)
     return p->n_left == 0;
 }
 
-/* Depth first; inside a node the degrees descend from index `most`.  A node that could take one more
- * group is never passed over: moving that group there leaves the rest as easy as before. */
+/* Depth first; inside a node the degrees descend from index `most`.  A node that could take one
+ * more group is never passed over: moving that group there leaves the rest as easy as before. */
 static bool place_exactly(packer *p, int64_t most)
 {
     if (p->n_left == 0) {

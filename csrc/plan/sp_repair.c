@@ -67,11 +67,20 @@ static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
         fits[n_fits] = slot + i;
         n_fits += step->room[slot + i] >= s;
     }
+    /* Unevenness falls by no more than this item's own. */
+    double least[SP_MAX_DEGREES];
+    for (int64_t j = in->min_j; j < step->model->D; j++) {
+        least[j] = in->excess[j] - in->share[j] * in->taste->balance *
+                   fabs(in->time[j] - tau * s * in->fill[j]);
+    }
     for (int64_t i = 0; i < n_fits; i++) {
         slot = fits[i];
         int64_t j = step->j[slot];
         double time = step->time[slot] + in->time[j];
         double growth = time > tau ? time - tau : 0, cost = growth + in->excess[j];
+        if (growth + least[j] >= in->cost) {
+            continue;
+        }
         cost += waste(in, j, tau + growth, step->time[slot], step->sum_s[slot], time,
                       step->sum_s[slot] + s);
         if (cost < in->cost && ovlm_rng_uniform(rng) >= in->taste->blink) {

@@ -10,11 +10,14 @@
 enum { STRIDE = 16 };
 
 #define DEFAULT_WORK 4000000
+/* Above this many sequences, mixed groups are built for one start only: they take 10 us each. */
+#define MANY 2048
 #define OPTIMAL_GAP 1e-9
 
-/* Shares of what is left of the budget: a first bound; the group solver on the best start; then search and bound in turns, so that each
+/* Shares of what is left of the budget: a first bound; the group
+ * solver on the best start; then search and bound in turns, so that each
  * knows what the other found; the search has what remains. */
-#define FIRST_BOUND 0.05
+#define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
 #define FIRST_SEARCH 0.6
@@ -81,10 +84,17 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     if (s->problem->warm_start != NULL) {
         OVLM_TRY(sp_warm_start(&s->model, s->problem, &warm, &s->arena, err));
     }
-    /* The other policies first, so that flex is never worse than their constructions. */
-    for (int policy = OVLM_SP_STATIC; policy <= OVLM_SP_CHUNKED; policy++) {
-        OVLM_TRY(start(s, (ovlm_sp_policy)policy, &starts, err));
+    /* The other policies too, so that flex is never worse than their constructions.  Chunks of one
+     * degree each are the homogeneous ones, unless that policy has to use more micro-batches. */
+    OVLM_TRY(start(s, OVLM_SP_STATIC, &starts, err));
+    OVLM_TRY(start(s, OVLM_SP_CHUNKED, &starts, err));
+    if (starts.mixed) {
+        sp_chunked homogeneous;
+        OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &homogeneous, err));
     }
+    int64_t most = s->model.n <= MANY ? SP_FLEX_STARTS : 1;
+    OVLM_TRY(sp_policy_mix(&s->model, &starts, most, &s->arena, err));
+    take_best(s, &starts);
     if (warm.time_s < s->best.time_s) {
         sp_draft_copy(&s->best, &warm);
     }

@@ -11,14 +11,16 @@
 
 enum { CYCLE = 4000, MOST_OUT = 96 };
 
-#define HOT 3e-3   /* thresholds, relative to the step's time */
-#define COLD 3e-5
+#define HOT 0.024 /* thresholds, relative to the step's time; this one at one GPU */
+#define COLD 1e-5
 
 ovlm_status sp_walk_init(sp_walk *walk, const sp_model *model, int64_t n_boxes,
-                         const sp_draft *start, double balance, uint64_t seed, ovlm_arena *arena,
+                         const sp_draft *start, sp_style style, uint64_t seed, ovlm_arena *arena,
                          ovlm_err *err)
 {
-    *walk = (sp_walk){.length = CYCLE, .balance = balance};
+    *walk = (sp_walk){.length = CYCLE, .style = style};
+    /* One change moves a larger cluster's step by less. */
+    walk->hot = HOT / sqrt((double)model->n_gpus);
     ovlm_rng_init(&walk->rng, seed);
     OVLM_TRY(sp_step_init(&walk->step, model, n_boxes, arena, err));
     OVLM_TRY(sp_draft_init(&walk->best, model->n, arena, err));
@@ -143,10 +145,13 @@ static void ruin(sp_walk *walk)
 {
     walk->n_out = 0;
     if (walk->step.n_pool < walk->step.model->n) {
-        switch (ovlm_rng_below(&walk->rng, 3)) {
-        case 0: ruin_longest(walk); break;
-        case 1: ruin_block(walk); break;
-        default: ruin_alike(walk); break;
+        double kind = ovlm_rng_uniform(&walk->rng), longest = walk->style.longest;
+        if (kind < longest) {
+            ruin_longest(walk);
+        } else if (kind < 0.5 * (1 + longest)) {
+            ruin_block(walk);
+        } else {
+            ruin_alike(walk);
         }
     }
     sp_step_settle(&walk->step);
@@ -163,7 +168,7 @@ static int compare_i64(const void *left, const void *right)
 /* Everything in the pool goes back, longest first. */
 static int64_t recreate(sp_walk *walk)
 {
-    sp_taste taste = {.excess = 0.6, .balance = walk->balance, .fit = 0.05, .blink = 0.06};
+    sp_taste taste = {.excess = 0.6, .balance = walk->style.balance, .fit = 0.05, .blink = 0.06};
     sp_step *step = &walk->step;
     walk->n_out = step->n_pool;
     for (int64_t i = 0; i < step->n_pool; i++) {
@@ -205,7 +210,7 @@ static double threshold(sp_walk *walk)
     }
     double left = 1 - (double)walk->at / (double)walk->length;
     double u = ovlm_rng_uniform(&walk->rng);
-    return walk->cost * (HOT * left * left * left + COLD) * u * u;
+    return walk->cost * (walk->hot * left * left * left + COLD) * u * u;
 }
 
 /* Writing a step down takes as long as many changes to it, so a row of improvements is saved once. */

@@ -4,6 +4,12 @@
 
 #include "plan/sp_repair.h"
 
+/* How a walk prefers to go; which suits depends on how many groups there are. */
+typedef struct sp_style {
+    double balance; /* weight in sp_taste: small suits many small groups, large few wide ones    */
+    double longest; /* share of ruins that start at the longest group of a micro-batch           */
+} sp_style;
+
 typedef struct sp_walk {
     sp_step step;
     sp_draft best;      /* the best step seen; time HUGE_VAL while items are in the pool         */
@@ -11,7 +17,8 @@ typedef struct sp_walk {
     double best_cost;
     bool unsaved;       /* the step now is the best, and not in `best` yet                       */
     ovlm_rng rng;
-    double balance;     /* taste of this walk: small suits many small groups, large few wide ones */
+    sp_style style;
+    double hot;         /* threshold at the start of a cycle, relative to the step's time        */
     int64_t at, length; /* iterations done in this cycle of cooling, and its length              */
     int64_t *out;       /* [n] items of the ruin, in the order in which they go back             */
     int64_t n_out;
@@ -20,7 +27,7 @@ typedef struct sp_walk {
 
 /* A walk from a draft (time HUGE_VAL: from all items in the pool) over at most n_boxes boxes. */
 OVLM_NODISCARD ovlm_status sp_walk_init(sp_walk *walk, const sp_model *model, int64_t n_boxes,
-                                        const sp_draft *start, double balance, uint64_t seed,
+                                        const sp_draft *start, sp_style style, uint64_t seed,
                                         ovlm_arena *arena, ovlm_err *err);
 void sp_walk_release(sp_walk *walk);
 

@@ -117,8 +117,8 @@ static sp_micro new_plan(instance *t)
     return plan;
 }
 
-/* Never below the optimum; at it nearly always.  Placement is relaxed in the brute force, so degrees
- * that are no powers of two only get the first half. */
+/* Never below the optimum; at it nearly always.  Placement is relaxed in the brute force, so only
+ * the first half holds for degrees that are no powers of two. */
 static void test_optima(bool powers)
 {
     int64_t solved = 0, optimal = 0;

@@ -34,7 +34,8 @@ static bool holds(const ovlm_sp_problem *p, int64_t tokens, int64_t d)
 {
     const ovlm_sequence_cost *c = &p->cost;
     if (p->pad_to == 1) {
-        return c->memory_fixed + c->memory_per_token * (double)tokens / (double)d <= c->memory_limit;
+        double bytes = c->memory_fixed + c->memory_per_token * (double)tokens / (double)d;
+        return bytes <= c->memory_limit;
     }
     int64_t shard = (tokens + d - 1) / d;
     shard = (shard + p->pad_to - 1) / p->pad_to * p->pad_to;

@@ -83,10 +83,11 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
     return OVLM_OK;
 }
 
-/* With homes: the best plan's largest load sets the limit, then traffic counts. */
-static ovlm_status settle_homes(bal_search *search, bal_plan *plan, double slack, ovlm_err *err)
+/* With homes: `best`, a largest load or a bound on it, sets the limit, then traffic counts. */
+static ovlm_status settle_homes(bal_search *search, bal_plan *plan, double best, double slack,
+                                ovlm_err *err)
 {
-    double limit = plan->max * (1 + slack);
+    double limit = best * (1 + slack);
     OVLM_TRY(bal_home(search, plan, limit, err));
     if (search->model->n_units <= EXACT_UNITS && search->meter->work_limit > 0) {
         bool found = true, done = false;
@@ -140,16 +141,18 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     OVLM_TRY(first_plan(&search, &plan, &found, err));
     /* half of what is left is for the homes; and what slack gives away need not be searched for */
     int64_t work_limit = j->meter.work_limit;
+    double slack = model->home != NULL ? j->problem->slack : 0;
+    bool near = found && slack > 0 && plan.max <= search.goal * (1 + slack / 4);
     if (model->home != NULL && found) {
         j->meter.work_limit -= (work_limit - j->meter.work) / 2;
     }
-    if (model->home == NULL || !found || plan.max > search.goal * (1 + j->problem->slack / 4)) {
+    if (!near) {
         OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
     }
     j->meter.work_limit = work_limit;
     double best = plan.max;
     if (model->home != NULL) {
-        OVLM_TRY(settle_homes(&search, &plan, j->problem->slack, err));
+        OVLM_TRY(settle_homes(&search, &plan, near ? search.goal : best, slack, err));
     }
     if (optimal) {
         double proved = best * model->down;

@@ -140,7 +140,8 @@ static void classify(block_set *set, const ovlm_sp_plan *plan, int64_t node_size
     }
 }
 
-/* The groups of the least degree above set->degree in groups first .. end-1; false: there is none. */
+/* The groups of the least degree above set->degree in groups first .. end-1; false: there is none.
+ * */
 static bool next_degree(block_set *set, const ovlm_sp_plan *plan, int64_t first, int64_t end)
 {
     int64_t least = INT64_MAX;

@@ -15,7 +15,8 @@ enum {
     EXACT_WORK = 1 << 22,       /* ... with at most this much work                              */
     RESERVE_BYTES = 64,         /* per item: what longest-first alone needs                     */
 };
-static const int64_t DEFAULT_WORK = 6000000; /* about 40 ms */
+/* About 40 ms; homes take another search, and at slack 0 a longer one. */
+static const int64_t DEFAULT_WORK = 6000000, DEFAULT_WORK_HOME = 24000000;
 
 typedef struct job {
     const ovlm_balance_problem *problem;
@@ -66,7 +67,7 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
 static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    int64_t cost = model->n_units * (model->n_ranks < 64 ? model->n_ranks : 64);
+    int64_t cost = model->n_units * model->n_ranks / 4 + model->n_units;
     if (bal_meets(plan->max, search->goal) || cost > search->meter->work_limit / 2 ||
         ovlm_meter_spend(search->meter, cost)) {
         return OVLM_OK;
@@ -291,7 +292,8 @@ ovlm_status ovlm_balance_solve(const ovlm_balance_problem *problem, const ovlm_b
     ovlm_status status = OVLM_OK;
     job j = {.problem = problem, .rank = rank};
     double largest = 0;
-    ovlm_meter_start(&j.meter, budget, DEFAULT_WORK, STEP_STRIDE);
+    ovlm_meter_start(&j.meter, budget, problem->home != NULL ? DEFAULT_WORK_HOME : DEFAULT_WORK,
+                     STEP_STRIDE);
     OVLM_GOTO(done, bal_problem_check(problem, err));
     OVLM_GOTO(done, ovlm_arena_reserve(&j.arena, RESERVE_BYTES * problem->n, err));
     OVLM_GOTO(done, problem->group_size > 0 ? solve_groups(&j, err) : solve_whole(&j, err));

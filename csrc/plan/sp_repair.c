@@ -10,6 +10,8 @@
 
 #include <math.h>
 
+enum { SAMPLE = 64 };
+
 typedef struct insertion {
     const sp_step *step;
     const sp_taste *taste;
@@ -49,21 +51,27 @@ static double waste(const insertion *in, int64_t j, double tau, double time0, do
                            in->taste->fit * (tau - time));
 }
 
-static void try_groups(insertion *in, int64_t box, ovlm_rng *rng)
+/* Groups of one box; of a box with many, a random stretch: among hundreds of groups that are much
+ * alike, the best of a sample is nearly the best of all. */
+static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
 {
     const sp_step *step = in->step;
     double tau = step->tau[box], s = in->s;
-    int64_t slot = box * step->box_slots, end = slot + step->high[box];
-    for (; slot < end; slot++) {
-        if (step->room[slot] < s) {
-            continue;
-        }
+    int64_t slot = box * step->box_slots, count = step->high[box];
+    if (count > SAMPLE) {
+        slot += ovlm_rng_below(rng, count - SAMPLE + 1);
+        count = SAMPLE;
+    }
+    int64_t fits[SAMPLE], n_fits = 0;
+    for (int64_t i = 0; i < count; i++) { /* apart, and without a branch to mispredict */
+        fits[n_fits] = slot + i;
+        n_fits += step->room[slot + i] >= s;
+    }
+    for (int64_t i = 0; i < n_fits; i++) {
+        slot = fits[i];
         int64_t j = step->j[slot];
         double time = step->time[slot] + in->time[j];
         double growth = time > tau ? time - tau : 0, cost = growth + in->excess[j];
-        if (cost >= in->cost) {
-            continue; /* waste below zero cannot make up for that often enough to look */
-        }
         cost += waste(in, j, tau + growth, step->time[slot], step->sum_s[slot], time,
                       step->sum_s[slot] + s);
         if (cost < in->cost && ovlm_rng_uniform(rng) >= in->taste->blink) {
@@ -71,6 +79,7 @@ static void try_groups(insertion *in, int64_t box, ovlm_rng *rng)
             in->slot = slot;
         }
     }
+    return count + 1;
 }
 
 static void try_opening(insertion *in, int64_t box, ovlm_rng *rng)
@@ -113,9 +122,8 @@ int64_t sp_repair(sp_step *step, const int64_t *k, int64_t n_items, const sp_tas
                 continue; /* empty boxes are all alike */
             }
             tried_empty = tried_empty || empty;
-            try_groups(&in, box, rng);
+            looked += try_groups(&in, box, rng);
             try_opening(&in, box, rng);
-            looked += step->high[box] + 1;
         }
         if (in.cost < HUGE_VAL) {
             sp_step_put(step, k[i], in.slot >= 0 ? in.slot : sp_step_open(step, in.box, in.j));

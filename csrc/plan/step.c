@@ -126,6 +126,7 @@ static ovlm_status decide(const step_input *input, const ovlm_meter *clock,
         OVLM_TRY(step_work_init(&work, input, p, err));
         OVLM_TRY(step_share_solve(input, &work, &part, &plan->share[p], &plan->cut_short, arena,
                                   err));
+        OVLM_TRY(step_share_sampled(&work, plan->n_ranks, &plan->share[p], arena, err));
     }
     if (groups) {
         ovlm_sp_problem sequences = step_sequence_problem(input);
@@ -137,17 +138,6 @@ static ovlm_status decide(const step_input *input, const ovlm_meter *clock,
         plan->cut_short = plan->cut_short || plan->sequences->cut_short;
     }
     return OVLM_OK;
-}
-
-static ovlm_status traffic_of(const step_input *input, const ovlm_step_plan *plan,
-                              ovlm_traffic **traffic, ovlm_arena *arena, ovlm_err *err)
-{
-    step_cells cells;
-    step_pieces *pieces = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, traffic, 1 + 3 * plan->n_phases, err));
-    OVLM_TRY(step_cells_init(&cells, input, plan, arena, err));
-    OVLM_TRY(step_pieces_init(&pieces, input, &cells, arena, err));
-    return step_traffic(input, plan, &cells, pieces, *traffic, arena, err);
 }
 
 /* traffic is laid out as step_traffic fills it. */
@@ -175,23 +165,23 @@ static void keep_after(ovlm_step_plan *plan, const ovlm_traffic *traffic)
 }
 
 /* Routes, traffic after relabelling, time and bound, from the decisions. */
-static ovlm_status follow_up(const step_input *input, ovlm_step_plan *plan, ovlm_arena *arena,
+static ovlm_status follow_up(const step_input *input, const step_cells *cells,
+                             const step_pieces *pieces, ovlm_step_plan *plan, ovlm_arena *arena,
                              ovlm_err *err)
 {
-    step_cells cells;
-    step_pieces *pieces = NULL;
     ovlm_traffic *traffic = NULL;
-    OVLM_TRY(step_cells_init(&cells, input, plan, arena, err));
-    OVLM_TRY(step_pieces_init(&pieces, input, &cells, arena, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &traffic, 1 + 3 * plan->n_phases, err));
-    OVLM_TRY(step_traffic(input, plan, &cells, pieces, traffic, arena, err));
-    OVLM_TRY(step_routes(input, &cells, pieces, plan, arena, err));
+    OVLM_TRY(step_traffic(input, plan, cells, pieces, traffic, arena, err));
+    OVLM_TRY(step_routes(input, cells, pieces, plan, arena, err));
     keep_after(plan, traffic);
     plan->time = plan->exposed_s;
     plan->bound = 0;
     for (int64_t p = 0; p <= plan->n_phases; p++) {
-        plan->time += plan->share[p].time;
-        plan->bound += plan->share[p].bound;
+        ovlm_step_share *share = &plan->share[p];
+        share->status = share->time <= share->bound * (1 + 1e-9) ? OVLM_PLAN_OPTIMAL
+                                                                 : OVLM_PLAN_FEASIBLE;
+        plan->time += share->time;
+        plan->bound += share->bound;
     }
     plan->time += plan->sequences ? plan->sequences->time : 0;
     plan->bound += plan->sequences ? plan->sequences->bound : 0;
@@ -207,24 +197,21 @@ ovlm_status ovlm_step_solve(const ovlm_step_problem *problem, const ovlm_budget 
     step_input input;
     ovlm_step_plan *plan = NULL;
     ovlm_traffic *before = NULL;
+    step_cells cells;
+    step_pieces *pieces = NULL;
     ovlm_status status = OVLM_OK;
     OVLM_GOTO(done, step_input_init(&input, problem, &arena, err));
     OVLM_GOTO(done, ovlm_step_plan_init(problem, &plan, err));
     OVLM_GOTO(done, decide(&input, &clock, budget, plan, &arena, err));
+    OVLM_GOTO(done, step_cells_init(&cells, &input, plan, &arena, err));
+    OVLM_GOTO(done, step_pieces_init(&pieces, &input, &cells, &arena, err));
+    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &before, 1 + 3 * plan->n_phases, err));
+    OVLM_GOTO(done, step_traffic(&input, plan, &cells, pieces, before, &arena, err));
+    keep_before(plan, before);
     if (problem->relabel != OVLM_RELABEL_NONE) {
-        OVLM_GOTO(done, traffic_of(&input, plan, &before, &arena, err));
-        OVLM_GOTO(done, step_relabel(&input, &clock, budget, plan, &arena, err));
-        keep_before(plan, before);
+        OVLM_GOTO(done, step_relabel(&input, &cells, pieces, &clock, budget, plan, &arena, err));
     }
-    OVLM_GOTO(done, follow_up(&input, plan, &arena, err));
-    if (problem->relabel == OVLM_RELABEL_NONE) {
-        plan->text.before = plan->text.after;
-        for (int64_t p = 0; p < plan->n_phases; p++) {
-            plan->raw[p].before = plan->raw[p].after;
-            plan->back[p].before = plan->back[p].after;
-            plan->to_llm[p].before = plan->to_llm[p].after;
-        }
-    }
+    OVLM_GOTO(done, follow_up(&input, &cells, pieces, plan, &arena, err));
     *out = plan;
     plan = NULL;
 done:
@@ -271,6 +258,8 @@ ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_p
 {
     ovlm_arena arena = {0};
     step_input input;
+    step_cells cells;
+    step_pieces *pieces = NULL;
     ovlm_status status = OVLM_OK;
     OVLM_GOTO(done, step_input_init(&input, problem, &arena, err));
     OVLM_GOTO(done, check_decisions(&input, plan, err));
@@ -278,9 +267,12 @@ ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_p
         step_work work;
         OVLM_GOTO(done, step_work_init(&work, &input, p, err));
         OVLM_GOTO(done, step_share_measure(&work, plan->n_ranks, &plan->share[p], &arena, err));
+        OVLM_GOTO(done, step_share_sampled(&work, plan->n_ranks, &plan->share[p], &arena, err));
     }
     routes_free(plan);
-    OVLM_GOTO(done, follow_up(&input, plan, &arena, err));
+    OVLM_GOTO(done, step_cells_init(&cells, &input, plan, &arena, err));
+    OVLM_GOTO(done, step_pieces_init(&pieces, &input, &cells, &arena, err));
+    OVLM_GOTO(done, follow_up(&input, &cells, pieces, plan, &arena, err));
 done:
     ovlm_arena_free(&arena);
     return status;

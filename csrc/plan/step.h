@@ -11,7 +11,7 @@ typedef struct step_input {
     int64_t *tokens;      /* [n] text tokens + out_tokens of the sample's items                */
     int64_t n_items;      /* of all phases                                                     */
     int64_t *item_start;  /* [n+1] into the next two: items by (sample, position)              */
-    int64_t *item_phase, *item_index;
+    int64_t *item_phase, *item_index, *item_position, *item_tokens;
     int64_t **order;      /* [n_phases][items] a phase's items by (sample, position)           */
     int64_t **home;       /* [n_phases][items] source rank of the item's sample                */
     int64_t **out_bytes;  /* [n_phases][items] bytes of encoder output, rounded                */
@@ -52,6 +52,11 @@ OVLM_NODISCARD ovlm_status step_share_measure(const step_work *work, int64_t n_r
                                               ovlm_step_share *share, ovlm_arena *arena,
                                               ovlm_err *err);
 
+/* share->sampled_time and sampled_imbalance: every item at its home, one micro-batch. */
+OVLM_NODISCARD ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks,
+                                              ovlm_step_share *share, ovlm_arena *arena,
+                                              ovlm_err *err);
+
 /* Where tokens live: groups of GPUs in order of their micro-batch, each with its samples in packed
  * order, cut into `degree` cells of `rows` tokens.  A balanced rank is a group of one. */
 typedef struct step_cells {
@@ -60,11 +65,15 @@ typedef struct step_cells {
     int64_t *cell_start, *sample_start; /* [groups + 1]                                        */
     int64_t *sample;                   /* packed order                                         */
     int64_t *rank, *base;              /* [cells] where it is, and its first row there         */
+    int64_t *filled;                   /* [N] scratch                                          */
 } step_cells;
 
 OVLM_NODISCARD ovlm_status step_cells_init(step_cells *cells, const step_input *input,
                                            const ovlm_step_plan *plan, ovlm_arena *arena,
                                            ovlm_err *err);
+
+/* Ranks and bases again, after relabelling; groups, and so the pieces, keep their numbers. */
+void step_cells_place(step_cells *cells, const step_input *input, const ovlm_step_plan *plan);
 
 /* Rows of one kind (text, or one encoder's outputs) in cells, in order of (cell's micro-batch,
  * packed order, position). */
@@ -78,8 +87,10 @@ OVLM_NODISCARD ovlm_status step_pieces_init(step_pieces **pieces, const step_inp
                                             const step_cells *cells, ovlm_arena *arena,
                                             ovlm_err *err);
 
-/* Gives mini-batches and groups their ranks; changes share->rank and sequences->first_gpu. */
-OVLM_NODISCARD ovlm_status step_relabel(const step_input *input, const ovlm_meter *clock,
+/* Gives mini-batches and groups their ranks: changes share->rank, sequences->first_gpu and the cells'
+ * places. */
+OVLM_NODISCARD ovlm_status step_relabel(const step_input *input, step_cells *cells,
+                                        const step_pieces *pieces, const ovlm_meter *clock,
                                         const ovlm_budget *budget, ovlm_step_plan *plan,
                                         ovlm_arena *arena, ovlm_err *err);
 

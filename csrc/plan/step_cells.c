@@ -24,7 +24,6 @@ static ovlm_status balanced_groups(step_cells *cells, const step_input *input,
     }
     route_group(key, cells->n_groups, NULL, n, cells->sample, cells->sample_start);
     for (int64_t g = 0; g < cells->n_groups; g++) {
-        cells->first_gpu[g] = g % n_ranks;
         cells->cell_start[g + 1] = g + 1;
     }
     return OVLM_OK;
@@ -55,11 +54,10 @@ ovlm_status step_cells_init(step_cells *cells, const step_input *input, const ov
     } else {
         OVLM_TRY(balanced_groups(cells, input, &plan->share[plan->n_phases], arena, err));
     }
-    int64_t *filled = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->rows, cells->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->rank, cells->n_cells, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->base, cells->n_cells, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, problem->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->filled, problem->n_ranks, err));
     for (int64_t g = 0; g < cells->n_groups; g++) {
         int64_t tokens = 0, degree = cells->cell_start[g + 1] - cells->cell_start[g];
         for (int64_t p = cells->sample_start[g]; p < cells->sample_start[g + 1]; p++) {
@@ -67,14 +65,25 @@ ovlm_status step_cells_init(step_cells *cells, const step_input *input, const ov
         }
         int64_t unit = degree * problem->pad_to;
         cells->rows[g] = (tokens / unit + (tokens % unit != 0)) * problem->pad_to;
-        for (int64_t q = 0; q < degree; q++) {
-            int64_t c = cells->cell_start[g] + q;
-            cells->rank[c] = cells->first_gpu[g] + q;
-            cells->base[c] = filled[cells->rank[c]];
-            filled[cells->rank[c]] += cells->rows[g];
+    }
+    step_cells_place(cells, input, plan);
+    return OVLM_OK;
+}
+
+void step_cells_place(step_cells *cells, const step_input *input, const ovlm_step_plan *plan)
+{
+    memset(cells->filled, 0, (size_t)plan->n_ranks * sizeof *cells->filled);
+    for (int64_t g = 0; g < cells->n_groups; g++) {
+        if (!input->problem->sequence_parallel && cells->rows[g] > 0) {
+            int64_t sample = cells->sample[cells->sample_start[g]];
+            cells->first_gpu[g] = plan->share[plan->n_phases].rank[sample];
+        }
+        for (int64_t c = cells->cell_start[g]; c < cells->cell_start[g + 1]; c++) {
+            cells->rank[c] = cells->first_gpu[g] + c - cells->cell_start[g];
+            cells->base[c] = cells->filled[cells->rank[c]];
+            cells->filled[cells->rank[c]] += cells->rows[g];
         }
     }
-    return OVLM_OK;
 }
 
 static ovlm_status room_for(step_pieces *pieces, int64_t k, ovlm_arena *arena, ovlm_err *err)
@@ -86,41 +95,44 @@ static ovlm_status room_for(step_pieces *pieces, int64_t k, ovlm_arena *arena, o
     return OVLM_ARENA_NEW(arena, &pieces->offset, k, err);
 }
 
-/* A run of n_rows rows of `item` at `token` of group g's packed axis, cut at the cells' ends. */
-static void add_run(step_pieces *pieces, const step_cells *cells, int64_t g, int64_t item,
-                    int64_t first_row, int64_t n_rows, int64_t token)
+/* Where the walk along a group's packed axis stands: divisions would cost more than all the rest. */
+typedef struct walk {
+    int64_t cell, offset, rows;
+} walk;
+
+/* The next n_rows tokens are rows of `item`: one piece for each cell that they reach into. */
+static void add_run(step_pieces *pieces, walk *at, int64_t item, int64_t first_row, int64_t n_rows)
 {
-    int64_t rows = cells->rows[g];
     while (n_rows > 0) {
-        int64_t shard = token / rows, offset = token % rows, left = rows - offset;
-        int64_t step = n_rows < left ? n_rows : left, k = pieces->k++;
+        int64_t left = at->rows - at->offset, step = n_rows < left ? n_rows : left;
+        int64_t k = pieces->k++;
         pieces->item[k] = item;
         pieces->first_row[k] = first_row;
         pieces->n_rows[k] = step;
-        pieces->cell[k] = cells->cell_start[g] + shard;
-        pieces->offset[k] = offset;
+        pieces->cell[k] = at->cell;
+        pieces->offset[k] = at->offset;
         first_row += step;
-        token += step;
         n_rows -= step;
+        at->offset += step;
+        if (step == left) {
+            at->offset = 0;
+            at->cell++;
+        }
     }
 }
 
-/* A sample's text and items in order of position; its first token is at `token`. */
-static void add_sample(step_pieces *pieces, const step_input *input, const step_cells *cells,
-                       int64_t g, int64_t sample, int64_t token)
+/* A sample's text and items in order of position. */
+static void add_sample(step_pieces *pieces, const step_input *input, int64_t sample, walk *at)
 {
-    int64_t at = 0, text_row = 0;
+    int64_t token = 0, text_row = 0;
     for (int64_t e = input->item_start[sample]; e < input->item_start[sample + 1]; e++) {
-        int64_t p = input->item_phase[e], k = input->item_index[e];
-        const ovlm_step_items *items = &input->problem->phase[p];
-        int64_t gap = items->position[k] - at;
-        add_run(&pieces[0], cells, g, sample, text_row, gap, token + at);
+        int64_t gap = input->item_position[e] - token, out = input->item_tokens[e];
+        add_run(&pieces[0], at, sample, text_row, gap);
+        add_run(&pieces[1 + input->item_phase[e]], at, input->item_index[e], 0, out);
         text_row += gap;
-        at += gap;
-        add_run(&pieces[1 + p], cells, g, k, 0, items->out_tokens[k], token + at);
-        at += items->out_tokens[k];
+        token += gap + out;
     }
-    add_run(&pieces[0], cells, g, sample, text_row, input->tokens[sample] - at, token + at);
+    add_run(&pieces[0], at, sample, text_row, input->tokens[sample] - token);
 }
 
 ovlm_status step_pieces_init(step_pieces **out, const step_input *input, const step_cells *cells,
@@ -136,10 +148,9 @@ ovlm_status step_pieces_init(step_pieces **out, const step_input *input, const s
         OVLM_TRY(room_for(&pieces[1 + p], problem->phase[p].n + cells->n_cells, arena, err));
     }
     for (int64_t g = 0; g < cells->n_groups; g++) {
-        int64_t token = 0;
+        walk at = {cells->cell_start[g], 0, cells->rows[g]};
         for (int64_t i = cells->sample_start[g]; i < cells->sample_start[g + 1]; i++) {
-            add_sample(pieces, input, cells, g, cells->sample[i], token);
-            token += input->tokens[cells->sample[i]];
+            add_sample(pieces, input, cells->sample[i], &at);
         }
     }
     *out = pieces;

@@ -38,7 +38,10 @@ ovlm_status step_work_init(step_work *work, const step_input *input, int64_t p, 
                          "memory[%s]: %.4g fixed bytes exceed the %.4g of a GPU", work->name,
                          fixed, problem->memory_bytes);
     }
-    double room = per_unit > 0 ? floor((problem->memory_bytes - fixed) / per_unit) : HUGE_VAL;
+    /* what fits exactly must not fail for the rounding of a division */
+    double room = per_unit > 0
+                      ? floor((problem->memory_bytes - fixed) / per_unit * (1 + 1e-12))
+                      : HUGE_VAL;
     if (room < 4e18) {
         work->capacity = (int64_t)room;
     }
@@ -148,8 +151,7 @@ ovlm_status step_share_measure(const step_work *work, int64_t n_ranks, ovlm_step
                : OVLM_FAIL(err, OVLM_E_ARG, "costs[%s]: the cost of a rank overflows", work->name);
 }
 
-/* As sampled: every item at its home, one micro-batch. */
-static ovlm_status measure_sampled(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
+ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
                                    ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
@@ -169,6 +171,18 @@ static ovlm_status measure_sampled(const step_work *work, int64_t n_ranks, ovlm_
     share->sampled_imbalance = sum > 0 ? sampled.time / (sum / (double)n_ranks) : 1;
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
+}
+
+/* A step has several searches to pay for: about 10 ms each, from 10,000 items on fewer steps each, as
+ * each takes longer. */
+static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n)
+{
+    static const int64_t default_work = 6000000, large = 10000;
+    ovlm_budget part = *budget;
+    if (part.work_limit < 0) {
+        part.work_limit = default_work / (1 + n / large);
+    }
+    return part;
 }
 
 /* Balances; limit > 0: with at most that length per rank. */
@@ -191,7 +205,8 @@ static ovlm_status balance(const step_input *input, const step_work *work, int64
         .size = capacity ? work->length : work->bytes, .capacity = capacity, .max_items = -1,
         .home = homes ? work->home : NULL, .node_size = problem->gpus_per_node,
         .slack = homes ? problem->slack : 0, .seed = problem->seed};
-    return ovlm_balance_solve(&balance_problem, budget, share->rank, share->loads, result, err);
+    ovlm_budget part = balance_budget(budget, work->n);
+    return ovlm_balance_solve(&balance_problem, &part, share->rank, share->loads, result, err);
 }
 
 /* Again under a limit of length per rank, when the balance by cost needs more micro-batches than
@@ -241,7 +256,6 @@ ovlm_status step_share_solve(const step_input *input, const step_work *work,
     if (!isfinite(total_length(work))) {
         return OVLM_FAIL(err, OVLM_E_ARG, "%s lengths overflow", work->name);
     }
-    OVLM_TRY(measure_sampled(work, problem->n_ranks, share, arena, err));
     OVLM_TRY(balance(input, work, 0, budget, share, &result, arena, err));
     *cut_short = *cut_short || result.cut_short;
     share->n_micro = 1;
@@ -259,8 +273,6 @@ ovlm_status step_share_solve(const step_input *input, const step_work *work,
         share->bound = padded || other > share->bound ? other : share->bound;
     }
     share->bound = share->bound < share->time ? share->bound : share->time;
-    share->status = share->time <= share->bound * (1 + 1e-9) ? OVLM_PLAN_OPTIMAL
-                                                             : OVLM_PLAN_FEASIBLE;
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }

@@ -251,7 +251,8 @@ static ovlm_status gather_flows(const step_input *input, const ovlm_step_plan *p
     return OVLM_OK;
 }
 
-static ovlm_status rename_groups(const step_input *input, const ovlm_budget *budget,
+static ovlm_status rename_groups(const step_input *input, const step_cells *cells,
+                                 const step_pieces *pieces, const ovlm_budget *budget,
                                  ovlm_step_plan *plan, ovlm_arena *arena, ovlm_err *err)
 {
     enum { WORK_STRIDE = 100 };
@@ -260,14 +261,10 @@ static ovlm_status rename_groups(const step_input *input, const ovlm_budget *bud
     int64_t node_size = input->problem->gpus_per_node, *class_of_node = NULL;
     int64_t nodes = (input->problem->n_ranks - 1) / node_size + 1;
     sequence_flows flows = {0};
-    step_cells cells;
-    step_pieces *pieces = NULL;
     block_set set = {0};
     ovlm_meter meter;
     ovlm_meter_start(&meter, budget, default_work, WORK_STRIDE);
-    OVLM_TRY(step_cells_init(&cells, input, plan, arena, err));
-    OVLM_TRY(step_pieces_init(&pieces, input, &cells, arena, err));
-    OVLM_TRY(gather_flows(input, plan, &cells, pieces, &flows, arena, err));
+    OVLM_TRY(gather_flows(input, plan, cells, pieces, &flows, arena, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &set.group, sequences->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &set.class, sequences->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &set.room, sequences->n_groups, err));
@@ -288,27 +285,24 @@ static ovlm_status rename_groups(const step_input *input, const ovlm_budget *bud
                              : OVLM_OK;
 }
 
-ovlm_status step_relabel(const step_input *input, const ovlm_meter *clock,
-                         const ovlm_budget *budget, ovlm_step_plan *plan, ovlm_arena *arena,
-                         ovlm_err *err)
+ovlm_status step_relabel(const step_input *input, step_cells *cells, const step_pieces *pieces,
+                         const ovlm_meter *clock, const ovlm_budget *budget, ovlm_step_plan *plan,
+                         ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
-    step_cells cells;
-    step_pieces *pieces = NULL;
     ovlm_budget part = step_budget(clock, budget, plan->n_phases + 1);
     if (input->problem->sequence_parallel) {
-        OVLM_TRY(rename_groups(input, &part, plan, arena, err));
+        OVLM_TRY(rename_groups(input, cells, pieces, &part, plan, arena, err));
     } else {
         OVLM_TRY(rename_llm(input, &part, plan, arena, err));
     }
+    step_cells_place(cells, input, plan);
     ovlm_arena_rewind(arena, mark);
-    OVLM_TRY(step_cells_init(&cells, input, plan, arena, err));
-    OVLM_TRY(step_pieces_init(&pieces, input, &cells, arena, err));
     for (int64_t p = 0; p < plan->n_phases; p++) {
         part = step_budget(clock, budget, plan->n_phases - p);
-        OVLM_TRY(rename_encoder(input, &cells, &pieces[1 + p], p, &part, plan, arena, err));
+        OVLM_TRY(rename_encoder(input, cells, &pieces[1 + p], p, &part, plan, arena, err));
+        ovlm_arena_rewind(arena, mark);
     }
-    ovlm_arena_rewind(arena, mark);
     for (int64_t p = 0; p <= plan->n_phases; p++) {
         plan->cut_short = plan->cut_short || plan->relabel[p].cut_short;
     }

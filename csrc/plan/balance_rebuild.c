@@ -315,7 +315,7 @@ ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err)
         }
         refused = target;
         at_goal = false;
-        if (best - refused < 1e-5 * best || refused >= best) {
+        if (best - refused < 0.02 * (best - search->goal)) {
             /* nothing left between: begin again from the goal with more patience */
             refused = search->goal;
             patience *= 2;

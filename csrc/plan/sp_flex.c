@@ -4,13 +4,16 @@
  * so the plan does not depend on how many threads there are. */
 #include "plan/sp_flex.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "plan/sp_walk.h"
 
-enum { WALKS = SP_TRIES + 1, SURVIVORS = 2 };
+enum { STARTS = 2, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
+
+static const double taste_balance[TASTES] = {0.6, 0.1};
 
 typedef struct runner {
     sp_walk walk;
@@ -34,34 +37,48 @@ struct sp_flex {
 
 /* ------------------------------------------------------------------ set up --------------- */
 
-static ovlm_status add_runner(sp_flex *flex, int64_t n_boxes, const sp_draft *start,
-                              uint64_t seed, ovlm_err *err)
+/* Walks from one draft, one for each taste. */
+static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, const sp_draft *start,
+                             ovlm_err *err)
 {
-    runner *r = &flex->runner[flex->n_runners];
-    flex->alive[flex->n_alive++] = flex->n_runners++;
-    return sp_walk_init(&r->walk, flex->model, n_boxes, start, seed, &r->arena, err);
+    /* One box to spare, so that a walk may open another micro-batch. */
+    int64_t asked = problem->micro_batches, boxes = asked > 0 ? asked : start->n_micro + 1;
+    boxes = boxes < flex->model->n ? boxes : flex->model->n;
+    for (int i = 0; i < TASTES; i++) {
+        runner *r = &flex->runner[flex->n_runners];
+        uint64_t seed = problem->seed + (uint64_t)flex->n_runners;
+        flex->alive[flex->n_alive++] = flex->n_runners++;
+        OVLM_TRY(sp_walk_init(&r->walk, flex->model, boxes, start, taste_balance[i], seed,
+                              &r->arena, err));
+    }
+    return OVLM_OK;
 }
 
 ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_problem *problem,
-                         const sp_chunked *starts, ovlm_err *err)
+                         const sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
+    sp_draft nothing = {.time_s = HUGE_VAL};
+    bool used[SP_TRIES] = {false};
     OVLM_TRY(OVLM_HEAP_NEW(&flex, 1, err));
     flex->model = model;
     flex->threads = problem->threads;
-    sp_draft nothing = {.time_s = HUGE_VAL};
-    for (int64_t i = 0; i < starts->n_drafts; i++) {
-        /* One box to spare, so that a walk may open another micro-batch. */
-        int64_t boxes = problem->micro_batches > 0 ? problem->micro_batches
-                                                   : starts->draft[i].n_micro + 1;
-        boxes = boxes < model->n ? boxes : model->n;
-        OVLM_GOTO(fail, add_runner(flex, boxes, &starts->draft[i],
-                                   problem->seed + (uint64_t)i, err));
-    }
     if (starts->n_drafts == 0) { /* sorted chunks do not fit: from nothing */
-        int64_t boxes = problem->micro_batches < model->n ? problem->micro_batches : model->n;
-        OVLM_GOTO(fail, add_runner(flex, boxes, &nothing, problem->seed, err));
+        OVLM_GOTO(fail, add_walks(flex, problem, &nothing, err));
+    }
+    for (int round = 0; round < STARTS && round < starts->n_drafts; round++) {
+        int64_t next = -1;
+        for (int64_t i = 0; i < starts->n_drafts; i++) {
+            if (!used[i] && (next < 0 || starts->draft[i].time_s < starts->draft[next].time_s)) {
+                next = i;
+            }
+        }
+        used[next] = true;
+        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[next], err));
+    }
+    if (isfinite(warm->time_s)) {
+        OVLM_GOTO(fail, add_walks(flex, problem, warm, err));
     }
     *out = flex;
     return OVLM_OK;
@@ -164,7 +181,7 @@ ovlm_status sp_flex_run(sp_flex *flex, double target, double share, sp_purse *pu
     bool over = false;
     for (double done = 0; done < 1 && !over;) {
         /* Early rounds are short: the number of micro-batches shows soon which is the best. */
-        double step = flex->n_alive > SURVIVORS ? 0.25 : 1 - done;
+        double step = flex->n_alive > SURVIVORS ? 0.3 : 1 - done;
         run_round(flex, step * share / (1 - done * share), purse);
         done += step;
         for (int64_t i = 0; i < flex->n_alive; i++) {

@@ -9,15 +9,16 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { CYCLE = 5000, MOST_OUT = 96 };
+enum { CYCLE = 4000, MOST_OUT = 96 };
 
 #define HOT 3e-3   /* thresholds, relative to the step's time */
 #define COLD 3e-5
 
 ovlm_status sp_walk_init(sp_walk *walk, const sp_model *model, int64_t n_boxes,
-                         const sp_draft *start, uint64_t seed, ovlm_arena *arena, ovlm_err *err)
+                         const sp_draft *start, double balance, uint64_t seed, ovlm_arena *arena,
+                         ovlm_err *err)
 {
-    *walk = (sp_walk){.length = CYCLE};
+    *walk = (sp_walk){.length = CYCLE, .balance = balance};
     ovlm_rng_init(&walk->rng, seed);
     OVLM_TRY(sp_step_init(&walk->step, model, n_boxes, arena, err));
     OVLM_TRY(sp_draft_init(&walk->best, model->n, arena, err));
@@ -142,10 +143,9 @@ static void ruin(sp_walk *walk)
 {
     walk->n_out = 0;
     if (walk->step.n_pool < walk->step.model->n) {
-        switch (ovlm_rng_below(&walk->rng, 4)) {
-        case 0:
-        case 1: ruin_longest(walk); break;
-        case 2: ruin_block(walk); break;
+        switch (ovlm_rng_below(&walk->rng, 3)) {
+        case 0: ruin_longest(walk); break;
+        case 1: ruin_block(walk); break;
         default: ruin_alike(walk); break;
         }
     }
@@ -163,7 +163,7 @@ static int compare_i64(const void *left, const void *right)
 /* Everything in the pool goes back, longest first. */
 static int64_t recreate(sp_walk *walk)
 {
-    sp_taste taste = {.excess = 1, .balance = 0.3, .fit = 0.1, .blink = 0.02};
+    sp_taste taste = {.excess = 0.6, .balance = walk->balance, .fit = 0.05, .blink = 0.06};
     sp_step *step = &walk->step;
     walk->n_out = step->n_pool;
     for (int64_t i = 0; i < step->n_pool; i++) {

@@ -11,6 +11,7 @@ typedef struct sp_walk {
     double best_cost;
     bool unsaved;       /* the step now is the best, and not in `best` yet                       */
     ovlm_rng rng;
+    double balance;     /* taste of this walk: small suits many small groups, large few wide ones */
     int64_t at, length; /* iterations done in this cycle of cooling, and its length              */
     int64_t *out;       /* [n] items of the ruin, in the order in which they go back             */
     int64_t n_out;
@@ -19,8 +20,8 @@ typedef struct sp_walk {
 
 /* A walk from a draft (time HUGE_VAL: from all items in the pool) over at most n_boxes boxes. */
 OVLM_NODISCARD ovlm_status sp_walk_init(sp_walk *walk, const sp_model *model, int64_t n_boxes,
-                                        const sp_draft *start, uint64_t seed, ovlm_arena *arena,
-                                        ovlm_err *err);
+                                        const sp_draft *start, double balance, uint64_t seed,
+                                        ovlm_arena *arena, ovlm_err *err);
 void sp_walk_release(sp_walk *walk);
 
 /* Walks until the meter says stop, or the best is at most `target`. */

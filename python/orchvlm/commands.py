@@ -168,13 +168,12 @@ def _plan_groups(arguments, lengths, cluster):
 
 def _plan_demo(arguments):
     from . import demo
-    from .model_cost import from_model
     from .sequences import plan_sequences
     from .step import plan_step
     cluster = _cluster(arguments, "h100")
-    model = demo.recomputed(from_model(demo.MODEL_84B, cluster), demo.MODEL_84B)
+    name, config, model = demo.model_for(cluster)
     with Progress(f"planning a batch on {cluster.n_gpus} GPUs"):
-        batch = demo.batch(cluster.n_gpus, 16, arguments.seed)
+        batch = demo.batch(cluster.n_gpus, 16, arguments.seed, config["hidden_size"])
         step = plan_step(batch, cluster, model.costs, memory=model.memory, **_search(arguments))
         lengths = demo.wikipedia_lengths(512, arguments.seed)
         made = plan_sequences(lengths, cluster.n_gpus,
@@ -187,14 +186,30 @@ def _plan_demo(arguments):
         _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
                      "sequences": _groups_json(made)})
         return 0
-    print(f"A batch of {len(batch.text_tokens)} samples (captions, pages, speech, video, text), "
-          f"an 84B model, {cluster.n_gpus} GPUs:\n")
+    print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "
+          f"{name} parameters, {cluster.n_gpus} GPUs:\n")
     print(step.report())
     print(f"\n{len(lengths)} Wikipedia-like articles, GPT-7B as FlexSP measured it, "
           f"{cluster.n_gpus} GPUs:\n")
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
+    print(_others_text(lengths, cluster, made, arguments))
     return 0
+
+
+def _others_text(lengths, cluster, made, arguments):
+    """What simpler policies make of the same sequences."""
+    from .sequences import plan_sequences
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus)
+    widest = max(d for d in cost.comm if d <= cluster.n_gpus)
+    parts = []
+    for words, policy, degrees in ((f"groups of {widest} throughout", "static", [widest]),
+                                   ("one degree per micro-batch", "homogeneous", None),
+                                   ("FlexSP's chunks", "chunked", None)):
+        other = plan_sequences(lengths, cluster.n_gpus, cost, policy=policy, degrees=degrees,
+                               gpus_per_node=cluster.gpus_per_node, **_search(arguments))
+        parts.append(f"{words} {other.time:.4f} s ({other.time / made.time:.2f}x)")
+    return "Others take longer: " + ", ".join(parts) + "."
 
 
 def _plot_demo(path, batch, step, costs, cluster, made):
@@ -236,12 +251,11 @@ def simulate(arguments):
 
 def _simulate_demo(arguments):
     from . import demo
-    from .model_cost import from_model
     cluster = _cluster(arguments, "h100")
-    model = demo.recomputed(from_model(demo.MODEL_84B, cluster), demo.MODEL_84B)
+    _, config, model = demo.model_for(cluster)
     with Progress("drawing the demo's batches"):
-        batches = [demo.batch(cluster.n_gpus, arguments.samples_per_rank, arguments.seed + i)
-                   for i in range(arguments.steps)]
+        batches = [demo.batch(cluster.n_gpus, arguments.samples_per_rank, arguments.seed + i,
+                              config["hidden_size"]) for i in range(arguments.steps)]
     return batches, cluster, model.costs, {
         "flops": model.flops, "memory": model.memory, "parameters": model.parameters,
         "backward": 3.0}

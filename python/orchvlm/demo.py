@@ -75,10 +75,15 @@ MODEL_84B = {
                      "num_mel_bins": 128},
 }
 
-#: GPT-7B of FlexSP's experiments, for clusters other than the one it was measured on.
-MODEL_GPT_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 64,
-                "num_key_value_heads": 64, "head_dim": 64, "intermediate_size": 10923,
-                "vocab_size": 50257}
+#: About 9 billion: Qwen2-7B with a vision encoder of Seed1.5-VL's shape and a Whisper-like one.
+MODEL_9B = {
+    "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "vision_config": {"hidden_size": 1280, "num_hidden_layers": 27, "patch_size": 14,
+                      "spatial_merge_size": 2, "mlp_ratio": 4},
+    "audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120,
+                     "num_mel_bins": 128},
+}
 
 #: Kinds of samples and their shares in :func:`batch`.
 MIXTURE = {"caption": .40, "document": .15, "speech": .20, "video": .10, "text": .15}
@@ -284,6 +289,41 @@ def recomputed(model, config):
             "audio": 2.0 * audio["d_model"] * audio["encoder_layers"] / 2}
     memory = {phase: (kept[phase], fixed) for phase, (_, fixed) in model.memory.items()}
     return model._replace(costs=costs, memory=memory)
+
+
+def model_for(cluster, efficiency=0.5):
+    """The larger of the two demo models that a cluster can hold, fully recomputed.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The machine.
+    efficiency : float
+        As for :func:`orchvlm.from_model`.
+
+    Returns
+    -------
+    (str, dict, ModelCosts)
+        Name, configuration, and what it costs.
+
+    Raises
+    ------
+    ValueError
+        Weights, gradients and optimizer states of neither fit into 80 % of the memory.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> orchvlm.demo.model_for(orchvlm.Cluster.preset("h100", nodes=8))[0]
+    '84B'
+    """
+    from .model_cost import from_model
+    for name, config in (("84B", MODEL_84B), ("9B", MODEL_9B)):
+        model = recomputed(from_model(config, cluster, efficiency=efficiency), config)
+        if model.memory["llm"][1] <= 0.8 * cluster.memory_bytes:
+            return name, config, model
+    raise ValueError(f"the demo's models do not fit on {cluster.n_gpus} GPUs of "
+                     f"{cluster.memory_bytes:.3g} bytes; give more nodes")
 
 
 def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):

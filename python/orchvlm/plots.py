@@ -76,13 +76,13 @@ def plot_loads(before, after, path=None, bounds=None):
 def _draw_phases(figure, before, after, bounds):
     """A row of two panels per phase."""
     grid = figure.subplots(len(before), 2, sharey="row", sharex=True, squeeze=False)
-    for row, phase in zip(grid, before):
+    for place, (row, phase) in enumerate(zip(grid, before)):
         for axes, loads, colour, name in ((row[0], before[phase], _BEFORE, "as sampled"),
                                           (row[1], after[phase], _AFTER, "planned")):
             _draw_loads(axes, np.asarray(loads, float), colour)
-            if row is grid[0]:
+            if place == 0:
                 axes.set_title(name, fontsize=11)
-            if row is grid[-1]:
+            if place == len(grid) - 1:
                 axes.set_xlabel("rank")
         if phase in bounds:
             row[1].axhline(bounds[phase], color=_EXPOSED, linewidth=1, label="proven bound")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from . import _core
+
 TEXT_BYTES_PER_TOKEN = 16  # a token and its label, int64 each
 
 
@@ -68,6 +70,7 @@ POLICIES = {
 }
 
 GROUP_RANKS = 128  # Seed1.5-VL 5.1 balances inside groups of 128 to 256 GPUs
+RELABEL_MINMAX = 2  # of ovlm_relabel_mode: least max(sent, received) between nodes of any rank
 HOME_SLACK = 0.002  # of the largest load, given away to move few bytes; plan_step's default
 
 
@@ -323,7 +326,12 @@ class Placer:
     def _relabel(self, policy, rank, home, size):
         if not policy.relabelled:
             return rank
-        return relabel_by_node(rank, home, size, self.cluster)[rank]
+        nothing = np.zeros(0, np.int64)
+        name, _ = _core.relabel_solve(
+            self.n_ranks, self.cluster.gpus_per_node, rank, home, np.asarray(size, np.int64),
+            nothing, nothing, nothing, RELABEL_MINMAX, self.search["work_limit"],
+            self.search["time_limit"])
+        return name[rank]
 
     def _output_exchanges(self, policy, phase, items, home, rank, language, plan):
         if policy.outputs == "stay":
@@ -347,38 +355,3 @@ class Placer:
         return _phase_seconds(self._language_cost(), language, self.tokens,
                               np.asarray(self.tokens, float)**2, self.limits.get("llm"),
                               self.n_ranks)
-
-
-def relabel_by_node(rank, home, size, cluster):
-    """New name of each mini-batch, so that many bytes stay inside nodes: int64[N].
-
-    Mini-batches take places on nodes in the order of the bytes that this keeps, then on the rank
-    of that node that holds most of them.
-    """
-    n, per_node = cluster.n_gpus, cluster.gpus_per_node
-    flow = np.zeros((n, cluster.nodes))
-    np.add.at(flow, (rank, home // per_node), size)
-    node = _assign_greedily(flow, np.full(cluster.nodes, per_node))
-    label = np.empty(n, np.int64)
-    own = np.zeros((n, per_node))
-    inside = node[rank] == home // per_node
-    np.add.at(own, (rank[inside], home[inside] % per_node), size[inside])
-    for k in range(cluster.nodes):
-        members = np.flatnonzero(node == k)
-        label[members] = k * per_node + _assign_greedily(own[members], np.ones(per_node, int))
-    return label
-
-
-def _assign_greedily(flow, room):
-    """Rows to columns with limited room, largest flow first: int64[rows]."""
-    room = room.copy()
-    answer = np.full(len(flow), -1)
-    row, column = np.nonzero(flow)
-    order = np.argsort(-flow[row, column], kind="stable")
-    for r, c in zip(row[order].tolist(), column[order].tolist()):
-        if answer[r] < 0 and room[c] > 0:
-            answer[r] = c
-            room[c] -= 1
-    free = np.repeat(np.arange(len(room)), room)
-    answer[answer < 0] = free
-    return answer

@@ -11,26 +11,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import orchvlm
+from orchvlm import demo
 from orchvlm.cli import main, make_parser
 from orchvlm.reading import FileError, read_lengths
 
 SMALL = ["--nodes", "1", "--gpus-per-node", "8"]
 
 
-def run(*arguments, **more):
+#: Subprocesses find the package that is tested, installed or not.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(
+    [str(Path(orchvlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(*arguments):
     done = subprocess.run([sys.executable, "-m", "orchvlm", *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120, **more)
+                          capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def refuse(*arguments):
-    """The one line of a refusal."""
-    done = run(*arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("orchvlm: "), done.stderr
-    return lines[0]
+@pytest.fixture
+def refuse(capsys):
+    """Runs the command in this process; the one line of its refusal."""
+    def call(*arguments):
+        assert main(list(map(str, arguments))) == 2
+        out, err = capsys.readouterr()
+        lines = err.strip().splitlines()
+        assert out == "" and len(lines) == 1 and lines[0].startswith("orchvlm: "), err
+        return lines[0]
+
+    return call
 
 
 @pytest.fixture
@@ -119,7 +130,7 @@ def test_pickles_and_tables_are_refused(tmp_path):
             read_lengths(tmp_path / f"{name}.npy")
 
 
-def test_refusals_are_one_line(lengths):
+def test_refusals_are_one_line(lengths, refuse):
     folder, _ = lengths
     assert "either a FILE" in refuse("plan")
     assert "either a FILE" in refuse("plan", folder / "a.csv", "--demo")
@@ -173,7 +184,7 @@ def test_batch_size_takes_the_first(lengths):
     assert sum(plan["loads"]) == values[:5].sum()
 
 
-def test_counted_model(lengths):
+def test_counted_model(lengths, refuse):
     folder, _ = lengths
     config = dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
                   num_key_value_heads=4, intermediate_size=4096, vocab_size=32000)
@@ -208,11 +219,17 @@ def test_simulate_file(lengths):
     assert (folder / "sim.png").exists()
 
 
-def test_nothing_is_left_half_written(lengths):
+def test_nothing_is_left_half_written(lengths, refuse):
     folder, _ = lengths
     before = sorted(folder.iterdir())
     refuse("plan", folder / "a.csv", "--items", *SMALL, "--plot", folder / "no" / "x.png")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_refusal_of_the_process(tmp_path):
+    done = run("plan", tmp_path / "none.csv")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"orchvlm: {tmp_path / 'none.csv'}: No such file or directory\n"
 
 
 def test_doctor():
@@ -239,16 +256,21 @@ def test_examples_of_the_help_parse():
 def test_closed_pipe():
     command = f"{sys.executable} -m orchvlm plan --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
-def test_interrupt(tmp_path):
+@pytest.mark.parametrize("command", [
+    ["simulate", "--demo", "--nodes", "64", "--steps", "200"],
+    ["plan", "lengths.npy", "--nodes", "128", "--time-limit", "10"]], ids=["simulate", "plan"])
+def test_interrupt(tmp_path, command):
     """Ctrl-C during a long search: exit 130, one line, no file."""
+    np.save(tmp_path / "lengths.npy", demo.wikipedia_lengths(8192))
+    command = [str(tmp_path / word) if word.endswith(".npy") else word for word in command]
     picture = tmp_path / "x.png"
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchvlm", "simulate", "--demo", "--nodes", "64", "--steps", "200",
-         "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-m", "orchvlm", *command, "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT)
     try:
         line = process.stderr.readline()  # progress says that it runs
         assert line.startswith("orchvlm: "), line
@@ -259,4 +281,4 @@ def test_interrupt(tmp_path):
         process.kill()
     assert process.returncode == 130, err
     assert out == "" and err.strip().endswith("interrupted") and "Traceback" not in err
-    assert not picture.exists() and list(Path(tmp_path).iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["lengths.npy"]

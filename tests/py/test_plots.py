@@ -53,6 +53,13 @@ def test_every_plot_writes_a_png(tmp_path, simulation):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_loads_are_labelled():
+    axes = plots.plot_loads(*loads(), bounds={"llm": .49}).axes
+    assert [a.get_title() for a in axes] == ["as sampled", "planned", "", ""]
+    assert [a.get_xlabel() for a in axes] == ["", "", "rank", "rank"]
+    assert axes[3].get_legend() is not None and axes[1].get_legend() is None
+
+
 def test_groups_are_drawn_where_they_run():
     axes = plots.plot_groups(sequence_plan(), 8).axes[0]
     boxes = [(round(p.get_x(), 6), p.get_y(), round(p.get_width(), 6), p.get_height())

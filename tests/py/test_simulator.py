@@ -140,15 +140,13 @@ def test_load_per_rank_equals_cost(rng):
 
 
 def test_relabelling_keeps_bytes_inside(rng):
+    """Composed and relabelled moves what is composed only, with fewer bytes between nodes."""
     machine = cluster(nodes=4, per_node=2)
-    for _ in range(20):
-        rank, home = rng.integers(0, 8, (2, 50))
-        size = rng.integers(1, 100, 50).astype(float)
-        label = policies.relabel_by_node(rank, home, size, machine)
-        assert sorted(label) == list(range(8))
-    same = policies.relabel_by_node(np.array([3, 2, 1, 0]), np.arange(4), np.ones(4),
-                                    cluster(nodes=2))
-    assert same.tolist() == [3, 2, 1, 0]
+    batch = small_batch(rng, ranks=8, samples=8)
+    sim = orchvlm.simulate(batch, machine, COSTS, policies=("detour", "orchmllm"))
+    detour, composed = sim["detour"], sim["orchmllm"]
+    assert composed.step_s[0] == pytest.approx(detour.step_s[0], rel=1e-9)
+    assert composed.inter_bytes < detour.inter_bytes
 
 
 # ------------------------------------------------------------ steps
@@ -182,7 +180,7 @@ PER_RANK = tuple(name for name in policies.POLICIES if not name.startswith("sp_"
 
 
 def placer(batch, machine, costs=COSTS, memory=None):
-    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 1000, None)
+    return policies.Placer(batch, machine, costs, memory or {}, 100, 0, 200_000, None)
 
 
 def test_time_is_the_sum_of_maxima_and_transfers(rng):
@@ -204,6 +202,20 @@ def test_time_is_the_sum_of_maxima_and_transfers(rng):
             assert lone * (1 - 1e-12) <= step_s <= upper * (1 + 1e-12)
             if slow == FAST:
                 assert step_s == pytest.approx(lone, rel=1e-12)
+
+
+def test_a_planned_step_takes_as_long_as_its_plan_says():
+    """plan_step's own time and bound, and the simulated step, which may begin a phase on one rank
+    while another is still receiving."""
+    machine = Cluster.preset("h100", nodes=8)
+    model = demo.recomputed(orchvlm.from_model(demo.MODEL_84B, machine), demo.MODEL_84B)
+    batch = demo.batch(64, 8, seed=7)
+    limits = dict(work_limit=20_000, time_limit=None)
+    plan = orchvlm.plan_step(batch, machine, model.costs, memory=model.memory, **limits)
+    sim = orchvlm.simulate(batch, machine, model.costs, memory=model.memory,
+                           policies=("orchvlm",), **limits)
+    step_s = sim["orchvlm"].step_s[0]
+    assert plan.bound * (1 - 1e-9) <= step_s <= plan.time * (1 + 1e-9)
 
 
 def test_shares_add_up_and_no_rank_is_busier_than_the_step(rng):
@@ -281,6 +293,22 @@ def test_speedup_and_batches():
     assert sim.as_dict()["policies"]["detour"]["speedup"] == pytest.approx(1.2)
     with pytest.raises(KeyError, match="veomni"):
         sim["veomni"]
+
+
+def test_nothing_to_do_takes_no_time():
+    machine, costs = cluster(nodes=2, per_node=2), {"llm": BatchCost(linear=1.0, fixed=1.0)}
+    sim = orchvlm.simulate(np.zeros(0, np.int64), machine, costs, flops=costs)
+    assert list(sim.results) == ["sampled", "prebalanced", "orchvlm"]
+    for result in sim.results.values():
+        assert result.step_s.tolist() == [0.0] and result.mfu is None
+    assert "as sampled" in repr(sim)
+
+
+def test_fewer_samples_than_ranks():
+    sim = orchvlm.simulate(np.array([3]), cluster(nodes=2, per_node=4),
+                           {"llm": BatchCost(linear=1.0)})
+    assert all(r.step_s.tolist() == [3.0] for r in sim.results.values())
+    assert sim["orchvlm"].idle["llm"] == pytest.approx(7 / 8)
 
 
 def test_deterministic():
@@ -376,6 +404,16 @@ def test_outputs_reach_their_shards(rng):
 
 
 # ------------------------------------------------------------ demo lengths
+
+
+def test_demo_models_have_their_sizes():
+    for config, size in ((demo.MODEL_84B, 84e9), (demo.MODEL_9B, 9e9)):
+        counted = orchvlm.from_model(config, Cluster.preset("h100", nodes=8))
+        assert sum(counted.parameters.values()) == pytest.approx(size, rel=.03)
+    assert demo.model_for(Cluster.preset("h100", nodes=8))[0] == "84B"
+    assert demo.model_for(Cluster.preset("h100", nodes=1))[0] == "9B"
+    with pytest.raises(ValueError, match="do not fit"):
+        demo.model_for(Cluster.preset("a100_40g", nodes=1, gpus_per_node=1))
 
 
 def test_demo_follows_its_quantiles():

@@ -1,0 +1,135 @@
+"""Calls the extension again and again and looks for what does not come back.
+
+Run by test_leaks.py, and alone by any interpreter (a debug build counts references exactly):
+
+    python tests/py/leak_cases.py [CASE...]
+
+Three counters per case, each over windows of many calls: blocks of Python's allocator, traced bytes
+of NumPy's arrays, and the resident size.  A leak grows in every window; caches settle in the first.
+"""
+import gc
+import resource
+import sys
+import tracemalloc
+
+import numpy as np
+
+import orchvlm
+from orchvlm import BatchCost, SequenceCost, _core
+
+WINDOWS, CALLS = 6, 200
+LENGTHS = np.arange(1, 200, dtype=np.int64) * 37 % 5000 + 1
+COST = BatchCost(linear=1.0, quadratic=1e-4)
+SEQUENCE = SequenceCost.flexsp_gpt7b(n_gpus=8)
+ROWS = [([100] * n, 0.1 * n) for n in range(1, 9)]
+
+
+def must_fail(function, *args, **options):
+    try:
+        function(*args, **options)
+    except (TypeError, ValueError, orchvlm.Error):
+        return
+    raise AssertionError(f"{function} accepted {args} {options}")
+
+
+def plan():
+    return orchvlm.plan_sequences(LENGTHS[:64], 8, SEQUENCE, work_limit=200, time_limit=None)
+
+
+CASES = {
+    "batch_cost": lambda: COST(LENGTHS, LENGTHS * 2.0),
+    "sequence_cost": lambda: SEQUENCE(LENGTHS, 8),
+    "cost_errors": lambda: (must_fail(COST, [-1]), must_fail(COST, "x"), must_fail(COST, [[1]]),
+                            must_fail(COST, [1], [1.0, 2.0]), must_fail(SEQUENCE, [1], 3),
+                            must_fail(_core.batch_cost_load, 1, [1], None)),
+    "fit": lambda: orchvlm.fit(ROWS),
+    "fit_sequences": lambda: orchvlm.fit([(x, 8, t, t * 1e9) for x, t in ROWS], heads=64),
+    "fit_errors": lambda: (must_fail(orchvlm.fit, [([-1], 1.0)]),
+                           must_fail(orchvlm.fit, [([1], 0.0)]),
+                           must_fail(_core.sequence_cost_fit, [0, 1], [1], [1.0], None, None, 0,
+                                     [1])),
+    "backend_errors": lambda: (must_fail(_core.backend_info, "/nowhere.so"),
+                               must_fail(_core.backend_info, 3),
+                               must_fail(_core.backend_probe, "/nowhere.so", "x")),
+    "balance": lambda: orchvlm.balance(LENGTHS, 8, COST, work_limit=500).order,
+    "balance_options": lambda: orchvlm.balance(
+        LENGTHS, 4, COST, size=LENGTHS, home=LENGTHS % 4, speed=[1.0, 2.0, 1.0, 1.0],
+        keep_together=LENGTHS % 50, base_load=[1.0] * 4, work_limit=100).splits,
+    "balance_errors": lambda: (must_fail(orchvlm.balance, [-1], 2, COST),
+                               must_fail(orchvlm.balance, [1], 0, COST),
+                               must_fail(orchvlm.balance, [1.5], 1, COST),
+                               must_fail(orchvlm.balance, [9], 1, COST, size=[9], capacity=1)),
+    "plan_sequences": lambda: plan().check(),
+    "plan_bytes": lambda: orchvlm.SequencePlan.from_bytes(plan().to_bytes()),
+    "plan_errors": lambda: (must_fail(orchvlm.plan_sequences, [10**7], 8, SEQUENCE),
+                            must_fail(orchvlm.plan_sequences, [1], 0, SEQUENCE),
+                            must_fail(orchvlm.plan_sequences, [-1], 8, SEQUENCE),
+                            must_fail(orchvlm.SequencePlan.from_bytes, b"not a plan")),
+}
+#: Cases whose calls reach no NumPy object, so that a debug interpreter can count them exactly:
+#: NumPy from a wheel does not report its references.
+EXACT = {"backend_errors"}
+
+
+def resident_bytes():
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def measure(function, exact):
+    """Growth per window of (blocks or references per call, traced bytes per call, resident)."""
+    for _ in range(CALLS):
+        function()
+    growth = []
+    tracemalloc.start(1)
+    for _ in range(WINDOWS):
+        gc.collect()
+        before = (sys.gettotalrefcount() if exact else sys.getallocatedblocks(),
+                  tracemalloc.get_traced_memory()[0], resident_bytes())
+        for _ in range(CALLS):
+            function()
+        gc.collect()
+        after = (sys.gettotalrefcount() if exact else sys.getallocatedblocks(),
+                 tracemalloc.get_traced_memory()[0], resident_bytes())
+        growth.append(((after[0] - before[0]) / CALLS, (after[1] - before[1]) / CALLS,
+                       after[2] - before[2]))
+    tracemalloc.stop()
+    return growth
+
+
+def leaks(growth):
+    """Words on what grew in each of the last windows; the quietest window tells a leak from a cache
+    that still fills.  What leaks does so once per call, and no object is smaller than 24 bytes."""
+    counts, traced, resident = zip(*growth[2:])
+    found = []
+    if min(counts) > 0.5:
+        found.append(f"{min(counts):.2f} objects per call")
+    if min(traced) >= 24:
+        found.append(f"{min(traced):.0f} traced bytes per call")
+    if min(resident) > 0 and min(resident) / CALLS > 32:
+        found.append(f"{min(resident) / CALLS:.0f} resident bytes per call")
+    return found
+
+
+def main(names):
+    bad = 0
+    debug = hasattr(sys, "gettotalrefcount")
+    for name in names or CASES:
+        exact = debug and name in EXACT
+        if debug and not exact and names == []:
+            continue
+        try:
+            found = leaks(measure(CASES[name], exact))
+        except ImportError as error:
+            print(f"{name}: not here: {error}")
+            continue
+        bad += bool(found)
+        print(f"{name}: {', '.join(found) or 'nothing leaks'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -66,6 +66,44 @@ static ovlm_status bound_single(const sp_model *model, double hint, ovlm_meter *
     return status;
 }
 
+/* Raises *low by evaluations with 0 to 7 giants, and for each number of them a search for the price of
+ * memory: the bound is a concave function of it. */
+static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_t most, double hint,
+                                    ovlm_meter *meter, double *low, ovlm_arena *arena,
+                                    ovlm_err *err)
+{
+    int64_t all = sp_batches_giants(model);
+    double typical = work_per_gpu(model) / (double)least, price = 0;
+    double longest = fmin(hint - (double)least * model->fixed, serial_time(model));
+    double step = 0.5 * model->fixed * (double)least / model->sum_s[model->n];
+    for (int64_t giants = all < 3 ? all : 3; longest > 0; giants = giants + 2 < all ? giants + 2 : all) {
+        ovlm_arena_mark mark = ovlm_arena_save(arena);
+        sp_batches batches;
+        OVLM_TRY(sp_batches_init(&batches, model, giants, typical, longest, arena, err));
+        double best = 0, width = giants == all && all > 3 ? step / 4 : step;
+        bool stop = false;
+        for (int tries = 0; tries < 12 && !stop && *low < hint; tries++) {
+            /* First the price that was best with fewer giants, then steps around it. */
+            double trial = tries == 0 ? price : price + width;
+            double proved = trial < 0 ? 0 : sp_batches_bound(&batches, trial, least, most);
+            if (proved > best) {
+                best = proved;
+                price = trial;
+                width *= tries == 0 ? 1 : 1.5;
+            } else {
+                width *= -0.5;
+            }
+            *low = fmax(*low, proved);
+            stop = ovlm_meter_spend(meter, sp_batches_steps(&batches));
+        }
+        ovlm_arena_rewind(arena, mark);
+        if (stop || giants == all || *low >= hint) {
+            break;
+        }
+    }
+    return OVLM_OK;
+}
+
 ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, ovlm_meter *meter,
                           double *bound_s, ovlm_arena *arena, ovlm_err *err)
 {
@@ -82,17 +120,9 @@ ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, o
         return bound_single(model, hint, meter, bound_s, arena, err);
     }
     double low = (double)least * model->fixed + work_per_gpu(model);
-    double typical = work_per_gpu(model) / (double)least;
-    double longest = fmin(hint - (double)least * model->fixed, serial_time(model));
-    ovlm_arena_mark mark = ovlm_arena_save(arena);
-    ovlm_status status = OVLM_OK;
-    if (low > 0 && low < hint && longest > 0 && !ovlm_meter_look(meter)) {
-        sp_batches batches;
-        OVLM_GOTO(done, sp_batches_init(&batches, model, typical, longest, arena, err));
-        sp_batches_raise(&batches, least, most, hint, meter, &low);
+    if (low > 0 && low < hint && !ovlm_meter_look(meter)) {
+        OVLM_TRY(raise_by_batches(model, least, most, hint, meter, &low, arena, err));
     }
-done:
-    ovlm_arena_rewind(arena, mark);
     *bound_s = low * sp_round_down(model->n);
-    return status;
+    return OVLM_OK;
 }

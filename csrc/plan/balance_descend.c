@@ -167,18 +167,29 @@ static void best_trade(descend *d, int64_t r, tops tr, int64_t s, trade *best)
     }
 }
 
-/* One step down from the fullest rank; false when no looked-at trade helps. */
+/* The i-th partner to look at: every rank in turn when there are few, else the less loaded of two
+ * random ones. */
+static int64_t partner(descend *d, int64_t i, int64_t start)
+{
+    ovlm_rng *rng = &d->search->rng;
+    int64_t n_ranks = d->search->model->n_ranks;
+    if (n_ranks <= PARTNERS) {
+        return (start + i) % n_ranks;
+    }
+    int64_t s = ovlm_rng_below(rng, n_ranks), t = ovlm_rng_below(rng, n_ranks);
+    return d->plan->load[s] < d->plan->load[t] ? s : t;
+}
+
+/* The best trade of the fullest rank with the first partner that has one; false when none has. */
 static bool step_down(descend *d)
 {
     const bal_model *model = d->search->model;
-    int64_t r = fullest(d), N = model->n_ranks;
+    int64_t r = fullest(d), start = ovlm_rng_below(&d->search->rng, model->n_ranks);
     tops tr = longest_two(d, r);
     trade best = {d->plan->load[r] * (1 - BAL_TOLERANCE), -1, -1, -1};
-    int64_t partners = N - 1 < PARTNERS ? N - 1 : PARTNERS;
-    int64_t start = ovlm_rng_below(&d->search->rng, N);
-    int64_t stride = N - 1 <= PARTNERS ? 1 : N / PARTNERS;
-    for (int64_t i = 0; i <= partners; i++) {
-        int64_t s = (start + i * stride) % N;
+    int64_t looks = model->n_ranks < PARTNERS ? model->n_ranks : PARTNERS;
+    for (int64_t i = 0; i < looks && best.out < 0; i++) {
+        int64_t s = partner(d, i, start);
         if (s != r) {
             best_trade(d, r, tr, s, &best);
         }

@@ -1,10 +1,11 @@
 /* balance_difference.c - Karmarkar and Karp's differencing method over N sets.
  *
  * A partial solution is a tuple of N sets, kept as a linked list of its non-empty sets by sum,
- * largest first; the missing ones are empty.  The two tuples of largest spread (first sum less last)
- * are combined, largest set with smallest, until one is left.  Every set in any list is an entry that
- * started as one unit, so lists need no memory but the n entries.  With equal counts, tuples start
- * as N consecutive units of the sorted list.  (Karmarkar, Karp 1982; Michiels et al. 2003.) */
+ * largest first; the missing ones are empty.  The two tuples of largest spread (first sum less
+ * last) are combined, largest set with smallest, until one is left.  Every set in any list is an
+ * entry that started as one unit, so lists need no memory but the n entries.  With equal counts,
+ * tuples start as N consecutive units of the sorted list.  (Karmarkar, Karp 1982; Michiels et al.
+ * 2003.) */
 #include "plan/balance_parts.h"
 
 typedef struct entry {

@@ -1,8 +1,8 @@
 /* balance_exact.c - branch and bound over units, largest first.
  *
- * Loads only grow along a branch, so one at or above the best known ends it; of empty ranks that are
- * alike only the first is tried.  With a limit on the loads the same search minimises traffic, which
- * grows along a branch too. */
+ * Loads only grow along a branch, so one at or above the best known ends it; of empty ranks that
+ * are alike only the first is tried.  With a limit on the loads the same search minimises traffic,
+ * which grows along a branch too. */
 #include "plan/balance_parts.h"
 
 #include <math.h>

@@ -1,9 +1,9 @@
 /* balance_greedy.c - longest-first on winner trees.
  *
  * One tree per distinct speed holds its ranks by load; inside a class the least loaded rank ends
- * first, so a unit compares one winner per class.  Keys are the bits of loads >= 0, which order like
- * the loads.  After an insertion the path from the leaf to the root is replayed without a branch:
- * 163,840 units on 2,560 ranks are 2 million such steps. */
+ * first, so a unit compares one winner per class.  Keys are the bits of loads >= 0, which order
+ * like the loads.  After an insertion the path from the leaf to the root is replayed without a
+ * branch: 163,840 units on 2,560 ranks are 2 million such steps. */
 #include "plan/balance_parts.h"
 
 #include <math.h>
@@ -198,13 +198,45 @@ static int64_t put_pinned(const bal_model *model, const int64_t *order, bal_plan
     return left;
 }
 
-/* Like ranks without limits: the key of the winner is its load, so nothing but the tree is read.
- * Adding `fixed` to every rank in use would not change who is least loaded. */
-static void place_simple(const bal_model *model, const int64_t *order, forest *f, bal_plan *plan)
+/* Like ranks without limits, as long as their loads differ by less than the next N units: then each
+ * of these goes to another rank, the largest to the least loaded, and one sort of the ranks serves
+ * them all.  Returns the units placed. */
+static ovlm_status place_rounds(const bal_model *model, const int64_t *order, bal_plan *plan,
+                                int64_t *placed, ovlm_arena *arena, ovlm_err *err)
+{
+    int64_t N = model->n_ranks, *by_load = NULL;
+    double *load = NULL; /* of rank N - 1 - i: sorted down and read from the end, ties go to the
+                            lower rank, as in the tree */
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &load, N, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &by_load, N, err));
+    int64_t at = 0;
+    for (; at + N <= model->n_units; at += N) {
+        OVLM_TRY(ovlm_sort_f64(load, N, by_load, arena, err));
+        double least = load[by_load[N - 1]], most = load[by_load[0]];
+        if (least + model->a[order[at + N - 1]] < most) {
+            break;
+        }
+        for (int64_t k = 0; k < N; k++) {
+            int64_t i = by_load[N - 1 - k], u = order[at + k];
+            load[i] += model->a[u];
+            plan->rank[u] = N - 1 - i;
+        }
+    }
+    for (int64_t r = 0; r < N; r++) {
+        plan->load[r] = load[N - 1 - r];
+    }
+    *placed = at;
+    return OVLM_OK;
+}
+
+/* The rest of them: the key of the winner is its load, so nothing but the tree is read.  Adding
+ * `fixed` to every rank in use would not change who is least loaded. */
+static void place_simple(const bal_model *model, const int64_t *order, int64_t placed, forest *f,
+                         bal_plan *plan)
 {
     tree *t = &f->class[0];
     forest_fill(model, f, plan, false);
-    for (int64_t i = 0; i < model->n_units; i++) {
+    for (int64_t i = placed; i < model->n_units; i++) {
         uint32_t r = t->rank[1];
         double load;
         memcpy(&load, &t->key[1], sizeof load);
@@ -256,7 +288,9 @@ ovlm_status bal_greedy(const bal_model *model, const int64_t *order, bal_plan *p
     bool simple = model->uniform && !model->padded && model->count == NULL &&
                   model->capacity == NULL && model->min_items == 0 && model->max_items >= model->n;
     if (simple) {
-        place_simple(model, order, &f, plan);
+        int64_t placed = 0;
+        OVLM_TRY(place_rounds(model, order, plan, &placed, arena, err));
+        place_simple(model, order, placed, &f, plan);
         *done = bal_plan_settle(model, plan);
     } else {
         *done = place_all(model, order, &f, plan) && bal_plan_settle(model, plan);

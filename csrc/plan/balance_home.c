@@ -1,8 +1,8 @@
 /* balance_home.c - few bytes moved: from the homes, ranks above the limit give up units.
  *
- * Inside the node first, so that only a node's surplus leaves it; then across nodes; then small exact
- * rebuilds for what did not fit; then every unit that can goes back.  Beside it stands the plan found
- * without homes, its ranks renamed; the one with less traffic is kept. */
+ * Inside the node first, so that only a node's surplus leaves it; then across nodes; then small
+ * exact rebuilds for what did not fit; then every unit that can goes back.  Beside it stands the
+ * plan found without homes, its ranks renamed; the one with less traffic is kept. */
 #include "plan/balance_parts.h"
 
 #include <math.h>
@@ -63,8 +63,8 @@ static void move(homing *h, int64_t u, int64_t s)
     bal_plan_put(model, plan, u, s);
 }
 
-/* The unit of r to send to s: of those that do not more than empty r's excess, the most cost per byte,
- * then the largest; else the smallest that ends the excess.  -1: none may go. */
+/* The unit of r to send to s: of those that do not more than empty r's excess, the most cost per
+ * byte, then the largest; else the smallest that ends the excess.  -1: none may go. */
 static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
 {
     const bal_model *model = h->search->model;

@@ -1,9 +1,9 @@
 /* balance_padded.c - padded costs: cuts of the sorted units, and what they prove.
  *
  * With a cost that depends on the number and the longest of a rank's items alone, some optimum
- * consists of consecutive runs of the sorted list: give the rank with the largest maximum the longest
- * items, as many as it has, then the next rank, and so on; counts stay, maxima do not rise.  The
- * same argument serves the sum of the padded costs.  (OrchMLLM 1.3, algorithm 2.) */
+ * consists of consecutive runs of the sorted list: give the rank with the largest maximum the
+ * longest items, as many as it has, then the next rank, and so on; counts stay, maxima do not
+ * rise.  The same argument serves the sum of the padded costs.  (OrchMLLM 1.3, algorithm 2.) */
 #include "plan/balance_parts.h"
 
 #include <math.h>
@@ -144,8 +144,9 @@ ovlm_status bal_cuts(const bal_model *model, bal_plan *plan, bool *done, ovlm_ar
     return OVLM_OK;
 }
 
-/* Least sum over runs of count * longest * g(longest) + price per run, by dynamic programming on the
- * lower envelope of lines: slopes fall, queries grow, so a pointer walk suffices.  *runs counts. */
+/* Least sum over runs of count * longest * g(longest) + price per run, by dynamic programming on
+ * the lower envelope of lines: slopes fall, queries grow, so a pointer walk suffices.  *runs
+ * counts. */
 static double priced_runs(const double *pad, int64_t n, double price, double *cost, int64_t *from,
                           int64_t *used, int64_t *runs)
 {

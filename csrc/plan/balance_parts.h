@@ -26,8 +26,8 @@ static inline bool bal_meets(double load, double limit)
 }
 
 /* Longest-first: units in `order`, each to the rank that ends first.  False through *done when a
- * constraint leaves some unit without a rank.  O(n_units log n_ranks) per distinct speed; O(n_ranks)
- * for a unit whose first choice has no room. */
+ * constraint leaves some unit without a rank.  O(n_units log n_ranks) per distinct speed;
+ * O(n_ranks) for a unit whose first choice has no room. */
 OVLM_NODISCARD ovlm_status bal_greedy(const bal_model *model, const int64_t *order, bal_plan *plan,
                                       bool *done, ovlm_arena *arena, ovlm_err *err);
 

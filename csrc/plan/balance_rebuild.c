@@ -1,181 +1,50 @@
 /* balance_rebuild.c - additive costs: a few ranks are taken apart and refilled exactly.
  *
- * To bring the largest load down to a target T, a rank above T and some partners with room give up
- * some of their units each.  The pool is then distributed anew by bin completion: rank after rank
- * takes a subset of the pool whose sum lies in [lo, hi], where hi is the rank's room at T and lo what
- * the later ranks cannot hold.  Where the ranks are nearly full, that window is narrow and the
- * search tiny, which is why this gets where single moves and swaps stop.  T starts half way between
- * the bound and the best and follows what succeeds. */
-#include "plan/balance_parts.h"
+ * To bring the largest load down to a target T, a rank above T and some partners give up some of
+ * their units each, and bin completion distributes the pool anew: this gets where single moves
+ * and swaps stop.  T starts half way between the bound and the best and follows what succeeds.
+ * When that fails for a while, the excess is also handed on: a different filling with the same
+ * excess on another rank opens new neighbours. */
+#include "plan/balance_complete.h"
 
-#include <math.h>
+enum { NODES = 600 }; /* search steps per attempt */
 
-enum { POOL = 24, BINS = 7, NODES = 600 };
-
-typedef struct bin {
-    int64_t rank;
-    double add;                  /* of the units that stay                                      */
-    int64_t count, size;         /* of the units that stay                                      */
-    double room;                 /* additive cost that the pool may bring                       */
-} bin;
+/* Ranks in no order; at[r] is r's place in the list, or -1. */
+typedef struct rank_set {
+    int64_t *list, *at, n;
+} rank_set;
 
 typedef struct rebuild {
     bal_search *search;
     bal_plan *plan;
     int64_t *head, *next;        /* [n_ranks], [n_units] units of each rank, -1 ends            */
-    int64_t *over, *over_at;     /* ranks above the target, and where in that list (-1: not)    */
-    int64_t n_over;
+    rank_set over, under;        /* ranks above the target; ranks with room                     */
     double target;
     bool same_node;              /* prefer partners of the same node                            */
-    bin bin[BINS];
-    int n_bins, n_pool;
-    int64_t unit[POOL];          /* the pool, a descending                                      */
-    double a[POOL];
-    int to[POOL];                /* bin of each, -1 = open                                      */
-    int64_t nodes;               /* search steps left                                           */
+    bal_pool pool;
 } rebuild;
-
-/* What one bin may take. */
-typedef struct level {
-    int n, item[POOL];           /* open pool positions, a descending                           */
-    double left[POOL + 1];       /* suffix sums of a                                            */
-    double lo, hi;
-    int64_t count_lo, count_hi, size_hi;
-} level;
-
-static bool complete(rebuild *b, int j);
-
-/* Can a bin that has `count` units still end inside its window, choosing from t, t+1, ...?  With one
- * item per unit, the number still needed says what the choice costs at least and brings at most. */
-static inline bool in_reach(const rebuild *b, const level *v, int t, double sum, int64_t count)
-{
-    if (sum + v->left[t] < v->lo) {
-        return false;
-    }
-    if (b->search->model->count != NULL) {
-        return true;
-    }
-    int64_t need = v->count_lo - count, may = v->count_hi - count, open = v->n - t;
-    if (need > open || (need > 0 && sum + v->left[v->n - need] > v->hi)) {
-        return false;
-    }
-    return may >= open || sum + v->left[t] - v->left[t + may] >= v->lo;
-}
-
-/* Bin j holds `sum` so far and may still choose among level items i, i+1, ... */
-static bool extend(rebuild *b, int j, const level *v, int i, double sum, int64_t count,
-                   int64_t size)
-{
-    const bal_model *model = b->search->model;
-    if (sum >= v->lo && count >= v->count_lo && complete(b, j + 1)) {
-        return true;
-    }
-    for (int t = i; t < v->n && b->nodes > 0 && in_reach(b, v, t, sum, count); t++) {
-        b->nodes--;
-        int at = v->item[t];
-        int64_t u = b->unit[at];
-        int64_t new_count = count + bal_count(model, u), new_size = size + bal_size(model, u);
-        if (sum + b->a[at] > v->hi || new_count > v->count_hi || new_size > v->size_hi) {
-            continue;
-        }
-        b->to[at] = j;
-        if (extend(b, j, v, t + 1, sum + b->a[at], new_count, new_size)) {
-            return true;
-        }
-        b->to[at] = -1;
-    }
-    return false;
-}
-
-/* The last bin takes what is left, if it can. */
-static bool finish(rebuild *b, const level *v)
-{
-    const bal_model *model = b->search->model;
-    int64_t count = 0, size = 0;
-    for (int t = 0; t < v->n; t++) {
-        count += bal_count(model, b->unit[v->item[t]]);
-        size += bal_size(model, b->unit[v->item[t]]);
-    }
-    if (v->left[0] > v->hi || count < v->count_lo || count > v->count_hi || size > v->size_hi) {
-        return false;
-    }
-    for (int t = 0; t < v->n; t++) {
-        b->to[v->item[t]] = b->n_bins - 1;
-    }
-    return true;
-}
-
-/* Fills bins j, j+1, ... with the open part of the pool. */
-static bool complete(rebuild *b, int j)
-{
-    const bal_model *model = b->search->model;
-    const bin *bj = &b->bin[j];
-    level v = {.hi = bj->room,
-               .count_lo = model->min_items - bj->count,
-               .count_hi = model->max_items - bj->count,
-               .size_hi = bal_capacity(model, bj->rank) - bj->size};
-    for (int at = 0; at < b->n_pool; at++) {
-        if (b->to[at] < 0) {
-            v.item[v.n++] = at;
-        }
-    }
-    for (int t = v.n - 1; t >= 0; t--) {
-        v.left[t] = v.left[t + 1] + b->a[v.item[t]];
-    }
-    if (j == b->n_bins - 1) {
-        return finish(b, &v);
-    }
-    v.lo = v.left[0];
-    for (int later = j + 1; later < b->n_bins; later++) {
-        v.lo -= b->bin[later].room;
-    }
-    /* rounding of the differences must not close an exact window */
-    v.lo -= BAL_TOLERANCE * v.left[0];
-    if (v.lo > v.hi || v.hi < 0 || v.size_hi < 0 || v.count_hi < 0) {
-        return false;
-    }
-    bool alike = model->uniform;
-    for (int later = j; later < b->n_bins; later++) {
-        alike = alike && b->bin[later].count == 0;
-    }
-    if (alike && v.n > 0) {
-        /* empty bins are interchangeable: this one takes the largest unit left */
-        int64_t u = b->unit[v.item[0]];
-        if (b->a[v.item[0]] > v.hi || bal_size(model, u) > v.size_hi ||
-            bal_count(model, u) > v.count_hi) {
-            return false;
-        }
-        b->to[v.item[0]] = j;
-        if (extend(b, j, &v, 1, b->a[v.item[0]], bal_count(model, u), bal_size(model, u))) {
-            return true;
-        }
-        b->to[v.item[0]] = -1;
-        return false;
-    }
-    return extend(b, j, &v, 0, 0, 0, 0);
-}
 
 /* Moves up to `most` units of bin j into the pool, evenly spread over its list. */
 static void draw(rebuild *b, int j, int64_t most)
 {
     const bal_model *model = b->search->model;
-    bin *bj = &b->bin[j];
+    bal_bin *bj = &b->pool.bin[j];
     int64_t n = 0, at = 0;
     for (int64_t u = b->head[bj->rank]; u >= 0; u = b->next[u]) {
         n++;
     }
     int64_t step = n <= most ? 1 : (n + most - 1) / most;
     int64_t skip = step > 1 ? ovlm_rng_below(&b->search->rng, step) : 0;
-    *bj = (bin){.rank = bj->rank};
+    *bj = (bal_bin){.rank = bj->rank};
     for (int64_t u = b->head[bj->rank]; u >= 0; u = b->next[u], at++) {
-        if (at % step == skip && !bal_is_pinned(model, u) && b->n_pool < POOL) {
-            int k = b->n_pool++;
-            for (; k > 0 && b->a[k - 1] < model->a[u]; k--) {
-                b->a[k] = b->a[k - 1];
-                b->unit[k] = b->unit[k - 1];
+        if (at % step == skip && !bal_is_pinned(model, u) && b->pool.n_pool < BAL_POOL) {
+            int k = b->pool.n_pool++;
+            for (; k > 0 && b->pool.a[k - 1] < model->a[u]; k--) {
+                b->pool.a[k] = b->pool.a[k - 1];
+                b->pool.unit[k] = b->pool.unit[k - 1];
             }
-            b->a[k] = model->a[u];
-            b->unit[k] = u;
+            b->pool.a[k] = model->a[u];
+            b->pool.unit[k] = u;
         } else {
             bj->add += model->a[u];
             bj->count += bal_count(model, u);
@@ -191,12 +60,12 @@ static double set_rooms(rebuild *b, double largest)
 {
     const bal_model *model = b->search->model;
     double need = 0, speed = 0;
-    for (int k = 0; k < b->n_pool; k++) {
-        need += b->a[k];
+    for (int k = 0; k < b->pool.n_pool; k++) {
+        need += b->pool.a[k];
     }
-    for (int j = 0; j < b->n_bins; j++) {
-        int64_t r = b->bin[j].rank;
-        need += b->bin[j].add + model->fixed + bal_base(model, r) * bal_speed(model, r);
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        int64_t r = b->pool.bin[j].rank;
+        need += b->pool.bin[j].add + model->fixed + bal_base(model, r) * bal_speed(model, r);
         speed += bal_speed(model, r);
     }
     double even = need / speed;
@@ -204,25 +73,31 @@ static double set_rooms(rebuild *b, double largest)
     if (even > target) {
         target = even + (largest - even) / 2;
     }
-    for (int j = 0; j < b->n_bins; j++) {
-        double room = bal_room(model, b->bin[j].rank, target * (1 + BAL_TOLERANCE / 2));
-        b->bin[j].room = room - b->bin[j].add;
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        double room = bal_room(model, b->pool.bin[j].rank, target * (1 + BAL_TOLERANCE / 2));
+        b->pool.bin[j].room = room - b->pool.bin[j].add;
     }
     return target;
 }
 
-static void over_set(rebuild *b, int64_t r)
+static void set_member(rank_set *set, int64_t r, bool is)
 {
-    bool is = !bal_meets(b->plan->load[r], b->target);
-    if (is && b->over_at[r] < 0) {
-        b->over_at[r] = b->n_over;
-        b->over[b->n_over++] = r;
-    } else if (!is && b->over_at[r] >= 0) {
-        int64_t last = b->over[--b->n_over];
-        b->over[b->over_at[r]] = last;
-        b->over_at[last] = b->over_at[r];
-        b->over_at[r] = -1;
+    if (is && set->at[r] < 0) {
+        set->at[r] = set->n;
+        set->list[set->n++] = r;
+    } else if (!is && set->at[r] >= 0) {
+        int64_t last = set->list[--set->n];
+        set->list[set->at[r]] = last;
+        set->at[last] = set->at[r];
+        set->at[r] = -1;
     }
+}
+
+/* Files rank r by its load. */
+static void classify(rebuild *b, int64_t r)
+{
+    set_member(&b->over, r, !bal_meets(b->plan->load[r], b->target));
+    set_member(&b->under, r, b->plan->load[r] < b->target * (1 - BAL_TOLERANCE));
 }
 
 /* Takes the found distribution over, unless it is no better after all. */
@@ -230,33 +105,33 @@ static bool apply(rebuild *b, double limit)
 {
     const bal_model *model = b->search->model;
     bal_plan *plan = b->plan;
-    for (int j = 0; j < b->n_bins; j++) {
-        double add = b->bin[j].add;
-        int64_t count = b->bin[j].count;
-        for (int k = 0; k < b->n_pool; k++) {
-            add += b->to[k] == j ? b->a[k] : 0;
-            count += b->to[k] == j ? bal_count(model, b->unit[k]) : 0;
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        double add = b->pool.bin[j].add;
+        int64_t count = b->pool.bin[j].count;
+        for (int k = 0; k < b->pool.n_pool; k++) {
+            add += b->pool.to[k] == j ? b->pool.a[k] : 0;
+            count += b->pool.to[k] == j ? bal_count(model, b->pool.unit[k]) : 0;
         }
-        if (!bal_meets(bal_load(model, b->bin[j].rank, add, count, 0), limit)) {
+        if (!bal_meets(bal_load(model, b->pool.bin[j].rank, add, count, 0), limit)) {
             return false;
         }
     }
-    for (int k = 0; k < b->n_pool; k++) {
-        int64_t from = plan->rank[b->unit[k]];
+    for (int k = 0; k < b->pool.n_pool; k++) {
+        int64_t from = plan->rank[b->pool.unit[k]];
         int64_t *link = &b->head[from];
-        while (*link != b->unit[k]) {
+        while (*link != b->pool.unit[k]) {
             link = &b->next[*link];
         }
-        *link = b->next[b->unit[k]];
+        *link = b->next[b->pool.unit[k]];
     }
-    for (int k = 0; k < b->n_pool; k++) {
-        int64_t u = b->unit[k], r = b->bin[b->to[k]].rank;
+    for (int k = 0; k < b->pool.n_pool; k++) {
+        int64_t u = b->pool.unit[k], r = b->pool.bin[b->pool.to[k]].rank;
         plan->rank[u] = r;
         b->next[u] = b->head[r];
         b->head[r] = u;
     }
-    for (int j = 0; j < b->n_bins; j++) {
-        int64_t r = b->bin[j].rank;
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        int64_t r = b->pool.bin[j].rank;
         plan->add[r] = 0;
         plan->count[r] = plan->size[r] = 0;
         for (int64_t u = b->head[r]; u >= 0; u = b->next[u]) {
@@ -265,7 +140,7 @@ static bool apply(rebuild *b, double limit)
             plan->size[r] += bal_size(model, u);
         }
         plan->load[r] = bal_load(model, r, plan->add[r], plan->count[r], 0);
-        over_set(b, r);
+        classify(b, r);
     }
     return true;
 }
@@ -276,16 +151,19 @@ static int64_t pick_partner(rebuild *b)
     const bal_model *model = b->search->model;
     ovlm_rng *rng = &b->search->rng;
     int64_t best = -1, tries = 1 + ovlm_rng_below(rng, 8);
-    int64_t node = b->bin[0].rank / model->node_size * model->node_size;
+    int64_t node = b->pool.bin[0].rank / model->node_size * model->node_size;
     int64_t node_end = node + model->node_size < model->n_ranks ? node + model->node_size
                                                                 : model->n_ranks;
     bool near = b->same_node && ovlm_rng_below(rng, 8) != 0;
+    /* without room somewhere in the set there is nothing to find */
+    bool roomy = !near && b->pool.n_bins == 1 && b->under.n > 0 && ovlm_rng_below(rng, 4) != 0;
     for (int64_t t = 0; t < tries; t++) {
-        int64_t r = near ? node + ovlm_rng_below(rng, node_end - node)
-                         : ovlm_rng_below(rng, model->n_ranks);
+        int64_t r = near    ? node + ovlm_rng_below(rng, node_end - node)
+                    : roomy ? b->under.list[ovlm_rng_below(rng, b->under.n)]
+                            : ovlm_rng_below(rng, model->n_ranks);
         bool taken = false;
-        for (int j = 0; j < b->n_bins; j++) {
-            taken = taken || b->bin[j].rank == r;
+        for (int j = 0; j < b->pool.n_bins; j++) {
+            taken = taken || b->pool.bin[j].rank == r;
         }
         if (!taken && (best < 0 || b->plan->load[r] < b->plan->load[best])) {
             best = r;
@@ -294,47 +172,78 @@ static int64_t pick_partner(rebuild *b)
     return best;
 }
 
-/* One attempt; true when the plan has changed. */
-static bool attempt(rebuild *b)
+/* A rank above the target and partners for it; returns the largest of their loads. */
+static double pick_bins(rebuild *b)
 {
     const bal_model *model = b->search->model;
     ovlm_rng *rng = &b->search->rng;
-    int64_t units_each = model->n_units / model->n_ranks;
-    int64_t most_bins = units_each <= 4 ? BINS : 4;
-    most_bins = most_bins < model->n_ranks ? most_bins : model->n_ranks;
-    int64_t want = 2 + ovlm_rng_below(rng, most_bins - 1);
-    b->bin[0].rank = b->over[ovlm_rng_below(rng, b->n_over)];
-    b->n_bins = 1;
-    double largest = b->plan->load[b->bin[0].rank];
+    int64_t most = model->n_units / model->n_ranks <= 4 ? BAL_BINS : 4;
+    most = most < model->n_ranks ? most : model->n_ranks;
+    int64_t want = 2 + ovlm_rng_below(rng, most - 1);
+    b->pool.bin[0].rank = b->over.list[ovlm_rng_below(rng, b->over.n)];
+    b->pool.n_bins = 1;
+    double largest = b->plan->load[b->pool.bin[0].rank];
     for (int64_t i = 1; i < want; i++) {
         int64_t r = pick_partner(b);
         if (r >= 0) {
-            b->bin[b->n_bins++].rank = r;
+            b->pool.bin[b->pool.n_bins++].rank = r;
             largest = b->plan->load[r] > largest ? b->plan->load[r] : largest;
         }
     }
-    b->n_pool = 0;
-    for (int j = 0; j < b->n_bins; j++) {
-        draw(b, j, POOL / b->n_bins);
-    }
-    for (int k = 0; k < b->n_pool; k++) {
-        b->to[k] = -1;
-    }
-    double limit = set_rooms(b, largest);
-    b->nodes = NODES;
-    bool found = b->n_bins > 1 && complete(b, 0);
-    b->search->meter->work += NODES - b->nodes;
-    return found && apply(b, limit);
+    return largest;
 }
 
-/* Collects the ranks above the target. */
+/* Permits one bin the present excess, but not the present filling: one neighbour of the largest
+ * unit of the pool is banned from its bin. */
+static void hand_on(rebuild *b, double largest)
+{
+    const bal_model *model = b->search->model;
+    int j = ovlm_rng_below(&b->search->rng, 2) == 0 ? 0 : b->pool.n_bins - 1;
+    b->pool.bin[j].room = bal_room(model, b->pool.bin[j].rank, largest * (1 + BAL_TOLERANCE / 2)) -
+                     b->pool.bin[j].add;
+    int64_t same = b->plan->rank[b->pool.unit[0]];
+    for (int k = 1; k < b->pool.n_pool; k++) {
+        if (b->plan->rank[b->pool.unit[k]] == same &&
+            (b->pool.banned < 0 || ovlm_rng_below(&b->search->rng, 2) == 0)) {
+            b->pool.banned = k;
+        }
+    }
+}
+
+/* One attempt; true when fewer ranks, or the same by less, are above the target. */
+static bool attempt(rebuild *b, bool may_hand_on)
+{
+    const bal_model *model = b->search->model;
+    double largest = pick_bins(b);
+    b->pool.n_pool = 0;
+    b->pool.banned = -1;
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        draw(b, j, BAL_POOL / b->pool.n_bins);
+    }
+    double limit = set_rooms(b, largest);
+    bool whole = model->uniform;
+    for (int j = 0; j < b->pool.n_bins; j++) {
+        whole = whole && b->pool.bin[j].count == 0;
+    }
+    bool on = may_hand_on && whole && b->pool.n_pool > 2;
+    if (on) {
+        hand_on(b, largest);
+        limit = largest;
+    }
+    b->pool.nodes = NODES;
+    bool found = bal_complete(&b->pool);
+    b->search->meter->work += NODES - b->pool.nodes;
+    return found && apply(b, limit) && !on;
+}
+
+/* Files all ranks by a new target. */
 static void set_target(rebuild *b, double target)
 {
     b->target = target;
-    b->n_over = 0;
+    b->over.n = b->under.n = 0;
     for (int64_t r = 0; r < b->search->model->n_ranks; r++) {
-        b->over_at[r] = -1;
-        over_set(b, r);
+        b->over.at[r] = b->under.at[r] = -1;
+        classify(b, r);
     }
 }
 
@@ -342,11 +251,12 @@ static void set_target(rebuild *b, double target)
 static bool drive(rebuild *b, int64_t patience)
 {
     int64_t failed = 0;
-    while (b->n_over > 0) {
+    while (b->over.n > 0) {
         if (ovlm_meter_spend(b->search->meter, 8) || failed > patience) {
             return false;
         }
-        failed = attempt(b) ? 0 : failed + 1;
+        bool stuck = failed > 32 && failed % 2 == 0;
+        failed = attempt(b, stuck) ? 0 : failed + 1;
     }
     return true;
 }
@@ -354,11 +264,13 @@ static bool drive(rebuild *b, int64_t patience)
 static ovlm_status rebuild_init(rebuild *b, bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    *b = (rebuild){.search = search, .plan = plan};
+    *b = (rebuild){.search = search, .plan = plan, .pool.model = model};
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->head, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->next, model->n_units, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over, model->n_ranks, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over_at, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.list, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.at, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->under.list, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->under.at, model->n_ranks, err));
     for (int64_t r = 0; r < model->n_ranks; r++) {
         b->head[r] = -1;
     }

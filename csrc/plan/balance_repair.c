@@ -1,8 +1,9 @@
 /* balance_repair.c - a plan that satisfies tight constraints, where constructions found none.
  *
- * Longest-first without the limits, then random moves and swaps that never raise the total violation:
- * items above max_items or below min_items, and size above capacity in mean sizes.  The number of
- * steps depends on the problem alone, so that a first plan is the same at every work limit. */
+ * Longest-first without the limits, then random moves and swaps that never raise the total
+ * violation: items above max_items or below min_items, and size above capacity in mean sizes.  The
+ * number of steps depends on the problem alone, so that a first plan is the same at every work
+ * limit. */
 #include "plan/balance_parts.h"
 
 typedef struct repair {

@@ -20,7 +20,7 @@ ovlm_status sp_colgen_init(sp_colgen *g, const sp_model *model, const int64_t *k
     for (int64_t i = 0; i < n_items; i++) {
         g->s[i] = (double)model->s[k[i]];
     }
-    OVLM_TRY(sp_nodes_init(&g->nodes, g->s, n_items, ROWS, arena, err));
+    OVLM_TRY(sp_nodes_init(&g->nodes, model, k, n_items, ROWS, arena, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->pi, g->nodes.rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->best_pi, g->nodes.rows, err));
     OVLM_TRY(sp_simplex_init(&g->lp, g->nodes.rows, COLUMNS, arena, err));
@@ -93,8 +93,8 @@ static double price_group(sp_colgen *g, int64_t j, double makespan, double theta
                           sp_pattern *pattern)
 {
     sp_price price;
-    sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, &price);
-    sp_price_trace(&g->pricer, &price, 1, pattern);
+    sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, 0, &price);
+    sp_price_trace(&g->pricer, &price, 1, 1, pattern);
     return sp_price_value(&price, sp_price_row(&g->pricer), g->pricer.cells, 1);
 }
 
@@ -103,7 +103,7 @@ static double evaluate(sp_colgen *g, const double *pi, double makespan)
 {
     const sp_model *model = g->model;
     int64_t D = model->D, tried[SP_MAX_DEGREES] = {0};
-    double value[SP_MAX_DEGREES], total = sp_nodes_spread(&g->nodes, pi, 0, g->item_pi);
+    double value[SP_MAX_DEGREES], total = sp_nodes_spread(&g->nodes, pi, g->item_pi);
     for (int64_t j = 0; j < D; j++) {
         value[j] = price_group(g, j, makespan, g->theta[j][g->favourite[j]], &g->pattern[j]);
         tried[j] = 1;

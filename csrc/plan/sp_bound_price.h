@@ -24,7 +24,7 @@ typedef struct sp_pattern {
 
 /* One table: content(x) = rho*x + premium in floor(cells*x) cells. */
 typedef struct sp_price {
-    double rho, theta, unit;
+    double rho, theta, lift, unit;
     int64_t filler; /* the item of ratio rho, or -1                            */
 } sp_price;
 
@@ -45,9 +45,11 @@ OVLM_NODISCARD ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *mod
                                           ovlm_err *err);
 
 /* Fills the table of a group of degree j with that theta.  Certified content of what fits into a
- * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share. */
+ * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share.
+ * `lift` in [0,1] moves rho from the least that serves to the best ratio of all, where no premium is
+ * left: then the grid plays no part, nor does the fact that items are whole. */
 void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
-                    sp_price *price);
+                    double lift, sp_price *price);
 
 static inline double sp_price_value(const sp_price *price, const float *row, int64_t cells,
                                     double x)
@@ -63,7 +65,9 @@ static inline const float *sp_price_row(const sp_pricer *pricer)
     return pricer->value + pricer->passes * (pricer->cells + 1);
 }
 
-/* What attains the value of a share x, in the relaxation (it may not be a real group). */
-void sp_price_trace(const sp_pricer *pricer, const sp_price *price, double x, sp_pattern *pattern);
+/* What attains the value of a share x, in the relaxation (it may not be a real group): items of the
+ * table, then filling up to `room`. */
+void sp_price_trace(const sp_pricer *pricer, const sp_price *price, double x, double room,
+                    sp_pattern *pattern);
 
 #endif

@@ -17,6 +17,7 @@ ovlm_status sp_simplex_init(sp_simplex *lp, int64_t rows, int64_t max_columns, o
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->work, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->basis, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->limit, rows, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->floor, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->cost, max_columns, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->start, max_columns + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->entry_row, lp->max_entries, err));
@@ -91,10 +92,19 @@ void sp_simplex_entry(sp_simplex *lp, int64_t row, double value)
 void sp_simplex_cover(sp_simplex *lp, const sp_nodes *nodes, int64_t item, double amount)
 {
     int64_t c = nodes->left[item];
-    sp_simplex_entry(lp, c, amount * nodes->share[item]);
-    if (nodes->share[item] < 1) {
-        sp_simplex_entry(lp, c + 1, amount * (1 - nodes->share[item]));
+    sp_simplex_entry(lp, c, amount * nodes->weight[item]);
+    if (nodes->next[item] > 0) {
+        sp_simplex_entry(lp, c + 1, amount * nodes->next[item]);
     }
+}
+
+/* Artificials cost the limit of their row's price, surpluses earn its floor. */
+static double cost_of(const sp_simplex *lp, int64_t column)
+{
+    if (column >= 0) {
+        return lp->cost[column];
+    }
+    return column >= -lp->rows ? lp->limit[-1 - column] : -lp->floor[-1 - lp->rows - column];
 }
 
 /* price = c_B * inverse. */
@@ -103,8 +113,7 @@ static void find_prices(sp_simplex *lp)
     int64_t m = lp->rows;
     memset(lp->price, 0, (size_t)m * sizeof *lp->price);
     for (int64_t i = 0; i < m; i++) {
-        int64_t column = lp->basis[i];
-        double cost = column < 0 ? (column >= -m ? lp->limit[-1 - column] : 0) : lp->cost[column];
+        double cost = cost_of(lp, lp->basis[i]);
         const double *row = lp->inverse + i * m;
         if (cost != 0) {
             for (int64_t r = 0; r < m; r++) {
@@ -115,7 +124,7 @@ static void find_prices(sp_simplex *lp)
 }
 
 /* The column of least reduced cost.  -1-r stands for the artificial of row r (a price above its
- * limit), -1-rows-r for its surplus (a price below zero). */
+ * limit), -1-rows-r for its surplus (a price below its floor). */
 static bool choose(const sp_simplex *lp, int64_t *entering)
 {
     double worst = -ENTER_TOLERANCE;
@@ -135,8 +144,8 @@ static bool choose(const sp_simplex *lp, int64_t *entering)
         }
     }
     for (int64_t r = 0; r < lp->rows; r++) {
-        if (lp->price[r] < worst) {
-            worst = lp->price[r];
+        if (lp->price[r] - lp->floor[r] < worst) {
+            worst = lp->price[r] - lp->floor[r];
             *entering = -1 - lp->rows - r;
             found = true;
         }

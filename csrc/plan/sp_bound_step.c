@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "plan/sp_bound.h"
+#include "plan/sp_bound_batches.h"
 #include "plan/sp_bound_line.h"
 
 /* GPU-seconds of all items, each on the degree where that is least, over N GPUs: no set of
@@ -36,6 +37,17 @@ static int64_t least_micro(const sp_model *model)
     return least;
 }
 
+/* No makespan needs to be longer: one micro-batch's longest useful one. */
+static double serial_time(const sp_model *model)
+{
+    double longest = 0;
+    for (int64_t j = 0; j < model->D; j++) {
+        longest = fmax(longest, model->quad[j] * model->sum_s2[model->n] +
+                                    model->lin[j] * model->sum_s[model->n]);
+    }
+    return longest * (1 + 1e-9);
+}
+
 /* All items in one micro-batch. */
 static ovlm_status bound_single(const sp_model *model, double hint, ovlm_meter *meter,
                                 double *bound_s, ovlm_arena *arena, ovlm_err *err)
@@ -61,14 +73,26 @@ ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, o
     if (model->n == 0) {
         return OVLM_OK;
     }
-    int64_t least = least_micro(model);
-    if (n_micro > 0 && n_micro < least) {
+    int64_t least = least_micro(model), most = n_micro > 0 ? n_micro : model->n;
+    if (most < least) {
         *bound_s = HUGE_VAL;
         return OVLM_OK;
     }
-    if (n_micro == 1) {
+    if (most == 1) {
         return bound_single(model, hint, meter, bound_s, arena, err);
     }
-    *bound_s = ((double)least * model->fixed + work_per_gpu(model)) * sp_round_down(0);
-    return OVLM_OK;
+    double low = (double)least * model->fixed + work_per_gpu(model);
+    double typical = work_per_gpu(model) / (double)least;
+    double longest = fmin(hint - (double)least * model->fixed, serial_time(model));
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    ovlm_status status = OVLM_OK;
+    if (low > 0 && low < hint && longest > 0 && !ovlm_meter_look(meter)) {
+        sp_batches batches;
+        OVLM_GOTO(done, sp_batches_init(&batches, model, typical, longest, arena, err));
+        sp_batches_raise(&batches, least, most, hint, meter, &low);
+    }
+done:
+    ovlm_arena_rewind(arena, mark);
+    *bound_s = low * sp_round_down(model->n);
+    return status;
 }

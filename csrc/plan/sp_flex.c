@@ -4,15 +4,16 @@
  * so the plan does not depend on how many threads there are. */
 #include "plan/sp_flex.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "plan/sp_walk.h"
 
-enum { STARTS = 2, TASTES = 2, WALKS = STARTS * TASTES, SURVIVORS = 2 };
+enum { STARTS = 2, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
 
-static const double taste_balance[TASTES] = {1, 0.1};
+static const double taste_balance[TASTES] = {0.6, 0.1};
 
 typedef struct runner {
     sp_walk walk;
@@ -54,7 +55,7 @@ static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, cons
 }
 
 ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_problem *problem,
-                         const sp_chunked *starts, ovlm_err *err)
+                         const sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
@@ -75,6 +76,9 @@ ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_pro
         }
         used[next] = true;
         OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[next], err));
+    }
+    if (isfinite(warm->time_s)) {
+        OVLM_GOTO(fail, add_walks(flex, problem, warm, err));
     }
     *out = flex;
     return OVLM_OK;

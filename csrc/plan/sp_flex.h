@@ -6,10 +6,10 @@
 
 typedef struct sp_flex sp_flex;
 
-/* Prepares the walks from the drafts (whose best is the answer so far); n_micro as in the problem. */
+/* Prepares the walks: from the best of the drafts, and from the warm start when its time is finite. */
 OVLM_NODISCARD ovlm_status sp_flex_open(sp_flex **flex, const sp_model *model,
                                         const ovlm_sp_problem *problem, const sp_chunked *starts,
-                                        ovlm_err *err);
+                                        const sp_draft *warm, ovlm_err *err);
 void sp_flex_close(sp_flex *flex); /* NULL is fine */
 
 /* Spends `share` of the purse, stops at `target`; `best` only gets better. */

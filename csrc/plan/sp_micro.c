@@ -2,6 +2,7 @@
 #include "plan/sp_micro.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "plan/sp_bound_line.h"
 #include "plan/sp_micro_search.h"
@@ -78,57 +79,126 @@ static double find_floor(sp_pack *pack, const int64_t *k)
     return plain;
 }
 
-/* What constructions have shown so far. */
+/* Constructions, one after the other. */
 typedef struct builder {
     sp_pack *pack;
     sp_saved *saved;
-    double lack[2]; /* share of the GPUs missing with [by_ratio], at its last failure           */
+    ovlm_meter *meter; /* or NULL                                                              */
+    double lack;       /* least share of the GPUs that was missing at this limit               */
+    bool longest_first; /* the rule that came closer is not by ratio                            */
+    double dear[SP_MAX_DEGREES], cheap[SP_MAX_DEGREES]; /* prices at which time was too ...      */
+    bool has_dear, has_cheap;
 } builder;
 
-/* One construction, at the prices that the last one taught. */
-static bool build_by(builder *b, double tau, bool by_ratio)
+/* What is left over tells which resource was priced too low: long items are left when memory was
+ * (short ones went beside others for it), short ones when time was. */
+static void learn(builder *b, int round)
+{
+    sp_pack *pack = b->pack;
+    int64_t degrees = pack->model->D;
+    double time = 0, memory = 0;
+    sp_pack_pool_load(pack, &time, &memory);
+    memcpy(time > memory ? b->cheap : b->dear, pack->theta, sizeof b->dear);
+    b->has_cheap = b->has_cheap || time > memory;
+    b->has_dear = b->has_dear || time <= memory;
+    double rate = 0.5 / (1 + 0.5 * round);
+    if (time <= memory && !b->has_cheap) {
+        sp_pack_learn(pack, rate);
+        return;
+    }
+    for (int64_t j = 0; j < degrees; j++) {
+        pack->theta[j] = b->has_dear && b->has_cheap ? 0.5 * (b->cheap[j] + b->dear[j])
+                                                     : pack->theta[j] + rate * (1 - pack->theta[j]);
+    }
+}
+
+static bool build_by(builder *b, double tau, bool longest_first)
 {
     int64_t work = 0;
-    sp_fill_rule rule = {.by_ratio = by_ratio};
-    if (sp_pack_build(b->pack, tau, &rule, &work)) {
+    sp_fill_rule rule = {.by_ratio = !longest_first};
+    bool found = sp_pack_build(b->pack, tau, &rule, &work);
+    if (found) {
         sp_saved_keep(b->saved, b->pack);
-        b->lack[by_ratio] = 0;
-        return true;
     }
-    b->lack[by_ratio] = fmin(0.5, b->pack->pool_value / (double)b->pack->model->n_gpus);
-    sp_pack_learn(b->pack);
-    return false;
+    double lack = found ? 0 : b->pack->pool_value / (double)b->pack->model->n_gpus;
+    if (lack < b->lack) {
+        b->lack = lack;
+        b->longest_first = longest_first;
+    }
+    if (b->meter != NULL) {
+        ovlm_meter_spend(b->meter, work);
+    }
+    return found;
 }
 
-/* With the rule that came closer the last time, the other one, and the better one at new prices. */
-static bool build(builder *b, double tau)
+/* Up to `rounds` constructions at prices that each teaches the next, and one by the other rule. */
+static bool build(builder *b, double tau, int rounds)
 {
-    bool by_ratio = b->lack[1] <= b->lack[0];
-    return build_by(b, tau, by_ratio) || build_by(b, tau, !by_ratio) ||
-           build_by(b, tau, b->lack[1] <= b->lack[0]);
-}
-
-/* Raises the limit by a part of what was missing until construction succeeds, then bisects: a
- * construction is a noisy test of a limit, so a few steps are all that pays. */
-static void construct(sp_pack *pack, double floor_s, sp_saved *saved)
-{
-    builder b = {.pack = pack, .saved = saved};
-    double fails = floor_s, tau = floor_s * 1.003;
-    for (int round = 0; round < 200; round++) {
-        sp_pack_clear(pack);
-        bool possible = sp_pack_set_tau(pack, tau);
-        double excess = possible ? pack->pool_value / (double)pack->model->n_gpus - 1 : 0.01;
-        if (possible && excess <= 0 && build(&b, tau)) {
-            break;
+    bool longest_first = b->longest_first;
+    b->has_dear = b->has_cheap = false;
+    b->lack = HUGE_VAL;
+    for (int round = 0; round < rounds; round++) {
+        if (build_by(b, tau, longest_first)) {
+            return true;
         }
-        double lack = excess > 0 ? excess : fmin(b.lack[0], b.lack[1]);
-        fails = tau;
-        tau *= 1.003 + (round < 20 ? 0.5 * lack : 0.5);
+        learn(b, round);
+        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
+            return false;
+        }
     }
-    for (int round = 0; round < 3 && saved->makespan > fails * 1.003; round++) {
-        double middle = 0.5 * (fails + saved->makespan);
-        if (!isfinite(middle) || !build(&b, middle)) {
+    return build_by(b, tau, !longest_first);
+}
+
+/* More than any plan takes: with this limit, memory alone decides. */
+static double no_limit(const sp_pack *pack)
+{
+    const sp_model *m = pack->model;
+    double sum = 0, sum2 = 0, longest = 0;
+    for (int64_t i = 0; i < pack->n; i++) {
+        sum += pack->s[i];
+        sum2 += pack->s[i] * pack->s[i];
+    }
+    for (int64_t j = 0; j < m->D; j++) {
+        longest = fmax(longest, m->quad[j] * sum2 + m->lin[j] * sum);
+    }
+    return longest * 1.001;
+}
+
+/* Raises the limit by a part of what was missing until construction succeeds; in the end only memory
+ * counts. */
+static void construct(builder *b, double floor_s)
+{
+    double tau = floor_s * 1.003;
+    for (int round = 0; round < 20; round++) {
+        sp_pack_clear(b->pack);
+        bool possible = sp_pack_set_tau(b->pack, tau);
+        double excess = possible ? b->pack->pool_value / (double)b->pack->model->n_gpus - 1 : 0.01;
+        if (possible && excess <= 0 && build(b, tau, 2)) {
+            return;
+        }
+        double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
+        tau *= 1.003 + 0.5 * lack;
+    }
+    for (int64_t j = 0; j < b->pack->model->D; j++) {
+        b->pack->theta[j] = 0;
+    }
+    build_by(b, no_limit(b->pack), true);
+}
+
+/* Bisects down to the floor: a construction is a noisy test of a limit, so few steps pay. */
+static void refine(builder *b, double floor_s, int steps, int rounds)
+{
+    double fails = floor_s;
+    if (!isfinite(b->saved->makespan)) {
+        return;
+    }
+    for (int step = 0; step < steps && b->saved->makespan > fails * 1.003; step++) {
+        double middle = 0.5 * (fails + b->saved->makespan);
+        if (!build(b, middle, rounds)) {
             fails = middle;
+        }
+        if (b->meter != NULL && ovlm_meter_spend(b->meter, 0)) {
+            return;
         }
     }
 }
@@ -147,7 +217,10 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    construct(&pack, find_floor(&pack, k), &saved);
+    builder b = {.pack = &pack, .saved = &saved};
+    double floor_s = find_floor(&pack, k);
+    construct(&b, floor_s);
+    refine(&b, floor_s, 3, 2);
     write_plan(&saved, k, micro);
 done:
     ovlm_arena_rewind(arena, mark);
@@ -173,7 +246,9 @@ ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_it
     if (isfinite(micro->makespan)) {
         read_plan(micro, k, &pack, &saved);
     } else {
-        construct(&pack, floor_s, &saved);
+        builder b = {.pack = &pack, .saved = &saved, .meter = meter};
+        construct(&b, floor_s);
+        refine(&b, floor_s, 6, 6);
     }
     OVLM_GOTO(done, sp_micro_search(&pack, &saved, floor_s, target, meter, rng, arena, err));
     write_plan(&saved, k, micro);

@@ -6,8 +6,10 @@
 #include <math.h>
 #include <string.h>
 
-#include <stdlib.h>
-static double P(const char*n,double d){char*e=getenv(n);return e?atof(e):d;}
+/* First step down, and how often patience doubles before the search gives up. */
+#define SHARE 0.06
+enum { ROUNDS = 8 };
+
 enum { RUIN_GROUPS = 16, ABSORB = 8, EXCHANGE = 4 };
 
 typedef struct search {
@@ -77,7 +79,7 @@ static int64_t wasteful_group(search *s)
 static int64_t ruin_some(search *s)
 {
     sp_pack *pack = s->pack;
-    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, (int64_t)P("Q",4));
+    int64_t items = 0, wanted = 1 + ovlm_rng_below(s->rng, 4);
     int64_t head = sp_pack_pool_next(pack, 0);
     int64_t gpus = pack->model->degree[pack->need_j[head]];
     s->undo_n = 0;
@@ -114,13 +116,13 @@ static void move(search *s)
     int64_t work = 1 + ruin_some(s), base = pack->n_groups;
     sp_fill_rule rule = {.by_ratio = ovlm_rng_below(s->rng, 4) > 0,
                          .jitter = ovlm_rng_uniform(s->rng),
-                         .noise = P("NOISE",.1) * ovlm_rng_uniform(s->rng),
+                         .noise = ovlm_rng_below(s->rng, 8) == 0 ? 1.0 : 0.1 * ovlm_rng_uniform(s->rng),
                          .rng = s->rng};
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;
     }
     int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into);
-    static double T=-1; if(T<0)T=P("T",0); if (pack->pool_value > before+T*ovlm_rng_uniform(s->rng)) {
+    if (pack->pool_value > before + 0.01 * ovlm_rng_uniform(s->rng)) {
         take_back(s, base, absorbed);
     }
     ovlm_meter_spend(s->meter, work);
@@ -158,41 +160,60 @@ static void exchange(search *s)
     ovlm_meter_spend(s->meter, work);
 }
 
+/* Moves until the pool is empty, `patience` of them have not made it worth less, or the meter stops. */
+static void drive(search *s, int64_t patience)
+{
+    sp_pack *pack = s->pack;
+    double best = pack->pool_value;
+    int64_t left = patience;
+    while (pack->pool_n > 0 && left-- > 0 && !ovlm_meter_spend(s->meter, 0)) {
+        if (pack->n_groups > 0 && ovlm_rng_below(s->rng, 4) > 0) {
+            exchange(s);
+        } else {
+            move(s);
+        }
+        if (pack->pool_value < best) {
+            best = pack->pool_value;
+            left = patience;
+        }
+    }
+}
+
 ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, double target,
                             ovlm_meter *meter, ovlm_rng *rng, ovlm_arena *arena, ovlm_err *err)
 {
     search s = {.pack = pack, .rng = rng, .meter = meter};
     OVLM_TRY(OVLM_ARENA_NEW(arena, &s.undo_item, pack->n, err));
-    double share = 0.25; /* of the distance to the floor, tried next */
+    double share = SHARE; /* of the distance to the target, tried next */
+    int64_t patience = 100 + pack->n / 5;
     target = target > floor_s ? target : floor_s;
-    int64_t patience = 100 + pack->n, rounds = 0;
-    while (saved->makespan > target * (1 + 1e-9) && rounds < 8 && !ovlm_meter_spend(meter, 1)) {
-        double tau = saved->makespan - share * (saved->makespan - target);
-        sp_saved_load(saved, pack);
-        bool possible = sp_pack_set_tau(pack, tau);
-        double best = pack->pool_value;
-        int64_t left = patience;
-        while (possible && pack->pool_n > 0 && left-- > 0 && !ovlm_meter_spend(meter, 0)) {
-            if (ovlm_rng_below(rng, (int64_t)P("X",2)) > 0) {
-                exchange(&s);
-            } else {
-                move(&s);
-            }
-            if (pack->pool_value < best) {
-                best = pack->pool_value;
-                left = patience;
-            }
+    if (!isfinite(saved->makespan)) {
+        /* Construction left a pool at a limit that only memory decides. */
+        drive(&s, 100 * patience);
+        if (pack->pool_n > 0) {
+            return OVLM_OK;
         }
-        if (pack->pool_n == 0) {
+        sp_saved_keep(saved, pack);
+    }
+    for (int rounds = 0; rounds < ROUNDS && saved->makespan > target * (1 + 1e-9);) {
+        sp_saved_load(saved, pack);
+        bool possible = sp_pack_set_tau(pack, saved->makespan - share * (saved->makespan - target));
+        if (possible) {
+            drive(&s, patience);
+        }
+        if (possible && pack->pool_n == 0) {
             sp_saved_keep(saved, pack);
             share = share < 0.5 ? share * 1.5 : share;
         } else {
             share *= 0.5;
         }
         if (share < 1e-3) {
-            share = 0.25;
+            share = SHARE;
             patience *= 2;
             rounds++;
+        }
+        if (ovlm_meter_spend(meter, 1)) {
+            break;
         }
     }
     return OVLM_OK;

@@ -38,8 +38,7 @@ typedef struct sp_pack {
     int64_t *next;     /* [n] list of the item's group; -1 ends                          */
     double tau;
     double theta[SP_MAX_DEGREES];
-    int64_t *bucket; /* [SP_BUCKETS+1] first item whose length falls in bucket b or below, from
-                        the longest: where to look for a length                            */
+    int64_t *bucket; /* [SP_BUCKETS] first item whose length falls in bucket b or below   */
     int64_t first[SP_MAX_DEGREES]; /* first (longest) item that fits an empty group       */
 
     sp_group *group; /* [max_groups] */
@@ -66,8 +65,30 @@ bool sp_pack_set_tau(sp_pack *pack, double tau);
 /* A time below which no plan of these items exists (work over GPUs; longest item at its fastest). */
 double sp_pack_floor(const sp_pack *pack);
 
+/* The pool's bits alone; its sums are the business of sp_pack.c. */
+static inline void sp_pool_mark(sp_pack *pack, int64_t i)
+{
+    pack->pool[i >> 6] |= (uint64_t)1 << (i & 63);
+    pack->pool_top[i >> 12] |= (uint64_t)1 << ((i >> 6) & 63);
+}
+
+static inline void sp_pool_unmark(sp_pack *pack, int64_t i)
+{
+    pack->pool[i >> 6] &= ~((uint64_t)1 << (i & 63));
+    if (pack->pool[i >> 6] == 0) {
+        pack->pool_top[i >> 12] &= ~((uint64_t)1 << ((i >> 6) & 63));
+    }
+}
+
 /* First item >= i (so, not longer) in the pool; -1 when there is none. */
 int64_t sp_pack_pool_next(const sp_pack *pack, int64_t i);
+
+/* Prepares the look-up of lengths; the first item whose length is at most x (n: none is). */
+void sp_pack_index(sp_pack *pack);
+int64_t sp_pack_first_within(const sp_pack *pack, double x);
+
+/* Largest s with quad*s^2 + lin*s <= time, up to rounding. */
+double sp_pack_longest_within(double quad, double lin, double time);
 
 /* Opens a group with this content, whose items must be in the pool; false (and nothing done) when
  * its GPUs are not free or cannot be placed. */
@@ -99,6 +120,9 @@ static inline double sp_pack_time(const sp_pack *pack, const sp_group *g)
     return pack->model->quad[g->j] * g->sum_s2 + pack->model->lin[g->j] * g->sum_s;
 }
 
+/* GPUs that the pool takes by time, and by memory, at the degrees it needs. */
+void sp_pack_pool_load(const sp_pack *pack, double *time, double *memory);
+
 double sp_pack_makespan(const sp_pack *pack);
 
 /* How a group is filled after its head. */
@@ -111,8 +135,8 @@ typedef struct sp_fill_rule {
 } sp_fill_rule;
 
 /* pack->fill = a group of degree index j with head `head` filled from the pool.  The pool is the same
- * afterwards. */
-void sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
+ * afterwards.  Returns the steps it took. */
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
 
 /* Opens the best group around the pool's longest item, by value per GPU; false when none can be.
  * The pool must not be empty.  `work` counts the items looked at. */
@@ -125,7 +149,8 @@ int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into);
 /* From nothing, at limit tau; true when the pool came out empty. */
 bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t *work);
 
-/* Moves the prices of each degree towards the resource that its groups have less of left. */
-void sp_pack_learn(sp_pack *pack);
+/* Moves the price of time at each degree towards the share of its groups that time fills rather
+ * than memory. */
+void sp_pack_learn(sp_pack *pack, double rate);
 
 #endif

@@ -13,27 +13,45 @@ static void keep_best(sp_pack *pack)
     pack->fill = swap;
 }
 
+/* Fills by the rule and keeps the content if it is worth more per GPU than the best so far. */
+static void try_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule, double *best,
+                     int64_t *work)
+{
+    *work += sp_pack_fill(pack, j, head, rule);
+    double score = pack->fill.value / (double)pack->model->degree[j];
+    if (rule->noise > 0) {
+        score *= 1 + rule->noise * ovlm_rng_uniform(rule->rng);
+    }
+    if (score > *best) {
+        *best = score;
+        keep_best(pack);
+    }
+}
+
 bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work)
 {
+    const sp_model *m = pack->model;
     int64_t head = sp_pack_pool_next(pack, 0), tried = 0;
-    double best = -HUGE_VAL;
-    for (int64_t j = pack->need_j[head]; j < pack->model->D && tried < CANDIDATES; j++) {
-        if (pack->model->degree[j] > pack->free_gpus) {
+    double best = -HUGE_VAL, s = pack->s[head];
+    /* GPUs per token at the pool's share of what is free. */
+    double fair = (double)pack->free_gpus / pack->pool_s;
+    for (int64_t j = pack->need_j[head]; j < m->D && tried < CANDIDATES; j++) {
+        double d = (double)m->degree[j];
+        if (m->degree[j] > pack->free_gpus) {
             break;
         }
         if (pack->first[j] > head) {
             continue;
         }
         tried++;
-        sp_pack_fill(pack, j, head, rule);
-        *work += 1 + pack->fill.count;
-        double score = pack->fill.value / (double)pack->model->degree[j];
-        if (rule->noise > 0) {
-            score *= 1 + rule->noise * ovlm_rng_uniform(rule->rng);
-        }
-        if (score > best) {
-            best = score;
-            keep_best(pack);
+        try_fill(pack, j, head, rule, &best, work);
+        /* A head that takes more than its share of time: either many short items beside it use its
+         * memory, or few long ones pay less for its degree. */
+        if (rule->by_ratio && d * s * (m->quad[j] * s + m->lin[j]) > pack->tau * s * fair &&
+            ((rule->noise > 0 && ovlm_rng_uniform(rule->rng) < 0.5) || d * m->lin[j] > 1.1 * (double)m->degree[0] * m->lin[0])) {
+            sp_fill_rule longest = *rule;
+            longest.by_ratio = false;
+            try_fill(pack, j, head, &longest, &best, work);
         }
         if (pack->best.count == pack->pool_n) {
             break; /* everything is placed: more GPUs add nothing */
@@ -90,20 +108,33 @@ bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t 
     return pack->pool_n == 0;
 }
 
-void sp_pack_learn(sp_pack *pack)
+void sp_pack_learn(sp_pack *pack, double rate)
 {
     const sp_model *m = pack->model;
-    double time[SP_MAX_DEGREES] = {0}, memory[SP_MAX_DEGREES] = {0}, groups[SP_MAX_DEGREES] = {0};
+    double groups[SP_MAX_DEGREES] = {0}, timed[SP_MAX_DEGREES] = {0};
     for (int64_t g = 0; g < pack->n_groups; g++) {
         const sp_group *group = &pack->group[g];
-        time[group->j] += sp_pack_time(pack, group) / pack->tau;
-        memory[group->j] += group->sum_s / (double)m->cap[group->j];
+        double memory = group->sum_s / (double)m->cap[group->j];
         groups[group->j] += 1;
+        timed[group->j] += sp_pack_time(pack, group) >= memory * pack->tau ? 1 : 0;
     }
     for (int64_t j = 0; j < m->D; j++) {
-        /* Halfway towards the resource of which less is left. */
         if (groups[j] > 0) {
-            pack->theta[j] = 0.5 * pack->theta[j] + (time[j] >= memory[j] ? 0.5 : 0.0);
+            pack->theta[j] += rate * (timed[j] / groups[j] - pack->theta[j]);
         }
     }
+}
+
+void sp_pack_pool_load(const sp_pack *pack, double *time, double *memory)
+{
+    const sp_model *m = pack->model;
+    double seconds = 0;
+    *memory = 0;
+    for (int64_t i = sp_pack_pool_next(pack, 0); i >= 0; i = sp_pack_pool_next(pack, i + 1)) {
+        int64_t j = pack->need_j[i];
+        double d = (double)m->degree[j], s = pack->s[i];
+        seconds += d * s * (m->quad[j] * s + m->lin[j]);
+        *memory += d * s / (double)m->cap[j];
+    }
+    *time = pack->tau > 0 ? seconds / pack->tau : 0;
 }

@@ -62,16 +62,16 @@ static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
         slot += ovlm_rng_below(rng, count - SAMPLE + 1);
         count = SAMPLE;
     }
-    for (int64_t end = slot + count; slot < end; slot++) {
-        if (step->room[slot] < s) {
-            continue;
-        }
+    int64_t fits[SAMPLE], n_fits = 0;
+    for (int64_t i = 0; i < count; i++) { /* apart, and without a branch to mispredict */
+        fits[n_fits] = slot + i;
+        n_fits += step->room[slot + i] >= s;
+    }
+    for (int64_t i = 0; i < n_fits; i++) {
+        slot = fits[i];
         int64_t j = step->j[slot];
         double time = step->time[slot] + in->time[j];
         double growth = time > tau ? time - tau : 0, cost = growth + in->excess[j];
-        if (cost >= in->cost) {
-            continue; /* waste below zero cannot make up for that often enough to look */
-        }
         cost += waste(in, j, tau + growth, step->time[slot], step->sum_s[slot], time,
                       step->sum_s[slot] + s);
         if (cost < in->cost && ovlm_rng_uniform(rng) >= in->taste->blink) {

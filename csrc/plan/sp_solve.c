@@ -4,6 +4,7 @@
 #include "plan/sp_bound.h"
 #include "plan/sp_flex.h"
 #include "plan/sp_plan.h"
+#include "plan/sp_warm.h"
 
 /* About 10 us of work between looks at the clock. */
 enum { STRIDE = 16 };
@@ -11,9 +12,11 @@ enum { STRIDE = 16 };
 #define DEFAULT_WORK 4000000
 #define OPTIMAL_GAP 1e-9
 
-/* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
+/* Shares of what is left of the budget: a first bound; the group solver on the best start; then search and bound in turns, so that each
  * knows what the other found; the search has what remains. */
 #define FIRST_BOUND 0.05
+#define POLISH 0.1
+#define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 
@@ -73,11 +76,26 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
     sp_chunked starts;
+    sp_draft warm;
+    OVLM_TRY(sp_draft_init(&warm, s->model.n, &s->arena, err));
+    if (s->problem->warm_start != NULL) {
+        OVLM_TRY(sp_warm_start(&s->model, s->problem, &warm, &s->arena, err));
+    }
     /* The other policies first, so that flex is never worse than their constructions. */
     for (int policy = OVLM_SP_STATIC; policy <= OVLM_SP_CHUNKED; policy++) {
         OVLM_TRY(start(s, (ovlm_sp_policy)policy, &starts, err));
     }
-    OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, err));
+    if (warm.time_s < s->best.time_s) {
+        sp_draft_copy(&s->best, &warm);
+    }
+    if (starts.n_drafts > 0) {
+        sp_draft *draft = &starts.draft[starts.best];
+        double share = draft->n_micro == 1 ? POLISH_ALONE : POLISH;
+        OVLM_TRY(sp_policy_improve(&s->model, draft, share, s->problem->seed, &s->purse, &s->arena,
+                                   err));
+        take_best(s, &starts);
+    }
+    OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
         OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), turn ? 1 : FIRST_SEARCH,
                                     &s->purse, &s->best, err));

@@ -170,9 +170,14 @@ void sp_step_take(sp_step *step, int64_t k)
     detach(step, k);
     note(step, (sp_step_change){.kind = SP_TOOK, .a = k, .b = slot});
     if (step->count[slot] == 0) {
-        note(step, (sp_step_change){.kind = SP_CLOSED, .a = slot, .b = step->j[slot]});
-        unmake(step, slot);
+        sp_step_close(step, slot);
     }
+}
+
+void sp_step_close(sp_step *step, int64_t slot)
+{
+    note(step, (sp_step_change){.kind = SP_CLOSED, .a = slot, .b = step->j[slot]});
+    unmake(step, slot);
 }
 
 void sp_step_put(sp_step *step, int64_t k, int64_t slot)

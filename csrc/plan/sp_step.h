@@ -62,6 +62,7 @@ OVLM_NODISCARD ovlm_status sp_step_reserve(sp_step *step, int64_t changes, ovlm_
 void sp_step_take(sp_step *step, int64_t k);
 void sp_step_put(sp_step *step, int64_t k, int64_t slot);
 int64_t sp_step_open(sp_step *step, int64_t box, int64_t j);
+void sp_step_close(sp_step *step, int64_t slot); /* a group without items */
 
 /* Brings tau of every touched box up to date after items were taken. */
 void sp_step_settle(sp_step *step);

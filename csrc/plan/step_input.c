@@ -83,7 +83,7 @@ static ovlm_status check_items(const step_input *input, const ovlm_step_items *i
     OVLM_TRY(check_not_negative(name, "length", items->length, items->n, err));
     OVLM_TRY(check_not_negative(name, "out_tokens", items->out_tokens, items->n, err));
     OVLM_TRY(check_not_negative(name, "bytes", items->bytes, items->n, err));
-    OVLM_TRY(check_range(name, "position", items->position, items->n, MAX_SUM, err));
+    OVLM_TRY(check_range(name, "position", items->position, items->n, MAX_SUM / 2, err));
     for (int64_t i = 0; items->squares != NULL && i < items->n; i++) {
         if (!isfinite(items->squares[i]) || items->squares[i] < 0) {
             return OVLM_FAIL(err, OVLM_E_ARG, "%s.squares[%lld] must be finite and >= 0; got %g",
@@ -128,12 +128,12 @@ static ovlm_status bytes_of(const char *name, int64_t rows, double bytes_per_row
     return OVLM_OK;
 }
 
-/* Stable insertion sort of one sample's items by position: few, and mostly in order. */
-static void sort_short(const int64_t *position, int64_t *item, int64_t n)
+/* Stable insertion sort of one sample's items by key: few, and mostly in order. */
+static void sort_short(const int64_t *key, int64_t *item, int64_t n)
 {
     for (int64_t i = 1; i < n; i++) {
         int64_t moving = item[i], j = i;
-        for (; j > 0 && position[item[j - 1]] > position[moving]; j--) {
+        for (; j > 0 && key[item[j - 1]] > key[moving]; j--) {
             item[j] = item[j - 1];
         }
         item[j] = moving;
@@ -142,7 +142,7 @@ static void sort_short(const int64_t *position, int64_t *item, int64_t n)
 
 /* All items, numbered through the phases, by (sample, position). */
 static ovlm_status order_items(const step_input *input, const int64_t *sample,
-                               const int64_t *position, int64_t *order, ovlm_arena *arena,
+                               const int64_t *key, int64_t *order, ovlm_arena *arena,
                                ovlm_err *err)
 {
     enum { SHORT = 24 };
@@ -152,18 +152,18 @@ static ovlm_status order_items(const step_input *input, const int64_t *sample,
     for (int64_t i = 0; i < n; i++) {
         bool sorted = true;
         for (int64_t e = start[i] + 1; e < start[i + 1] && sorted; e++) {
-            sorted = position[order[e - 1]] <= position[order[e]];
+            sorted = key[order[e - 1]] <= key[order[e]];
         }
         is_short = is_short && (sorted || start[i + 1] - start[i] <= SHORT);
         if (!sorted && is_short) {
-            sort_short(position, order + start[i], start[i + 1] - start[i]);
+            sort_short(key, order + start[i], start[i + 1] - start[i]);
         }
     }
     if (!is_short) {
-        int64_t *by_position = NULL;
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &by_position, input->n_items, err));
-        OVLM_TRY(route_sort_up(position, input->n_items, by_position, arena, err));
-        route_group(sample, n, by_position, input->n_items, order, start);
+        int64_t *by_key = NULL;
+        OVLM_TRY(OVLM_ARENA_NEW(arena, &by_key, input->n_items, err));
+        OVLM_TRY(route_sort_up(key, input->n_items, by_key, arena, err));
+        route_group(sample, n, by_key, input->n_items, order, start);
     }
     return OVLM_OK;
 }
@@ -195,8 +195,8 @@ static ovlm_status check_layout(const step_input *input, ovlm_err *err)
     return OVLM_OK;
 }
 
-/* tokens, out_bytes, text_bytes, llm_bytes and home. */
-static ovlm_status derive_sizes(step_input *input, int64_t *sample, int64_t *position,
+/* tokens, out_bytes, text_bytes, llm_bytes and home; each item's sample, and its key within it. */
+static ovlm_status derive_sizes(step_input *input, int64_t *sample, int64_t *key,
                                 ovlm_arena *arena, ovlm_err *err)
 {
     const ovlm_step_problem *problem = input->problem;
@@ -225,7 +225,8 @@ static ovlm_status derive_sizes(step_input *input, int64_t *sample, int64_t *pos
             input->llm_bytes[i] += input->out_bytes[p][k];
             input->home[p][k] = problem->source_rank[i];
             sample[at] = i;
-            position[at] = items->position[k];
+            /* at one position, items without tokens come first: they cannot overlap */
+            key[at] = 2 * items->position[k] + (items->out_tokens[k] > 0);
         }
     }
     return OVLM_OK;
@@ -283,12 +284,12 @@ ovlm_status step_input_init(step_input *input, const ovlm_step_problem *problem,
     *input = (step_input){.problem = problem};
     OVLM_TRY(check_problem(input, err));
     OVLM_TRY(reserve(input, arena, err));
-    int64_t *sample = NULL, *position = NULL, *item = NULL;
+    int64_t *sample = NULL, *key = NULL, *item = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &sample, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &position, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &key, input->n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &item, input->n_items, err));
-    OVLM_TRY(derive_sizes(input, sample, position, arena, err));
-    OVLM_TRY(order_items(input, sample, position, item, arena, err));
+    OVLM_TRY(derive_sizes(input, sample, key, arena, err));
+    OVLM_TRY(order_items(input, sample, key, item, arena, err));
     OVLM_TRY(list_items(input, item, arena, err));
     return check_layout(input, err);
 }

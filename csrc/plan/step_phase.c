@@ -38,7 +38,10 @@ ovlm_status step_work_init(step_work *work, const step_input *input, int64_t p, 
                          "memory[%s]: %.4g fixed bytes exceed the %.4g of a GPU", work->name,
                          fixed, problem->memory_bytes);
     }
-    double room = per_unit > 0 ? floor((problem->memory_bytes - fixed) / per_unit) : HUGE_VAL;
+    /* what fits exactly must not fail for the rounding of a division */
+    double room = per_unit > 0
+                      ? floor((problem->memory_bytes - fixed) / per_unit * (1 + 1e-12))
+                      : HUGE_VAL;
     if (room < 4e18) {
         work->capacity = (int64_t)room;
     }
@@ -170,6 +173,18 @@ ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step
     return OVLM_OK;
 }
 
+/* A step has several searches to pay for: about 10 ms each, from 10,000 items on fewer steps each, as
+ * each takes longer. */
+static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n)
+{
+    static const int64_t default_work = 6000000, large = 10000;
+    ovlm_budget part = *budget;
+    if (part.work_limit < 0) {
+        part.work_limit = default_work / (1 + n / large);
+    }
+    return part;
+}
+
 /* Balances; limit > 0: with at most that length per rank. */
 static ovlm_status balance(const step_input *input, const step_work *work, int64_t limit,
                            const ovlm_budget *budget, ovlm_step_share *share,
@@ -190,7 +205,8 @@ static ovlm_status balance(const step_input *input, const step_work *work, int64
         .size = capacity ? work->length : work->bytes, .capacity = capacity, .max_items = -1,
         .home = homes ? work->home : NULL, .node_size = problem->gpus_per_node,
         .slack = homes ? problem->slack : 0, .seed = problem->seed};
-    return ovlm_balance_solve(&balance_problem, budget, share->rank, share->loads, result, err);
+    ovlm_budget part = balance_budget(budget, work->n);
+    return ovlm_balance_solve(&balance_problem, &part, share->rank, share->loads, result, err);
 }
 
 /* Again under a limit of length per rank, when the balance by cost needs more micro-batches than

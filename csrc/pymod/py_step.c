@@ -281,8 +281,11 @@ static int parse_batch_cost(PyObject *tuple, ovlm_batch_cost *cost)
 static int parse_items(PyObject *tuple, items_view *view, ovlm_step_items *items)
 {
     PyObject *sample, *position, *length, *out_tokens, *bytes, *squares, *cost;
-    if (!PyTuple_Check(tuple) ||
-        !PyArg_ParseTuple(tuple, "sOOOOOOdO(dd)", &items->name, &sample, &position, &length,
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError, "a phase is a tuple");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "sOOOOOOdO(dd)", &items->name, &sample, &position, &length,
                           &out_tokens, &bytes, &squares, &items->out_bytes_per_token, &cost,
                           &items->memory_per_token, &items->memory_fixed) ||
         parse_batch_cost(cost, &items->cost) < 0 ||
@@ -365,8 +368,11 @@ static int parse_step(PyObject *tuple, step_view *view)
     PyObject *n_ranks, *per_node, *text, *source, *phases, *llm, *seed;
     int relabel = 0, compose = 0;
     *view = (step_view){.problem = {0}};
-    if (!PyTuple_Check(tuple) ||
-        !PyArg_ParseTuple(tuple, "OOdddOOdOOidpO", &n_ranks, &per_node, &problem->memory_bytes,
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError, "problem must be a tuple");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "OOdddOOdOOidpO", &n_ranks, &per_node, &problem->memory_bytes,
                           &problem->intra_bandwidth, &problem->inter_bandwidth, &text, &source,
                           &problem->text_bytes_per_token, &phases, &llm, &relabel,
                           &problem->slack, &compose, &seed) ||

@@ -97,7 +97,8 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     ----------
     .. [1] OrchMLLM, arXiv 2503.23830 (batch post-balancing).
     .. [2] Graham, "Bounds on multiprocessing timing anomalies", 1969 (longest-first).
-    .. [3] Martello, Toth, "Lower bounds and reduction procedures for the bin packing problem", 1990.
+    .. [3] Martello, Toth, "Lower bounds and reduction procedures for the bin packing problem",
+       1990.
 
     Examples
     --------

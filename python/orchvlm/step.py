@@ -220,7 +220,8 @@ class PhasePlan:
     time : float
         Sum over micro-batches of the largest load in it.
     bound : float
-        Certified lower bound on ``time`` for any assignment, into as many micro-batches as fit.
+        Certified lower bound on ``time`` for any assignment into at most ``micro_batches``; without
+        padded costs, into any number.
     sampled_time, sampled_imbalance : float
         The largest load, and that over the mean, with every item at its source.
     status : str
@@ -452,14 +453,14 @@ class StepPlan:
     @classmethod
     def _restore(cls, problem, options, decisions, groups, before, named, cut_short):
         """The plan that follows from decisions, verified; `before` and `named` are taken as said."""
-        shares, sequences, routes, _, *sums = _core.step_rebuild(
+        shares, _, routes, _, *sums = _core.step_rebuild(
             _core_problem(problem, options, None), decisions, groups)
         parts, before = [], iter(before)
         for index, (fields, place, _, after) in enumerate(routes):
             is_back = index > 0 and index % 3 == 2
             said = after if is_back and options["compose"] else next(before)
             parts.append((fields, place, said, after))
-        return cls(problem, options, (shares, sequences, parts, named, *sums[:3], cut_short))
+        return cls(problem, options, (shares, groups, parts, named, *sums[:3], cut_short))
 
     @property
     def digest(self):
@@ -640,15 +641,16 @@ def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="min
     -----
     Rows. At the source, rank r holds its items of a phase in the order of the batch, ``length``
     rows each, and its samples' text. An encoder's rank holds its items by (micro-batch, sample,
-    position), ``length`` rows in and ``out_tokens`` rows out. A rank of the language phase receives
+    position; items without tokens first), ``length`` rows in and ``out_tokens`` rows out. A rank of the language phase receives
     rows by (micro-batch, packed order of the samples, position); ``places`` says where they stand
     among its tokens. With groups, one image may arrive in pieces on several shards.
 
     Time. ``time`` adds the phases, which follow each other: encoders, then the language phase, each
     with its backward pass; within a phase ranks meet at the end of each micro-batch. To that come
     the exposed transfers: encoder outputs forward, their gradients back. Raw data and text travel
-    ahead of time. ``bound`` adds the phases' bounds, and holds for any number of micro-batches;
-    padded costs count as unpadded in it when there is more than one.
+    ahead of time. ``bound`` adds the phases' bounds. It holds for any number of micro-batches, but
+    for padded costs in a single one, as more of them would save padding; with several, padded costs
+    count as unpadded in it.
 
     Names. The language phase is named first, with the encoders where balancing put them, then each
     encoder with the language phase fixed; exposed bytes count, raw data decides between equals. Only

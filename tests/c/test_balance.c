@@ -265,9 +265,8 @@ static void test_larger(void)
     for (int round = 0; round < 60; round++) {
         ovlm_balance_problem p = {.n = N, .n_ranks = R, .lengths = lengths, .max_items = -1,
                                   .node_size = 4, .cost = random_cost()};
-        int64_t total = 0;
         for (int i = 0; i < N; i++) {
-            total += lengths[i] = 1 + below(1000);
+            lengths[i] = 1 + below(1000);
             pinned[i] = chance(8) ? below(R) : -1;
             size[i] = below(100);
         }
@@ -288,7 +287,7 @@ static void test_larger(void)
             ovlm_err err = {0};
             ovlm_status status = ovlm_balance_solve(&p, &budget, rank, loads, &result, &err);
             CHECK(status == OVLM_OK, "round %d: %s", round, err.message);
-            double largest, node_bytes, rank_bytes;
+            double largest = 0, node_bytes, rank_bytes;
             CHECK(status == OVLM_OK && evaluate(&p, rank, &largest, &node_bytes, &rank_bytes),
                   "round %d, work %lld: invalid", round, (long long)work);
             CHECK(largest <= last * (1 + 1e-9), "round %d: more work made %g of %g", round, largest,

@@ -52,8 +52,8 @@ static inline int64_t fuzz_range(fuzz_input *in, int64_t low, int64_t high)
 /* Any integer: small, a corner, or raw bits. */
 static inline int64_t fuzz_wild(fuzz_input *in)
 {
-    static const int64_t corner[] = {0, 1, -1, INT64_MAX, INT64_MIN, INT64_MAX / 2, (int64_t)1 << 53,
-                                     (int64_t)1 << 32, 4096};
+    static const int64_t corner[] = {0, 1, -1, INT64_MAX, INT64_MIN, INT64_MAX / 2,
+                                     (int64_t)1 << 53, (int64_t)1 << 32, 4096};
     switch (fuzz_bytes(in, 1) % 3) {
     case 0: return (int64_t)fuzz_bytes(in, 2);
     case 1: return corner[fuzz_bytes(in, 1) % (sizeof corner / sizeof corner[0])];
@@ -89,8 +89,8 @@ static inline void fuzz_check_status(ovlm_status status, const ovlm_err *err)
 {
     MUST(status >= OVLM_OK && status < OVLM_E_INTERNAL, "%s: %s", ovlm_status_name(status),
          err->message);
-    MUST(status == OVLM_OK || (err->code == status && err->message[0] != '\0'), "status %d, code %d",
-         (int)status, (int)err->code);
+    MUST(status == OVLM_OK || (err->code == status && err->message[0] != '\0'),
+         "status %d, code %d", (int)status, (int)err->code);
 }
 
 #endif

@@ -66,8 +66,8 @@ CASES = {
                             must_fail(orchvlm.plan_sequences, [-1], 8, SEQUENCE),
                             must_fail(orchvlm.SequencePlan.from_bytes, b"not a plan")),
 }
-#: Cases whose calls reach no NumPy object, so that a debug interpreter can count them exactly: NumPy
-#: from a wheel does not report its references.
+#: Cases whose calls reach no NumPy object, so that a debug interpreter can count them exactly:
+#: NumPy from a wheel does not report its references.
 EXACT = {"backend_errors"}
 
 

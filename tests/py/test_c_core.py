@@ -17,7 +17,8 @@ WRITABLE = {"fail_after"}
 
 
 def compiler():
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return os.environ.get("CC") or next(filter(None, found), None)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Junk for every public function: only TypeError, ValueError, MemoryError or orchvlm.Error may come
 out, and never a crash or a hang.
 
-ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 60; take 100000 for an hour)."""
+ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 60; 100000 takes an hour)."""
 import inspect
 import math
 import os
@@ -39,13 +39,15 @@ def arrays(draw):
 
 
 LISTS = st.one_of(st.lists(st.integers(0, 9000), max_size=12), st.lists(NUMBERS, max_size=5),
-                  st.lists(SCALARS, max_size=4), st.lists(st.lists(INTEGERS, max_size=3), max_size=3))
+                  st.lists(SCALARS, max_size=4),
+                  st.lists(st.lists(INTEGERS, max_size=3), max_size=3))
 COSTS = st.sampled_from([
     BatchCost(linear=1.0), BatchCost(padded_quadratic=1.0, fixed=2.0), BatchCost(),
     SequenceCost(1e-9, 1e-4), SequenceCost.flexsp_gpt7b(n_gpus=8),
     SequenceCost(0, 1, comm={1: 0, 3: .5}, memory_per_token=1, memory_limit=100, heads=4)])
-MAPPINGS = st.dictionaries(st.one_of(st.sampled_from(["llm", "vision", "hidden_size"]), SCALARS.filter(
-    lambda x: x.__hash__ is not None)), st.one_of(SCALARS, COSTS), max_size=4)
+KEYS = st.one_of(st.sampled_from(["llm", "vision", "hidden_size"]),
+                 SCALARS.filter(lambda x: x.__hash__ is not None))
+MAPPINGS = st.dictionaries(KEYS, st.one_of(SCALARS, COSTS), max_size=4)
 CLUSTERS = st.sampled_from([Cluster.preset("h100", 2, 4), Cluster(1, 1, 1, 1, 1, 1)])
 JUNK = st.one_of(SCALARS, arrays(), LISTS, COSTS, MAPPINGS, CLUSTERS)
 

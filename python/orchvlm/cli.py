@@ -6,11 +6,11 @@ import threading
 import time
 
 _EXAMPLES = """examples:
-  orchvlm plan --demo                                 a batch of three modalities, planned and proved
+  orchvlm plan --demo                             a batch of three modalities, planned and proved
   orchvlm plan lengths.csv --nodes 8 --preset a100_40g --batch-size 512
   orchvlm plan sounds.csv --column seconds --seconds-to-tokens 25 --items
-  orchvlm simulate --demo --plot step.png             policies side by side
-  orchvlm doctor                                      what was built, found, missing
+  orchvlm simulate --demo --plot step.png         policies side by side
+  orchvlm doctor                                  what was built, found, missing
 """
 _PLAN_EXAMPLES = """examples:
   orchvlm plan --demo --plot plan.png

@@ -138,7 +138,15 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     bool found = false, optimal = false;
     OVLM_TRY(bal_plan_init(&plan, model, &j->arena, err));
     OVLM_TRY(first_plan(&search, &plan, &found, err));
-    OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
+    /* half of what is left is for the homes; and what slack gives away need not be searched for */
+    int64_t work_limit = j->meter.work_limit;
+    if (model->home != NULL && found) {
+        j->meter.work_limit -= (work_limit - j->meter.work) / 2;
+    }
+    if (model->home == NULL || !found || plan.max > search.goal * (1 + j->problem->slack / 4)) {
+        OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
+    }
+    j->meter.work_limit = work_limit;
     double best = plan.max;
     if (model->home != NULL) {
         OVLM_TRY(settle_homes(&search, &plan, j->problem->slack, err));

@@ -11,7 +11,7 @@
 
 #include "plan/sp_walk.h"
 
-enum { STARTS = 2, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
+enum { STARTS = SP_FLEX_STARTS, TASTES = 2, WALKS = (STARTS + 1) * TASTES, SURVIVORS = 2 };
 
 static const double taste_balance[TASTES] = {0.6, 0.1};
 
@@ -55,27 +55,21 @@ static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, cons
 }
 
 ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_problem *problem,
-                         const sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
+                         sp_chunked *starts, const sp_draft *warm, ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
     sp_draft nothing = {.time_s = HUGE_VAL};
-    bool used[SP_TRIES] = {false};
+    int64_t order[SP_TRIES];
     OVLM_TRY(OVLM_HEAP_NEW(&flex, 1, err));
     flex->model = model;
     flex->threads = problem->threads;
     if (starts->n_drafts == 0) { /* sorted chunks do not fit: from nothing */
         OVLM_GOTO(fail, add_walks(flex, problem, &nothing, err));
     }
-    for (int round = 0; round < STARTS && round < starts->n_drafts; round++) {
-        int64_t next = -1;
-        for (int64_t i = 0; i < starts->n_drafts; i++) {
-            if (!used[i] && (next < 0 || starts->draft[i].time_s < starts->draft[next].time_s)) {
-                next = i;
-            }
-        }
-        used[next] = true;
-        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[next], err));
+    sp_policy_order(starts, order);
+    for (int64_t i = 0; i < STARTS && i < starts->n_drafts; i++) {
+        OVLM_GOTO(fail, add_walks(flex, problem, &starts->draft[order[i]], err));
     }
     if (isfinite(warm->time_s)) {
         OVLM_GOTO(fail, add_walks(flex, problem, warm, err));

@@ -50,7 +50,7 @@ static ovlm_status solve_chunk(chunker *c, int64_t begin, int64_t end, int64_t o
                                       c->err));
         keep_better(c);
     }
-    if (c->policy >= OVLM_SP_CHUNKED) {
+    if (c->policy >= OVLM_SP_CHUNKED && !isfinite(c->best.makespan)) {
         c->trial.makespan = HUGE_VAL;
         OVLM_TRY(sp_micro_construct(model, c->all + begin, end - begin, &c->trial, c->arena,
                                     c->err));
@@ -118,11 +118,7 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
             OVLM_TRY(sp_draft_init(draft, model->n, arena, err));
         }
         OVLM_TRY(try_micro(&c, m, draft));
-        if (isfinite(draft->time_s)) {
-            bool better = draft->time_s < chunked->draft[chunked->best].time_s;
-            chunked->best = better ? chunked->n_drafts : chunked->best;
-            chunked->n_drafts++;
-        }
+        chunked->n_drafts += isfinite(draft->time_s);
         if (n_micro > 0) {
             break;
         }
@@ -130,7 +126,22 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
         int64_t next = m + (wide ? 1 + m / 8 : 1);
         m = wide && next > model->n ? model->n : next;
     }
+    int64_t order[SP_TRIES];
+    sp_policy_order(chunked, order);
     return OVLM_OK;
+}
+
+void sp_policy_order(sp_chunked *chunked, int64_t *order)
+{
+    for (int64_t i = 0; i < chunked->n_drafts; i++) {
+        int64_t at = i;
+        double time = chunked->draft[i].time_s;
+        for (; at > 0 && chunked->draft[order[at - 1]].time_s > time; at--) {
+            order[at] = order[at - 1];
+        }
+        order[at] = i;
+    }
+    chunked->best = chunked->n_drafts > 0 ? order[0] : 0;
 }
 
 /* ------------------------------------------------------------------ improvement ---------- */
@@ -160,6 +171,46 @@ static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, 
     }
     micro->start[g1 - g0] = draft->start[g1] - i0;
     qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, compare_i64);
+}
+
+static ovlm_status mix_draft(const sp_model *model, sp_draft *draft, sp_draft *better,
+                             sp_micro *micro, sp_micro *mixed, int64_t *k, ovlm_arena *arena,
+                             ovlm_err *err)
+{
+    sp_draft_begin(better);
+    for (int64_t m = 0; m < draft->n_micro; m++) {
+        load_micro(model, draft, m, micro, k);
+        mixed->makespan = HUGE_VAL;
+        OVLM_TRY(sp_micro_construct(model, k, micro->start[micro->n_groups], mixed, arena, err));
+        sp_draft_append(better, model, mixed->makespan < micro->makespan ? mixed : micro);
+    }
+    if (better->time_s < draft->time_s) {
+        sp_draft_copy(draft, better);
+    }
+    return OVLM_OK;
+}
+
+ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t most,
+                          ovlm_arena *arena, ovlm_err *err)
+{
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    ovlm_status status = OVLM_OK;
+    sp_micro micro, mixed;
+    sp_draft better;
+    int64_t *k, order[SP_TRIES];
+    OVLM_GOTO(done, sp_micro_init(&micro, model->n, arena, err));
+    OVLM_GOTO(done, sp_micro_init(&mixed, model->n, arena, err));
+    OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));
+    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &k, model->n, err));
+    sp_policy_order(chunked, order);
+    for (int64_t i = 0; i < chunked->n_drafts && i < most; i++) {
+        sp_draft *draft = &chunked->draft[order[i]];
+        OVLM_GOTO(done, mix_draft(model, draft, &better, &micro, &mixed, k, arena, err));
+    }
+    sp_policy_order(chunked, order);
+done:
+    ovlm_arena_rewind(arena, mark);
+    return status;
 }
 
 ovlm_status sp_policy_improve(const sp_model *model, sp_draft *draft, double share, uint64_t seed,
@@ -198,21 +249,15 @@ done:
 ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked, uint64_t seed,
                               sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
 {
-    bool done[SP_TRIES] = {false};
+    int64_t order[SP_TRIES];
+    OVLM_TRY(sp_policy_mix(model, chunked, SP_TRIES, arena, err));
+    sp_policy_order(chunked, order);
     for (int64_t round = 0; round < chunked->n_drafts; round++) {
-        int64_t next = -1;
-        for (int64_t i = 0; i < chunked->n_drafts; i++) {
-            if (!done[i] && (next < 0 || chunked->draft[i].time_s < chunked->draft[next].time_s)) {
-                next = i;
-            }
-        }
-        done[next] = true;
+        int64_t next = order[round];
         double share = round + 1 < chunked->n_drafts ? 0.5 : 1.0;
         OVLM_TRY(sp_policy_improve(model, &chunked->draft[next], share, seed + (uint64_t)next,
                                    purse, arena, err));
-        if (chunked->draft[next].time_s < chunked->draft[chunked->best].time_s) {
-            chunked->best = next;
-        }
     }
+    sp_policy_order(chunked, order);
     return OVLM_OK;
 }

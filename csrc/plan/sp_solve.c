@@ -12,9 +12,10 @@ enum { STRIDE = 16 };
 #define DEFAULT_WORK 4000000
 #define OPTIMAL_GAP 1e-9
 
-/* Shares of what is left of the budget: a first bound; the group solver on the best start; then search and bound in turns, so that each
+/* Shares of what is left of the budget: a first bound; the group
+ * solver on the best start; then search and bound in turns, so that each
  * knows what the other found; the search has what remains. */
-#define FIRST_BOUND 0.05
+#define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
 #define FIRST_SEARCH 0.6
@@ -85,6 +86,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     for (int policy = OVLM_SP_STATIC; policy <= OVLM_SP_CHUNKED; policy++) {
         OVLM_TRY(start(s, (ovlm_sp_policy)policy, &starts, err));
     }
+    OVLM_TRY(sp_policy_mix(&s->model, &starts, SP_FLEX_STARTS, &s->arena, err));
+    take_best(s, &starts);
     if (warm.time_s < s->best.time_s) {
         sp_draft_copy(&s->best, &warm);
     }

@@ -15,7 +15,8 @@ enum {
     EXACT_WORK = 1 << 22,       /* ... with at most this much work                              */
     RESERVE_BYTES = 64,         /* per item: what longest-first alone needs                     */
 };
-static const int64_t DEFAULT_WORK = 6000000; /* about 40 ms */
+/* About 40 ms; homes take another search, and at slack 0 a longer one. */
+static const int64_t DEFAULT_WORK = 6000000, DEFAULT_WORK_HOME = 24000000;
 
 typedef struct job {
     const ovlm_balance_problem *problem;
@@ -62,20 +63,20 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     return OVLM_OK;
 }
 
-/* Differencing, when the work left pays for its lists. */
+/* Differencing, when half of the work left is sure to pay for its lists. */
 static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    int64_t cost = model->n_units * (model->n_ranks < 64 ? model->n_ranks : 64);
-    if (bal_meets(plan->max, search->goal) || cost > search->meter->work_limit / 2 ||
-        ovlm_meter_spend(search->meter, cost)) {
+    int64_t cost = model->n_units * model->n_ranks / 4 + model->n_units;
+    if (bal_meets(plan->max, search->goal) ||
+        cost > (search->meter->work_limit - search->meter->work) / 2) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
     bal_plan other = {0};
     bool done = false;
     OVLM_TRY(bal_plan_init(&other, model, search->arena, err));
-    OVLM_TRY(bal_difference(model, &other, &done, search->arena, err));
+    OVLM_TRY(bal_difference(search, &other, &done, err));
     if (done && other.max < plan->max) {
         bal_plan_copy(model, plan, &other);
     }
@@ -113,6 +114,9 @@ static ovlm_status no_plan(const bal_search *search, bool proved, ovlm_err *err)
 static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool *optimal,
                            ovlm_err *err)
 {
+    if (*found) {
+        OVLM_TRY(try_difference(search, plan, err));
+    }
     if (!*found || !bal_meets(plan->max, search->goal)) {
         OVLM_TRY(try_exact(search, plan, found, optimal, err));
     }
@@ -122,7 +126,6 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
     if (*optimal || bal_meets(plan->max, search->goal)) {
         return OVLM_OK;
     }
-    OVLM_TRY(try_difference(search, plan, err));
     return search->model->padded ? bal_descend(search, plan, err)
                                  : bal_rebuild(search, plan, err);
 }
@@ -276,7 +279,9 @@ static ovlm_status final_loads(job *j, double *loads, double *largest, ovlm_err 
         int64_t r = j->rank[i];
         double length = (double)p->lengths[i];
         sum[r] += p->item_cost != NULL ? p->item_cost[i] : length;
-        sum_q[r] += p->squares != NULL ? p->squares[i] : length * length;
+        if (p->cost.quadratic > 0) {
+            sum_q[r] += p->squares != NULL ? p->squares[i] : length * length;
+        }
         longest[r] = length > longest[r] ? length : longest[r];
         count[r]++;
     }
@@ -299,7 +304,8 @@ ovlm_status ovlm_balance_solve(const ovlm_balance_problem *problem, const ovlm_b
     ovlm_status status = OVLM_OK;
     job j = {.problem = problem, .rank = rank};
     double largest = 0;
-    ovlm_meter_start(&j.meter, budget, DEFAULT_WORK, STEP_STRIDE);
+    ovlm_meter_start(&j.meter, budget, problem->home != NULL ? DEFAULT_WORK_HOME : DEFAULT_WORK,
+                     STEP_STRIDE);
     OVLM_GOTO(done, bal_problem_check(problem, err));
     OVLM_GOTO(done, ovlm_arena_reserve(&j.arena, RESERVE_BYTES * problem->n, err));
     OVLM_GOTO(done, problem->group_size > 0 ? solve_groups(&j, err) : solve_whole(&j, err));

@@ -69,7 +69,8 @@ class Simulation:
     --------
     >>> import numpy as np, orchvlm
     >>> orchvlm.simulate(np.array([5, 1, 1, 1]), orchvlm.Cluster.preset("h100", nodes=1,
-    ...     gpus_per_node=2), {"llm": orchvlm.BatchCost(linear=1.0)}, policies=("sampled", "detour"))
+    ...     gpus_per_node=2), {"llm": orchvlm.BatchCost(linear=1.0)},
+    ...     policies=("sampled", "detour"))
     1 step on 2 GPUs in 1 node, simulated
     policy                       step  throughput  idle llm  exposed  between nodes
     ---------------------------  ----  ----------  --------  -------  -------------

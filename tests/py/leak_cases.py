@@ -38,7 +38,15 @@ def plan():
     return orchvlm.plan_sequences(LENGTHS[:12], 4, SMALL, work_limit=0, time_limit=None)
 
 
+ENGINE = ([1.0, 2.0, 0.5], [0, 0, 1, 3], [0, 0, 1], [0, 1, 2, 3], [0, 1, 0], 2)
+
 CASES = {
+    "simulate": lambda: _core.simulate(*ENGINE),
+    "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),
+                                must_fail(_core.simulate, *ENGINE[:5], "x"),
+                                must_fail(_core.simulate, *ENGINE[:2], [0, 0, 2], *ENGINE[3:]),
+                                must_fail(_core.simulate, *ENGINE[:4], [0, 9, 0], 2),
+                                must_fail(_core.simulate, [-1.0] * 3, *ENGINE[1:])),
     "batch_cost": lambda: COST(LENGTHS, LENGTHS * 2.0),
     "sequence_cost": lambda: SEQUENCE(LENGTHS, 8),
     "cost_errors": lambda: (must_fail(COST, [-1]), must_fail(COST, "x"), must_fail(COST, [[1]]),

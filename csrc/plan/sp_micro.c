@@ -189,7 +189,7 @@ static void construct(builder *b, double floor_s)
         double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
         tau *= 1.003 + 0.8 * lack;
     }
-    for (double more = 0.05; more < 10; more *= 2) {
+    for (double more = 0.02; more < 10; more *= 2) {
         if (build_by(b, tau * (1 + more), b->longest_first)) {
             return;
         }

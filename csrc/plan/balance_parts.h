@@ -61,6 +61,11 @@ OVLM_NODISCARD ovlm_status bal_cuts(const bal_model *model, bal_plan *plan, bool
 OVLM_NODISCARD ovlm_status bal_difference(bal_search *search, bal_plan *plan, bool *done,
                                           ovlm_err *err);
 
+/* Three units per rank and no slack: a plan that meets the goal, by exact cover.  *done is false
+ * when the structure is another, none was found, or max_work was spent. */
+OVLM_NODISCARD ovlm_status bal_triples(bal_search *search, bal_plan *plan, int64_t max_work,
+                                       bool *done, ovlm_err *err);
+
 /* Additive costs: takes a few ranks apart and refills them exactly, until nothing is above the
  * goal.  The largest load never rises. */
 OVLM_NODISCARD ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err);

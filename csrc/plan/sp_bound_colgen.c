@@ -159,7 +159,7 @@ static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
     int64_t rows = g->lp.rows, pivots = 0;
     choose_thetas(g, makespan);
     memcpy(g->pi, g->best_pi, (size_t)rows * sizeof *g->pi);
-    for (int64_t round = 0; round < ROUNDS; round++, g->rounds++) {
+    for (int64_t round = 0; round < ROUNDS; round++) {
         int64_t before = g->pricer.spent;
         double ratio = evaluate(g, g->pi, makespan);
         if (ratio > best) {

@@ -28,7 +28,6 @@ typedef struct sp_colgen {
     sp_pattern *pattern;     /* [D+1]                                                        */
     sp_line_items line;
     sp_line_prices line_prices;
-    int64_t rounds;
 } sp_colgen;
 
 OVLM_NODISCARD ovlm_status sp_colgen_init(sp_colgen *colgen, const sp_model *model,

@@ -93,7 +93,8 @@ static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_
             } else {
                 width *= -0.5;
             }
-            *low = fmax(*low, proved);
+            /* Makespans above `longest` make a step at least as long as the hint. */
+            *low = fmin(fmax(*low, proved), hint);
             stop = ovlm_meter_spend(meter, sp_batches_steps(&batches));
         }
         ovlm_arena_rewind(arena, mark);

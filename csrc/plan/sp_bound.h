@@ -8,9 +8,9 @@
 /* Lower bound on the makespan (without fixed) of ONE micro-batch of the items k[0..n_items-1]
  * (ascending k).  `hint` is the best makespan known (HUGE_VAL: none): the bound need not exceed it
  * and work stops when it is met.  More meter = a stronger bound, never a weaker one. */
-OVLM_NODISCARD ovlm_status sp_bound_micro(const sp_model *model, const int64_t *k,
-                                          int64_t n_items, double hint, ovlm_meter *meter,
-                                          double *bound_s, ovlm_arena *arena, ovlm_err *err);
+OVLM_NODISCARD ovlm_status sp_bound_micro(const sp_model *model, const int64_t *k, int64_t n_items,
+                                          double hint, ovlm_meter *meter, double *bound_s,
+                                          ovlm_arena *arena, ovlm_err *err);
 
 /* The cheap part of it alone (line envelope, microseconds), for use inside searches. */
 double sp_bound_quick(const sp_model *model, const int64_t *k, int64_t n_items);

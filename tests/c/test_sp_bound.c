@@ -46,9 +46,12 @@ static void draw(instance *x)
         .quadratic = 1e-6 * (double)ovlm_rng_below(&test_rng, 3) * ovlm_rng_uniform(&test_rng),
         .linear = 1e-4 * ovlm_rng_uniform(&test_rng) * (double)ovlm_rng_below(&test_rng, 8),
         .fixed = fixed[ovlm_rng_below(&test_rng, 5)],
-        .memory_per_token = 1, .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
+        .memory_per_token = 1,
+        .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
         .heads = ovlm_rng_below(&test_rng, 3) == 0 ? 8 : 0,
-        .degree_n = degree_n, .degree = x->degrees, .comm = x->comm};
+        .degree_n = degree_n,
+        .degree = x->degrees,
+        .comm = x->comm};
 }
 
 typedef struct tally {
@@ -93,10 +96,12 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
         ovlm_meter meter;
         ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = 300}, 0, 100);
         CHECK(sp_bound_step(model, m, HUGE_VAL, &meter, &bound, arena, NULL) == OVLM_OK, "failed");
-        CHECK(sound(bound, best), "step %.17g above %.17g with m = %lld", bound, best, (long long)m);
+        CHECK(sound(bound, best), "step %.17g above %.17g with m = %lld", bound, best,
+              (long long)m);
     }
-    CHECK(sp_bound_step(model, 0, HUGE_VAL, &(ovlm_meter){.work_limit = 300}, &any, arena, NULL)
-          == OVLM_OK, "failed");
+    CHECK(sp_bound_step(model, 0, HUGE_VAL, &(ovlm_meter){.work_limit = 300}, &any, arena, NULL) ==
+              OVLM_OK,
+          "failed");
     CHECK(sound(any, best), "step %.17g above %.17g", any, best);
     /* With hints: the optimum itself, and a plan a little worse. */
     for (int h = 0; h < 2 && best < HUGE_VAL; h++) {
@@ -106,7 +111,8 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
         CHECK(hinted <= best, "hinted step %.17g above %.17g", hinted, best);
         meter = (ovlm_meter){.work_limit = 300};
         CHECK(sp_bound_micro(model, k, p->n, optimum * (h == 0 ? 1 : 1.05), &meter, &hinted, arena,
-                             NULL) == OVLM_OK, "failed");
+                             NULL) == OVLM_OK,
+              "failed");
         CHECK(sound(hinted, optimum), "hinted micro %.17g above %.17g", hinted, optimum);
     }
     tally_->step_tight += any >= best * (1 - 1e-6);

@@ -148,8 +148,9 @@ def policies(quick):
 
 # ---------------------------------------------------------------- real lengths ----------------
 
-REAL = (("llm-code-deepseekcoder-github-sampled500k.csv.gz", "tokens"),
-        ("llm-longdocs-govreport-tokens.csv.gz", "words"))
+#: File, column, tokens per unit of it (4 bytes of code or text to a token).
+REAL = (("wikipedia_flexsp.csv.gz", "text_tokens", 1), ("github_source_files.csv", "text_bytes", .25),
+        ("spec_documents.csv", "text_bytes", .25), ("wikitext2_articles.csv", "n_words", 1.3))
 
 
 def real(quick):
@@ -173,10 +174,10 @@ def real(quick):
 
 
 def real_lengths():
-    """(file, column, lengths) of the long-tailed files that are there."""
-    for file, name in REAL:
+    """(file, column, tokens) of the files that are there."""
+    for file, name, scale in REAL:
         if (instances.DATA / file).exists():
-            yield file, name, instances.column(file, name)
+            yield file, name, np.ceil(scale * instances.column(file, name))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 /* sp_walk.c - ruin and recreate over all micro-batches at once.
  *
- * The step's time is a sum of maxima, so only the longest group of each box counts: most ruins start
- * there, and what they take out goes where it costs nothing - into groups of any box that have room
- * under their box's tau.  Cooling is by threshold and in cycles of doubling length, so the walk needs
- * not know its budget, and a longer one repeats a shorter one. */
+ * The step's time is a sum of maxima, so only the longest group of each box counts: most ruins
+ * start there, and what they take out goes where it costs nothing - into groups of any box that
+ * have room under their box's tau.  Cooling is by threshold and in cycles of doubling length, so
+ * the walk need not know its budget, and a longer one repeats a shorter one. */
 #include "plan/sp_walk.h"
 
 #include <math.h>
@@ -165,6 +165,15 @@ static int compare_i64(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
+static void shuffle(sp_walk *walk)
+{
+    for (int64_t i = walk->n_out - 1; i > 0; i--) {
+        int64_t other = ovlm_rng_below(&walk->rng, i + 1), swap = walk->out[i];
+        walk->out[i] = walk->out[other];
+        walk->out[other] = swap;
+    }
+}
+
 /* Everything in the pool goes back, longest first. */
 static int64_t recreate(sp_walk *walk)
 {
@@ -175,6 +184,13 @@ static int64_t recreate(sp_walk *walk)
         walk->out[i] = step->pool[i];
     }
     qsort(walk->out, (size_t)walk->n_out, sizeof *walk->out, compare_i64);
+    if (!isfinite(walk->best.time_s) && !walk->unsaved) {
+        /* No plan yet, so memory decides: what costs least in time is a poor guide. */
+        taste.blink = 0.3;
+        if (coin(walk)) {
+            shuffle(walk);
+        }
+    }
     return sp_repair(step, walk->out, walk->n_out, &taste, &walk->rng);
 }
 
@@ -213,7 +229,7 @@ static double threshold(sp_walk *walk)
     return walk->cost * (walk->hot * left * left * left + COLD) * u * u;
 }
 
-/* Writing a step down takes as long as many changes to it, so a row of improvements is saved once. */
+/* Writing a step down costs as much as many changes to it: a row of improvements is saved once. */
 static void save(sp_walk *walk)
 {
     if (walk->unsaved) {

@@ -185,7 +185,7 @@ class _Collector:
             column.append(value)
 
     def items(self, out_bytes_per_token):
-        from .step import Items
+        from .batch import Items
         whole = {k: np.array(v, np.int64) for k, v in self.columns.items() if k != "squares"}
         return Items(**whole, squares=np.array(self.columns["squares"], float),
                      out_bytes_per_token=out_bytes_per_token)
@@ -367,7 +367,7 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
     >>> [int(r) for r in b.source_rank]
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
-    from .step import Batch
+    from .batch import Batch
     if n_ranks < 1 or samples_per_rank < 1:
         raise ValueError("n_ranks and samples_per_rank must be at least 1; "
                          f"got {n_ranks} and {samples_per_rank}")

@@ -185,7 +185,7 @@ class _Collector:
         self.rows.append(row)
 
     def items(self, out_bytes_per_token):
-        from .step import Items
+        from .batch import Items
         table = np.array(self.rows, float).reshape(len(self.rows), len(self.COLUMNS))
         whole = table[:, :-1].astype(np.int64)  # all far below 2^53, so exact
         return Items(**dict(zip(self.COLUMNS, whole.T)), squares=table[:, -1],
@@ -372,7 +372,7 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
     >>> [int(r) for r in b.source_rank]
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
-    from .step import Batch
+    from .batch import Batch
     if n_ranks < 1 or samples_per_rank < 1:
         raise ValueError("n_ranks and samples_per_rank must be at least 1; "
                          f"got {n_ranks} and {samples_per_rank}")

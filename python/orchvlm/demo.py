@@ -16,8 +16,11 @@ True
 """
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
+
+from .model_cost import ModelCosts
 
 #: Quantiles of public datasets, as (share, value) pairs.
 QUANTILES = {
@@ -185,7 +188,7 @@ class _Collector:
         self.rows.append(row)
 
     def items(self, out_bytes_per_token):
-        from .step import Items
+        from .batch import Items
         table = np.array(self.rows, float).reshape(len(self.rows), len(self.COLUMNS))
         whole = table[:, :-1].astype(np.int64)  # all far below 2^53, so exact
         return Items(**dict(zip(self.COLUMNS, whole.T)), squares=table[:, -1],
@@ -284,6 +287,9 @@ def recomputed(model, config):
     >>> round(slow.costs["llm"].linear / model.costs["llm"].linear, 3)
     1.333
     """
+    if not isinstance(model, ModelCosts) or not isinstance(config, Mapping):
+        raise TypeError("model must be what from_model returns, and config its mapping; got "
+                        f"{type(model).__name__} and {type(config).__name__}")
     costs = {phase: dataclasses.replace(
         cost, **{name: getattr(cost, name) * 4 / 3
                  for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})
@@ -372,7 +378,7 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
     >>> [int(r) for r in b.source_rank]
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
-    from .step import Batch
+    from .batch import Batch
     if n_ranks < 1 or samples_per_rank < 1:
         raise ValueError("n_ranks and samples_per_rank must be at least 1; "
                          f"got {n_ranks} and {samples_per_rank}")

@@ -177,10 +177,10 @@ ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step
  * longer. With homes a search mostly moves few bytes, which needs its steps. */
 static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n, bool homes)
 {
-    static const int64_t default_work = 6000000, large = 10000;
+    static const int64_t default_work = 6000000, homes_work = 3000000, large = 10000;
     ovlm_budget part = *budget;
     if (part.work_limit < 0) {
-        part.work_limit = homes ? default_work : default_work / (1 + n / large);
+        part.work_limit = homes ? homes_work : default_work / (1 + n / large);
     }
     return part;
 }

@@ -1,7 +1,7 @@
 /* sp_flex.c - walks in rounds: each round the better half goes on.
  *
- * Walks are independent within a round, so threads share them out; each has its own part of the work,
- * so the plan does not depend on how many threads there are. */
+ * Walks are independent within a round, so threads share them out; each has its own part of the
+ * work, so the plan does not depend on how many threads there are. */
 #include "plan/sp_flex.h"
 
 #include <math.h>
@@ -100,12 +100,16 @@ static int poll_stop(void *ctx)
     return atomic_load((atomic_bool *)ctx);
 }
 
-static void run_walks(sp_flex *flex)
+/* `poll` is the caller's on the thread that it called from, and a look at the flag elsewhere. */
+static void run_walks(sp_flex *flex, int (*poll)(void *ctx), void *poll_ctx)
 {
     for (int i = atomic_fetch_add(&flex->next, 1); i < flex->n_alive;
          i = atomic_fetch_add(&flex->next, 1)) {
         runner *r = &flex->runner[flex->alive[i]];
-        r->status = sp_walk_run(&r->walk, flex->target, &r->meter, &r->err);
+        r->meter.poll = poll;
+        r->meter.poll_ctx = poll_ctx;
+        r->status = atomic_load(&flex->stop) ? OVLM_OK : sp_walk_run(
+            &r->walk, flex->target, &r->meter, &r->err);
         if (r->meter.interrupted) {
             atomic_store(&flex->stop, true);
         }
@@ -114,12 +118,12 @@ static void run_walks(sp_flex *flex)
 
 static void *thread_main(void *ctx)
 {
-    run_walks(ctx);
+    sp_flex *flex = ctx;
+    run_walks(flex, poll_stop, &flex->stop);
     return NULL;
 }
 
-/* Each walk gets 1/n_alive of the work, and as much of the time as the threads allow.  The walk that
- * the calling thread takes first polls for the caller; the others look at a flag. */
+/* Each walk gets 1/n_alive of the work, and as much of the time as the threads allow. */
 static void meter_walks(sp_flex *flex, double share, const sp_purse *purse, int threads)
 {
     double lanes = ceil((double)flex->n_alive / (double)threads);
@@ -130,10 +134,6 @@ static void meter_walks(sp_flex *flex, double share, const sp_purse *purse, int 
         /* Walks of later lanes start when those before them are done. */
         double lane = floor((double)i / (double)threads) + 1;
         meter->deadline_s = left_s < HUGE_VAL ? now + share * left_s * lane / lanes : HUGE_VAL;
-        if (threads > 1) {
-            meter->poll = poll_stop;
-            meter->poll_ctx = &flex->stop;
-        }
     }
 }
 
@@ -147,7 +147,7 @@ static void run_round(sp_flex *flex, double share, sp_purse *purse)
     while (started < threads - 1 && pthread_create(&id[started], NULL, thread_main, flex) == 0) {
         started++; /* with fewer threads than asked for, the others take over their walks */
     }
-    run_walks(flex);
+    run_walks(flex, purse->meter.poll, purse->meter.poll_ctx);
     for (int i = 0; i < started; i++) {
         (void)pthread_join(id[i], NULL);
     }

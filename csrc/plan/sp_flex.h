@@ -9,7 +9,7 @@ typedef struct sp_flex sp_flex;
 /* Of the drafts, the best ones that walks start from. */
 enum { SP_FLEX_STARTS = 2 };
 
-/* Prepares the walks: from the best of the drafts, and from the warm start when its time is finite. */
+/* Prepares walks from the best of the drafts, and from the warm start when its time is finite. */
 OVLM_NODISCARD ovlm_status sp_flex_open(sp_flex **flex, const sp_model *model,
                                         const ovlm_sp_problem *problem, sp_chunked *starts,
                                         const sp_draft *warm, ovlm_err *err);

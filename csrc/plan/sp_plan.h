@@ -5,8 +5,9 @@
 #include "plan/sp_draft.h"
 
 /* Places, times and orders a draft: micro-batches by descending time, groups by descending degree,
- * items by the caller's index.  With n_micro > 0 the plan has that many micro-batches, the last ones
- * empty.  Bound and status are left at zero.  OVLM_E_INTERNAL when a micro-batch cannot be placed. */
+ * items by the caller's index.  With n_micro > 0 the plan has that many micro-batches, the last
+ * ones empty.  Bound and status are left at zero.  OVLM_E_INTERNAL when a micro-batch cannot be
+ * placed. */
 OVLM_NODISCARD ovlm_status sp_plan_assemble(const sp_model *model, const sp_draft *draft,
                                             int64_t n_micro, ovlm_sp_plan **plan,
                                             ovlm_arena *arena, ovlm_err *err);

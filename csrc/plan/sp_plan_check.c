@@ -112,7 +112,7 @@ static int compare_blocks(const void *left, const void *right)
     return (a->first > b->first) - (a->first < b->first);
 }
 
-/* No GPU is in two groups of micro-batch m.  Sorted, so that the size of the cluster costs nothing. */
+/* No GPU is in two groups of micro-batch m.  Sorted, so that a huge cluster costs nothing. */
 static ovlm_status check_overlap(const checking *c, int64_t m, ovlm_err *err)
 {
     int64_t begin = c->plan->micro_start[m], count = c->plan->micro_start[m + 1] - begin;

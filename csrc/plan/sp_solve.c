@@ -14,9 +14,8 @@ enum { STRIDE = 16 };
 #define MANY 2048
 #define OPTIMAL_GAP 1e-9
 
-/* Shares of what is left of the budget: a first bound; the group
- * solver on the best start; then search and bound in turns, so that each
- * knows what the other found; the search has what remains. */
+/* Shares of what is left of the budget: a first bound; the group solver on the best start; then
+ * search and bound in turns, so that each knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
@@ -151,13 +150,14 @@ static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
     plan->cut_short = s->purse.cut_short;
     plan->work = s->purse.meter.work;
     ovlm_err why = {0};
-    ovlm_status status = ovlm_sp_plan_check(s->problem, plan, &why);
-    if (status != OVLM_OK) {
+    ovlm_status checked = ovlm_sp_plan_check(s->problem, plan, &why);
+    if (checked != OVLM_OK) {
         ovlm_sp_plan_free(plan);
-        return status == OVLM_E_NOMEM
-                   ? OVLM_FAIL(err, OVLM_E_NOMEM, "%s", why.message)
-                   : OVLM_FAIL(err, OVLM_E_INTERNAL, "a bug: the plan failed its check: %s",
-                               why.message);
+        if (checked == OVLM_E_NOMEM) {
+            return OVLM_FAIL(err, checked, "%s", why.message);
+        }
+        return OVLM_FAIL(err, OVLM_E_INTERNAL, "a bug: the plan failed its check: %s",
+                         why.message);
     }
     *out = plan;
     return OVLM_OK;

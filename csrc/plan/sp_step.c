@@ -36,8 +36,8 @@ ovlm_status sp_step_init(sp_step *step, const sp_model *model, int64_t n_boxes, 
     OVLM_TRY(OVLM_ARENA_NEW(arena, &step->touched, n_boxes, err));
     /* Alone on the largest degree, every item is feasible: twice all of that beats any plan. */
     int64_t j = model->D - 1;
-    step->pool_penalty_s = 2 * (model->quad[j] * model->sum_s2[n] + model->lin[j] * model->sum_s[n] +
-                                (double)(n + 1) * model->fixed);
+    double alone = model->quad[j] * model->sum_s2[n] + model->lin[j] * model->sum_s[n];
+    step->pool_penalty_s = 2 * (alone + (double)(n + 1) * model->fixed);
     return OVLM_OK;
 }
 

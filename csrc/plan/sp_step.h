@@ -57,8 +57,8 @@ void sp_step_store(const sp_step *step, sp_draft *draft);
 /* Room in the journal for at least `changes` more, so that the calls below cannot fail. */
 OVLM_NODISCARD ovlm_status sp_step_reserve(sp_step *step, int64_t changes, ovlm_err *err);
 
-/* Moves: an item to the pool (its group closes when it was the last), from the pool to a slot, and a
- * new group of degree index j in a box with enough idle GPUs and room for another group. */
+/* Moves: an item to the pool (its group closes when it was the last), from the pool to a slot, and
+ * a new group of degree index j in a box with enough idle GPUs and room for another group. */
 void sp_step_take(sp_step *step, int64_t k);
 void sp_step_put(sp_step *step, int64_t k, int64_t slot);
 int64_t sp_step_open(sp_step *step, int64_t box, int64_t j);

@@ -1,9 +1,9 @@
 /* sp_walk.c - ruin and recreate over all micro-batches at once.
  *
- * The step's time is a sum of maxima, so only the longest group of each box counts: most ruins start
- * there, and what they take out goes where it costs nothing - into groups of any box that have room
- * under their box's tau.  Cooling is by threshold and in cycles of doubling length, so the walk needs
- * not know its budget, and a longer one repeats a shorter one. */
+ * The step's time is a sum of maxima, so only the longest group of each box counts: most ruins
+ * start there, and what they take out goes where it costs nothing - into groups of any box that
+ * have room under their box's tau.  Cooling is by threshold and in cycles of doubling length, so
+ * the walk need not know its budget, and a longer one repeats a shorter one. */
 #include "plan/sp_walk.h"
 
 #include <math.h>
@@ -213,7 +213,7 @@ static double threshold(sp_walk *walk)
     return walk->cost * (walk->hot * left * left * left + COLD) * u * u;
 }
 
-/* Writing a step down takes as long as many changes to it, so a row of improvements is saved once. */
+/* Writing a step down costs as much as many changes to it: a row of improvements is saved once. */
 static void save(sp_walk *walk)
 {
     if (walk->unsaved) {

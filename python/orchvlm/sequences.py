@@ -1,4 +1,4 @@
-"""Sequence-parallel groups: which sequences run together, on how many GPUs, in which micro-batch."""
+"""Sequence-parallel groups: which sequences run together, on how many GPUs, and when."""
 import html
 import operator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Planning sequence-parallel groups: gaps proved within a time limit, beside other policies and HiGHS.
+"""Sequence-parallel groups: gaps proved within a time limit, beside other policies and HiGHS.
 
     python tests/bench/bench_sequences.py [single] [step] [policies] [real] [--milp] [--quick]
 
@@ -39,7 +39,7 @@ def percent(values):
 
 
 def single_instances(quick):
-    """(name, lengths, n_gpus, cost, limits in ms): chunks of profile A, whole batches of B and B2."""
+    """(name, lengths, n_gpus, cost, limits in ms): chunks of A, whole batches of B and B2."""
     for n_gpus, n, chunks, limits in ((64, 512, 7, (5, 25, 100)), (256, 2048, 8, (25, 100, 300)),
                                       (1024, 8192, 7, (100, 300, 1000))):
         if quick and n_gpus > 64:
@@ -128,7 +128,7 @@ def step(quick):
 
 
 def policies(quick):
-    print("\nPolicies, profile A, N = 64, 512 sequences, 200 ms each: step time (s), flex saves (%)")
+    print("\nPolicies, profile A, N = 64, 512 sequences, 200 ms each: step time (s), flex saves")
     print(f"{'seed':>4} {'static':>8} {'homog.':>8} {'chunked':>8} {'flex':>8} {'bound':>8}   "
           "saves against each")
     cost, saved = instances.profile("A"), []
@@ -148,16 +148,18 @@ def policies(quick):
 
 # ---------------------------------------------------------------- real lengths ----------------
 
-REAL = (("llm-code-deepseekcoder-github-sampled500k.csv.gz", "tokens"),
-        ("llm-longdocs-govreport-tokens.csv.gz", "words"))
+#: File, column, tokens per unit of it (4 bytes of code or text to a token).
+REAL = (("wikipedia_flexsp.csv.gz", "text_tokens", 1),
+        ("github_source_files.csv", "text_bytes", .25),
+        ("spec_documents.csv", "text_bytes", .25), ("wikitext2_articles.csv", "n_words", 1.3))
 
 
 def real(quick):
     if instances.DATA is None:
         print("\nReal lengths: not on this machine")
         return
-    print("\nReal lengths, profile A, N = 64, 512 sequences of up to 192K tokens, 200 ms: step time "
-          "(s) and proved gap")
+    print("\nReal lengths, profile A, N = 64, 512 sequences of up to 192K tokens, 200 ms: "
+          "step time (s) and proved gap")
     print(f"{'file':44} {'tokens':>10} {'homog.':>8} {'chunked':>8} {'flex':>8} {'gap %':>7}")
     cost = instances.profile("A")
     rng = np.random.default_rng(0)
@@ -173,10 +175,10 @@ def real(quick):
 
 
 def real_lengths():
-    """(file, column, lengths) of the long-tailed files that are there."""
-    for file, name in REAL:
+    """(file, column, tokens) of the files that are there."""
+    for file, name, scale in REAL:
         if (instances.DATA / file).exists():
-            yield file, name, instances.column(file, name)
+            yield file, name, np.ceil(scale * instances.column(file, name))
 
 
 if __name__ == "__main__":

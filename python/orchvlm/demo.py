@@ -278,6 +278,11 @@ def recomputed(model, config):
         Seconds of four passes in place of three, memory of one input per layer; useful FLOPs as
         before.
 
+    Raises
+    ------
+    TypeError
+        Arguments that are not a ``ModelCosts`` and a mapping.
+
     Examples
     --------
     >>> import orchvlm

@@ -11,6 +11,7 @@
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
+ *   Q buckets
  *   B batch   T packed tokens   S longest sequence   C channels   H query heads   L layers
  *
  * Arrays are borrowed for the duration of the call unless a comment says "owned".  Every pure

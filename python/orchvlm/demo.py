@@ -16,8 +16,11 @@ True
 """
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
+
+from .model_cost import ModelCosts
 
 #: Quantiles of public datasets, as (share, value) pairs.
 QUANTILES = {
@@ -275,6 +278,11 @@ def recomputed(model, config):
         Seconds of four passes in place of three, memory of one input per layer; useful FLOPs as
         before.
 
+    Raises
+    ------
+    TypeError
+        Arguments that are not a ``ModelCosts`` and a mapping.
+
     Examples
     --------
     >>> import orchvlm
@@ -284,6 +292,9 @@ def recomputed(model, config):
     >>> round(slow.costs["llm"].linear / model.costs["llm"].linear, 3)
     1.333
     """
+    if not isinstance(model, ModelCosts) or not isinstance(config, Mapping):
+        raise TypeError("model must be what from_model returns, and config its mapping; got "
+                        f"{type(model).__name__} and {type(config).__name__}")
     costs = {phase: dataclasses.replace(
         cost, **{name: getattr(cost, name) * 4 / 3
                  for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})

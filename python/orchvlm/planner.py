@@ -50,13 +50,15 @@ class Planner:
     ----------
     batches : iterable of Batch
         Read by the background thread, at most ``lookahead`` + 1 ahead of the consumer.
-    cluster, costs
+    cluster : Cluster
+        As for :func:`plan_step`.
+    costs : dict of str to BatchCost or SequenceCost
         As for :func:`plan_step`.
     lookahead : int
         Finished plans that may wait, >= 1.
     warm_start : bool
         Start each search from the last plan too. Reuses its degrees and times, never its validity.
-    **options
+    **options : keyword arguments
         Further arguments of :func:`plan_step`.
 
     Raises

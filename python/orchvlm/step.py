@@ -156,6 +156,17 @@ class StepPlan:
         The clock ended a search, so another run may answer otherwise. Unless this is False on all
         ranks, one rank plans and sends ``to_bytes()`` to the others.
     batch, cluster, costs, memory : the inputs
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> cluster = orchvlm.Cluster(1, 2, 80e9, 1e15, 300e9, 25e9)
+    >>> batch = orchvlm.Batch([20, 30, 10], [20, 30, 10], [0, 0, 0])
+    >>> step = orchvlm.plan_step(batch, cluster, {"llm": orchvlm.BatchCost(linear=1e-3)})
+    >>> step.llm.loads.tolist(), step.check(), list(step.routes)
+    ([0.03, 0.03], None, ['text'])
+    >>> orchvlm.StepPlan.from_bytes(step.to_bytes()).digest == step.digest
+    True
     """
 
     def __init__(self, problem, options, fields):

@@ -59,7 +59,7 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
         Seconds of a group; its memory limit then holds in place of ``max_seq_len_per_rank``, and
         its degrees must be powers of two (or all GPUs). Default: FlexSP's published GPT-7B on
         A100, with 64 GPUs' communication beyond 64.
-    time_limit, work_limit
+    time_limit, work_limit : float, int or None
         As for :func:`orchvlm.plan_sequences`. One rank schedules and the others are told, as in
         Megatron; where every rank schedules by itself, pass a ``work_limit`` and
         ``time_limit=None``.

@@ -313,7 +313,7 @@ typedef struct ovlm_relabel_problem {
 } ovlm_relabel_problem;
 
 typedef struct ovlm_relabel_result {
-    double before, value, bound; /* the mode's objective in bytes: of rank j = j, found, certified */
+    double before, value, bound; /* the objective in bytes: all staying, as found, certified   */
     ovlm_plan_status status;
     bool cut_short;
     int64_t work;

@@ -15,7 +15,8 @@ enum {
     EXACT_WORK = 1 << 22,       /* ... with at most this much work                              */
     RESERVE_BYTES = 64,         /* per item: what longest-first alone needs                     */
 };
-static const int64_t DEFAULT_WORK = 6000000; /* about 40 ms */
+/* About 40 ms; homes take another search, and at slack 0 a longer one. */
+static const int64_t DEFAULT_WORK = 6000000, DEFAULT_WORK_HOME = 24000000;
 
 typedef struct job {
     const ovlm_balance_problem *problem;
@@ -62,20 +63,20 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     return OVLM_OK;
 }
 
-/* Differencing, when the work left pays for its lists. */
+/* Differencing, when half of the work left is sure to pay for its lists. */
 static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    int64_t cost = model->n_units * (model->n_ranks < 64 ? model->n_ranks : 64);
-    if (bal_meets(plan->max, search->goal) || cost > search->meter->work_limit / 2 ||
-        ovlm_meter_spend(search->meter, cost)) {
+    int64_t cost = model->n_units * model->n_ranks / 4 + model->n_units;
+    if (bal_meets(plan->max, search->goal) ||
+        cost > (search->meter->work_limit - search->meter->work) / 2) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
     bal_plan other = {0};
     bool done = false;
     OVLM_TRY(bal_plan_init(&other, model, search->arena, err));
-    OVLM_TRY(bal_difference(model, &other, &done, search->arena, err));
+    OVLM_TRY(bal_difference(search, &other, &done, err));
     if (done && other.max < plan->max) {
         bal_plan_copy(model, plan, &other);
     }
@@ -83,10 +84,11 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
     return OVLM_OK;
 }
 
-/* With homes: the best plan's largest load sets the limit, then traffic counts. */
-static ovlm_status settle_homes(bal_search *search, bal_plan *plan, double slack, ovlm_err *err)
+/* With homes: `best`, a largest load or a bound on it, sets the limit, then traffic counts. */
+static ovlm_status settle_homes(bal_search *search, bal_plan *plan, double best, double slack,
+                                ovlm_err *err)
 {
-    double limit = plan->max * (1 + slack);
+    double limit = best * (1 + slack);
     OVLM_TRY(bal_home(search, plan, limit, err));
     if (search->model->n_units <= EXACT_UNITS && search->meter->work_limit > 0) {
         bool found = true, done = false;
@@ -113,6 +115,9 @@ static ovlm_status no_plan(const bal_search *search, bool proved, ovlm_err *err)
 static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool *optimal,
                            ovlm_err *err)
 {
+    if (*found) {
+        OVLM_TRY(try_difference(search, plan, err));
+    }
     if (!*found || !bal_meets(plan->max, search->goal)) {
         OVLM_TRY(try_exact(search, plan, found, optimal, err));
     }
@@ -122,7 +127,6 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
     if (*optimal || bal_meets(plan->max, search->goal)) {
         return OVLM_OK;
     }
-    OVLM_TRY(try_difference(search, plan, err));
     return search->model->padded ? bal_descend(search, plan, err)
                                  : bal_rebuild(search, plan, err);
 }
@@ -138,10 +142,20 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     bool found = false, optimal = false;
     OVLM_TRY(bal_plan_init(&plan, model, &j->arena, err));
     OVLM_TRY(first_plan(&search, &plan, &found, err));
-    OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
+    /* half of what is left is for the homes; and what slack gives away need not be searched for */
+    int64_t work_limit = j->meter.work_limit;
+    double slack = model->home != NULL ? j->problem->slack : 0;
+    bool near = found && slack > 0 && plan.max <= search.goal * (1 + slack / 4);
+    if (model->home != NULL && found) {
+        j->meter.work_limit -= (work_limit - j->meter.work) / 2;
+    }
+    if (!near) {
+        OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
+    }
+    j->meter.work_limit = work_limit;
     double best = plan.max;
     if (model->home != NULL) {
-        OVLM_TRY(settle_homes(&search, &plan, j->problem->slack, err));
+        OVLM_TRY(settle_homes(&search, &plan, near ? search.goal : best, slack, err));
     }
     if (optimal) {
         double proved = best * model->down;
@@ -268,7 +282,9 @@ static ovlm_status final_loads(job *j, double *loads, double *largest, ovlm_err 
         int64_t r = j->rank[i];
         double length = (double)p->lengths[i];
         sum[r] += p->item_cost != NULL ? p->item_cost[i] : length;
-        sum_q[r] += p->squares != NULL ? p->squares[i] : length * length;
+        if (p->cost.quadratic > 0) {
+            sum_q[r] += p->squares != NULL ? p->squares[i] : length * length;
+        }
         longest[r] = length > longest[r] ? length : longest[r];
         count[r]++;
     }
@@ -291,7 +307,8 @@ ovlm_status ovlm_balance_solve(const ovlm_balance_problem *problem, const ovlm_b
     ovlm_status status = OVLM_OK;
     job j = {.problem = problem, .rank = rank};
     double largest = 0;
-    ovlm_meter_start(&j.meter, budget, DEFAULT_WORK, STEP_STRIDE);
+    ovlm_meter_start(&j.meter, budget, problem->home != NULL ? DEFAULT_WORK_HOME : DEFAULT_WORK,
+                     STEP_STRIDE);
     OVLM_GOTO(done, bal_problem_check(problem, err));
     OVLM_GOTO(done, ovlm_arena_reserve(&j.arena, RESERVE_BYTES * problem->n, err));
     OVLM_GOTO(done, problem->group_size > 0 ? solve_groups(&j, err) : solve_whole(&j, err));

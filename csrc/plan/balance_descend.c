@@ -8,7 +8,8 @@
 
 #include <math.h>
 
-enum { PARTNERS = 24, KICKS = 6, WALK = 40 };
+enum { PARTNERS = 24, KICKS = 6, WALK = 40, STEP_MOVES = 2 * KICKS + 2,
+       UNDO_ROOM = WALK * STEP_MOVES };
 
 typedef struct descend {
     bal_search *search;
@@ -248,7 +249,7 @@ static ovlm_status descend_init(descend *d, ovlm_err *err)
 {
     const bal_model *model = d->search->model;
     ovlm_arena *arena = d->search->arena;
-    d->undo_room = WALK * (2 * KICKS + 2);
+    d->undo_room = UNDO_ROOM;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &d->head, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &d->next, model->n_units, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &d->prev, model->n_units, err));
@@ -274,7 +275,7 @@ ovlm_status bal_descend(bal_search *search, bal_plan *plan, ovlm_err *err)
     OVLM_TRY(descend_init(&d, err));
     double best = plan->max;
     int64_t walked = 0;
-    while (!bal_meets(best, search->goal) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
+    while (best > search->goal * (1 + BAL_ENOUGH) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
         bool moved = step_down(&d);
         double now = plan->load[fullest(&d)];
         if (now < best * (1 - BAL_TOLERANCE)) {
@@ -282,13 +283,13 @@ ovlm_status bal_descend(bal_search *search, bal_plan *plan, ovlm_err *err)
             d.n_undo = walked = 0;
         } else if (!moved) {
             /* equal plans are as good to walk from; worse ones are undone */
-            if (++walked >= WALK || d.n_undo + 2 * KICKS + 2 > d.undo_room) {
+            if (++walked >= WALK || d.n_undo + STEP_MOVES > d.undo_room) {
                 undo(&d);
                 walked = 0;
             }
             kick(&d, best);
         }
-        if (d.n_undo + 2 * KICKS + 2 > d.undo_room) {
+        if (d.n_undo + STEP_MOVES > d.undo_room) {
             undo(&d);
         }
     }

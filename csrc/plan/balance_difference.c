@@ -175,9 +175,10 @@ static void fill_empty(const bal_model *model, bal_plan *plan, int64_t *n_on)
     }
 }
 
-ovlm_status bal_difference(const bal_model *model, bal_plan *plan, bool *done, ovlm_arena *arena,
-                           ovlm_err *err)
+ovlm_status bal_difference(bal_search *search, bal_plan *plan, bool *done, ovlm_err *err)
 {
+    const bal_model *model = search->model;
+    ovlm_arena *arena = search->arena;
     int64_t n = model->n_units, N = model->n_ranks;
     bool equal = n > 0 && n % N == 0 && model->min_items == n / N && model->max_items == n / N;
     bool free = model->min_items <= 1 && model->max_items >= n;
@@ -193,6 +194,10 @@ ovlm_status bal_difference(const bal_model *model, bal_plan *plan, bool *done, o
     for (int64_t number = n; d.n > 1; number++) {
         tuple a = heap_pop(&d), b = heap_pop(&d);
         heap_push(&d, combine(&d, a, b, number));
+        if (ovlm_meter_spend(search->meter, (a.n + b.n) / 8 + 1)) {
+            ovlm_arena_rewind(arena, mark);
+            return OVLM_OK;
+        }
     }
     int64_t r = 0;
     for (int64_t i = d.heap[0].head; i >= 0; i = d.entry[i].next, r++) {

@@ -269,10 +269,10 @@ static ovlm_status check_fit(const bal_model *model, const bal_part *part, ovlm_
     for (int64_t u = 0; u < model->n_units; u++) {
         need += (double)bal_size(model, u);
         if (bal_size(model, u) > largest || bal_count(model, u) > model->max_items) {
-            int64_t i = u;
-            for (i = 0; model->unit_of != NULL && model->unit_of[i] != u; i++) {
+            int64_t i = model->unit_of != NULL ? 0 : u;
+            while (model->unit_of != NULL && model->unit_of[i] != u) {
+                i++;
             }
-            i = model->unit_of != NULL ? i : u;
             return OVLM_FAIL(err, OVLM_E_ARG,
                              "item %lld%s (size %lld, %lld items) fits on no rank: capacity is at "
                              "most %lld, max_items %lld",

@@ -18,6 +18,9 @@ typedef struct bal_search {
     double goal; /* stop at this largest load */
 } bal_search;
 
+/* Searches stop this close to the goal: less cannot be measured in any training step. */
+#define BAL_ENOUGH 1e-7
+
 /* A load that counts as equal to a limit: sums of doubles come in any order. */
 #define BAL_TOLERANCE 1e-12
 static inline bool bal_meets(double load, double limit)
@@ -53,9 +56,10 @@ OVLM_NODISCARD ovlm_status bal_cuts(const bal_model *model, bal_plan *plan, bool
                                     ovlm_arena *arena, ovlm_err *err);
 
 /* Karmarkar-Karp differencing over n_ranks sets; with equal counts per rank when the model asks
- * for them.  Only for interchangeable ranks and additive costs; *done is false elsewhere. */
-OVLM_NODISCARD ovlm_status bal_difference(const bal_model *model, bal_plan *plan, bool *done,
-                                          ovlm_arena *arena, ovlm_err *err);
+ * for them.  Only for interchangeable ranks and additive costs; *done is false elsewhere, and when
+ * the meter ends. */
+OVLM_NODISCARD ovlm_status bal_difference(bal_search *search, bal_plan *plan, bool *done,
+                                          ovlm_err *err);
 
 /* Additive costs: takes a few ranks apart and refills them exactly, until nothing is above the
  * goal.  The largest load never rises. */

@@ -20,7 +20,8 @@ typedef struct rebuild {
     int64_t *head, *next;        /* [n_ranks], [n_units] units of each rank, -1 ends            */
     rank_set over, under;        /* ranks above the target; ranks with room                     */
     double target;
-    bool same_node;              /* prefer partners of the same node                            */
+    bool gentle;                 /* with homes: few units, of ranks of one node, where possible */
+    int64_t failed;              /* attempts in a row that changed nothing                      */
     bal_pool pool;
 } rebuild;
 
@@ -154,7 +155,7 @@ static int64_t pick_partner(rebuild *b)
     int64_t node = b->pool.bin[0].rank / model->node_size * model->node_size;
     int64_t node_end = node + model->node_size < model->n_ranks ? node + model->node_size
                                                                 : model->n_ranks;
-    bool near = b->same_node && ovlm_rng_below(rng, 8) != 0;
+    bool near = b->gentle && ovlm_rng_below(rng, 8) != 0;
     /* without room somewhere in the set there is nothing to find */
     bool roomy = !near && b->pool.n_bins == 1 && b->under.n > 0 && ovlm_rng_below(rng, 4) != 0;
     for (int64_t t = 0; t < tries; t++) {
@@ -211,21 +212,22 @@ static void hand_on(rebuild *b, double largest)
 }
 
 /* One attempt; true when fewer ranks, or the same by less, are above the target. */
-static bool attempt(rebuild *b, bool may_hand_on)
+static bool attempt(rebuild *b)
 {
     const bal_model *model = b->search->model;
     double largest = pick_bins(b);
+    bool few = b->gentle && ovlm_rng_below(&b->search->rng, 4) != 0;
     b->pool.n_pool = 0;
     b->pool.banned = -1;
     for (int j = 0; j < b->pool.n_bins; j++) {
-        draw(b, j, BAL_POOL / b->pool.n_bins);
+        draw(b, j, few ? 4 : BAL_POOL / b->pool.n_bins);
     }
     double limit = set_rooms(b, largest);
     bool whole = model->uniform;
     for (int j = 0; j < b->pool.n_bins; j++) {
         whole = whole && b->pool.bin[j].count == 0;
     }
-    bool on = may_hand_on && whole && b->pool.n_pool > 2;
+    bool on = b->failed > 32 && b->failed % 2 == 0 && whole && b->pool.n_pool > 2;
     if (on) {
         hand_on(b, largest);
         limit = largest;
@@ -250,13 +252,12 @@ static void set_target(rebuild *b, double target)
 /* Works until no rank is above the target, the meter ends, or `patience` attempts in a row fail. */
 static bool drive(rebuild *b, int64_t patience)
 {
-    int64_t failed = 0;
+    b->failed = 0;
     while (b->over.n > 0) {
-        if (ovlm_meter_spend(b->search->meter, 8) || failed > patience) {
+        if (ovlm_meter_spend(b->search->meter, 8) || b->failed > patience) {
             return false;
         }
-        bool stuck = failed > 32 && failed % 2 == 0;
-        failed = attempt(b, stuck) ? 0 : failed + 1;
+        b->failed = attempt(b) ? 0 : b->failed + 1;
     }
     return true;
 }
@@ -302,7 +303,7 @@ ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err)
     double best = plan->max, refused = search->goal;
     int64_t patience = 64 + 4 * model->n_ranks;
     bool at_goal = false;
-    while (!bal_meets(best, search->goal) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
+    while (best > search->goal * (1 + BAL_ENOUGH) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
         /* the goal itself first when near, half way to what was refused otherwise */
         double target = at_goal ? search->goal : refused + (best - refused) / 2;
         set_target(&b, target);
@@ -314,7 +315,7 @@ ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err)
         }
         refused = target;
         at_goal = false;
-        if (best - refused < 1e-5 * best || refused >= best) {
+        if (best - refused < 0.02 * (best - search->goal)) {
             /* nothing left between: begin again from the goal with more patience */
             refused = search->goal;
             patience *= 2;
@@ -335,7 +336,7 @@ ovlm_status bal_rebuild_to(bal_search *search, bal_plan *plan, double target, ov
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
     rebuild b;
     OVLM_TRY(rebuild_init(&b, search, plan, err));
-    b.same_node = true;
+    b.gentle = true;
     set_target(&b, target);
     (void)drive(&b, 256 + 16 * model->n_ranks);
     ovlm_arena_rewind(search->arena, mark);

@@ -12,7 +12,7 @@ static const int64_t MAX_TABLE = (int64_t)1 << 26;
 static const double EXACT = 4503599627370496.0; /* 2^52 */
 
 enum { WORK_STRIDE = 100 };
-static const int64_t DEFAULT_WORK = 3000000;
+static const int64_t DEFAULT_WORK = 1000000;
 
 static ovlm_status check_flows(const char *kind, int64_t n, int64_t n_ranks, const int64_t *label,
                                const int64_t *rank, const int64_t *bytes, ovlm_err *err)

@@ -1,7 +1,7 @@
 /* relabel.h - which rank takes which mini-batch: the parts of ovlm_relabel_solve.
  *
- * Notation (OrchMLLM 1.4): V_ij bytes between rank i and mini-batch (label) j, A_jk = the sum of V_ij
- * over the ranks i of node k, which is what stays inside when j goes to node k. */
+ * Notation (OrchMLLM 1.4): V_ij bytes between rank i and mini-batch (label) j, A_jk = the sum of
+ * V_ij over the ranks i of node k, which is what stays inside when j goes to node k. */
 #ifndef OVLM_PLAN_RELABEL_H
 #define OVLM_PLAN_RELABEL_H
 
@@ -32,10 +32,10 @@ static inline int64_t relabel_node_room(const relabel_model *model, int64_t node
     return left < model->node_size ? left : model->node_size;
 }
 
-/* Assigns N labels to K classes, at most room[k] in class k and N <= sum of room, so that the sum of
- * gain[j*K + class] is most.  Shortest augmenting paths; exact while gains are integers whose sum
- * stays below 2^52.  *bound is at least the optimum (certified through the classes' prices), and
- * equal to it when the meter did not stop the search.  class_of[N]. */
+/* Assigns N labels to K classes, at most room[k] in class k and N <= sum of room, so that the sum
+ * of gain[j*K + class] is most.  Shortest augmenting paths; exact while gains are integers whose
+ * sum stays below 2^52.  *bound is at least the optimum (certified through the classes' prices),
+ * and equal to it when the meter did not stop the search.  class_of[N]. */
 OVLM_NODISCARD ovlm_status relabel_transport(const double *gain, int64_t N, int64_t K,
                                              const int64_t *room, ovlm_meter *meter,
                                              int64_t *class_of, double *bound, ovlm_arena *arena,

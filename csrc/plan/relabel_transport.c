@@ -1,10 +1,10 @@
 /* relabel_transport.c - labels to classes with room, most gain: successive shortest paths.
  *
- * The transportation form of the Hungarian method (Jonker and Volgenant 1987; Tomizawa 1971): classes
- * are nodes with several places, so Dijkstra runs over K classes instead of N ranks.  price[k] <= 0
- * makes a full class less attractive; every label sits where gain + price is most, which is the proof
- * of optimality.  Gains are doubles that hold integers, because comparing doubles vectorises on every
- * machine and comparing 64-bit integers does not. */
+ * The transportation form of the Hungarian method (Jonker and Volgenant 1987; Tomizawa 1971):
+ * classes are nodes with several places, so Dijkstra runs over K classes instead of N ranks.
+ * price[k] <= 0 makes a full class less attractive; every label sits where gain + price is most,
+ * which is the proof of optimality.  Gains are doubles that hold integers, because comparing
+ * doubles vectorises on every machine and comparing 64-bit integers does not. */
 #include "plan/relabel.h"
 
 #include <math.h>

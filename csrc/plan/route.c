@@ -94,7 +94,8 @@ static ovlm_status check_ranges(const ovlm_route *route, ovlm_err *err)
         if (source < 0 || source >= route->n_ranks || destination < 0 ||
             destination >= route->n_ranks) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "route piece %lld goes from rank %lld to rank %lld; ranks are 0 to %lld",
+                             "route piece %lld goes from rank %lld to rank %lld; ranks are 0 to "
+                             "%lld",
                              (long long)p, (long long)source, (long long)destination,
                              (long long)route->n_ranks - 1);
         }
@@ -215,8 +216,8 @@ static ovlm_status do_not_meet(const ovlm_route *second, int64_t b, int64_t rank
                          "send", (long long)rank);
     }
     return OVLM_FAIL(err, OVLM_E_ARG,
-                     "routes do not compose: at rank %lld the second sends item %lld from row %lld, "
-                     "which the first does not deliver there",
+                     "routes do not compose: at rank %lld the second sends item %lld from row "
+                     "%lld, which the first does not deliver there",
                      (long long)rank, (long long)second->item[b], (long long)second->first_row[b]);
 }
 

@@ -5,8 +5,8 @@
 #include "base/arena.h"
 #include "base/sort.h"
 
-/* Stable counting sort by key in [0, n_keys): out[start[b]] .. out[start[b+1]-1] are the indices with
- * key b, in the order of `in` (NULL: ascending).  out[n], start[n_keys+1].  O(n + n_keys). */
+/* Stable counting sort by key in [0, n_keys): out[start[b]] .. out[start[b+1]-1] are the indices
+ * with key b, in the order of `in` (NULL: ascending).  out[n], start[n_keys+1].  O(n + n_keys). */
 void route_group(const int64_t *key, int64_t n_keys, const int64_t *in, int64_t n, int64_t *out,
                  int64_t *start);
 

@@ -93,7 +93,7 @@ static double price_group(sp_colgen *g, int64_t j, double makespan, double theta
                           sp_pattern *pattern)
 {
     sp_price price;
-    sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, 0, &price);
+    sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, &price);
     sp_price_trace(&g->pricer, &price, 1, 1, pattern);
     return sp_price_value(&price, sp_price_row(&g->pricer), g->pricer.cells, 1);
 }

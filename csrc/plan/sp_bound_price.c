@@ -43,13 +43,12 @@ static int64_t weigh(sp_pricer *pricer, int64_t j, double makespan, double theta
     return first;
 }
 
-/* rho: the best price per weight of small items, at least the worst of all, lifted towards the best
- * of all; *filler comes next to it from above. */
-static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t first, double lift,
+/* rho: the best price per weight of small items, at least the worst of all; *filler attains it. */
+static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t first,
                             int64_t *filler)
 {
-    double small = 0, least = HUGE_VAL, most = 0;
-    int64_t small_i = -1, least_i = -1, most_i = -1;
+    double small = 0, least = HUGE_VAL;
+    int64_t small_i = -1, least_i = -1;
     for (int64_t i = first; i < pricer->n; i++) {
         double weight = pricer->weight[i];
         double ratio = weight > 0 ? pi[i] / weight : (pi[i] > 0 ? HUGE_VAL : 0);
@@ -61,16 +60,9 @@ static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t f
             least = ratio;
             least_i = i;
         }
-        if (ratio > most) {
-            most = ratio;
-            most_i = i;
-        }
     }
-    double base = fmax(small, least);
-    *filler = lift >= 1 ? most_i : (small >= least ? small_i : least_i);
-    return base < HUGE_VAL && lift > 0 && most < HUGE_VAL
-               ? base + fmin(lift, 1) * (most - base) * (lift >= 1 ? 1 + 1e-15 : 1)
-               : base;
+    *filler = small >= least ? small_i : least_i;
+    return fmax(small, least);
 }
 
 /* Collects the passes: items with a premium, equal sizes together.  Where as many items share a size
@@ -182,17 +174,17 @@ static void price_all(sp_pricer *pricer, const double *pi, int64_t first, sp_pri
 }
 
 void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
-                    double lift, sp_price *price)
+                    sp_price *price)
 {
     int64_t first = weigh(pricer, j, makespan, theta);
-    *price = (sp_price){.theta = theta, .lift = lift, .unit = (double)pricer->model->degree[j], .filler = -1};
+    *price = (sp_price){.unit = (double)pricer->model->degree[j], .filler = -1};
     memset(pricer->value, 0, (size_t)(pricer->cells + 1) * sizeof *pricer->value);
     pricer->spent += pricer->n;
     pricer->passes = 0;
     if (first >= pricer->n) {
         return;
     }
-    price->rho = filling_ratio(pricer, pi, first, lift, &price->filler);
+    price->rho = filling_ratio(pricer, pi, first, &price->filler);
     int64_t passes = price->rho < HUGE_VAL ? collect(pricer, pi, first, price->rho) : -1;
     if (passes < 0) {
         price->filler = -1;

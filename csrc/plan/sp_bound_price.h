@@ -24,7 +24,7 @@ typedef struct sp_pattern {
 
 /* One table: content(x) = rho*x + premium in floor(cells*x) cells. */
 typedef struct sp_price {
-    double rho, theta, lift, unit;
+    double rho, unit;
     int64_t filler; /* the item of ratio rho, or -1                            */
 } sp_price;
 
@@ -45,11 +45,9 @@ OVLM_NODISCARD ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *mod
                                           ovlm_err *err);
 
 /* Fills the table of a group of degree j with that theta.  Certified content of what fits into a
- * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share.
- * `lift` in [0,1] moves rho from the least that serves to the best ratio of all, where no premium is
- * left: then the grid plays no part, nor does the fact that items are whole. */
+ * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share. */
 void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
-                    double lift, sp_price *price);
+                    sp_price *price);
 
 static inline double sp_price_value(const sp_price *price, const float *row, int64_t cells,
                                     double x)

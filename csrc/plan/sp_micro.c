@@ -174,8 +174,8 @@ static double no_limit(const sp_pack *pack)
     return longest * 1.001;
 }
 
-/* Raises the limit by a part of what was missing until construction succeeds; in the end only
- * memory counts. */
+/* Raises the limit by a part of what was missing until construction succeeds; boldly when the clock
+ * has run out or twenty steps have not helped.  In the end only memory counts. */
 static void construct(builder *b, double floor_s)
 {
     double tau = floor_s * 1.003;
@@ -187,7 +187,12 @@ static void construct(builder *b, double floor_s)
             return;
         }
         double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
-        tau *= 1.003 + 0.5 * lack;
+        tau *= 1.003 + 0.8 * lack;
+    }
+    for (double more = 0.02; more < 10; more *= 2) {
+        if (build_by(b, tau * (1 + more), b->longest_first)) {
+            return;
+        }
     }
     for (int64_t j = 0; j < b->pack->model->D; j++) {
         b->pack->theta[j] = 0;

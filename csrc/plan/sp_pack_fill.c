@@ -226,7 +226,8 @@ int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule 
         } while (i >= 0 && f->sum_s + pack->s[i] < enough);
     }
     int64_t work = 1 + f->count;
-    for (int turn = 0; turn < TOP_UPS && f->count <= TOP_UP_ITEMS; turn++) {
+    int turns = rule->noise > 0 ? TOP_UPS : 1; /* constructions are to be quick */
+    for (int turn = 0; turn < turns && f->count <= TOP_UP_ITEMS; turn++) {
         work += f->count;
         if (!top_up(pack)) {
             break;

@@ -150,14 +150,13 @@ static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
     plan->cut_short = s->purse.cut_short;
     plan->work = s->purse.meter.work;
     ovlm_err why = {0};
-    ovlm_status checked = ovlm_sp_plan_check(s->problem, plan, &why);
-    if (checked != OVLM_OK) {
+    ovlm_status status = ovlm_sp_plan_check(s->problem, plan, &why);
+    if (status != OVLM_OK) {
         ovlm_sp_plan_free(plan);
-        if (checked == OVLM_E_NOMEM) {
-            return OVLM_FAIL(err, checked, "%s", why.message);
-        }
-        return OVLM_FAIL(err, OVLM_E_INTERNAL, "a bug: the plan failed its check: %s",
-                         why.message);
+        return status == OVLM_E_NOMEM
+                   ? OVLM_FAIL(err, OVLM_E_NOMEM, "%s", why.message)
+                   : OVLM_FAIL(err, OVLM_E_INTERNAL, "a bug: the plan failed its check: %s",
+                               why.message);
     }
     *out = plan;
     return OVLM_OK;

@@ -1,8 +1,8 @@
 /* step.c - plans a step: balance every phase, name the mini-batches, route the rows.
  *
- * The decisions are each item's rank and micro-batch, and the groups of the language phase; routes,
- * traffic and times follow from them, in ovlm_step_plan_rebuild, so that a plan that travels as bytes
- * carries the decisions alone. */
+ * The decisions are each item's rank and micro-batch, and the groups of the language phase;
+ * routes, traffic and times follow from them, in ovlm_step_plan_rebuild, so that a plan that
+ * travels as bytes carries the decisions alone. */
 #include "plan/step.h"
 
 #include <math.h>

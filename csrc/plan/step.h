@@ -41,7 +41,8 @@ OVLM_NODISCARD ovlm_status step_share_solve(const step_input *input, const step_
                                             const ovlm_budget *budget, ovlm_step_share *share,
                                             bool *cut_short, ovlm_arena *arena, ovlm_err *err);
 
-/* Fewest micro-batches that search finds for given ranks, at most `limit`; false when it needs more. */
+/* Fewest micro-batches that search finds for given ranks, at most `limit`; false when it needs
+ * more. */
 OVLM_NODISCARD ovlm_status step_micro_pack(const step_work *work, int64_t n_ranks,
                                            const int64_t *rank, int64_t at_least, int64_t limit,
                                            int64_t *micro, int64_t *n_micro, bool *fits,
@@ -87,14 +88,15 @@ OVLM_NODISCARD ovlm_status step_pieces_init(step_pieces **pieces, const step_inp
                                             const step_cells *cells, ovlm_arena *arena,
                                             ovlm_err *err);
 
-/* Gives mini-batches and groups their ranks: changes share->rank, sequences->first_gpu and the cells'
- * places. */
+/* Gives mini-batches and groups their ranks: changes share->rank, sequences->first_gpu and the
+ * cells' places. */
 OVLM_NODISCARD ovlm_status step_relabel(const step_input *input, step_cells *cells,
                                         const step_pieces *pieces, const ovlm_meter *clock,
                                         const ovlm_budget *budget, ovlm_step_plan *plan,
                                         ovlm_arena *arena, ovlm_err *err);
 
-/* Traffic of all routes as the plan stands: text, raw[p], back[p], to_llm[p] in traffic[1 + 3*p ..]. */
+/* Traffic of all routes as the plan stands: text, raw[p], back[p], to_llm[p] in traffic[1 + 3*p
+ * ..]. */
 OVLM_NODISCARD ovlm_status step_traffic(const step_input *input, const ovlm_step_plan *plan,
                                         const step_cells *cells, const step_pieces *pieces,
                                         ovlm_traffic *traffic, ovlm_arena *arena, ovlm_err *err);

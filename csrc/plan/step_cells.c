@@ -95,7 +95,8 @@ static ovlm_status room_for(step_pieces *pieces, int64_t k, ovlm_arena *arena, o
     return OVLM_ARENA_NEW(arena, &pieces->offset, k, err);
 }
 
-/* Where the walk along a group's packed axis stands: divisions would cost more than all the rest. */
+/* Where the walk along a group's packed axis stands: divisions would cost more than all the rest.
+ * */
 typedef struct walk {
     int64_t cell, offset, rows;
 } walk;

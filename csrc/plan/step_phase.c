@@ -1,14 +1,14 @@
 /* step_phase.c - one phase of the step: which rank takes which item, in which micro-batch.
  *
  * Ranks first, micro-batches second.  A phase that fits in one micro-batch is exactly what
- * ovlm_balance_solve solves.  One that does not is balanced over ranks as a whole, and each rank then
- * spreads its items over the micro-batches, so that every micro-batch is balanced too.  Time is the
- * sum over micro-batches of the largest load, because the ranks meet at the end of each.
+ * ovlm_balance_solve solves.  One that does not is balanced over ranks as a whole, and each rank
+ * then spreads its items over the micro-batches, so that every micro-batch is balanced too.  Time
+ * is the sum over micro-batches of the largest load, because the ranks meet at the end of each.
  *
  * Bounds.  Without padded terms any split costs at least what the union costs on the same rank, so
- * the bound for one micro-batch holds for all numbers of them.  With padded terms splitting may save
- * padding; then, with g(l) = per_item + (linear + padded_linear)*l + quadratic*q
- * + padded_quadratic*l^2 <= the item's part of f in any company,
+ * the bound for one micro-batch holds for all numbers of them.  With padded terms splitting may
+ * save padding; then, with g(l) = per_item + (linear + padded_linear)*l + quadratic*q +
+ * padded_quadratic*l^2 <= the item's part of f in any company,
  *   time >= M*fixed + max(max g, sum g / N),    M >= ceil(sum l / (N*capacity)). */
 #include <math.h>
 #include <string.h>
@@ -173,14 +173,14 @@ ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step
     return OVLM_OK;
 }
 
-/* A step has several searches to pay for: about 10 ms each, from 10,000 items on fewer steps each, as
- * each takes longer. */
-static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n)
+/* A step has several searches to pay for: above 10,000 items fewer steps each, as each takes
+ * longer. With homes a search mostly moves few bytes, which needs its steps. */
+static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n, bool homes)
 {
     static const int64_t default_work = 6000000, large = 10000;
     ovlm_budget part = *budget;
     if (part.work_limit < 0) {
-        part.work_limit = default_work / (1 + n / large);
+        part.work_limit = homes ? default_work : default_work / (1 + n / large);
     }
     return part;
 }
@@ -205,7 +205,7 @@ static ovlm_status balance(const step_input *input, const step_work *work, int64
         .size = capacity ? work->length : work->bytes, .capacity = capacity, .max_items = -1,
         .home = homes ? work->home : NULL, .node_size = problem->gpus_per_node,
         .slack = homes ? problem->slack : 0, .seed = problem->seed};
-    ovlm_budget part = balance_budget(budget, work->n);
+    ovlm_budget part = balance_budget(budget, work->n, homes);
     return ovlm_balance_solve(&balance_problem, &part, share->rank, share->loads, result, err);
 }
 

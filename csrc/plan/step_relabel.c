@@ -140,7 +140,8 @@ static void classify(block_set *set, const ovlm_sp_plan *plan, int64_t node_size
     }
 }
 
-/* The groups of the least degree above set->degree in groups first .. end-1; false: there is none. */
+/* The groups of the least degree above set->degree in groups first .. end-1; false: there is none.
+ * */
 static bool next_degree(block_set *set, const ovlm_sp_plan *plan, int64_t first, int64_t end)
 {
     int64_t least = INT64_MAX;
@@ -256,7 +257,7 @@ static ovlm_status rename_groups(const step_input *input, const step_cells *cell
                                  ovlm_step_plan *plan, ovlm_arena *arena, ovlm_err *err)
 {
     enum { WORK_STRIDE = 100 };
-    static const int64_t default_work = 3000000;
+    static const int64_t default_work = 1000000;
     ovlm_sp_plan *sequences = plan->sequences;
     int64_t node_size = input->problem->gpus_per_node, *class_of_node = NULL;
     int64_t nodes = (input->problem->n_ranks - 1) / node_size + 1;

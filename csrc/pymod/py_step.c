@@ -76,7 +76,7 @@ static int parse_route(PyObject *tuple, route_view *view)
                                        &route->send_row,    &route->receive_row};
     for (int c = 0; c < ROUTE_COLUMNS; c++) {
         int64_t expected = c == 0 ? -1 : view->column[0].n;
-        if (ovlm_arg_i64(PyTuple_GET_ITEM(tuple, c), name[c], expected, false,
+        if (ovlm_arg_i64(PyTuple_GetItem(tuple, c), name[c], expected, false,
                          &view->column[c]) < 0) {
             return -1;
         }
@@ -84,7 +84,7 @@ static int parse_route(PyObject *tuple, route_view *view)
         *column[c] = (int64_t *)(uintptr_t)view->column[c].data;
     }
     route->k = view->column[0].n;
-    return ovlm_arg_int(PyTuple_GET_ITEM(tuple, ROUTE_COLUMNS), "n_ranks", &route->n_ranks);
+    return ovlm_arg_int(PyTuple_GetItem(tuple, ROUTE_COLUMNS), "n_ranks", &route->n_ranks);
 }
 
 /* The same tuple from a route, whose arrays are taken. */
@@ -325,7 +325,7 @@ static int parse_phases(PyObject *tuple, step_view *view)
     view->problem.n_phases = n;
     view->problem.phase = view->phase;
     for (Py_ssize_t p = 0; p < n; p++) {
-        if (parse_items(PyTuple_GET_ITEM(tuple, p), &view->items[p], &view->phase[p]) < 0) {
+        if (parse_items(PyTuple_GetItem(tuple, p), &view->items[p], &view->phase[p]) < 0) {
             return -1;
         }
     }
@@ -360,7 +360,8 @@ static int parse_llm(PyObject *tuple, step_view *view)
     return 0;
 }
 
-/* (n_ranks, gpus_per_node, memory_bytes, intra_bandwidth, inter_bandwidth, text_tokens, source_rank,
+/* (n_ranks, gpus_per_node, memory_bytes, intra_bandwidth, inter_bandwidth, text_tokens,
+ * source_rank,
  *  text_bytes_per_token, phases, llm, relabel, slack, compose, seed) */
 static int parse_step(PyObject *tuple, step_view *view)
 {
@@ -527,7 +528,11 @@ static PyObject *step_rebuild(PyObject *module, PyObject *const *args, Py_ssize_
     if (ovlm_arg_count("step_rebuild", nargs, 3) < 0 || parse_step(args[0], &view) < 0) {
         goto done;
     }
-    if (ovlm_step_plan_init(&view.problem, &plan, &err) != OVLM_OK) {
+    ovlm_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_step_plan_init(&view.problem, &plan, &err);
+    Py_END_ALLOW_THREADS
+    if (status != OVLM_OK) {
         (void)ovlm_raise(module, &err);
         goto done;
     }
@@ -536,7 +541,7 @@ static PyObject *step_rebuild(PyObject *module, PyObject *const *args, Py_ssize_
         goto done;
     }
     for (int64_t p = 0; p <= plan->n_phases; p++) {
-        if (parse_decision(PyTuple_GET_ITEM(args[1], (Py_ssize_t)p), &plan->share[p]) < 0) {
+        if (parse_decision(PyTuple_GetItem(args[1], (Py_ssize_t)p), &plan->share[p]) < 0) {
             goto done;
         }
     }
@@ -546,7 +551,6 @@ static PyObject *step_rebuild(PyObject *module, PyObject *const *args, Py_ssize_
         }
         plan->sequences = &sequences.plan;
     }
-    ovlm_status status;
     Py_BEGIN_ALLOW_THREADS
     status = ovlm_step_plan_rebuild(&view.problem, plan, &err);
     if (status == OVLM_OK) {

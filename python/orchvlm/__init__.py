@@ -14,7 +14,7 @@ _HOME = {
     "plan_sequences": "sequences", "SequencePlan": "sequences",
     "bucket_lengths": "sequences", "blast_lengths": "sequences",
     "plan_sequences_milp": "milp", "sequence_bound": "bounds",
-    "Batch": "step", "Items": "step", "plan_step": "step", "StepPlan": "step",
+    "Batch": "batch", "Items": "batch", "plan_step": "step", "StepPlan": "step",
     "Route": "routes", "Planner": "planner",
     "simulate": "simulator", "Simulation": "simulator",
     "compat": "compat", "demo": "demo",

@@ -1,17 +1,6 @@
 """Certified lower bounds on the step time of sequence-parallel plans."""
 from . import _core
-
-
-def _degrees(cost, degrees, n_gpus):
-    """Permitted degrees, ascending, and their comm; one without comm is refused."""
-    chosen = sorted(cost.comm) if degrees is None else sorted({int(d) for d in degrees})
-    for degree in chosen:
-        if degree not in cost.comm:
-            raise ValueError(f"degrees: {degree} has no cost.comm entry; measured degrees are "
-                             f"{sorted(cost.comm)}")
-    if not chosen or chosen[0] > n_gpus:
-        raise ValueError(f"degrees: none of {chosen} is at most n_gpus = {n_gpus}")
-    return chosen, [float(cost.comm[d]) for d in chosen]
+from .sequences import _restrict
 
 
 def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_to=1,
@@ -61,7 +50,10 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
 
     Notes
     -----
-    O(n log n) for the quick bound; more work never gives a weaker one.
+    One micro-batch: the linear relaxation of items on degrees, then column generation over groups with
+    certified pricing. Several: the sum of work, then whole micro-batches priced with the longest
+    sequences placed exactly. More work never gives a weaker bound, and with `work_limit` and no
+    `time_limit` the result is reproducible. O(n log n) at ``work_limit=0``.
 
     References
     ----------
@@ -75,8 +67,10 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     >>> round(orchvlm.sequence_bound([1500, 400, 400], 2, cost), 3)
     2.15
     """
-    chosen, comm = _degrees(cost, degrees, n_gpus)
+    cost = _restrict(cost, degrees, n_gpus)
+    chosen = sorted(cost.comm)
     return _core.sequence_bound(
         lengths, n_gpus, gpus_per_node, cost.quadratic, cost.linear, cost.fixed,
-        cost.memory_per_token, cost.memory_fixed, cost.memory_limit, cost.heads, chosen, comm,
-        pad_to, 0 if micro_batches is None else micro_batches, work_limit, time_limit)
+        cost.memory_per_token, cost.memory_fixed, cost.memory_limit, cost.heads, chosen,
+        [float(cost.comm[d]) for d in chosen], pad_to,
+        0 if micro_batches is None else micro_batches, work_limit, time_limit)

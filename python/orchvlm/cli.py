@@ -6,11 +6,11 @@ import threading
 import time
 
 _EXAMPLES = """examples:
-  orchvlm plan --demo                                 a batch of three modalities, planned and proved
+  orchvlm plan --demo                             a batch of three modalities, planned and proved
   orchvlm plan lengths.csv --nodes 8 --preset a100_40g --batch-size 512
   orchvlm plan sounds.csv --column seconds --seconds-to-tokens 25 --items
-  orchvlm simulate --demo --plot step.png             policies side by side
-  orchvlm doctor                                      what was built, found, missing
+  orchvlm simulate --demo --plot step.png         policies side by side
+  orchvlm doctor                                  what was built, found, missing
 """
 _PLAN_EXAMPLES = """examples:
   orchvlm plan --demo --plot plan.png
@@ -25,7 +25,7 @@ Without --items, sequences are given to sequence-parallel groups of GPUs; with i
 _SIMULATE_EXAMPLES = """examples:
   orchvlm simulate --demo
   orchvlm simulate --demo --nodes 16 --policies sampled,veomni,orchvlm --plot step.png
-  orchvlm simulate lengths.csv --batch-size 512 --steps 4 --preset a100_40g
+  orchvlm simulate lengths.csv --batch-size 512 --steps 4 --context 196608
 """
 
 
@@ -155,6 +155,9 @@ def make_parser():
     simulate.add_argument("--steps", type=_positive, default=2, help="default %(default)s")
     simulate.add_argument("--samples-per-rank", type=_positive, default=16,
                           help="of the demo; default %(default)s")
+    simulate.add_argument("--context", type=_positive, metavar="T",
+                          help="longest sequence that the run may bring: decides the degree of "
+                               "sp_run (default: the longest of these steps)")
     simulate.add_argument("--policies", metavar="A,B,...",
                           help="names from: sampled, prebalanced, veomni, seed, detour, orchmllm, "
                                "orchvlm; for a file sp_run, sp_static, sp_homogeneous, "

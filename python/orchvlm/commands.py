@@ -238,7 +238,8 @@ def simulate(arguments):
     prepare = _simulate_demo if arguments.demo else _simulate_file
     batches, cluster, costs, more = prepare(arguments)
     with Progress("simulating") as progress:
-        result = run(batches, cluster, costs, policies=policies, progress=progress.report, **more,
+        result = run(batches, cluster, costs, policies=policies, context=arguments.context,
+                     progress=lambda title: progress.report(f"simulating {title}"), **more,
                      **_search(arguments))
     if arguments.plot:
         result.plot(arguments.plot)

@@ -15,6 +15,7 @@ Examples
 True
 """
 import dataclasses
+import math
 
 import numpy as np
 
@@ -175,19 +176,19 @@ def wikipedia_lengths(n, seed=0, longest=192 * 1024):
 class _Collector:
     """Items of one encoder phase while a batch is being drawn."""
 
-    def __init__(self):
-        self.columns = {name: [] for name in ("sample", "position", "length", "out_tokens",
-                                              "bytes", "squares")}
+    COLUMNS = ("sample", "position", "length", "out_tokens", "bytes", "squares")
 
-    def add(self, sample, position, length, out_tokens, size, squares):
-        row = (sample, position, length, out_tokens, size, squares)
-        for column, value in zip(self.columns.values(), row):
-            column.append(value)
+    def __init__(self):
+        self.rows = []
+
+    def add(self, *row):
+        self.rows.append(row)
 
     def items(self, out_bytes_per_token):
         from .step import Items
-        whole = {k: np.array(v, np.int64) for k, v in self.columns.items() if k != "squares"}
-        return Items(**whole, squares=np.array(self.columns["squares"], float),
+        table = np.array(self.rows, float).reshape(len(self.rows), len(self.COLUMNS))
+        whole = table[:, :-1].astype(np.int64)  # all far below 2^53, so exact
+        return Items(**dict(zip(self.COLUMNS, whole.T)), squares=table[:, -1],
                      out_bytes_per_token=out_bytes_per_token)
 
 
@@ -209,12 +210,16 @@ def _add_sound(audio, sample, position, seconds):
     return position + tokens
 
 
+def _between(value, low, high):
+    return int(min(max(value, low), high))
+
+
 def _image_tokens(pixels):
-    return int(np.clip(np.ceil(pixels / (PATCH_PIXELS * PATCHES_PER_TOKEN)), 1, IMAGE_TOKENS))
+    return _between(math.ceil(pixels / (PATCH_PIXELS * PATCHES_PER_TOKEN)), 1, IMAGE_TOKENS)
 
 
 def _text_tokens(chars):
-    return int(np.clip(chars / CHARS_PER_TOKEN, 1, LONGEST_TEXT))
+    return _between(chars / CHARS_PER_TOKEN, 1, LONGEST_TEXT)
 
 
 def _add_sample(kind, sample, vision, audio, pools):
@@ -238,7 +243,7 @@ def _add_sample(kind, sample, vision, audio, pools):
         return _text_tokens(15 * seconds)  # about 15 characters are spoken per second
     if kind == "video":
         seconds = take("video_seconds")
-        position, frames = 0, int(np.clip(seconds, 1, VIDEO_FRAMES))
+        position, frames = 0, _between(seconds, 1, VIDEO_FRAMES)
         while frames > 0:
             clip = min(frames, FRAMES_PER_CLIP)
             position = _add_picture(vision, sample, position, clip, FRAME_TOKENS)
@@ -251,7 +256,7 @@ def _add_sample(kind, sample, vision, audio, pools):
 def _pool(name, rng):
     """An endless stream of values, drawn a thousand at a time."""
     while True:
-        yield from rng.random(1000) if name == "coin" else draw(name, 1000, rng)
+        yield from (rng.random(1000) if name == "coin" else draw(name, 1000, rng)).tolist()
 
 
 def recomputed(model, config):

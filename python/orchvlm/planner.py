@@ -109,7 +109,7 @@ class Planner:
         raise StopIteration
 
     def close(self):
-        """Stops planning; iteration ends. The plan in the works, if any, is finished and dropped."""
+        """Stops planning; iteration ends. A plan in the works is finished and dropped."""
         self._stop.set()
 
     def __enter__(self):

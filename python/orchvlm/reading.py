@@ -124,7 +124,8 @@ def _read_values(path, column, field):
     if kind == "npy":
         with opener(path, "rb") as stream:
             return _read_npy(path, stream)
-    with opener(path, "rt", encoding="utf-8-sig", newline="" if kind != "jsonl" else None) as stream:
+    newline = None if kind == "jsonl" else ""
+    with opener(path, "rt", encoding="utf-8-sig", newline=newline) as stream:
         if kind == "jsonl":
             return _read_jsonl(path, stream, field)
         return _read_csv(path, stream, column, "\t" if kind == "tsv" else ",")

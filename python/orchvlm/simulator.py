@@ -1,8 +1,10 @@
 """What a training step costs in time under each policy, by discrete-event simulation."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from .cost import Cluster
 from .policies import POLICIES, Placer, language_lengths, squares_of
 from .step_graph import Options, account, build_step, measure_traffic, parameter_seconds
 from .tables import format_bytes, format_percent, format_seconds, html_table, text_table
@@ -67,7 +69,8 @@ class Simulation:
     --------
     >>> import numpy as np, orchvlm
     >>> orchvlm.simulate(np.array([5, 1, 1, 1]), orchvlm.Cluster.preset("h100", nodes=1,
-    ...     gpus_per_node=2), {"llm": orchvlm.BatchCost(linear=1.0)}, policies=("sampled", "detour"))
+    ...     gpus_per_node=2), {"llm": orchvlm.BatchCost(linear=1.0)},
+    ...     policies=("sampled", "detour"))
     1 step on 2 GPUs in 1 node, simulated
     policy                       step  throughput  idle llm  exposed  between nodes
     ---------------------------  ----  ----------  --------  -------  -------------
@@ -405,6 +408,10 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
     >>> s["sampled"].step_s, s["detour"].step_s
     (array([6.]), array([5.]))
     """
+    if not isinstance(cluster, Cluster):
+        raise TypeError(f"cluster must be a Cluster; got {type(cluster).__name__}")
+    if not isinstance(costs, Mapping):
+        raise TypeError(f"costs must map phases to costs; got {type(costs).__name__}")
     batches = _as_batches(batches, cluster.n_gpus)
     policies = tuple(default_policies([*batches[0].phases, "llm"], costs.get("llm"))
                      if policies is None else policies)

@@ -2,8 +2,9 @@
 import numpy as np
 
 from . import _bytes
+from .batch import BATCH_COLUMNS, ITEM_COLUMNS, Batch, Items
 from .cost import BatchCost, Cluster, SequenceCost
-from .step import _BATCH_COLUMNS, _ITEM_COLUMNS, _KIND, _RELABEL, Batch, Items, _integers
+from .step import _KIND, _RELABEL
 
 _CLUSTER = ("memory_bytes", "peak_flops", "intra_bandwidth", "inter_bandwidth")
 _SEQUENCES = ("micro_start", "degree", "first_gpu", "group_start", "item", "group_time")
@@ -22,12 +23,12 @@ def dump(step):
     bytes
     """
     batch, cluster, options = step.batch, step.cluster, step._options
-    arrays = {f"batch.{name}": getattr(batch, name) for name in _BATCH_COLUMNS}
+    arrays = {f"batch.{name}": getattr(batch, name) for name in BATCH_COLUMNS}
     scalars = [batch.text_bytes_per_token, *(getattr(cluster, name) for name in _CLUSTER),
                -1.0 if options["slack"] is None else options["slack"]]
     arrays["scalars"] = np.array(scalars)
     for p, (name, items) in enumerate(batch.phases.items()):
-        arrays |= {f"phase{p}.{column}": getattr(items, column) for column in _ITEM_COLUMNS}
+        arrays |= {f"phase{p}.{column}": getattr(items, column) for column in ITEM_COLUMNS}
         if items.squares is not None:
             arrays[f"phase{p}.squares"] = items.squares
         arrays[f"phase{p}.scalars"] = np.array([
@@ -98,7 +99,7 @@ class _Reader:
 
 
 def _load_phase(reader, p):
-    columns = {column: reader.integers(f"phase{p}.{column}") for column in _ITEM_COLUMNS}
+    columns = {column: reader.integers(f"phase{p}.{column}") for column in ITEM_COLUMNS}
     squares = reader.floats(f"phase{p}.squares") if f"phase{p}.squares" in reader.arrays else None
     out_bytes, *cost, per_token, fixed = reader.floats(f"phase{p}.scalars", 9).tolist()
     items = Items(**columns, squares=squares, out_bytes_per_token=out_bytes)
@@ -137,7 +138,7 @@ def _load_problem(reader):
     for p, name in enumerate(names):
         phases[name], costs[name], memory[name] = _load_phase(reader, p)
     costs["llm"], memory["llm"], groups = _load_language(reader, reader.value("groups", bool))
-    batch = Batch(*(reader.integers(f"batch.{name}") for name in _BATCH_COLUMNS), phases=phases,
+    batch = Batch(*(reader.integers(f"batch.{name}") for name in BATCH_COLUMNS), phases=phases,
                   text_bytes_per_token=text_bytes)
     relabel = reader.header.pop("relabel", "")
     if relabel not in _RELABEL:

@@ -95,8 +95,8 @@ static void graph_draw(graph *g)
     }
 }
 
-/* The rules of ovlm.h once more, without heap or lists: at each instant first all ends, then the one
- * arrival with the lowest number, over and over. */
+/* The rules of ovlm.h once more, without heap or lists: at each instant first all ends, then the
+ * one arrival with the lowest number, over and over. */
 static double naive_run(const graph *g, double *start)
 {
     int64_t arrived[MOST], arrived_n = 0, ended = 0;

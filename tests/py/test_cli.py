@@ -269,8 +269,8 @@ def test_interrupt(tmp_path, command):
     command = [str(tmp_path / word) if word.endswith(".npy") else word for word in command]
     picture = tmp_path / "x.png"
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchvlm", *command, "--plot", str(picture)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT)
+        [sys.executable, "-m", "orchvlm", *command, "--plot", str(picture)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         line = process.stderr.readline()  # progress says that it runs
         assert line.startswith("orchvlm: "), line

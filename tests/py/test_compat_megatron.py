@@ -1,4 +1,4 @@
-"""The scheduler that Megatron-Core calls: shapes it relies on, and better times than its own rule."""
+"""The scheduler that Megatron-Core calls: the shapes it relies on, and times beside its rule."""
 import math
 import os
 from types import SimpleNamespace

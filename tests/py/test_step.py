@@ -40,8 +40,10 @@ def draw_batch(rng, n_ranks, least_text=0):
 
 
 def draw_cost(rng, padded=True):
-    return orchvlm.BatchCost(**{name: float(rng.random()) * bool(rng.integers(2)) for name in (
-        "linear", "quadratic", "per_item", "fixed", *["padded_linear", "padded_quadratic"] * padded)})
+    names = ["linear", "quadratic", "per_item", "fixed"]
+    names += ["padded_linear", "padded_quadratic"] * padded
+    return orchvlm.BatchCost(**{name: float(rng.random()) * bool(rng.integers(2))
+                                for name in names})
 
 
 def draw_problem(rng, groups, padded=True):
@@ -261,8 +263,8 @@ class _OneMicroBatch:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("round_", range(12))
 def test_bound_is_below_the_best_of_all_assignments(round_, padded):
-    """Every assignment to ranks and micro-batches that fits, of up to five items.  Padded costs: those
-    with at most the plan's micro-batches, as more may save padding."""
+    """Every assignment to ranks and micro-batches that fits, of up to five items.  Padded costs:
+    those with at most the plan's micro-batches, as more may save padding."""
     rng = np.random.default_rng([SEED, 4, round_, padded])
     n, n_ranks = int(rng.integers(1, 6)), int(rng.integers(1, 3))
     length = rng.integers(1, 10, n)

@@ -9,8 +9,8 @@ _LARGEST_MEASURED = 64
 
 
 def _default_cost(n_gpus, tokens_per_gpu):
-    """FlexSP's published GPT-7B, communication included: with the original's length^2 / degree alone
-    nothing would speak against all GPUs for every sample."""
+    """FlexSP's published GPT-7B, communication included: with length^2 / degree alone nothing would
+    speak against all GPUs for every sample."""
     measured = SequenceCost.flexsp_gpt7b(n_gpus=min(n_gpus, _LARGEST_MEASURED))
     powers = [1 << k for k in range(n_gpus.bit_length())]
     last = measured.comm[max(measured.comm)]
@@ -61,7 +61,8 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
         A100, with 64 GPUs' communication beyond 64.
     time_limit, work_limit
         As for :func:`orchvlm.plan_sequences`. One rank schedules and the others are told, as in
-        Megatron; with every rank scheduling by itself, pass a ``work_limit`` and ``time_limit=None``.
+        Megatron; where every rank schedules by itself, pass a ``work_limit`` and
+        ``time_limit=None``.
 
     Returns
     -------
@@ -101,6 +102,9 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
     >>> get_groups_and_subsamples(scheduler, [(7, 30000), (8, 10000)])[1]
     [[[7, 8], [7, 8]]]
     """
+    for name in ("total_hdp_gpus", "max_seq_len_per_rank"):
+        if not hasattr(scheduler, name):
+            raise TypeError(f"scheduler must have {name}; got {type(scheduler).__name__}")
     n_gpus = int(scheduler.total_hdp_gpus)
     limit = scheduler.max_seq_len_per_rank
     pairs = [(sample_id, length) for sample_id, length in sample_id_seqlens]

@@ -64,7 +64,7 @@ def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
         raise ValueError(f"equal_size needs a multiple of k_partitions = {k_partitions} sequences; "
                          f"got {n}")
     each = n // k_partitions if equal_size else None
-    # Differencing counts min(k, 64) steps per sequence; the rest is for the search.
-    work = 4 * n * min(k_partitions, 64) + 600_000
+    # Differencing counts k/4 + 1 steps per sequence and may take half; the rest is for the search.
+    work = n * (k_partitions + 4) + 600_000
     p = balance(seqlen_list, k_partitions, min_items=each or 1, max_items=each, work_limit=work)
     return [part.tolist() for part in np.split(p.order, p.splits[1:-1])]

@@ -165,7 +165,8 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     /* half of what is left is for the homes; and what slack gives away need not be searched for */
     int64_t work_limit = j->meter.work_limit;
     double slack = model->home != NULL ? j->problem->slack : 0;
-    bool near = found && slack > 0 && plan.max <= search.goal * (1 + slack / 4);
+    bool near = found && slack > 0 && model->n_units > EXACT_UNITS &&
+                plan.max <= search.goal * (1 + slack / 4);
     if (model->home != NULL && found) {
         j->meter.work_limit -= (work_limit - j->meter.work) / 2;
     }

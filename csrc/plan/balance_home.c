@@ -14,6 +14,7 @@ typedef struct homing {
     bal_search *search;
     bal_plan *plan;
     int64_t *head, *next;   /* units of each rank as a list, -1 ends                           */
+    int64_t *order;         /* [n_ranks] scratch                                               */
     double limit;
     double *least;          /* tree over the ranks: [leaves + r] is r's load, or HUGE_VAL when it
                                takes nothing; [i] is the lesser of [2i] and [2i + 1]           */
@@ -160,9 +161,6 @@ static void shed(homing *h, int64_t r, int64_t from, int64_t to)
     enum { TRIES = 8 };
     int64_t tried[TRIES]; /* ranks that have no room for any unit of r */
     int n_tried = 0;
-    if (!is_over(h, r)) {
-        return;
-    }
     leaf_set(h, r, HUGE_VAL);
     while (is_over(h, r) && n_tried < TRIES) {
         int64_t s = emptiest(h, from, to);
@@ -221,24 +219,19 @@ static void go_home(homing *h)
     }
 }
 
-/* Moves units one by one, inside the nodes first. */
-static void shed_all(homing *h)
+/* Every rank above the limit sheds within its block of `reach` ranks: the most loaded first, so that
+ * large units meet large rooms, and what is small fills what they leave. */
+static ovlm_status shed_all(homing *h, int64_t reach, ovlm_err *err)
 {
-    const bal_model *model = h->search->model;
-    bal_plan_clear(model, h->plan);
-    for (int64_t u = 0; u < model->n_units; u++) {
-        bal_plan_put(model, h->plan, u, bal_is_pinned(model, u) ? model->pin[u] : model->home[u]);
+    int64_t n_ranks = h->search->model->n_ranks;
+    OVLM_TRY(ovlm_sort_f64(h->plan->load, n_ranks, h->order, h->search->arena, err));
+    for (int64_t i = 0; i < n_ranks; i++) {
+        int64_t r = h->order[i], from = r / reach * reach;
+        if (is_over(h, r)) {
+            shed(h, r, from, from + reach < n_ranks ? from + reach : n_ranks);
+        }
     }
-    lists_fill(h);
-    leaves_fill(h);
-    for (int64_t r = 0; r < model->n_ranks; r++) {
-        int64_t node = r / model->node_size * model->node_size;
-        int64_t end = node + model->node_size;
-        shed(h, r, node, end < model->n_ranks ? end : model->n_ranks);
-    }
-    for (int64_t r = 0; r < model->n_ranks; r++) {
-        shed(h, r, 0, model->n_ranks);
-    }
+    return OVLM_OK;
 }
 
 static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, double limit,
@@ -250,6 +243,7 @@ static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, do
         h->leaves *= 2;
     }
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->least, 2 * h->leaves, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->order, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->head, model->n_ranks, err));
     return OVLM_ARENA_NEW(search->arena, &h->next, model->n_units, err);
 }
@@ -258,7 +252,14 @@ static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, do
 static ovlm_status from_homes(homing *h, bool *done, ovlm_err *err)
 {
     const bal_model *model = h->search->model;
-    shed_all(h);
+    bal_plan_clear(model, h->plan);
+    for (int64_t u = 0; u < model->n_units; u++) {
+        bal_plan_put(model, h->plan, u, bal_is_pinned(model, u) ? model->pin[u] : model->home[u]);
+    }
+    lists_fill(h);
+    leaves_fill(h);
+    OVLM_TRY(shed_all(h, model->node_size, err));
+    OVLM_TRY(shed_all(h, model->n_ranks, err));
     *done = bal_plan_settle(model, h->plan);
     if (*done && !bal_meets(h->plan->max, h->limit) && !model->padded) {
         OVLM_TRY(bal_rebuild_to(h->search, h->plan, h->limit, err));

@@ -78,10 +78,12 @@ static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
 {
     const bal_model *model = h->search->model;
     double excess = (h->plan->load[r] - h->limit) * bal_speed(model, r);
+    /* most units are too large, which one comparison tells; may_move decides */
+    double room = bal_room(model, s, h->limit * (1 + 2 * BAL_TOLERANCE)) - h->plan->add[s];
     int64_t best = -1;
     bool best_within = false;
     for (int64_t u = h->head[r]; u >= 0; u = h->next[u]) {
-        if (!may_move(h, u, s)) {
+        if (model->a[u] > room || !may_move(h, u, s)) {
             continue;
         }
         bool within = model->a[u] <= excess, better = best < 0;
@@ -245,7 +247,7 @@ static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, do
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->least, 2 * h->leaves, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->order, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->head, model->n_ranks, err));
-    return OVLM_ARENA_NEW(search->arena, &h->next, model->n_units, err);
+    return OVLM_ARENA_RAW(search->arena, &h->next, model->n_units, err);
 }
 
 /* From the homes to a plan below the limit; false when that is not reached. */

@@ -67,7 +67,7 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
 {
     int64_t n_units = model->n_units;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &model->a, n_units, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &model->order, n_units, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &model->order, n_units, err));
     if (model->padded) {
         OVLM_TRY(OVLM_ARENA_NEW(arena, &model->len, n_units, err));
     }
@@ -83,7 +83,7 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
     }
     if (p->home != NULL) {
         OVLM_TRY(OVLM_ARENA_NEW(arena, &model->bytes, n_units, err));
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &model->home, n_units, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &model->home, n_units, err));
     }
     return OVLM_OK;
 }

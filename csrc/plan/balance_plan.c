@@ -5,7 +5,7 @@
 
 ovlm_status bal_plan_init(bal_plan *plan, const bal_model *model, ovlm_arena *arena, ovlm_err *err)
 {
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->rank, model->n_units, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &plan->rank, model->n_units, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->add, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->load, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->count, model->n_ranks, err));

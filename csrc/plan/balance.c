@@ -84,6 +84,25 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
     return OVLM_OK;
 }
 
+/* Exact cover by triples, with up to a third of the work left. */
+static ovlm_status try_triples(bal_search *search, bal_plan *plan, ovlm_err *err)
+{
+    int64_t n = search->model->n_units, left = search->meter->work_limit - search->meter->work;
+    if (n != 3 * search->model->n_ranks || left / 3 < n * n / 4) {
+        return OVLM_OK;
+    }
+    ovlm_arena_mark mark = ovlm_arena_save(search->arena);
+    bal_plan other = {0};
+    bool done = false;
+    OVLM_TRY(bal_plan_init(&other, search->model, search->arena, err));
+    OVLM_TRY(bal_triples(search, &other, left / 3, &done, err));
+    if (done && other.max < plan->max) {
+        bal_plan_copy(search->model, plan, &other);
+    }
+    ovlm_arena_rewind(search->arena, mark);
+    return OVLM_OK;
+}
+
 /* With homes: `best`, a largest load or a bound on it, sets the limit, then traffic counts. */
 static ovlm_status settle_homes(bal_search *search, bal_plan *plan, double best, double slack,
                                 ovlm_err *err)
@@ -127,6 +146,7 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
     if (*optimal || bal_meets(plan->max, search->goal)) {
         return OVLM_OK;
     }
+    OVLM_TRY(try_triples(search, plan, err));
     return search->model->padded ? bal_descend(search, plan, err)
                                  : bal_rebuild(search, plan, err);
 }
@@ -145,7 +165,8 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     /* half of what is left is for the homes; and what slack gives away need not be searched for */
     int64_t work_limit = j->meter.work_limit;
     double slack = model->home != NULL ? j->problem->slack : 0;
-    bool near = found && slack > 0 && plan.max <= search.goal * (1 + slack / 4);
+    bool near = found && slack > 0 && model->n_units > EXACT_UNITS &&
+                plan.max <= search.goal * (1 + slack / 4);
     if (model->home != NULL && found) {
         j->meter.work_limit -= (work_limit - j->meter.work) / 2;
     }

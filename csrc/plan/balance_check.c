@@ -74,7 +74,8 @@ static ovlm_status check_places(const ovlm_balance_problem *p, ovlm_err *err)
     if (p->group_size > 0) {
         CHECK_ARG(p->home != NULL, "group_size needs home: it says which group an item is in");
         CHECK_ARG(p->n_ranks % p->group_size == 0,
-                  "group_size = %lld does not divide n_ranks = %lld", (long long)p->group_size, (long long)p->n_ranks);
+                  "group_size = %lld does not divide n_ranks = %lld", (long long)p->group_size,
+                  (long long)p->n_ranks);
     }
     CHECK_ARG(p->node_size > 0, "node_size must be positive; got %lld", (long long)p->node_size);
     CHECK_ARG(isfinite(p->slack) && p->slack >= 0, "slack must be finite and >= 0; got %g",

@@ -275,7 +275,8 @@ ovlm_status bal_descend(bal_search *search, bal_plan *plan, ovlm_err *err)
     OVLM_TRY(descend_init(&d, err));
     double best = plan->max;
     int64_t walked = 0;
-    while (best > search->goal * (1 + BAL_ENOUGH) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
+    while (best > search->goal * (1 + BAL_ENOUGH) &&
+           !ovlm_meter_spend(search->meter, model->n_ranks)) {
         bool moved = step_down(&d);
         double now = plan->load[fullest(&d)];
         if (now < best * (1 - BAL_TOLERANCE)) {

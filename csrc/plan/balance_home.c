@@ -109,7 +109,7 @@ static int64_t emptiest(const homing *h, int64_t r, int64_t from, int64_t to, do
     return best;
 }
 
-/* Rank r gives up units to ranks of [from, to) while it is over and one of the emptiest has room. */
+/* Rank r gives up units to ranks of [from, to) while it is over and some rank has room. */
 static void shed(homing *h, int64_t r, int64_t from, int64_t to)
 {
     enum { TRIES = 8 };

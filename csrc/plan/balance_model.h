@@ -123,7 +123,7 @@ static inline double bal_load(const bal_model *model, int64_t r, double add, int
                                 : bal_base(model, r) + cost;
 }
 
-/* Additive cost that keeps load[r] at most `target`, for unpadded costs; negative: not even fixed. */
+/* Additive cost that keeps an unpadded load[r] at most `target`; negative: not even fixed. */
 static inline double bal_room(const bal_model *model, int64_t r, double target)
 {
     return (target - bal_base(model, r)) * bal_speed(model, r) - model->fixed;

@@ -46,12 +46,11 @@ OVLM_NODISCARD ovlm_status bal_repair(bal_search *search, bal_plan *plan, bool *
 OVLM_NODISCARD ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena,
                                      ovlm_err *err);
 
-/* The same for padded costs: cuts of the sorted units.  *exact tells whether the cuts of bal_cuts
- * meet it.  0 when nothing is known. */
+/* The same for padded costs, from cuts of the sorted units.  0 when nothing is known. */
 OVLM_NODISCARD ovlm_status bal_bound_padded(const bal_model *model, double *bound,
                                             ovlm_arena *arena, ovlm_err *err);
 
-/* Padded costs: consecutive runs of the units sorted by length, by bisection on the largest load. */
+/* Padded costs: runs of the units sorted by length, by bisection on the largest load. */
 OVLM_NODISCARD ovlm_status bal_cuts(const bal_model *model, bal_plan *plan, bool *done,
                                     ovlm_arena *arena, ovlm_err *err);
 
@@ -60,6 +59,11 @@ OVLM_NODISCARD ovlm_status bal_cuts(const bal_model *model, bal_plan *plan, bool
  * the meter ends. */
 OVLM_NODISCARD ovlm_status bal_difference(bal_search *search, bal_plan *plan, bool *done,
                                           ovlm_err *err);
+
+/* Three units per rank and no slack: a plan that meets the goal, by exact cover.  *done is false
+ * when the structure is another, none was found, or max_work was spent. */
+OVLM_NODISCARD ovlm_status bal_triples(bal_search *search, bal_plan *plan, int64_t max_work,
+                                       bool *done, ovlm_err *err);
 
 /* Additive costs: takes a few ranks apart and refills them exactly, until nothing is above the
  * goal.  The largest load never rises. */

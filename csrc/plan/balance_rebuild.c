@@ -303,7 +303,8 @@ ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err)
     double best = plan->max, refused = search->goal;
     int64_t patience = 64 + 4 * model->n_ranks;
     bool at_goal = false;
-    while (best > search->goal * (1 + BAL_ENOUGH) && !ovlm_meter_spend(search->meter, model->n_ranks)) {
+    while (best > search->goal * (1 + BAL_ENOUGH) &&
+           !ovlm_meter_spend(search->meter, model->n_ranks)) {
         /* the goal itself first when near, half way to what was refused otherwise */
         double target = at_goal ? search->goal : refused + (best - refused) / 2;
         set_target(&b, target);

@@ -107,8 +107,8 @@ static void weigh_items(sp_batches *b)
     b->run[b->n_runs] = model->n;
 }
 
-ovlm_status sp_batches_init(sp_batches *b, const sp_model *model, int64_t giants,
-                            double typical_s, double longest_s, ovlm_arena *arena, ovlm_err *err)
+ovlm_status sp_batches_init(sp_batches *b, const sp_model *model, int64_t giants, double typical_s,
+                            double longest_s, ovlm_arena *arena, ovlm_err *err)
 {
     int64_t tables = SP_INTERVALS * model->D, sets = (int64_t)1 << giants;
     *b = (sp_batches){.model = model, .giants = giants};
@@ -168,8 +168,8 @@ static int64_t first_allowed(const sp_batches *b, int64_t i, int64_t j)
     return low;
 }
 
-/* Greatest price per share over all items from `first` on.  Within a run both the price and the share
- * per token are linear in the length, so their ratio is greatest at an end of the run. */
+/* Greatest price per share over all items from `first` on.  Within a run both the price and the
+ * share per token are linear in the length, so their ratio is greatest at an end of the run. */
 static double best_ratio(const sp_batches *b, int64_t i, int64_t j, double theta, int64_t first)
 {
     const sp_model *model = b->model;
@@ -240,8 +240,8 @@ static double share_of_set(const sp_batches *b, int64_t set, int64_t i, int64_t 
     return fmin(share * (1 - 1e-12), 1);
 }
 
-/* Content of a group beside a set of giants: by either fluid, whichever is less at the worse end - the
- * same one for both ends, so that it stays linear.  Negative: they do not fit. */
+/* Content of a group beside a set of giants: by either fluid, whichever is less at the worse end -
+ * the same one for both ends, so that it stays linear.  Negative: they do not fit. */
 static double content_beside(const sp_batches *b, int64_t set, int64_t i, int64_t j, bool at_high)
 {
     const sp_fluid *option[2] = {&b->fluid[i * b->model->D + j], &b->timed[i * b->model->D + j]};
@@ -252,8 +252,9 @@ static double content_beside(const sp_batches *b, int64_t set, int64_t i, int64_
         if (share < 0) {
             return -1;
         }
-        double worse = fmax(content(b, option[o], i, false, 1 - share) - b->interval[i].low * per_s,
-                            content(b, option[o], i, true, 1 - share) - b->interval[i].high * per_s);
+        double worse =
+            fmax(content(b, option[o], i, false, 1 - share) - b->interval[i].low * per_s,
+                 content(b, option[o], i, true, 1 - share) - b->interval[i].high * per_s);
         if (worse < least) {
             least = worse;
             answer = content(b, option[o], i, at_high, 1 - share);
@@ -384,8 +385,8 @@ double sp_batches_bound(sp_batches *b, double memory_price, int64_t least, int64
         }
     }
     price_batches(b);
-    /* Scaled so that no micro-batch without giants holds more than it costs: then more of them never
-     * make the bound smaller. */
+    /* Scaled so that no micro-batch without giants holds more than it costs: then more of them
+     * never make the bound smaller. */
     for (int64_t at = 0; at < 2 * b->n_intervals; at++) {
         const sp_interval *x = &b->interval[at / 2];
         double cost = (at % 2 != 0 ? x->high : x->low) + b->model->fixed;

@@ -5,9 +5,9 @@
 #include <string.h>
 
 enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 2048 };
-#define MARGIN 1e-9      /* relative; covers the rounding of all sums of at most 1e6 terms */
-#define TOLERANCE 3e-4   /* bisection on T stops here                                      */
-#define HOPELESS 1e-4    /* the program's optimum this close to N: T will not be disproved  */
+#define MARGIN 1e-9    /* relative; covers the rounding of all sums of at most 1e6 terms */
+#define TOLERANCE 3e-4 /* bisection on T stops here                                      */
+#define HOPELESS 1e-4  /* the program's optimum this close to N: T will not be disproved  */
 
 ovlm_status sp_colgen_init(sp_colgen *g, const sp_model *model, const int64_t *k, int64_t n_items,
                            ovlm_arena *arena, ovlm_err *err)
@@ -159,7 +159,7 @@ static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
     int64_t rows = g->lp.rows, pivots = 0;
     choose_thetas(g, makespan);
     memcpy(g->pi, g->best_pi, (size_t)rows * sizeof *g->pi);
-    for (int64_t round = 0; round < ROUNDS; round++, g->rounds++) {
+    for (int64_t round = 0; round < ROUNDS; round++) {
         int64_t before = g->pricer.spent;
         double ratio = evaluate(g, g->pi, makespan);
         if (ratio > best) {

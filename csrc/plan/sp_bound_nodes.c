@@ -1,8 +1,8 @@
 /* sp_bound_nodes.c - which items are nodes, and what lies between them. */
 #include "plan/sp_bound_nodes.h"
 
-/* The longest third one by one, both sides of every change of the least degree, and about half of the
- * rows at equal steps of tokens. */
+/* The longest third one by one, both sides of every change of the least degree, and about half of
+ * the rows at equal steps of tokens. */
 static void choose_nodes(const sp_model *model, sp_nodes *nodes, int64_t max_rows)
 {
     int64_t m = 0, n = nodes->n, steps = 0;

@@ -10,12 +10,12 @@
 
 typedef struct sp_nodes {
     int64_t n, rows;
-    const int64_t *k;  /* [n] items of the model, ascending (descending lengths)      */
-    int64_t *node;     /* [rows] position of that node                                */
-    int64_t *left;     /* [n] node at or before the item                              */
-    double *weight;    /* [n] of that node's price                                    */
-    double *next;      /* [n] of the next node's price; 0 on a node                   */
-    double *demand;    /* [rows] sum of the items' weights                            */
+    const int64_t *k; /* [n] items of the model, ascending (descending lengths)      */
+    int64_t *node;    /* [rows] position of that node                                */
+    int64_t *left;    /* [n] node at or before the item                              */
+    double *weight;   /* [n] of that node's price                                    */
+    double *next;     /* [n] of the next node's price; 0 on a node                   */
+    double *demand;   /* [rows] sum of the items' weights                            */
 } sp_nodes;
 
 /* Every item is a node while there are at most max_rows of them; k stays borrowed. */

@@ -65,8 +65,8 @@ static double filling_ratio(const sp_pricer *pricer, const double *pi, int64_t f
     return fmax(small, least);
 }
 
-/* Collects the passes: items with a premium, equal sizes together.  Where as many items share a size
- * as could fit, one pass with the best of them stands for all. */
+/* Collects the passes: items with a premium, equal sizes together.  Where as many items share a
+ * size as could fit, one pass with the best of them stands for all. */
 static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, double rho)
 {
     int64_t passes = 0, cells = pricer->cells;
@@ -107,9 +107,9 @@ static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, doubl
     return passes;
 }
 
-/* One pass of the knapsack, row to row, so that the way back can compare them.  Single precision: an
- * item with a premium weighs at least 1/SMALL, hence no value is a sum of more than SMALL + 1 terms,
- * and SP_PRICE_MARGIN covers their rounding (each at most 2^-24 relative). */
+/* One pass of the knapsack, row to row, so that the way back can compare them.  Single precision:
+ * an item with a premium weighs at least 1/SMALL, hence no value is a sum of more than SMALL + 1
+ * terms, and SP_PRICE_MARGIN covers their rounding (each at most 2^-24 relative). */
 static void run_pass(const sp_pricer *pricer, int64_t pass, float gain)
 {
     int64_t size = pricer->pass_cells[pass], row = pricer->cells + 1;

@@ -4,8 +4,8 @@
  *   r_i = theta*t_i/T + (1-theta)*s_i/cap,   so that any feasible set S has sum r_i <= 1.
  * For any rho >= 0 the content is at most
  *   v = rho + max { sum_{i in S} (pi_i - rho*r_i) : sum_{i in S} floor(cells*r_i) <= cells },
- * a knapsack on a grid, in which rounding down can only touch the premium over rho.  rho is the best
- * ratio among items too small for the grid: they fill what is left. */
+ * a knapsack on a grid, in which rounding down can only touch the premium over rho.  rho is the
+ * best ratio among items too small for the grid: they fill what is left. */
 #ifndef OVLM_PLAN_SP_BOUND_PRICE_H
 #define OVLM_PLAN_SP_BOUND_PRICE_H
 
@@ -31,21 +31,21 @@ typedef struct sp_price {
 typedef struct sp_pricer {
     const sp_model *model;
     int64_t n, cells, max_passes, passes;
-    const double *s;      /* [n] lengths, descending                           */
-    double *weight;       /* [n] r_i of the degree at hand                     */
-    float *value;         /* [(max_passes+1)*(cells+1)] best premium after each pass */
+    const double *s;                 /* [n] lengths, descending                           */
+    double *weight;                  /* [n] r_i of the degree at hand                     */
+    float *value;                    /* [(max_passes+1)*(cells+1)] best premium after each pass */
     int64_t *pass_item, *pass_cells; /* [max_passes]                           */
-    uint8_t *pass_many;   /* [max_passes] the pass may take its item repeatedly */
-    int64_t spent;        /* cells visited, for the meter                      */
+    uint8_t *pass_many;              /* [max_passes] the pass may take its item repeatedly */
+    int64_t spent;                   /* cells visited, for the meter                      */
 } sp_pricer;
 
 /* Scratch for items s[0..n-1]; s stays borrowed. */
-OVLM_NODISCARD ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model,
-                                          const double *s, int64_t n, ovlm_arena *arena,
-                                          ovlm_err *err);
+OVLM_NODISCARD ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model, const double *s,
+                                          int64_t n, ovlm_arena *arena, ovlm_err *err);
 
 /* Fills the table of a group of degree j with that theta.  Certified content of what fits into a
- * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their share. */
+ * share x in [0,1] of the group: sp_price_value.  Items may then be forced in: they take their
+ * share. */
 void sp_price_table(sp_pricer *pricer, const double *pi, int64_t j, double makespan, double theta,
                     sp_price *price);
 

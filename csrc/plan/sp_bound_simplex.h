@@ -2,8 +2,9 @@
  *
  *   min sum_c cost_c x_c    subject to   sum_c a_ic x_c >= demand_i,  x >= 0
  *
- * It only proposes prices; every certificate is evaluated apart from it, so that its rounding errors
- * can cost strength, never soundness.  Revised simplex, explicit inverse: rows stay below ~100. */
+ * It only proposes prices; every certificate is evaluated apart from it, so that its rounding
+ * errors can cost strength, never soundness.  Revised simplex, explicit inverse: rows stay below
+ * ~100. */
 #ifndef OVLM_PLAN_SP_BOUND_SIMPLEX_H
 #define OVLM_PLAN_SP_BOUND_SIMPLEX_H
 
@@ -11,20 +12,19 @@
 
 typedef struct sp_simplex {
     int64_t rows, n_columns, max_columns, n_entries, max_entries;
-    double *demand;              /* [rows]                                            */
-    double *inverse;             /* [rows*rows] of the basis                          */
-    double *x, *price, *work;    /* [rows] basic values, duals, entering direction    */
-    int64_t *basis;              /* [rows] column, or -1-i: the artificial of row i   */
-    double *limit;               /* [rows] cost of the artificial: the price's limit  */
-    double *floor;               /* [rows] the price's floor, 0 unless set            */
-    double *cost;                /* [max_columns]                                     */
-    int64_t *start;              /* [max_columns+1]                                   */
-    int64_t *entry_row;          /* [max_entries]                                     */
-    double *entry_value;         /* [max_entries]                                     */
-    uint8_t *is_basic;           /* [max_columns]                                     */
-    double *saved_inverse;       /* [rows*rows]                                       */
-    double *saved_x;             /* [rows]                                            */
-    int64_t *saved_basis;        /* [rows]                                            */
+    double *demand;           /* [rows]                                            */
+    double *inverse;          /* [rows*rows] of the basis                          */
+    double *x, *price, *work; /* [rows] basic values, duals, entering direction    */
+    int64_t *basis;           /* [rows] column, or -1-i: the artificial of row i   */
+    double *limit;            /* [rows] cost of the artificial: the price's limit  */
+    double *cost;             /* [max_columns]                                     */
+    int64_t *start;           /* [max_columns+1]                                   */
+    int64_t *entry_row;       /* [max_entries]                                     */
+    double *entry_value;      /* [max_entries]                                     */
+    uint8_t *is_basic;        /* [max_columns]                                     */
+    double *saved_inverse;    /* [rows*rows]                                       */
+    double *saved_x;          /* [rows]                                            */
+    int64_t *saved_basis;     /* [rows]                                            */
     int64_t saved_columns, saved_entries;
 } sp_simplex;
 
@@ -38,7 +38,8 @@ void sp_simplex_reset(sp_simplex *lp);
 void sp_simplex_save(sp_simplex *lp);
 void sp_simplex_restore(sp_simplex *lp);
 
-/* Begins a column, adds entries (a repeated row adds up), and ends it; false when there is no room. */
+/* Begins a column, adds entries (a repeated row adds up), and ends it; false when there is no room.
+ */
 bool sp_simplex_begin(sp_simplex *lp, double cost);
 void sp_simplex_entry(sp_simplex *lp, int64_t row, double value);
 /* `amount` of an item, on the nodes beside it. */

@@ -23,7 +23,8 @@ static double work_per_gpu(const sp_model *model)
 /* Least number of micro-batches whose memory holds all tokens. */
 static int64_t least_micro(const sp_model *model)
 {
-    /* Tokens per GPU: the best degree's.  Exact in 64 bits where it matters: caps stay below 2^53. */
+    /* Tokens per GPU: the best degree's.  Exact in 64 bits where it matters: caps stay below 2^53.
+     */
     double per_gpu = 0;
     for (int64_t j = 0; j < model->D; j++) {
         per_gpu = fmax(per_gpu, (double)model->cap[j] / (double)model->degree[j]);
@@ -59,15 +60,16 @@ static ovlm_status bound_single(const sp_model *model, double hint, ovlm_meter *
         k[i] = i;
     }
     if (status == OVLM_OK) {
-        status = sp_bound_micro(model, k, model->n, hint - model->fixed, meter, bound_s, arena, err);
+        status =
+            sp_bound_micro(model, k, model->n, hint - model->fixed, meter, bound_s, arena, err);
         *bound_s = (*bound_s + model->fixed) * sp_round_down(0);
     }
     ovlm_arena_rewind(arena, mark);
     return status;
 }
 
-/* Raises *low by evaluations with 0 to 7 giants, and for each number of them a search for the price of
- * memory: the bound is a concave function of it. */
+/* Raises *low by evaluations with 0 to 7 giants, and for each number of them a search for the price
+ * of memory: the bound is a concave function of it. */
 static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_t most, double hint,
                                     ovlm_meter *meter, double *low, ovlm_arena *arena,
                                     ovlm_err *err)
@@ -76,7 +78,8 @@ static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_
     double typical = work_per_gpu(model) / (double)least, price = 0;
     double longest = fmin(hint - (double)least * model->fixed, serial_time(model));
     double step = 0.5 * model->fixed * (double)least / model->sum_s[model->n];
-    for (int64_t giants = all < 3 ? all : 3; longest > 0; giants = giants + 2 < all ? giants + 2 : all) {
+    for (int64_t giants = all < 3 ? all : 3; longest > 0;
+         giants = giants + 2 < all ? giants + 2 : all) {
         ovlm_arena_mark mark = ovlm_arena_save(arena);
         sp_batches batches;
         OVLM_TRY(sp_batches_init(&batches, model, giants, typical, longest, arena, err));
@@ -93,7 +96,8 @@ static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_
             } else {
                 width *= -0.5;
             }
-            *low = fmax(*low, proved);
+            /* Makespans above `longest` make a step at least as long as the hint. */
+            *low = fmin(fmax(*low, proved), hint);
             stop = ovlm_meter_spend(meter, sp_batches_steps(&batches));
         }
         ovlm_arena_rewind(arena, mark);

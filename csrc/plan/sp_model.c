@@ -55,7 +55,7 @@ static bool memory_fits(const ovlm_sequence_cost *cost, int64_t tokens, int64_t 
 }
 
 /* Largest number of tokens, at most TOKENS_MAX, that a group of that degree holds; -1 when not even
- * an empty one fits.  Bisection on the very predicate that defines it: no rounding to argue about. */
+ * an empty one fits.  Bisection on the very predicate that defines it: no rounding to argue. */
 static int64_t memory_tokens(const ovlm_sequence_cost *cost, int64_t degree)
 {
     if (!memory_fits(cost, 0, degree)) {

@@ -33,7 +33,7 @@ typedef struct solving {
 
 static bool is_optimal(double time, double bound)
 {
-    return time - bound <= OPTIMAL_GAP * time;
+    return isfinite(time) && time - bound <= OPTIMAL_GAP * time;
 }
 
 static ovlm_status raise_bound(solving *s, double share, ovlm_err *err)

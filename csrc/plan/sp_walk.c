@@ -165,6 +165,15 @@ static int compare_i64(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
+static void shuffle(sp_walk *walk)
+{
+    for (int64_t i = walk->n_out - 1; i > 0; i--) {
+        int64_t other = ovlm_rng_below(&walk->rng, i + 1), swap = walk->out[i];
+        walk->out[i] = walk->out[other];
+        walk->out[other] = swap;
+    }
+}
+
 /* Everything in the pool goes back, longest first. */
 static int64_t recreate(sp_walk *walk)
 {
@@ -175,6 +184,13 @@ static int64_t recreate(sp_walk *walk)
         walk->out[i] = step->pool[i];
     }
     qsort(walk->out, (size_t)walk->n_out, sizeof *walk->out, compare_i64);
+    if (!isfinite(walk->best.time_s) && !walk->unsaved) {
+        /* No plan yet, so memory decides: what costs least in time is a poor guide. */
+        taste.blink = 0.3;
+        if (coin(walk)) {
+            shuffle(walk);
+        }
+    }
     return sp_repair(step, walk->out, walk->n_out, &taste, &walk->rng);
 }
 

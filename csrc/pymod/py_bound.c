@@ -2,7 +2,8 @@
 #include "args.h"
 
 /* sequence_bound(lengths, n_gpus, gpus_per_node, quadratic, linear, fixed, memory_per_token,
- * memory_fixed, memory_limit, heads, degrees, comm, pad_to, micro_batches, work_limit, time_limit) */
+ * memory_fixed, memory_limit, heads, degrees, comm, pad_to, micro_batches, work_limit, time_limit)
+ */
 enum { ARGUMENTS = 16 };
 
 typedef struct bound_views {
@@ -59,10 +60,9 @@ static PyObject *sequence_bound(PyObject *module, PyObject *const *args, Py_ssiz
         ovlm_err err = {0};
         ovlm_status status;
         double bound_s = 0;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_sp_bound(&problem, &budget, &bound_s, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? PyFloat_FromDouble(bound_s) : ovlm_raise(module, &err);
+        Py_BEGIN_ALLOW_THREADS status = ovlm_sp_bound(&problem, &budget, &bound_s, &err);
+        Py_END_ALLOW_THREADS answer =
+            status == OVLM_OK ? PyFloat_FromDouble(bound_s) : ovlm_raise(module, &err);
     }
     Py_CLEAR(views.lengths.owner);
     Py_CLEAR(views.degrees.owner);

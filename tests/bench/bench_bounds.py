@@ -3,7 +3,8 @@
     python tests/bench/bench_bounds.py
 
 Single micro-batches (sorted chunks of profile A): quick bound (work_limit=0) and bounds after 25 ms
-and 1 s beside a plan of 1 s.  Whole steps: the same after 5 ms, 100 ms and 1 s beside a plan of 3 s.
+and 1 s beside a plan of 1 s.  Whole steps: the same after 5 ms, 100 ms and 1 s beside a plan of
+3 s.
 Times are wall milliseconds on one core; gaps are without `fixed` for single micro-batches.
 """
 import time
@@ -26,7 +27,8 @@ def row(name, lengths, n_gpus, cost, limits, plan_limit, fixed, **more):
         value, ms = bound(lengths, n_gpus, cost, limit, **more)
         gap = (plan.time - fixed) / (value - fixed) - 1
         cells.append(f"{value - fixed:9.4f} {100 * gap:6.2f}% {ms:7.1f}")
-    print(f"{name:12s} {len(lengths):5d} {plan.time - fixed:9.4f} | " + " | ".join(cells), flush=True)
+    print(f"{name:12s} {len(lengths):5d} {plan.time - fixed:9.4f} | " + " | ".join(cells),
+          flush=True)
 
 
 def main():

@@ -12,11 +12,11 @@
 
 enum { BRUTE_N = 7, BRUTE_SETS = 1 << BRUTE_N };
 
-/* Makespan of every subset of items on at most N GPUs (placement relaxed), then the least total over
- * partitions into micro-batches, for every number of non-empty ones. */
+/* Makespan of every subset of items on at most N GPUs (placement relaxed), then the least total
+ * over partitions into micro-batches, for every number of non-empty ones. */
 typedef struct sp_brute {
-    double makespan[BRUTE_SETS];      /* without fixed; HUGE_VAL: does not fit                  */
-    double step[BRUTE_N + 1];         /* [m] least sum of makespans over m non-empty ones       */
+    double makespan[BRUTE_SETS]; /* without fixed; HUGE_VAL: does not fit                  */
+    double step[BRUTE_N + 1];    /* [m] least sum of makespans over m non-empty ones       */
 } sp_brute;
 
 /* Seconds of the set on that degree, HUGE_VAL when its memory does not fit. */
@@ -29,7 +29,8 @@ static inline double brute_group(const ovlm_sp_problem *p, unsigned set, int64_t
             double heads = (double)p->cost.heads;
             double share = p->cost.heads > 0 ? ceil(heads / d) / heads : 1 / d;
             tokens += s;
-            time += p->cost.quadratic * s * s * share + (p->cost.linear + p->cost.comm[degree_i]) * s / d;
+            time += p->cost.quadratic * s * s * share +
+                    (p->cost.linear + p->cost.comm[degree_i]) * s / d;
         }
     }
     double shard = p->pad_to == 1 ? tokens / d

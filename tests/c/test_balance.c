@@ -302,11 +302,43 @@ static void test_larger(void)
     }
 }
 
+static int stop(void *ctx)
+{
+    ++*(int *)ctx;
+    return 1;
+}
+
+/* A caller's wish to stop ends every kind of search; so does the clock, with a plan. */
+static void test_interrupts(void)
+{
+    enum { N = 300, R = 100 };
+    static int64_t lengths[N], rank[N];
+    double loads[R];
+    for (int padded = 0; padded < 2; padded++) {
+        for (int i = 0; i < N; i++) {
+            lengths[i] = 2500000 + below(2500000);
+        }
+        ovlm_balance_problem p = {.n = N, .n_ranks = R, .lengths = lengths, .max_items = -1,
+                                  .node_size = 8, .cost = {.linear = 1, .padded_linear = padded}};
+        int calls = 0;
+        ovlm_budget budget = {.work_limit = INT64_MAX, .poll = stop, .poll_ctx = &calls};
+        ovlm_balance_result result = {0};
+        ovlm_err err = {0};
+        ovlm_status status = ovlm_balance_solve(&p, &budget, rank, loads, &result, &err);
+        CHECK(status == OVLM_E_INTERRUPTED && calls == 1, "%s, %d calls",
+              ovlm_status_name(status), calls);
+        budget = (ovlm_budget){.work_limit = INT64_MAX, .time_limit_s = 0.01};
+        status = ovlm_balance_solve(&p, &budget, rank, loads, &result, &err);
+        CHECK(status == OVLM_OK && result.cut_short, "%s", err.message);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
     test_brute();
     test_allocation_failures();
     test_larger();
+    test_interrupts();
     return test_end("balance");
 }

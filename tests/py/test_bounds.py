@@ -21,7 +21,8 @@ def _draw(rng):
     degrees = [d for d in ((1, 2, 3, 5, 6, 12) if odd else (1, 2, 4, 8, 16, 32)) if d <= n_gpus]
     lengths = np.exp(rng.normal(6.5, rng.uniform(.2, 1.6), rng.integers(1, 150))).astype(int) + 1
     cost = orchvlm.SequenceCost(
-        quadratic=rng.uniform(0, 3e-8), linear=rng.uniform(1e-6, 1e-4), fixed=rng.choice([0, .1, 2]),
+        quadratic=rng.uniform(0, 3e-8), linear=rng.uniform(1e-6, 1e-4),
+        fixed=rng.choice([0, .1, 2]),
         comm={d: rng.uniform(0, 4e-5) * d**.5 for d in degrees}, memory_per_token=1.0,
         memory_limit=max(lengths.max() / degrees[-1], 1) * rng.choice([1.05, 1.4, 3, 50]) + 1)
     return lengths, n_gpus, cost
@@ -56,11 +57,12 @@ def test_no_single_micro_batch_is_below_its_bound():
 def test_more_work_is_never_weaker_and_reproducible():
     lengths = instances.lognormal_lengths(512, 1)
     for n_micro in (None, 8):
-        bounds = [orchvlm.sequence_bound(lengths, 64, instances.profile("A"), micro_batches=n_micro,
-                                         work_limit=w, time_limit=None) for w in (0, 10, 1000, 20000)]
+        def bound(work):
+            return orchvlm.sequence_bound(lengths, 64, instances.profile("A"), work_limit=work,
+                                          micro_batches=n_micro, time_limit=None)
+        bounds = [bound(work) for work in (0, 10, 1000, 20000)]
         assert bounds == sorted(bounds) and bounds[-1] > bounds[0]
-        assert bounds[2] == orchvlm.sequence_bound(lengths, 64, instances.profile("A"), time_limit=None,
-                                                   micro_batches=n_micro, work_limit=1000)
+        assert bounds[2] == bound(1000)
 
 
 def test_too_few_micro_batches_is_infinite():
@@ -74,7 +76,8 @@ def test_nothing_costs_nothing():
 
 @pytest.mark.parametrize("change, error, word", [
     (dict(lengths=[1.5]), TypeError, "lengths"), (dict(lengths=[0]), ValueError, "lengths"),
-    (dict(lengths=[10**9]), ValueError, "fits no degree"), (dict(degrees=[3]), ValueError, "degrees"),
+    (dict(lengths=[10**9]), ValueError, "fits no degree"),
+    (dict(degrees=[3]), ValueError, "degrees"),
     (dict(degrees=[]), ValueError, "degrees"), (dict(time_limit=-1), ValueError, "time_limit"),
     (dict(work_limit=-1), ValueError, "work_limit"), (dict(pad_to=0), ValueError, "pad_to")])
 def test_bad_input(change, error, word):

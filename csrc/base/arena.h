@@ -4,8 +4,9 @@
  *   OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &p, n, err));     p: pointer to any type, n elements
  *   done: ovlm_arena_free(&arena);
  *
- * Pieces are 64-byte aligned, and zeroed unless asked for raw.  Under AddressSanitizer a red zone follows each piece, so
- * that an overrun inside the arena is found.  Not thread-safe: one arena per thread. */
+ * Pieces are 64-byte aligned, and zeroed unless asked for raw.  Under AddressSanitizer a red zone
+ * follows each piece, so that an overrun inside the arena is found.  Not thread-safe: one arena per
+ * thread. */
 #ifndef OVLM_BASE_ARENA_H
 #define OVLM_BASE_ARENA_H
 

@@ -221,8 +221,8 @@ static void go_home(homing *h)
     }
 }
 
-/* Every rank above the limit sheds within its block of `reach` ranks: the most loaded first, so that
- * large units meet large rooms, and what is small fills what they leave. */
+/* Every rank above the limit sheds within its block of `reach` ranks: the most loaded first, so
+ * that large units meet large rooms, and what is small fills what they leave. */
 static ovlm_status shed_all(homing *h, int64_t reach, ovlm_err *err)
 {
     int64_t n_ranks = h->search->model->n_ranks;

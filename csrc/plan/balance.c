@@ -178,7 +178,8 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     if (model->home != NULL) {
         OVLM_TRY(settle_homes(&search, &plan, near ? search.goal : best, slack, err));
     }
-    if (optimal) {
+    /* a plan that meets the goal ended the search early, and the goal is its bound */
+    if (optimal && !bal_meets(best, search.goal)) {
         double proved = best * model->down;
         bound = proved > bound ? proved : bound;
     }

@@ -277,7 +277,7 @@ static PyObject *sp_blast(PyObject *module, PyObject *const *args, Py_ssize_t na
 }
 
 #define METHOD(name) \
-    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+    {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_sequences_methods[] = {
     METHOD(sp_solve),

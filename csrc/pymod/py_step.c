@@ -558,7 +558,7 @@ done:
 }
 
 #define METHOD(name) \
-    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+    {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_step_methods[] = {
     METHOD(route_check),

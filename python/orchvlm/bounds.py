@@ -51,9 +51,9 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     Notes
     -----
     One micro-batch: the linear relaxation of items on degrees, then column generation over groups
-    with certified pricing. Several: the sum of work, then whole micro-batches priced with the longest
-    sequences placed exactly. More work never gives a weaker bound, and with `work_limit` and no
-    `time_limit` the result is reproducible. O(n log n) at ``work_limit=0``.
+    with certified pricing. Several: the sum of work, then whole micro-batches priced with the
+    longest sequences placed exactly. More work never gives a weaker bound, and with `work_limit`
+    and no `time_limit` the result is reproducible. O(n log n) at ``work_limit=0``.
 
     References
     ----------

@@ -174,7 +174,8 @@ static ovlm_status solve_afresh(bal_search *search, bal_plan *plan, double slack
     if (model->home != NULL) {
         OVLM_TRY(settle_homes(search, plan, near ? search->goal : best, slack, err));
     }
-    if (optimal && best * model->down > *bound) {
+    /* a plan that meets the goal ended the search early, and the goal is its bound */
+    if (optimal && !bal_meets(best, search->goal) && best * model->down > *bound) {
         *bound = best * model->down;
     }
     return OVLM_OK;

@@ -15,8 +15,9 @@ typedef struct instance {
 static void draw(instance *x)
 {
     static const double memory[] = {1.02, 1.2, 1.6, 2.5, 6, 1e9};
-    static const double fixed[] = {0, 0, .01, .3, 5};
-    *x = (instance){.problem = {.n = 1 + ovlm_rng_below(&test_rng, 6),
+    static const double fixed[] = {0, 0, .01, .3, 5, 100};
+    int64_t most_n = ovlm_rng_below(&test_rng, 8) ? 6 : BRUTE_N;
+    *x = (instance){.problem = {.n = 1 + ovlm_rng_below(&test_rng, most_n),
                                 .n_gpus = 1 + ovlm_rng_below(&test_rng, 8),
                                 .gpus_per_node = 8,
                                 .pad_to = ovlm_rng_below(&test_rng, 4) ? 1 : 8,
@@ -45,7 +46,7 @@ static void draw(instance *x)
     p->cost = (ovlm_sequence_cost){
         .quadratic = 1e-6 * (double)ovlm_rng_below(&test_rng, 3) * ovlm_rng_uniform(&test_rng),
         .linear = 1e-4 * ovlm_rng_uniform(&test_rng) * (double)ovlm_rng_below(&test_rng, 8),
-        .fixed = fixed[ovlm_rng_below(&test_rng, 5)],
+        .fixed = fixed[ovlm_rng_below(&test_rng, 6)],
         .memory_per_token = 1,
         .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
         .heads = ovlm_rng_below(&test_rng, 3) == 0 ? 8 : 0,
@@ -103,6 +104,16 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
               OVLM_OK,
           "failed");
     CHECK(sound(any, best), "step %.17g above %.17g", any, best);
+    before = 0;
+    for (int64_t work = 0; work < 2000; work = work * 16 + 1) {
+        ovlm_meter meter;
+        ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = work}, 0, 100);
+        CHECK(sp_bound_step(model, 0, HUGE_VAL, &meter, &bound, arena, NULL) == OVLM_OK, "failed");
+        CHECK(sound(bound, best), "step %.17g above %.17g, work %lld", bound, best,
+              (long long)work);
+        CHECK(bound >= before, "step weaker with more work: %.17g < %.17g", bound, before);
+        before = bound;
+    }
     /* With hints: the optimum itself, and a plan a little worse. */
     for (int h = 0; h < 2 && best < HUGE_VAL; h++) {
         double hint = best * (h == 0 ? 1 : 1.05), hinted = 0;

@@ -4,15 +4,15 @@
 #include <math.h>
 #include <string.h>
 
-enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 2048 };
+enum { ROWS = 96, COLUMNS = 4096, ROUNDS = 400, CELLS_PER_STEP = 2048, NODES = 200000 };
 #define MARGIN 1e-9    /* relative; covers the rounding of all sums of at most 1e6 terms */
 #define TOLERANCE 3e-4 /* bisection on T stops here                                      */
 #define HOPELESS 1e-4  /* the program's optimum this close to N: T will not be disproved  */
 
 ovlm_status sp_colgen_init(sp_colgen *g, const sp_model *model, const int64_t *k, int64_t n_items,
-                           ovlm_arena *arena, ovlm_err *err)
+                           sp_exact *exact, ovlm_arena *arena, ovlm_err *err)
 {
-    *g = (sp_colgen){.model = model, .n = n_items};
+    *g = (sp_colgen){.model = model, .n = n_items, .exact = exact};
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->s, n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->item_pi, n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &g->pattern, model->D + 1, err));
@@ -76,6 +76,7 @@ static double mix_content(sp_colgen *g, const double *value)
         ratio = fmax(ratio, value[j] / (double)model->degree[j]);
         whole = whole && N % model->degree[j] == 0;
     }
+    g->ratio = ratio;
     if (whole || N > 4096) {
         return ratio * (double)N; /* the best degree alone fills the cluster */
     }
@@ -189,6 +190,22 @@ static bool prove(sp_colgen *g, double makespan, ovlm_meter *meter)
     return false;
 }
 
+/* Where prices do not disprove T: they make the exact search short.  Prices over the greatest
+ * content per GPU are worth at most d in every group of degree d. */
+static bool refute(sp_colgen *g, double makespan, int64_t nodes, ovlm_meter *meter)
+{
+    if (g->exact == NULL || ovlm_meter_look(meter)) {
+        return false;
+    }
+    (void)evaluate(g, g->best_pi, makespan);
+    double scale = g->ratio > 0 ? (1 - MARGIN) / g->ratio : 0;
+    for (int64_t i = 0; i < g->n; i++) {
+        g->item_pi[i] *= scale;
+    }
+    return sp_exact_decide(g->exact, makespan, g->item_pi, g->line_prices.theta, nodes, meter) ==
+           SP_IMPOSSIBLE;
+}
+
 void sp_colgen_raise(sp_colgen *g, double hint, ovlm_meter *meter, double *low)
 {
     double high = hint, step = 0.01;
@@ -196,7 +213,7 @@ void sp_colgen_raise(sp_colgen *g, double hint, ovlm_meter *meter, double *low)
     sp_simplex_save(&g->lp);
     while (*low > 0 && high > *low * (1 + TOLERANCE)) {
         double makespan = fmin(*low * (1 + step), (*low + high) / 2);
-        if (prove(g, makespan, meter)) {
+        if (prove(g, makespan, meter) || refute(g, makespan, NODES, meter)) {
             *low = makespan;
             step *= 2;
             sp_simplex_save(&g->lp);

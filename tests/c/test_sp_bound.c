@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "plan/sp_bound.h"
+#include "plan/sp_bound_lift.h"
 #include "sp_brute.h"
 #include "test.h"
 
@@ -55,14 +56,40 @@ static void draw(instance *x)
         .comm = x->comm};
 }
 
+/* A meter for that much work, without a deadline. */
+static ovlm_meter meter_of(int64_t work)
+{
+    ovlm_meter meter;
+    ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = work}, 0, 100);
+    return meter;
+}
+
 typedef struct tally {
-    long cases, micro_tight, step_tight, micro_caught, step_caught;
+    long cases, lift_better, micro_tight, step_tight, micro_caught, step_caught;
     double micro_gap, step_gap;
 } tally;
 
 static bool sound(double bound, double optimum)
 {
     return bound <= optimum || (isinf(optimum) && isinf(bound));
+}
+
+/* Prices raised one after the other, alone: the exact search must not hide a false one. */
+static void test_lift(const sp_model *model, const int64_t *k, double optimum, double quick,
+                      ovlm_arena *arena, tally *tally_)
+{
+    sp_lift lift;
+    double low = quick;
+    if (quick <= 0 || !isfinite(optimum)) {
+        return;
+    }
+    CHECK(sp_lift_init(&lift, model, k, model->n, arena, NULL) == OVLM_OK, "failed");
+    for (double hint = HUGE_VAL; hint > 0; hint = hint < HUGE_VAL ? 0 : optimum * 1.05) {
+        ovlm_meter meter = meter_of(300);
+        sp_lift_raise(&lift, hint, &meter, &low);
+        CHECK(sound(low, optimum), "lifted %.17g above optimum %.17g", low, optimum);
+    }
+    tally_->lift_better += low > quick * 1.01;
 }
 
 static void test_against_brute(const instance *x, const sp_brute *brute, const sp_model *model,
@@ -76,6 +103,7 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
     }
     double quick = sp_bound_quick(model, k, p->n);
     CHECK(sound(quick, optimum), "quick %.17g above optimum %.17g", quick, optimum);
+    test_lift(model, k, optimum, quick, arena, tally_);
     for (int64_t work = 0; work < 20000; work = work * 8 + 1) {
         ovlm_meter meter;
         ovlm_meter_start(&meter, &(ovlm_budget){.work_limit = work}, 0, 100);
@@ -100,9 +128,8 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
         CHECK(sound(bound, best), "step %.17g above %.17g with m = %lld", bound, best,
               (long long)m);
     }
-    CHECK(sp_bound_step(model, 0, HUGE_VAL, &(ovlm_meter){.work_limit = 300}, &any, arena, NULL) ==
-              OVLM_OK,
-          "failed");
+    ovlm_meter free_meter = meter_of(300);
+    CHECK(sp_bound_step(model, 0, HUGE_VAL, &free_meter, &any, arena, NULL) == OVLM_OK, "failed");
     CHECK(sound(any, best), "step %.17g above %.17g", any, best);
     before = 0;
     for (int64_t work = 0; work < 2000; work = work * 16 + 1) {
@@ -117,10 +144,10 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
     /* With hints: the optimum itself, and a plan a little worse. */
     for (int h = 0; h < 2 && best < HUGE_VAL; h++) {
         double hint = best * (h == 0 ? 1 : 1.05), hinted = 0;
-        ovlm_meter meter = {.work_limit = 300};
+        ovlm_meter meter = meter_of(300);
         CHECK(sp_bound_step(model, 0, hint, &meter, &hinted, arena, NULL) == OVLM_OK, "failed");
         CHECK(hinted <= best, "hinted step %.17g above %.17g", hinted, best);
-        meter = (ovlm_meter){.work_limit = 300};
+        meter = meter_of(300);
         CHECK(sp_bound_micro(model, k, p->n, optimum * (h == 0 ? 1 : 1.05), &meter, &hinted, arena,
                              NULL) == OVLM_OK,
               "failed");
@@ -154,6 +181,7 @@ int main(int argc, char **argv)
     /* A bound one per cent too high would be found often: the test can fail. */
     CHECK(tally_.cases > 900, "%ld", tally_.cases);
     CHECK(tally_.micro_caught * 10 > tally_.cases, "%ld of %ld", tally_.micro_caught, tally_.cases);
+    CHECK(tally_.lift_better * 40 > tally_.cases, "%ld of %ld", tally_.lift_better, tally_.cases);
     CHECK(tally_.step_caught * 10 > tally_.cases, "%ld of %ld", tally_.step_caught, tally_.cases);
     printf("sp_bound: %ld cases; mean gap %.4f micro, %.4f step; tight %ld, %ld\n", tally_.cases,
            tally_.micro_gap / (double)tally_.cases, tally_.step_gap / (double)tally_.cases,

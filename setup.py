@@ -28,10 +28,9 @@ SANITIZE = os.environ.get("ORCHVLM_SANITIZE", "")
 # No fused multiply-add: a plan must be the same on every machine.
 cflags = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fvisibility=hidden", "-ffp-contract=off",
           *WARNINGS]
+optimize = ["-O3"]
 if SANITIZE:
-    cflags += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
-else:
-    cflags += ["-O3"]
+    optimize = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 ldflags = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 
 
@@ -142,7 +141,7 @@ core = Extension(
     files("csrc", ".c"),
     include_dirs=["csrc", "csrc/pymod", numpy.get_include()],
     depends=files("csrc", ".h"),
-    extra_compile_args=cflags,
+    extra_compile_args=[*cflags, *optimize],
     extra_link_args=ldflags,
     libraries=["m", "dl", "pthread"],
 )

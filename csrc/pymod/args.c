@@ -204,9 +204,14 @@ int ovlm_arg_double(PyObject *object, const char *name, double *value)
 {
     *value = PyFloat_AsDouble(object);
     if (*value == -1.0 && PyErr_Occurred()) {
+        bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
         PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "%s must be a number; got %s", name,
-                     Py_TYPE(object)->tp_name);
+        if (too_large) {
+            PyErr_Format(PyExc_ValueError, "%s must be finite; got an integer above 1e308", name);
+        } else {
+            PyErr_Format(PyExc_TypeError, "%s must be a number; got %s", name,
+                         Py_TYPE(object)->tp_name);
+        }
         return -1;
     }
     return 0;

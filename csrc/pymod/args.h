@@ -80,7 +80,6 @@ PyObject *ovlm_new_f64(const double *data, int64_t n);
 /* Method tables of the py_*.c files, ended by a NULL entry. */
 extern PyMethodDef ovlm_balance_methods[];
 extern PyMethodDef ovlm_sequences_methods[];
-extern PyMethodDef ovlm_bound_methods[];
 extern PyMethodDef ovlm_step_methods[];
 extern PyMethodDef ovlm_simulate_methods[];
 extern PyMethodDef ovlm_cost_methods[];

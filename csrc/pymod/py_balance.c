@@ -35,15 +35,6 @@ static int optional_int(PyObject *object, const char *name, int64_t *value)
     return object == Py_None ? 0 : ovlm_arg_int(object, name, value);
 }
 
-static int read_cost(PyObject *tuple, ovlm_batch_cost *cost)
-{
-    return PyArg_ParseTuple(tuple, "dddddd:cost", &cost->linear, &cost->quadratic,
-                            &cost->padded_linear, &cost->padded_quadratic, &cost->per_item,
-                            &cost->fixed)
-               ? 0
-               : -1;
-}
-
 static int read_arrays(PyObject *const *a, ovlm_balance_problem *p, balance_views *v)
 {
     int64_t n, N = p->n_ranks;
@@ -78,7 +69,8 @@ static int read_arrays(PyObject *const *a, ovlm_balance_problem *p, balance_view
 static int read_problem(PyObject *const *a, ovlm_balance_problem *p, balance_views *v)
 {
     *p = (ovlm_balance_problem){.max_items = -1};
-    if (ovlm_arg_int(a[N_RANKS], "n_ranks", &p->n_ranks) < 0 || read_cost(a[COST], &p->cost) < 0 ||
+    if (ovlm_arg_int(a[N_RANKS], "n_ranks", &p->n_ranks) < 0 ||
+        ovlm_arg_batch_cost(a[COST], &p->cost) < 0 ||
         ovlm_arg_int(a[MIN_ITEMS], "min_items", &p->min_items) < 0 ||
         optional_int(a[MAX_ITEMS], "max_items", &p->max_items) < 0 ||
         optional_int(a[GROUP_SIZE], "group_size", &p->group_size) < 0 ||

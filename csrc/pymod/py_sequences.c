@@ -1,4 +1,4 @@
-/* py_sequences.c - Python side of plan_sequences, of its plans and of FlexSP's two DPs. */
+/* py_sequences.c - Python side of plan_sequences, its plans, bounds and FlexSP's two DPs. */
 #include "args.h"
 
 #include <limits.h>
@@ -199,6 +199,32 @@ static PyObject *sp_check(PyObject *module, PyObject *const *args, Py_ssize_t na
     return answer;
 }
 
+PyDoc_STRVAR(sp_bound_doc, "sp_bound(lengths, n_gpus, gpus_per_node, cost, pad_to, micro_batches, "
+                           "work_limit, time_limit, /)\n--\n\nA lower bound on any plan's time.");
+
+static PyObject *sp_bound(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (ovlm_arg_count("sp_bound", nargs, PROBLEM_ARGS + 2) < 0) {
+        return NULL;
+    }
+    problem_views views = {0};
+    ovlm_sp_problem problem;
+    ovlm_budget budget;
+    PyObject *answer = NULL;
+    if (parse_problem(args, &views, &problem) == 0 &&
+        ovlm_arg_budget(args[PROBLEM_ARGS], args[PROBLEM_ARGS + 1], &budget) == 0) {
+        double bound_s = 0;
+        ovlm_err err = {0};
+        ovlm_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = ovlm_sp_bound(&problem, &budget, &bound_s, &err);
+        Py_END_ALLOW_THREADS
+        answer = status == OVLM_OK ? PyFloat_FromDouble(bound_s) : ovlm_raise(module, &err);
+    }
+    release_problem(&views);
+    return answer;
+}
+
 /* ------------------------------------------------------------------ the DPs -------------- */
 
 typedef ovlm_status (*splitter)(const int64_t *, int64_t, int64_t, int64_t *, int64_t *, int64_t *,
@@ -251,11 +277,12 @@ static PyObject *sp_blast(PyObject *module, PyObject *const *args, Py_ssize_t na
 }
 
 #define METHOD(name) \
-    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+    {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_sequences_methods[] = {
     METHOD(sp_solve),
     METHOD(sp_check),
+    METHOD(sp_bound),
     METHOD(sp_bucket),
     METHOD(sp_blast),
     {NULL, NULL, 0, NULL},

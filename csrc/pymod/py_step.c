@@ -265,17 +265,6 @@ static void release_step(step_view *view)
     PyMem_RawFree(view->phase);
 }
 
-static int parse_batch_cost(PyObject *tuple, ovlm_batch_cost *cost)
-{
-    if (!PyTuple_Check(tuple)) {
-        PyErr_SetString(PyExc_TypeError, "a batch cost is a tuple");
-        return -1;
-    }
-    return PyArg_ParseTuple(tuple, "dddddd", &cost->linear, &cost->quadratic,
-                            &cost->padded_linear, &cost->padded_quadratic, &cost->per_item,
-                            &cost->fixed) ? 0 : -1;
-}
-
 /* (name, sample, position, length, out_tokens, bytes, squares, out_bytes_per_token, cost,
  *  (bytes_per_token, fixed_bytes)) */
 static int parse_items(PyObject *tuple, items_view *view, ovlm_step_items *items)
@@ -288,7 +277,7 @@ static int parse_items(PyObject *tuple, items_view *view, ovlm_step_items *items
     if (!PyArg_ParseTuple(tuple, "sOOOOOOdO(dd)", &items->name, &sample, &position, &length,
                           &out_tokens, &bytes, &squares, &items->out_bytes_per_token, &cost,
                           &items->memory_per_token, &items->memory_fixed) ||
-        parse_batch_cost(cost, &items->cost) < 0 ||
+        ovlm_arg_batch_cost(cost, &items->cost) < 0 ||
         ovlm_arg_i64(sample, "sample", -1, false, &view->sample) < 0) {
         return -1;
     }
@@ -346,7 +335,7 @@ static int parse_llm(PyObject *tuple, step_view *view)
     if (!problem->sequence_parallel) {
         return PyArg_ParseTuple(tuple, "O(dd)", &cost, &problem->llm_memory_per_token,
                                 &problem->llm_memory_fixed)
-                   ? parse_batch_cost(cost, &problem->llm_cost) : -1;
+                   ? ovlm_arg_batch_cost(cost, &problem->llm_cost) : -1;
     }
     if (!PyArg_ParseTuple(tuple, "OOO", &cost, &pad_to, &warm) ||
         ovlm_arg_sequence_cost(cost, &problem->sequence_cost, &view->degrees, &view->comm) < 0 ||
@@ -569,7 +558,7 @@ done:
 }
 
 #define METHOD(name) \
-    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+    {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_step_methods[] = {
     METHOD(route_check),

@@ -30,7 +30,10 @@ def amount(value, name):
     """A finite float >= 0."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; got an integer above 1e308") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {value}")
     return value
@@ -61,7 +64,7 @@ class Items:
     Raises
     ------
     TypeError
-        A column of floats, or a column that is no array.
+        A column of floats, a column that is no array, or ``squares`` that are no numbers.
     ValueError
         Columns of different lengths, or ``squares`` that are not finite and >= 0.
 
@@ -91,7 +94,10 @@ class Items:
             n = len(column)
             object.__setattr__(self, name, column)
         if self.squares is not None:
-            squares = np.array(self.squares, np.float64)
+            squares = np.asarray(self.squares)
+            if squares.size and squares.dtype.kind not in "iuf":
+                raise TypeError(f"Items.squares must hold numbers; got dtype {squares.dtype}")
+            squares = squares.astype(np.float64)
             if squares.shape != (n,) or not np.all(np.isfinite(squares) & (squares >= 0)):
                 raise ValueError(f"Items.squares must be {n} finite values >= 0")
             squares.flags.writeable = False

@@ -1,6 +1,6 @@
 """Certified lower bounds on the step time of sequence-parallel plans."""
 from . import _core
-from .sequences import _restrict
+from .sequences import _integer, _restrict
 
 
 def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_to=1,
@@ -51,9 +51,9 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     Notes
     -----
     One micro-batch: the linear relaxation of items on degrees, then column generation over groups
-    with certified pricing. Several: the sum of work, then whole micro-batches priced with the longest
-    sequences placed exactly. More work never gives a weaker bound, and with `work_limit` and no
-    `time_limit` the result is reproducible. O(n log n) at ``work_limit=0``.
+    with certified pricing. Several: the sum of work, then whole micro-batches priced with the
+    longest sequences placed exactly. More work never gives a weaker bound, and with `work_limit`
+    and no `time_limit` the result is reproducible. O(n log n) at ``work_limit=0``.
 
     References
     ----------
@@ -67,10 +67,9 @@ def sequence_bound(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     >>> round(orchvlm.sequence_bound([1500, 400, 400], 2, cost), 3)
     2.15
     """
+    n_gpus = _integer(n_gpus, "n_gpus")
     cost = _restrict(cost, degrees, n_gpus)
-    chosen = sorted(cost.comm)
-    return _core.sequence_bound(
-        lengths, n_gpus, gpus_per_node, cost.quadratic, cost.linear, cost.fixed,
-        cost.memory_per_token, cost.memory_fixed, cost.memory_limit, cost.heads, chosen,
-        [float(cost.comm[d]) for d in chosen], pad_to,
-        0 if micro_batches is None else micro_batches, work_limit, time_limit)
+    asked = 0 if micro_batches is None else _integer(micro_batches, "micro_batches")
+    return _core.sp_bound(lengths, n_gpus, _integer(gpus_per_node, "gpus_per_node"),
+                          cost._astuple(), _integer(pad_to, "pad_to"), asked, work_limit,
+                          time_limit)

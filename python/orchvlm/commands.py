@@ -180,6 +180,7 @@ def _plan_demo(arguments):
                               SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus),
                               gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
                               **_search(arguments))
+        others = "" if arguments.json else _others_text(lengths, cluster, made, arguments)
     if arguments.plot:
         _plot_demo(arguments.plot, batch, step, model.costs, cluster, made)
     if arguments.json:
@@ -193,7 +194,7 @@ def _plan_demo(arguments):
           f"{cluster.n_gpus} GPUs:\n")
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
-    print(_others_text(lengths, cluster, made, arguments))
+    print(others)
     return 0
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
-from .cost import BatchCost, SequenceCost, _count
+from .cost import _MAX_DEGREES, BatchCost, SequenceCost, _count
 
 _TERMS = tuple(BatchCost.__dataclass_fields__)
 
@@ -64,7 +64,7 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
         numbers.
     ValueError
         No row, rows of both forms, bytes in some rows only, an empty row, a value out of range,
-        an unknown term, a degree above ``heads``.
+        an unknown term, a degree above ``heads``, more than 64 degrees.
 
     Notes
     -----
@@ -102,6 +102,9 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
     else:
         measured_bytes = _column(rows, 3, "bytes")
     degrees = np.unique(degree)
+    if len(degrees) > _MAX_DEGREES:
+        raise ValueError(f"measurements hold {len(degrees)} different degrees; a SequenceCost has "
+                         f"at most {_MAX_DEGREES}")
     heads = _count("fit", "heads", heads, least=0)
     (quadratic, linear, fixed, per_token, memory_fixed), comm, error, bytes_error = (
         _core.sequence_cost_fit(start, flat, _column(rows, 2, "seconds"), degree, measured_bytes,

@@ -152,6 +152,13 @@ def _phase_seconds(cost, rank, length, squares, limit, n_ranks):
     return -np.sort(-load.reshape(n_ranks, bins), axis=1).T
 
 
+def _planned_seconds(cost, phase_plan, length, squares, n_ranks):
+    """float64[M, N] of a :class:`PhasePlan`, micro-batch by micro-batch as it was planned."""
+    bins = phase_plan.micro_batches
+    slot = phase_plan.micro_batch * n_ranks + phase_plan.rank
+    return load_per_rank(cost, slot, length, squares, bins * n_ranks).reshape(bins, n_ranks)
+
+
 def group_seconds(plan, n_gpus):
     """float64[M, N] of a :class:`SequencePlan`: what each GPU computes in each micro-batch."""
     seconds = np.zeros((len(plan.micro_batches), n_gpus))
@@ -244,16 +251,19 @@ class Placer:
         for phase, items in self.batch.phases.items():
             home = source[items.sample]
             rank = self._place_items(policy, phase, items, home)
-            placement.seconds[phase] = _phase_seconds(
-                self.costs[phase], rank, items.length, squares_of(items), self.limits.get(phase),
-                self.n_ranks)
+            placement.seconds[phase] = self._seconds(policy.encoders, phase, rank, items.length,
+                                                     squares_of(items), self.costs[phase])
             raw = Exchange(phase, home, rank, np.asarray(items.bytes, float))
             (placement.before.setdefault(phase, []) if policy.raw_exposed
              else placement.ahead).append(raw)
             placement.after[phase] = self._output_exchanges(
                 policy, phase, items, home, rank, language, plan)
-        placement.seconds["llm"] = self._language_seconds(language, plan)
-        if language is not None:
+        if plan is not None:
+            placement.seconds["llm"] = group_seconds(plan, self.n_ranks)
+        else:
+            placement.seconds["llm"] = self._seconds(
+                policy.language, "llm", language, self.tokens,
+                np.asarray(self.tokens, float)**2, self._language_cost())
             placement.ahead.append(Exchange(
                 "text", source, language,
                 TEXT_BYTES_PER_TOKEN * np.asarray(self.batch.text_tokens, float)))
@@ -349,9 +359,10 @@ class Placer:
                     Exchange(name, home, language[items.sample], size)]
         return [Exchange(name, rank, language[items.sample], size)]
 
-    def _language_seconds(self, language, plan):
-        if plan is not None:
-            return group_seconds(plan, self.n_ranks)
-        return _phase_seconds(self._language_cost(), language, self.tokens,
-                              np.asarray(self.tokens, float)**2, self.limits.get("llm"),
-                              self.n_ranks)
+    def _seconds(self, way, phase, rank, length, squares, cost):
+        """float64[M, N] of a balanced phase: as planned, or split into as few as fit."""
+        if way == "planned":
+            step = self.step_plan()
+            return _planned_seconds(cost, step.llm if phase == "llm" else step.phases[phase],
+                                    length, squares, self.n_ranks)
+        return _phase_seconds(cost, rank, length, squares, self.limits.get(phase), self.n_ranks)

@@ -10,7 +10,7 @@ from .batch import Batch, amount
 from .cost import BatchCost, Cluster, SequenceCost
 from .reports import StepReport
 from .routes import Route
-from .sequences import SequencePlan
+from .sequences import SequencePlan, _integer, _restrict
 
 _KIND = "orchvlm.step_plan"
 _STATUS = ("feasible", "optimal")
@@ -358,6 +358,8 @@ def _checked_costs(costs, batch, llm):
 def _checked_memory(memory, batch, llm):
     allowed = [*batch.phases, *["llm"] * (llm == "balance")]
     checked = {}
+    if memory is not None and not isinstance(memory, dict):
+        raise TypeError(f"memory must be a dict; got {type(memory).__name__}")
     for name, pair in (memory or {}).items():
         if name == "llm" and llm != "balance":
             raise ValueError("memory['llm']: the SequenceCost has the memory of groups; leave it "
@@ -388,12 +390,6 @@ def _core_problem(problem, options, warm_start):
             float(cluster.intra_bandwidth), float(cluster.inter_bandwidth), batch.text_tokens,
             batch.source_rank, batch.text_bytes_per_token, phases, llm,
             _RELABEL.index(options["relabel"]), slack, options["compose"], options["seed"])
-
-
-def _restricted(cost, n_ranks):
-    """The sequence cost with only the degrees that the cluster has room for."""
-    from .sequences import _restrict
-    return _restrict(cost, None, n_ranks)
 
 
 def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="minmax", slack=0.002,
@@ -519,10 +515,10 @@ def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="min
         raise TypeError(f"warm_start must be a StepPlan; got {type(warm_start).__name__}")
     costs = _checked_costs(costs, batch, llm)
     if llm == "sequence_parallel":
-        costs["llm"] = _restricted(costs["llm"], cluster.n_gpus)
+        costs["llm"] = _restrict(costs["llm"], None, cluster.n_gpus)
     problem = (batch, cluster, costs, _checked_memory(memory, batch, llm))
     options = {"relabel": relabel, "slack": None if slack is None else amount(slack, "slack"),
-               "compose": bool(compose), "pad_to": pad_to, "seed": seed}
+               "compose": bool(compose), "pad_to": _integer(pad_to, "pad_to"), "seed": seed}
     start = None if warm_start is None else warm_start._sequence_fields
     fields = _core.step_solve(_core_problem(problem, options, start), work_limit, time_limit)
     return StepPlan(problem, options, fields)

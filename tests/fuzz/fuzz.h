@@ -43,10 +43,11 @@ static inline uint64_t fuzz_bytes(fuzz_input *in, size_t n)
     return value;
 }
 
-/* Uniform enough in [low, high]. */
+/* Uniform enough in [low, high]; low when that is empty. */
 static inline int64_t fuzz_range(fuzz_input *in, int64_t low, int64_t high)
 {
-    return low + (int64_t)(fuzz_bytes(in, 2) % (uint64_t)(high - low + 1));
+    uint64_t drawn = fuzz_bytes(in, 2);
+    return high < low ? low : low + (int64_t)(drawn % (uint64_t)(high - low + 1));
 }
 
 /* Any integer: small, a corner, or raw bits. */

@@ -21,7 +21,7 @@ fi
 
 checks=address,undefined
 out=build/fuzzer
-make -s -C ../c CC="${CLANG:-clang}" SAN="fuzzer-no-link,$checks" OUT="$out" "$out/libovlm.a"
+make -s -j"$(nproc)" -C ../c CC="${CLANG:-clang}" SAN="fuzzer-no-link,$checks" OUT="$out" "$out/libovlm.a"
 mkdir -p build
 for target in "${targets[@]%.c}"; do
     "${CLANG:-clang}" -std=c11 -D_POSIX_C_SOURCE=200809L -g -O1 -Wall -Wextra -Werror \

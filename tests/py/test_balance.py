@@ -209,6 +209,7 @@ def test_check_finds_a_broken_plan():
     (dict(node_size=0), ValueError, "node_size"),
     (dict(slack=-0.1), ValueError, "slack"),
     (dict(slack=float("nan")), ValueError, "slack"),
+    (dict(slack=10**400), ValueError, "slack must be finite"),
     (dict(work_limit=-1), ValueError, "work_limit"),
     (dict(time_limit=0), ValueError, "time_limit"),
     (dict(seed=-1), ValueError, "seed"),

@@ -79,7 +79,9 @@ def test_nothing_costs_nothing():
     (dict(lengths=[10**9]), ValueError, "fits no degree"),
     (dict(degrees=[3]), ValueError, "degrees"),
     (dict(degrees=[]), ValueError, "degrees"), (dict(time_limit=-1), ValueError, "time_limit"),
-    (dict(work_limit=-1), ValueError, "work_limit"), (dict(pad_to=0), ValueError, "pad_to")])
+    (dict(work_limit=-1), ValueError, "work_limit"), (dict(pad_to=0), ValueError, "pad_to"),
+    (dict(micro_batches=0), ValueError, "micro_batches"),
+    (dict(n_gpus="8"), TypeError, "n_gpus"), (dict(cost=None), TypeError, "cost")])
 def test_bad_input(change, error, word):
     arguments = dict(lengths=[100, 200], n_gpus=8, cost=instances.profile("A", 8)) | change
     with pytest.raises(error, match=word):

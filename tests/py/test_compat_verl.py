@@ -50,6 +50,12 @@ def test_zero_lengths_leave_no_partition_empty():
     assert sorted(map(len, parts)) == [1, 1, 1, 1]
 
 
+def test_narrow_integers():
+    lengths = np.arange(1, 31, dtype=np.int8)
+    assert (get_seqlen_balanced_partitions(lengths, np.int8(3), np.True_)
+            == get_seqlen_balanced_partitions(lengths.tolist(), 3, True))
+
+
 @pytest.mark.parametrize("arguments, error", [
     (([1, 2], 3, False), ValueError), (([1, 2, 3], 2, True), ValueError),
     (([1, 2], 0, False), ValueError), (([1, -2], 1, False), ValueError),

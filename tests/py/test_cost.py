@@ -239,6 +239,8 @@ def test_bad_fit_options():
         fit(rows, heads=4)
     with pytest.raises(ValueError, match="above heads"):
         fit([([1], 8, 1.0, None)], heads=4)
+    with pytest.raises(ValueError, match="65 different degrees"):
+        fit([([1], degree, 1.0, None) for degree in range(1, 66)])
 
 
 # ---------------------------------------------------------------- from_model

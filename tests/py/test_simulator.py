@@ -218,6 +218,18 @@ def test_a_planned_step_takes_as_long_as_its_plan_says():
     assert plan.bound * (1 - 1e-9) <= step_s <= plan.time * (1 + 1e-9)
 
 
+def test_a_planned_step_runs_the_micro_batches_of_its_plan(rng):
+    """With free transfers the simulated time is the plan's, micro-batch by micro-batch."""
+    machine = Cluster(1, 3, 1000.0, 1e15, 1e30, 1e30)
+    for _ in range(10):
+        batch = small_batch(rng, ranks=3)
+        memory = {"llm": (1000.0 / (batch.language_lengths.max() + int(rng.integers(0, 9))), 0.0)}
+        limits = dict(memory=memory, work_limit=int(rng.integers(0, 300)), time_limit=None)
+        plan = orchvlm.plan_step(batch, machine, COSTS, **limits)
+        sim = orchvlm.simulate(batch, machine, COSTS, policies=("orchvlm",), **limits)
+        assert sim["orchvlm"].step_s[0] == pytest.approx(plan.time, rel=1e-9)
+
+
 def test_shares_add_up_and_no_rank_is_busier_than_the_step(rng):
     machine = cluster(nodes=2, per_node=2, intra=1000.0, inter=100.0)
     batch = small_batch(rng)

@@ -158,7 +158,10 @@ def test_check_finds_changes():
     (lambda: plan(llm="sequence_parallel", memory={"llm": (1, 1)}, costs={
         "vision": LINEAR, "llm": orchvlm.SequenceCost(0.0, 1.0)}), "leave it out"),
     (lambda: plan(llm="sequence_parallel", pad_to=0, costs={
-        "vision": LINEAR, "llm": orchvlm.SequenceCost(0.0, 1.0)}), "pad_to must be in"),
+        "vision": LINEAR, "llm": orchvlm.SequenceCost(0.0, 1.0)}), "pad_to must be >= 1"),
+    (lambda: plan(pad_to=0), "pad_to must be >= 1"),
+    (lambda: plan(slack=10**400), "slack must be finite"),
+    (lambda: items(out_bytes_per_token=10**400), "out_bytes_per_token must be finite"),
 ])
 def test_bad_values(make, message):
     with pytest.raises(ValueError, match=message):
@@ -168,6 +171,9 @@ def test_bad_values(make, message):
 @pytest.mark.parametrize("make, message", [
     (lambda: items(length=[1.5, 2.0]), "Items.length must hold integers; got dtype float64"),
     (lambda: items(out_bytes_per_token="8"), "must be a number"),
+    (lambda: items(squares=["1", "2"]), "Items.squares must hold numbers"),
+    (lambda: items(squares=[1j, 2]), "Items.squares must hold numbers"),
+    (lambda: items(squares=10**400), "Items.squares must hold numbers"),
     (lambda: batch(phases={"vision": 3}), "must be {name: Items}"),
     (lambda: orchvlm.plan_step({}, CLUSTER, {"llm": LINEAR}), "batch must be a Batch"),
     (lambda: plan(cluster=8), "cluster must be a Cluster"),
@@ -176,6 +182,8 @@ def test_bad_values(make, message):
      "must be a BatchCost with llm='balance'"),
     (lambda: plan(llm="sequence_parallel"), "must be a SequenceCost"),
     (lambda: plan(memory={"vision": 5}), "must be \\(bytes_per_token, fixed_bytes\\)"),
+    (lambda: plan(memory=[("vision", (1, 1))]), "memory must be a dict"),
+    (lambda: plan(pad_to=np.inf), "pad_to must be an integer"),
     (lambda: plan(warm_start=5), "warm_start must be a StepPlan"),
     (lambda: orchvlm.StepPlan.from_bytes("text"), "bytes-like"),
 ])

@@ -2,6 +2,7 @@
 import numpy as np
 
 from ..balancing import balance
+from ..sequences import _integer
 
 
 def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
@@ -55,9 +56,8 @@ def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
     [[0, 1], [2, 3]]
     """
     n = len(seqlen_list)
-    if isinstance(k_partitions, bool) or not hasattr(k_partitions, "__index__"):
-        raise TypeError(f"k_partitions must be an integer; got {type(k_partitions).__name__}")
-    if not 1 <= k_partitions <= n:
+    k_partitions = _integer(k_partitions, "k_partitions")
+    if k_partitions > n:
         raise ValueError(f"k_partitions must be between 1 and the number of sequences, {n}; "
                          f"got {k_partitions}")
     if equal_size and n % k_partitions != 0:

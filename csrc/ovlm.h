@@ -268,7 +268,8 @@ typedef struct ovlm_route {
     int64_t *send_row, *receive_row;        /* [k] owned */
 } ovlm_route;
 
-/* Room for k pieces; released (and zeroed) by ovlm_route_free, which takes a zeroed route too. */
+/* Room for k pieces, not filled in; released (and zeroed) by ovlm_route_free, which takes a zeroed
+ * route too. */
 OVLM_NODISCARD ovlm_status ovlm_route_init(ovlm_route *route, int64_t k, int64_t n_ranks,
                                            ovlm_err *err);
 void ovlm_route_free(ovlm_route *route);

@@ -87,8 +87,8 @@ static ovlm_status chunk_add(ovlm_arena *arena, size_t need, ovlm_err *err)
     return OVLM_OK;
 }
 
-ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count, size_t size,
-                             ovlm_err *err)
+ovlm_status ovlm_arena_alloc_raw(ovlm_arena *arena, void **out, int64_t count, size_t size,
+                                 ovlm_err *err)
 {
     size_t bytes = 0;
     OVLM_TRY(bytes_of(count, size, &bytes, err));
@@ -104,8 +104,15 @@ ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count, size_
     unsigned char *piece = chunk->base + chunk->used_bytes;
     chunk->used_bytes += need;
     UNPOISON(piece, bytes);
-    memset(piece, 0, bytes);
     *out = piece;
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_arena_alloc(ovlm_arena *arena, void **out, int64_t count, size_t size,
+                             ovlm_err *err)
+{
+    OVLM_TRY(ovlm_arena_alloc_raw(arena, out, count, size, err));
+    memset(*out, 0, (size_t)count * size);
     return OVLM_OK;
 }
 
@@ -145,13 +152,24 @@ void ovlm_arena_free(ovlm_arena *arena)
     ovlm_arena_rewind(arena, (ovlm_arena_mark){NULL, 0});
 }
 
-ovlm_status ovlm_heap_alloc(void **out, int64_t count, size_t size, ovlm_err *err)
+static ovlm_status heap_take(void **out, int64_t count, size_t size, bool zeroed, ovlm_err *err)
 {
     size_t bytes = 0;
     OVLM_TRY(bytes_of(count, size, &bytes, err));
-    *out = must_fail() ? NULL : calloc(bytes ? bytes : 1, 1);
+    size_t most = bytes ? bytes : 1;
+    *out = must_fail() ? NULL : zeroed ? calloc(most, 1) : malloc(most);
     if (*out == NULL) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory: %zu bytes were asked for", bytes);
     }
     return OVLM_OK;
+}
+
+ovlm_status ovlm_heap_alloc(void **out, int64_t count, size_t size, ovlm_err *err)
+{
+    return heap_take(out, count, size, true, err);
+}
+
+ovlm_status ovlm_heap_alloc_raw(void **out, int64_t count, size_t size, ovlm_err *err)
+{
+    return heap_take(out, count, size, false, err);
 }

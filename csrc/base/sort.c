@@ -53,8 +53,8 @@ static ovlm_status sort_keys(const void *key, bool is_double, int64_t n, int64_t
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     pair *a = NULL, *b = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &a, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &b, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &a, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &b, n, err));
     for (int64_t i = 0; i < n; i++) {
         uint64_t bits = 0;
         /* Non-negative IEEE doubles order like their bits; + 0.0 turns -0.0 into 0.0. */

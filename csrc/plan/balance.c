@@ -151,6 +151,55 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
                                  : bal_rebuild(search, plan, err);
 }
 
+/* Any plan first, then the homes; raises *bound when the plan is proved optimal. */
+static ovlm_status solve_afresh(bal_search *search, bal_plan *plan, double slack, double *bound,
+                                ovlm_err *err)
+{
+    const bal_model *model = search->model;
+    ovlm_meter *meter = search->meter;
+    bool found = false, optimal = false;
+    OVLM_TRY(first_plan(search, plan, &found, err));
+    /* half of what is left is for the homes; and what slack gives away need not be searched for */
+    int64_t work_limit = meter->work_limit;
+    bool near = found && slack > 0 && model->n_units > EXACT_UNITS &&
+                plan->max <= search->goal * (1 + slack / 4);
+    if (model->home != NULL && found) {
+        meter->work_limit -= (work_limit - meter->work) / 2;
+    }
+    if (!near) {
+        OVLM_TRY(improve(search, plan, &found, &optimal, err));
+    }
+    meter->work_limit = work_limit;
+    double best = plan->max;
+    if (model->home != NULL) {
+        OVLM_TRY(settle_homes(search, plan, near ? search->goal : best, slack, err));
+    }
+    /* a plan that meets the goal ended the search early, and the goal is its bound */
+    if (optimal && !bal_meets(best, search->goal) && best * model->down > *bound) {
+        *bound = best * model->down;
+    }
+    return OVLM_OK;
+}
+
+/* With slack, a plan within it of the goal needs no other plan to compare with: tried from the
+ * homes alone, with a quarter of the work. */
+static ovlm_status try_homes(bal_search *search, bal_plan *plan, double slack, bool *done,
+                             ovlm_err *err)
+{
+    ovlm_meter *meter = search->meter;
+    int64_t work_limit = meter->work_limit;
+    *done = false;
+    if (!(slack > 0) || search->model->n_units <= EXACT_UNITS) {
+        return OVLM_OK;
+    }
+    if (work_limit > meter->work) {
+        meter->work_limit = meter->work + (work_limit - meter->work) / 4;
+    }
+    OVLM_TRY(bal_stay(search, plan, search->goal * (1 + slack), done, err));
+    meter->work_limit = work_limit;
+    return OVLM_OK;
+}
+
 /* Solves one prepared part and writes its ranks. */
 static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *part, double bound,
                               ovlm_err *err)
@@ -158,30 +207,13 @@ static ovlm_status solve_part(job *j, const bal_model *model, const bal_part *pa
     bal_search search = {.model = model, .meter = &j->meter, .arena = &j->arena,
                          .goal = j->bound > bound ? j->bound : bound};
     ovlm_rng_init(&search.rng, j->problem->seed);
-    bal_plan plan = {0};
-    bool found = false, optimal = false;
-    OVLM_TRY(bal_plan_init(&plan, model, &j->arena, err));
-    OVLM_TRY(first_plan(&search, &plan, &found, err));
-    /* half of what is left is for the homes; and what slack gives away need not be searched for */
-    int64_t work_limit = j->meter.work_limit;
     double slack = model->home != NULL ? j->problem->slack : 0;
-    bool near = found && slack > 0 && model->n_units > EXACT_UNITS &&
-                plan.max <= search.goal * (1 + slack / 4);
-    if (model->home != NULL && found) {
-        j->meter.work_limit -= (work_limit - j->meter.work) / 2;
-    }
-    if (!near) {
-        OVLM_TRY(improve(&search, &plan, &found, &optimal, err));
-    }
-    j->meter.work_limit = work_limit;
-    double best = plan.max;
-    if (model->home != NULL) {
-        OVLM_TRY(settle_homes(&search, &plan, near ? search.goal : best, slack, err));
-    }
-    /* a plan that meets the goal ended the search early, and the goal is its bound */
-    if (optimal && !bal_meets(best, search.goal)) {
-        double proved = best * model->down;
-        bound = proved > bound ? proved : bound;
+    bal_plan plan = {0};
+    bool done = false;
+    OVLM_TRY(bal_plan_init(&plan, model, &j->arena, err));
+    OVLM_TRY(try_homes(&search, &plan, slack, &done, err));
+    if (!done) {
+        OVLM_TRY(solve_afresh(&search, &plan, slack, &bound, err));
     }
     j->bound = bound > j->bound ? bound : j->bound;
     for (int64_t i = 0; i < part->n_items; i++) {

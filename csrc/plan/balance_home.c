@@ -14,7 +14,11 @@ typedef struct homing {
     bal_search *search;
     bal_plan *plan;
     int64_t *head, *next;   /* units of each rank as a list, -1 ends                           */
+    int64_t *order;         /* [n_ranks] scratch                                               */
     double limit;
+    double *least;          /* tree over the ranks: [leaves + r] is r's load, or HUGE_VAL when it
+                               takes nothing; [i] is the lesser of [2i] and [2i + 1]           */
+    int64_t leaves;         /* a power of two                                                  */
 } homing;
 
 static double load_with(const homing *h, int64_t u, int64_t r)
@@ -54,12 +58,17 @@ static void move(homing *h, int64_t u, int64_t s)
     *link = h->next[u];
     h->next[u] = h->head[s];
     h->head[s] = u;
-    plan->add[r] = 0;
-    plan->count[r] = plan->len[r] = plan->size[r] = 0;
-    plan->load[r] = bal_base(model, r);
-    for (int64_t v = h->head[r]; v >= 0; v = h->next[v]) {
-        bal_plan_put(model, plan, v, r);
+    plan->count[r] -= bal_count(model, u);
+    plan->size[r] -= bal_size(model, u);
+    /* what rounding leaves over is far below BAL_TOLERANCE, and goes when the plan is settled */
+    plan->add[r] = plan->count[r] > 0 ? plan->add[r] - model->a[u] : 0;
+    if (model->len != NULL && model->len[u] == plan->len[r]) {
+        plan->len[r] = 0;
+        for (int64_t v = h->head[r]; v >= 0; v = h->next[v]) {
+            plan->len[r] = model->len[v] > plan->len[r] ? model->len[v] : plan->len[r];
+        }
     }
+    plan->load[r] = bal_load(model, r, plan->add[r], plan->count[r], plan->len[r]);
     bal_plan_put(model, plan, u, s);
 }
 
@@ -69,10 +78,12 @@ static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
 {
     const bal_model *model = h->search->model;
     double excess = (h->plan->load[r] - h->limit) * bal_speed(model, r);
+    /* most units are too large, which one comparison tells; may_move decides */
+    double room = bal_room(model, s, h->limit * (1 + 2 * BAL_TOLERANCE)) - h->plan->add[s];
     int64_t best = -1;
     bool best_within = false;
     for (int64_t u = h->head[r]; u >= 0; u = h->next[u]) {
-        if (!may_move(h, u, s)) {
+        if (model->a[u] > room || !may_move(h, u, s)) {
             continue;
         }
         bool within = model->a[u] <= excess, better = best < 0;
@@ -95,37 +106,81 @@ static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
     return best;
 }
 
-/* Least loaded rank of [from, to) that is below `above` and not r; -1: none. */
-static int64_t emptiest(const homing *h, int64_t r, int64_t from, int64_t to, double above)
+static void leaf_set(homing *h, int64_t r, double value)
 {
-    int64_t best = -1;
-    for (int64_t s = from; s < to; s++) {
-        double load = h->plan->load[s];
-        if (s != r && load > above && (best < 0 || load < h->plan->load[best]) &&
-            load < h->limit) {
-            best = s;
+    double *least = h->least;
+    int64_t i = h->leaves + r;
+    least[i] = value;
+    for (i /= 2; i > 0; i /= 2) {
+        least[i] = least[2 * i] < least[2 * i + 1] ? least[2 * i] : least[2 * i + 1];
+    }
+}
+
+static double leaf_value(const homing *h, int64_t r)
+{
+    return h->plan->load[r] < h->limit ? h->plan->load[r] : HUGE_VAL;
+}
+
+static void leaves_fill(homing *h)
+{
+    for (int64_t r = 0; r < h->leaves; r++) {
+        h->least[h->leaves + r] = r < h->search->model->n_ranks ? leaf_value(h, r) : HUGE_VAL;
+    }
+    for (int64_t i = h->leaves - 1; i > 0; i--) {
+        h->least[i] = h->least[2 * i] < h->least[2 * i + 1] ? h->least[2 * i]
+                                                            : h->least[2 * i + 1];
+    }
+}
+
+/* Least loaded rank of [from, to) that takes units; -1: none. */
+static int64_t emptiest(const homing *h, int64_t from, int64_t to)
+{
+    const double *least = h->least;
+    int64_t best = h->leaves + from;
+    /* the range is made of whole subtrees, found from its two ends upwards */
+    for (int64_t i = h->leaves + from, end = h->leaves + to; i < end; i /= 2, end /= 2) {
+        if (i % 2 == 1) {
+            best = least[i] < least[best] ? i : best;
+            i++;
+        }
+        if (end % 2 == 1) {
+            end--;
+            best = least[end] < least[best] ? end : best;
         }
     }
-    return best;
+    if (!(least[best] < HUGE_VAL)) {
+        return -1;
+    }
+    while (best < h->leaves) {
+        best = 2 * best + (least[2 * best] > least[best]);
+    }
+    return best - h->leaves;
 }
 
 /* Rank r gives up units to ranks of [from, to) while it is over and some rank has room. */
 static void shed(homing *h, int64_t r, int64_t from, int64_t to)
 {
     enum { TRIES = 8 };
-    double above = -1; /* ranks up to this load had no room for any unit */
-    for (int tries = 0; is_over(h, r) && tries < TRIES;) {
-        int64_t s = emptiest(h, r, from, to, above);
-        if (s < 0 || ovlm_meter_spend(h->search->meter, (to - from) / 8 + 1)) {
-            return;
+    int64_t tried[TRIES]; /* ranks that have no room for any unit of r */
+    int n_tried = 0;
+    leaf_set(h, r, HUGE_VAL);
+    while (is_over(h, r) && n_tried < TRIES) {
+        int64_t s = emptiest(h, from, to);
+        if (s < 0 || ovlm_meter_spend(h->search->meter, h->plan->count[r] / 2 + 1)) {
+            break;
         }
         int64_t u = pick_unit(h, r, s);
         if (u >= 0) {
             move(h, u, s);
+            leaf_set(h, s, leaf_value(h, s));
         } else {
-            above = h->plan->load[s];
-            tries++;
+            leaf_set(h, s, HUGE_VAL);
+            tried[n_tried++] = s;
         }
+    }
+    leaf_set(h, r, leaf_value(h, r));
+    for (int i = 0; i < n_tried; i++) {
+        leaf_set(h, tried[i], leaf_value(h, tried[i]));
     }
 }
 
@@ -166,6 +221,35 @@ static void go_home(homing *h)
     }
 }
 
+/* Every rank above the limit sheds within its block of `reach` ranks: the most loaded first, so
+ * that large units meet large rooms, and what is small fills what they leave. */
+static ovlm_status shed_all(homing *h, int64_t reach, ovlm_err *err)
+{
+    int64_t n_ranks = h->search->model->n_ranks;
+    OVLM_TRY(ovlm_sort_f64(h->plan->load, n_ranks, h->order, h->search->arena, err));
+    for (int64_t i = 0; i < n_ranks; i++) {
+        int64_t r = h->order[i], from = r / reach * reach;
+        if (is_over(h, r)) {
+            shed(h, r, from, from + reach < n_ranks ? from + reach : n_ranks);
+        }
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, double limit,
+                               ovlm_err *err)
+{
+    const bal_model *model = search->model;
+    *h = (homing){.search = search, .plan = plan, .limit = limit, .leaves = 1};
+    while (h->leaves < model->n_ranks) {
+        h->leaves *= 2;
+    }
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->least, 2 * h->leaves, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->order, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->head, model->n_ranks, err));
+    return OVLM_ARENA_RAW(search->arena, &h->next, model->n_units, err);
+}
+
 /* From the homes to a plan below the limit; false when that is not reached. */
 static ovlm_status from_homes(homing *h, bool *done, ovlm_err *err)
 {
@@ -175,14 +259,9 @@ static ovlm_status from_homes(homing *h, bool *done, ovlm_err *err)
         bal_plan_put(model, h->plan, u, bal_is_pinned(model, u) ? model->pin[u] : model->home[u]);
     }
     lists_fill(h);
-    for (int64_t r = 0; r < model->n_ranks; r++) {
-        int64_t node = r / model->node_size * model->node_size;
-        int64_t end = node + model->node_size;
-        shed(h, r, node, end < model->n_ranks ? end : model->n_ranks);
-    }
-    for (int64_t r = 0; r < model->n_ranks; r++) {
-        shed(h, r, 0, model->n_ranks);
-    }
+    leaves_fill(h);
+    OVLM_TRY(shed_all(h, model->node_size, err));
+    OVLM_TRY(shed_all(h, model->n_ranks, err));
     *done = bal_plan_settle(model, h->plan);
     if (*done && !bal_meets(h->plan->max, h->limit) && !model->padded) {
         OVLM_TRY(bal_rebuild_to(h->search, h->plan, h->limit, err));
@@ -240,16 +319,25 @@ static ovlm_status rename_ranks(const bal_model *model, bal_plan *plan, ovlm_are
     return OVLM_OK;
 }
 
+ovlm_status bal_stay(bal_search *search, bal_plan *plan, double limit, bool *done, ovlm_err *err)
+{
+    ovlm_arena_mark mark = ovlm_arena_save(search->arena);
+    homing h;
+    OVLM_TRY(homing_init(&h, search, plan, limit, err));
+    OVLM_TRY(from_homes(&h, done, err));
+    ovlm_arena_rewind(search->arena, mark);
+    return search->meter->interrupted ? OVLM_FAIL(err, OVLM_E_INTERRUPTED, "interrupted") : OVLM_OK;
+}
+
 ovlm_status bal_home(bal_search *search, bal_plan *plan, double limit, ovlm_err *err)
 {
     const bal_model *model = search->model;
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
     bal_plan other = {0};
     bool done = false;
-    homing h = {.search = search, .plan = &other, .limit = limit};
+    homing h;
     OVLM_TRY(bal_plan_init(&other, model, search->arena, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h.head, model->n_ranks, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h.next, model->n_units, err));
+    OVLM_TRY(homing_init(&h, search, &other, limit, err));
     OVLM_TRY(from_homes(&h, &done, err));
     if (done && bal_traffic_less(bal_traffic_of(model, &other), bal_traffic_of(model, plan))) {
         bal_plan_copy(model, plan, &other);

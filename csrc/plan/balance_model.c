@@ -67,7 +67,7 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
 {
     int64_t n_units = model->n_units;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &model->a, n_units, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &model->order, n_units, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &model->order, n_units, err));
     if (model->padded) {
         OVLM_TRY(OVLM_ARENA_NEW(arena, &model->len, n_units, err));
     }
@@ -83,7 +83,7 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
     }
     if (p->home != NULL) {
         OVLM_TRY(OVLM_ARENA_NEW(arena, &model->bytes, n_units, err));
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &model->home, n_units, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &model->home, n_units, err));
     }
     return OVLM_OK;
 }
@@ -125,13 +125,22 @@ static ovlm_status add_item(bal_model *model, const ovlm_balance_problem *p, con
 static ovlm_status find_homes(bal_model *model, const ovlm_balance_problem *p, const bal_part *part,
                               ovlm_arena *arena, ovlm_err *err)
 {
+    for (int64_t i = 0; model->unit_of == NULL && i < part->n_items; i++) {
+        int64_t item = part_item(part, i);
+        model->bytes[i] = p->size != NULL ? p->size[item] : p->lengths[item];
+        model->home[i] = p->home[item] - part->first_rank;
+    }
+    if (model->unit_of == NULL) {
+        return OVLM_OK;
+    }
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
     int64_t *key = NULL, *order = NULL, *most = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &key, part->n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &order, part->n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &most, model->n_units, err));
     memset(most, -1, (size_t)model->n_units * sizeof *most);
     for (int64_t i = 0; i < part->n_items; i++) {
-        int64_t item = part_item(part, i), u = model->unit_of != NULL ? model->unit_of[i] : i;
+        int64_t item = part_item(part, i), u = model->unit_of[i];
         key[i] = u * part->n_ranks + p->home[item] - part->first_rank;
     }
     OVLM_TRY(ovlm_sort_i64(key, part->n_items, order, arena, err));
@@ -146,6 +155,7 @@ static ovlm_status find_homes(bal_model *model, const ovlm_balance_problem *p, c
             model->home[u] = key[order[i]] % part->n_ranks;
         }
     }
+    ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }
 

@@ -94,6 +94,11 @@ static inline bool bal_traffic_less(bal_traffic a, bal_traffic b)
 OVLM_NODISCARD ovlm_status bal_exact(bal_search *search, bal_plan *plan, double limit,
                                      int64_t max_work, bool *found, bool *done, ovlm_err *err);
 
+/* From the homes alone, whatever the plan: few moves until all loads are at most `limit`.  *done is
+ * false, and the plan of no use, when that is not reached. */
+OVLM_NODISCARD ovlm_status bal_stay(bal_search *search, bal_plan *plan, double limit, bool *done,
+                                    ovlm_err *err);
+
 /* Least traffic among plans with loads up to `limit`; `plan` is one such plan and stays one. */
 OVLM_NODISCARD ovlm_status bal_home(bal_search *search, bal_plan *plan, double limit,
                                     ovlm_err *err);

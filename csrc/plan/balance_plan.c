@@ -5,7 +5,7 @@
 
 ovlm_status bal_plan_init(bal_plan *plan, const bal_model *model, ovlm_arena *arena, ovlm_err *err)
 {
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->rank, model->n_units, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &plan->rank, model->n_units, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->add, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->load, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &plan->count, model->n_ranks, err));
@@ -52,17 +52,25 @@ bool bal_plan_settle(const bal_model *model, bal_plan *plan)
     clear_sums(model, plan);
     for (int64_t u = 0; u < model->n_units; u++) {
         int64_t r = plan->rank[u];
-        if (r < 0 || !bal_admits(model, plan, u, r)) {
+        if (r < 0 || (bal_is_pinned(model, u) && model->pin[u] != r)) {
             return false;
         }
         plan->add[r] += model->a[u];
         plan->count[r] += bal_count(model, u);
-        plan->size[r] += bal_size(model, u);
-        int64_t len = bal_len(model, u);
-        plan->len[r] = len > plan->len[r] ? len : plan->len[r];
+    }
+    for (int64_t u = 0; u < model->n_units && model->size != NULL; u++) {
+        int64_t r = plan->rank[u];
+        if (model->size[u] > bal_capacity(model, r) - plan->size[r]) {
+            return false;
+        }
+        plan->size[r] += model->size[u];
+    }
+    for (int64_t u = 0; u < model->n_units && model->len != NULL; u++) {
+        int64_t r = plan->rank[u];
+        plan->len[r] = model->len[u] > plan->len[r] ? model->len[u] : plan->len[r];
     }
     for (int64_t r = 0; r < model->n_ranks; r++) {
-        if (plan->count[r] < model->min_items) {
+        if (plan->count[r] < model->min_items || plan->count[r] > model->max_items) {
             return false;
         }
         plan->load[r] = bal_load(model, r, plan->add[r], plan->count[r], plan->len[r]);

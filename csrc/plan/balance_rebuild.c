@@ -267,7 +267,7 @@ static ovlm_status rebuild_init(rebuild *b, bal_search *search, bal_plan *plan, 
     const bal_model *model = search->model;
     *b = (rebuild){.search = search, .plan = plan, .pool.model = model};
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->head, model->n_ranks, err));
-    OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->next, model->n_units, err));
+    OVLM_TRY(OVLM_ARENA_RAW(search->arena, &b->next, model->n_units, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.list, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->over.at, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &b->under.list, model->n_ranks, err));

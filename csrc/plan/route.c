@@ -61,7 +61,7 @@ ovlm_status ovlm_route_init(ovlm_route *route, int64_t k, int64_t n_ranks, ovlm_
                           &route->source,      &route->destination, &route->send_row,
                           &route->receive_row};
     for (size_t c = 0; c < sizeof column / sizeof column[0]; c++) {
-        ovlm_status status = OVLM_HEAP_NEW(column[c], k, err);
+        ovlm_status status = OVLM_HEAP_RAW(column[c], k, err);
         if (status != OVLM_OK) {
             ovlm_route_free(route);
             return status;

@@ -121,7 +121,7 @@ ovlm_status sp_batches_init(sp_batches *b, const sp_model *model, int64_t giants
     OVLM_TRY(OVLM_ARENA_NEW(arena, &b->interval, SP_INTERVALS, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &b->fluid, tables, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &b->timed, tables, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &b->phi, 2 * SP_INTERVALS * sets, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &b->phi, sets * SP_INTERVALS * 2, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &b->gain, sets * (b->units + 1), err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &b->sum, (giants + 1) * sets, err));
     weigh_items(b);
@@ -352,7 +352,7 @@ static double split_giants(const sp_batches *b, const double *phi)
 /* Bound with all prices times `scale`: contents scale with them. */
 static double scaled_bound(const sp_batches *b, double total, double scale)
 {
-    double least[SP_GIANT_SETS];
+    double least[SP_GIANT_SETS] = {0};
     int64_t sets = (int64_t)1 << b->giants;
     for (int64_t set = 0; set < sets; set++) {
         least[set] = HUGE_VAL;

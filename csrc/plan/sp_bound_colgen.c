@@ -103,7 +103,7 @@ static double evaluate(sp_colgen *g, const double *pi, double makespan)
 {
     const sp_model *model = g->model;
     int64_t D = model->D, tried[SP_MAX_DEGREES] = {0};
-    double value[SP_MAX_DEGREES], total = sp_nodes_spread(&g->nodes, pi, g->item_pi);
+    double value[SP_MAX_DEGREES] = {0}, total = sp_nodes_spread(&g->nodes, pi, g->item_pi);
     for (int64_t j = 0; j < D; j++) {
         value[j] = price_group(g, j, makespan, g->theta[j][g->favourite[j]], &g->pattern[j]);
         tried[j] = 1;

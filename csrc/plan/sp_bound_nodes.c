@@ -5,7 +5,7 @@
  * the rows at equal steps of tokens. */
 static void choose_nodes(const sp_model *model, sp_nodes *nodes, int64_t max_rows)
 {
-    int64_t m = 0, n = nodes->n, steps = 0;
+    int64_t m = 0, n = nodes->n, steps = 0, most_steps = max_rows / 2;
     const int64_t *k = nodes->k;
     double tokens = 0, seen = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -14,7 +14,7 @@ static void choose_nodes(const sp_model *model, sp_nodes *nodes, int64_t max_row
     for (int64_t i = 0; i < n && m < max_rows - 1; i++) {
         bool change = (i > 0 && model->min_j[k[i]] != model->min_j[k[i - 1]]) ||
                       (i + 1 < n && model->min_j[k[i]] != model->min_j[k[i + 1]]);
-        bool step = i >= max_rows / 3 && seen >= tokens * (double)steps / (double)(max_rows / 2);
+        bool step = i >= max_rows / 3 && seen >= tokens * (double)steps / (double)most_steps;
         seen += i < max_rows / 3 ? 0 : (double)model->s[k[i]];
         steps += step;
         if (n <= max_rows || i < max_rows / 3 || change || step) {

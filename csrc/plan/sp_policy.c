@@ -200,7 +200,7 @@ ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t mo
     ovlm_status status = OVLM_OK;
     sp_micro micro, mixed;
     sp_draft better;
-    int64_t *k, order[SP_TRIES];
+    int64_t *k, order[SP_TRIES] = {0};
     OVLM_GOTO(done, sp_micro_init(&micro, model->n, arena, err));
     OVLM_GOTO(done, sp_micro_init(&mixed, model->n, arena, err));
     OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));

@@ -74,7 +74,7 @@ static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
                    fabs(in->time[j] - tau * s * in->fill[j]);
     }
     for (int64_t i = 0; i < n_fits; i++) {
-        slot = fits[i];
+        slot = fits[i]; /* filled above: NOLINT */
         int64_t j = step->j[slot];
         double time = step->time[slot] + in->time[j];
         double growth = time > tau ? time - tau : 0, cost = growth + in->excess[j];

@@ -14,11 +14,11 @@ static ovlm_status balanced_groups(step_cells *cells, const step_input *input,
 {
     int64_t n = input->problem->n, n_ranks = input->problem->n_ranks, *key = NULL;
     cells->n_groups = cells->n_cells = share->n_micro * n_ranks;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &key, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->sample, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &key, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &cells->sample, n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->first_gpu, cells->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->cell_start, cells->n_groups + 1, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->sample_start, cells->n_groups + 1, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &cells->sample_start, cells->n_groups + 1, err));
     for (int64_t i = 0; i < n; i++) {
         key[i] = share->micro[i] * n_ranks + share->rank[i];
     }
@@ -88,11 +88,11 @@ void step_cells_place(step_cells *cells, const step_input *input, const ovlm_ste
 
 static ovlm_status room_for(step_pieces *pieces, int64_t k, ovlm_arena *arena, ovlm_err *err)
 {
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pieces->item, k, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pieces->first_row, k, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pieces->n_rows, k, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pieces->cell, k, err));
-    return OVLM_ARENA_NEW(arena, &pieces->offset, k, err);
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->item, k, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->first_row, k, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->n_rows, k, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->cell, k, err));
+    return OVLM_ARENA_RAW(arena, &pieces->offset, k, err);
 }
 
 /* Where the walk along a group's packed axis stands: divisions would cost more than all the rest.

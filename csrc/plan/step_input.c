@@ -161,7 +161,7 @@ static ovlm_status order_items(const step_input *input, const int64_t *sample,
     }
     if (!is_short) {
         int64_t *by_key = NULL;
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &by_key, input->n_items, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &by_key, input->n_items, err));
         OVLM_TRY(route_sort_up(key, input->n_items, by_key, arena, err));
         route_group(sample, n, by_key, input->n_items, order, start);
     }
@@ -210,9 +210,9 @@ static ovlm_status derive_sizes(step_input *input, int64_t *sample, int64_t *key
     }
     for (int64_t p = 0; p < problem->n_phases; p++) {
         const ovlm_step_items *items = &problem->phase[p];
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &input->home[p], items->n, err));
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &input->out_bytes[p], items->n, err));
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &input->order[p], items->n, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &input->home[p], items->n, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &input->out_bytes[p], items->n, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &input->order[p], items->n, err));
         for (int64_t k = 0; k < items->n; k++, at++) {
             int64_t i = items->sample[k];
             OVLM_TRY(bytes_of(items->name, items->out_tokens[k], items->out_bytes_per_token,
@@ -239,14 +239,14 @@ static ovlm_status reserve(step_input *input, ovlm_arena *arena, ovlm_err *err)
     for (int64_t p = 0; p < n_phases; p++) {
         input->n_items += input->problem->phase[p].n;
     }
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->tokens, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->text_bytes, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->llm_bytes, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_start, n + 1, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_phase, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_index, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_position, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &input->item_tokens, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->tokens, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->text_bytes, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->llm_bytes, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_start, n + 1, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_phase, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_index, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_position, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_tokens, input->n_items, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &input->order, n_phases, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &input->home, n_phases, err));
     return OVLM_ARENA_NEW(arena, &input->out_bytes, n_phases, err);
@@ -285,9 +285,9 @@ ovlm_status step_input_init(step_input *input, const ovlm_step_problem *problem,
     OVLM_TRY(check_problem(input, err));
     OVLM_TRY(reserve(input, arena, err));
     int64_t *sample = NULL, *key = NULL, *item = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &sample, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &key, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &item, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &sample, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &key, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &item, input->n_items, err));
     OVLM_TRY(derive_sizes(input, sample, key, arena, err));
     OVLM_TRY(order_items(input, sample, key, item, arena, err));
     OVLM_TRY(list_items(input, item, arena, err));

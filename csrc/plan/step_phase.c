@@ -156,7 +156,7 @@ ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     ovlm_step_share sampled = {.n = work->n, .n_micro = 1};
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &sampled.rank, work->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &sampled.rank, work->n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &sampled.micro, work->n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &sampled.loads, n_ranks, err));
     for (int64_t i = 0; i < work->n; i++) {

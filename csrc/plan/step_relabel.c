@@ -19,9 +19,9 @@ typedef struct flow_list {
 static ovlm_status flows_init(flow_list *flows, int64_t room, ovlm_arena *arena, ovlm_err *err)
 {
     *flows = (flow_list){0};
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->label, room, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->rank, room, err));
-    return OVLM_ARENA_NEW(arena, &flows->bytes, room, err);
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->label, room, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->rank, room, err));
+    return OVLM_ARENA_RAW(arena, &flows->bytes, room, err);
 }
 
 static void add_flow(flow_list *flows, int64_t label, int64_t rank, int64_t bytes)
@@ -230,8 +230,8 @@ static ovlm_status gather_flows(const step_input *input, const ovlm_step_plan *p
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->order, room, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->group, room, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->shard, room, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->rank, room, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->bytes, room, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->rank, room, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->bytes, room, err));
     for (int64_t g = 0; g < cells->n_groups; g++) {
         for (int64_t c = cells->cell_start[g]; c < cells->cell_start[g + 1]; c++) {
             group_of[c] = g;

@@ -29,11 +29,11 @@ ovlm_status step_encoder_rows(const step_input *input, const ovlm_step_plan *pla
     int64_t *by_micro = NULL, *start = NULL, *filled = NULL, *order = item_order;
     int64_t keys = share->n_micro > plan->n_ranks ? share->n_micro : plan->n_ranks;
     ovlm_arena_mark mark = ovlm_arena_save(arena);
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &by_micro, share->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &start, keys + 1, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &by_micro, share->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &start, keys + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, plan->n_ranks, err));
     if (order == NULL) {
-        OVLM_TRY(OVLM_ARENA_NEW(arena, &order, share->n, err));
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &order, share->n, err));
     }
     route_group(share->micro, share->n_micro, input->order[p], share->n, by_micro, start);
     route_group(share->rank, plan->n_ranks, by_micro, share->n, order, start);
@@ -59,6 +59,7 @@ static ovlm_status whole_items(const int64_t *order, int64_t n, int64_t n_ranks,
         int64_t i = order[e];
         if (rows[i] > 0) {
             route->item[k] = i;
+            route->first_row[k] = 0;
             route->n_rows[k] = rows[i];
             route->source[k] = from[i];
             route->destination[k] = to[i];
@@ -75,16 +76,16 @@ static ovlm_status to_cells(const step_pieces *pieces, const step_cells *cells, 
                             ovlm_arena *arena, ovlm_err *err)
 {
     int64_t *rank = NULL, *order = NULL, *start = NULL, received = 0;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &rank, pieces->k, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &order, pieces->k, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &start, n_ranks + 1, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &rank, pieces->k, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &order, pieces->k, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &start, n_ranks + 1, err));
     for (int64_t k = 0; k < pieces->k; k++) {
         rank[k] = cells->rank[pieces->cell[k]];
     }
     route_group(rank, n_ranks, NULL, pieces->k, order, start);
     ovlm_route *route = &out->route;
     OVLM_TRY(ovlm_route_init(route, pieces->k, n_ranks, err));
-    OVLM_TRY(OVLM_HEAP_NEW(&out->place, pieces->k, err));
+    OVLM_TRY(OVLM_HEAP_RAW(&out->place, pieces->k, err));
     for (int64_t e = 0; e < pieces->k; e++) {
         int64_t k = order[e], i = pieces->item[k];
         received = e > 0 && rank[k] == rank[order[e - 1]] ? received : 0;
@@ -109,10 +110,10 @@ static ovlm_status encoder_routes(const step_input *input, const step_cells *cel
     const ovlm_step_items *items = &input->problem->phase[p];
     const int64_t *encoder = plan->share[p].rank, *home = input->home[p];
     int64_t *order = NULL, *in = NULL, *out = NULL, *raw = NULL, *output = NULL, *filled = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &order, items->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &in, items->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &out, items->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &raw, items->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &order, items->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &in, items->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &out, items->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &raw, items->n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, plan->n_ranks, err));
     OVLM_TRY(step_encoder_rows(input, plan, p, items->length, order, in, arena, err));
     OVLM_TRY(step_encoder_rows(input, plan, p, items->out_tokens, NULL, out, arena, err));
@@ -123,8 +124,8 @@ static ovlm_status encoder_routes(const step_input *input, const step_cells *cel
         return to_cells(pieces, cells, plan->n_ranks, encoder, out, &plan->to_llm[p], arena, err);
     }
     int64_t *start = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &output, items->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &start, plan->n_ranks + 1, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &output, items->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &start, plan->n_ranks + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, plan->n_ranks, err));
     count_rows(home, items->out_tokens, NULL, items->n, filled, output);
     route_group(home, plan->n_ranks, NULL, items->n, order, start);
@@ -140,7 +141,7 @@ ovlm_status step_routes(const step_input *input, const step_cells *cells,
     const ovlm_step_problem *problem = input->problem;
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     int64_t *text = NULL, *filled = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &text, problem->n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &text, problem->n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, plan->n_ranks, err));
     count_rows(problem->source_rank, problem->text_tokens, NULL, problem->n, filled, text);
     OVLM_TRY(to_cells(&pieces[0], cells, plan->n_ranks, problem->source_rank, text, &plan->text,

@@ -6,6 +6,8 @@
  * split of a pair only rises: once it is above the best trade found, the rest need no look. */
 #include "plan/balance_parts.h"
 
+enum { FEW = 4 }; /* below so many units per rank, rebuilding does better from the first plan   */
+
 typedef struct trader {
     bal_search *search;
     bal_plan *plan;
@@ -196,7 +198,7 @@ static ovlm_status trader_init(trader *t, ovlm_err *err)
 ovlm_status bal_trade(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    if (model->n_ranks < 2 || model->n_units == 0) {
+    if (model->n_ranks < 2 || model->n_units / model->n_ranks < FEW) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);

@@ -198,7 +198,8 @@ static ovlm_status trader_init(trader *t, ovlm_err *err)
 ovlm_status bal_trade(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    if (model->n_ranks < 2 || model->n_units / model->n_ranks < FEW) {
+    if (model->padded || model->n_ranks < 2 || model->n_units / model->n_ranks < FEW ||
+        bal_meets(plan->max, search->goal) || ovlm_meter_spend(search->meter, 1)) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);

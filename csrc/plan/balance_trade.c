@@ -7,8 +7,8 @@
 #include "plan/balance_parts.h"
 
 enum {
-    FEW = 4,             /* below so many units per rank, rebuilding from the first plan is better */
-    MOST_WORK = 1 << 20, /* whatever the limit: rebuilding must get its part of the default        */
+    FEW = 4,             /* below so many units per rank, rebuilding alone does better      */
+    MOST_WORK = 1 << 20, /* whatever the limit: rebuilding needs its part of the default  */
 };
 
 typedef struct trader {

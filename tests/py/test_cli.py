@@ -270,13 +270,14 @@ def test_interrupt(tmp_path, command):
     picture = tmp_path / "x.png"
     process = subprocess.Popen(
         [sys.executable, "-m", "orchvlm", *command, "--plot", str(picture)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # nohup, CI ignore it
     try:
         line = process.stderr.readline()  # progress says that it runs
         assert line.startswith("orchvlm: "), line
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -1,15 +1,17 @@
 """What the subcommands of ``orchvlm`` do; :mod:`orchvlm.cli` reads their arguments."""
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from .cli import CommandError, Progress
-from .cost import BatchCost, Cluster, SequenceCost
+from .cli import ITEMS, SEQUENCES, CommandError, Progress
+from .cost import _FLEXSP, BatchCost, Cluster, SequenceCost
 from .tables import format_percent, format_seconds, text_table
 
 _PUBLISHED = {"gpt7b": SequenceCost.flexsp_gpt7b, "gpt13b": SequenceCost.flexsp_gpt13b,
               "gpt30b": SequenceCost.flexsp_gpt30b}
+_MEASURED = "a100_40g"  # where the published costs were measured
 
 
 def doctor():
@@ -36,26 +38,42 @@ def _read_config(path):
     return config
 
 
+def _gpt_config(name):
+    """Counting takes gated MLPs: 8/3 of the width has the parameters and FLOPs of a plain 4."""
+    layers, width = _FLEXSP[name.removeprefix("gpt")][:2]
+    return {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 64,
+            "num_key_value_heads": 64, "intermediate_size": round(width * 8 / 3),
+            "vocab_size": 50257}
+
+
 def _sequence_cost(arguments, cluster):
-    if arguments.model in _PUBLISHED:
-        if (arguments.preset or "a100_40g") != "a100_40g":
-            raise CommandError(f"--model {arguments.model} was measured on a100_40g; for "
-                               f"{arguments.preset} give a config.json")
-        return _PUBLISHED[arguments.model](n_gpus=cluster.n_gpus)
+    """Measured where it was measured, else counted."""
+    name = arguments.model or "gpt7b"
+    if name in _PUBLISHED and (arguments.preset or _MEASURED) == _MEASURED:
+        return _PUBLISHED[name](n_gpus=cluster.n_gpus)
     from .model_cost import from_model
-    return from_model(_read_config(arguments.model), cluster, llm="sequence_parallel").costs["llm"]
+    config = _gpt_config(name) if name in _PUBLISHED else _read_config(name)
+    return from_model(config, cluster, llm="sequence_parallel").costs["llm"]
 
 
-def _read(arguments):
+def _read(arguments, default, steps=1):
+    """(lengths of at most ``steps`` batches, batch size); says when it takes a part of the file."""
     from .reading import read_lengths
     per_unit = arguments.seconds_to_tokens
     for divisor in (arguments.chars_per_token, arguments.pixels_per_token):
         per_unit = 1 / divisor if divisor is not None else per_unit
+    asked = arguments.batch_size
     with Progress(f"reading {arguments.file}"):
-        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit)
+        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit,
+                               most=asked and asked * steps)
     if len(lengths) == 0:
         raise CommandError(f"{arguments.file}: no lengths above 0")
-    return lengths
+    size = asked or default
+    taken = lengths[:size * steps]
+    if len(taken) < len(lengths):
+        print(f"first {len(taken):,} of {len(lengths):,} lengths; --batch-size N for another",
+              file=sys.stderr if arguments.json else sys.stdout)
+    return taken, size
 
 
 def _search(arguments):
@@ -79,10 +97,16 @@ def _plain(value):
 
 def plan(arguments):
     """``orchvlm plan``"""
+    if arguments.items:
+        for option, value in (("--demo", arguments.demo), ("--policy", arguments.policy),
+                              ("--model", arguments.model)):
+            if value:
+                raise CommandError(f"{option} has no meaning with --items; leave out one of them")
+    arguments.policy = arguments.policy or "flex"
     if arguments.demo:
         return _plan_demo(arguments)
-    lengths = _read(arguments)[:arguments.batch_size]
-    cluster = _cluster(arguments, "a100_40g")
+    lengths, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
+    cluster = _cluster(arguments, _MEASURED)
     return (_plan_items if arguments.items else _plan_groups)(arguments, lengths, cluster)
 
 
@@ -109,7 +133,8 @@ def _plan_items(arguments, lengths, cluster):
                        f"{part.imbalance:.4f}"],
                       ["proven bound", f"{part.bound:.0f}", "", ""]],
                      f"{len(lengths)} items on {cluster.n_gpus} ranks, tokens"))
-    print(f"No plan is better by more than {format_percent(part.gap, 3)} ({part.status}).")
+    print("Optimal: no plan is better." if part.status == "optimal" else
+          f"No plan is better by more than {format_percent(part.gap, 3)}.")
     return 0
 
 
@@ -264,9 +289,8 @@ def _simulate_demo(arguments):
 
 
 def _simulate_file(arguments):
-    lengths = _read(arguments)
-    size = arguments.batch_size or len(lengths)
-    cluster = _cluster(arguments, "a100_40g")
+    lengths, size = _read(arguments, SEQUENCES, arguments.steps)
+    cluster = _cluster(arguments, _MEASURED)
     batches = [lengths[i * size:(i + 1) * size] for i in range(arguments.steps)]
     return ([b for b in batches if len(b)], cluster,
             {"llm": _sequence_cost(arguments, cluster)}, {})

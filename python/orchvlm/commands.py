@@ -7,7 +7,7 @@ import numpy as np
 
 from .cli import ITEMS, SEQUENCES, CommandError, Progress
 from .cost import _FLEXSP, BatchCost, Cluster, SequenceCost
-from .tables import format_percent, format_seconds, text_table
+from .tables import format_count, format_percent, format_seconds, text_table
 
 _PUBLISHED = {"gpt7b": SequenceCost.flexsp_gpt7b, "gpt13b": SequenceCost.flexsp_gpt13b,
               "gpt30b": SequenceCost.flexsp_gpt30b}
@@ -46,10 +46,20 @@ def _gpt_config(name):
             "vocab_size": 50257}
 
 
+def _is_measured(arguments):
+    return ((arguments.model or "gpt7b") in _PUBLISHED
+            and (arguments.preset or _MEASURED) == _MEASURED)
+
+
+def _cost_words(arguments):
+    how = "as FlexSP measured it on" if _is_measured(arguments) else "costs counted for"
+    return f"{arguments.model or 'gpt7b'}, {how} {arguments.preset or _MEASURED}"
+
+
 def _sequence_cost(arguments, cluster):
     """Measured where it was measured, else counted."""
     name = arguments.model or "gpt7b"
-    if name in _PUBLISHED and (arguments.preset or _MEASURED) == _MEASURED:
+    if _is_measured(arguments):
         return _PUBLISHED[name](n_gpus=cluster.n_gpus)
     from .model_cost import from_model
     config = _gpt_config(name) if name in _PUBLISHED else _read_config(name)
@@ -112,7 +122,8 @@ def plan(arguments):
 
 def _plan_items(arguments, lengths, cluster):
     from .balancing import balance
-    with Progress(f"balancing {len(lengths)} items over {cluster.n_gpus} ranks"):
+    with Progress(f"balancing {format_count(len(lengths), 'item')} over "
+                  f"{format_count(cluster.n_gpus, 'rank')}"):
         part = balance(lengths, cluster.n_gpus, BatchCost(linear=1.0), **_search(arguments))
     drawn = np.bincount(np.arange(len(lengths)) * cluster.n_gpus // len(lengths), weights=lengths,
                         minlength=cluster.n_gpus)
@@ -132,7 +143,8 @@ def _plan_items(arguments, lengths, cluster):
                       ["planned", f"{part.loads.max():.0f}", f"{mean:.0f}",
                        f"{part.imbalance:.4f}"],
                       ["proven bound", f"{part.bound:.0f}", "", ""]],
-                     f"{len(lengths)} items on {cluster.n_gpus} ranks, tokens"))
+                     f"{format_count(len(lengths), 'item')} on "
+                     f"{format_count(cluster.n_gpus, 'rank')}, tokens"))
     print("Optimal: no plan is better." if part.status == "optimal" else
           f"No plan is better by more than {format_percent(part.gap, 3)}.")
     return 0
@@ -174,7 +186,8 @@ def _proof(plan_):
 
 def _plan_groups(arguments, lengths, cluster):
     from .sequences import plan_sequences
-    with Progress(f"planning {len(lengths)} sequences on {cluster.n_gpus} GPUs"):
+    with Progress(f"planning {format_count(len(lengths), 'sequence')} on "
+                  f"{format_count(cluster.n_gpus, 'GPU')}"):
         made = plan_sequences(lengths, cluster.n_gpus, _sequence_cost(arguments, cluster),
                               gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
                               **_search(arguments))
@@ -185,8 +198,9 @@ def _plan_groups(arguments, lengths, cluster):
         _print_json(_groups_json(made))
         return 0
     print(_groups_table(made, cluster.n_gpus,
-                        f"{len(lengths)} sequences, {int(lengths.sum())} tokens, longest "
-                        f"{int(lengths.max())}, on {cluster.n_gpus} GPUs"))
+                        f"{format_count(len(lengths), 'sequence')}, {int(lengths.sum())} tokens, "
+                        f"longest {int(lengths.max())}, on {format_count(cluster.n_gpus, 'GPU')}; "
+                        f"{_cost_words(arguments)}"))
     print(_proof(made))
     return 0
 
@@ -197,7 +211,7 @@ def _plan_demo(arguments):
     from .step import plan_step
     cluster = _cluster(arguments, "h100")
     name, config, model = demo.model_for(cluster)
-    with Progress(f"planning a batch on {cluster.n_gpus} GPUs"):
+    with Progress(f"planning a batch on {format_count(cluster.n_gpus, 'GPU')}"):
         batch = demo.batch(cluster.n_gpus, 16, arguments.seed, config["hidden_size"])
         step = plan_step(batch, cluster, model.costs, memory=model.memory, **_search(arguments))
         lengths = demo.wikipedia_lengths(512, arguments.seed)
@@ -213,10 +227,10 @@ def _plan_demo(arguments):
                      "sequences": _groups_json(made)})
         return 0
     print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "
-          f"{name} parameters, {cluster.n_gpus} GPUs:\n")
+          f"{name} parameters, {format_count(cluster.n_gpus, 'GPU')}:\n")
     print(step.report())
     print(f"\n{len(lengths)} Wikipedia-like articles, GPT-7B as FlexSP measured it, "
-          f"{cluster.n_gpus} GPUs:\n")
+          f"{format_count(cluster.n_gpus, 'GPU')}:\n")
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
     print(others)

@@ -200,6 +200,10 @@ def test_plan_items(lengths):
     plan = json.loads(run("plan", folder / "a.csv", "--items", "--json", *SMALL).stdout)
     loads = np.bincount(plan["rank"], weights=values, minlength=8)
     assert loads.tolist() == plan["loads"]
+    (folder / "one.csv").write_text("100\n")
+    done = run("plan", folder / "one.csv", "--items", *SMALL)
+    assert "1 item on" in done.stdout and "Optimal: no plan is better." in done.stdout
+    assert "1 sequence, " in run("plan", folder / "one.csv", *SMALL).stdout
 
 
 def test_batch_size_takes_the_first(lengths):

@@ -60,7 +60,7 @@ ovlm_status sp_flex_open(sp_flex **out, const sp_model *model, const ovlm_sp_pro
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
     sp_draft nothing = {.time_s = HUGE_VAL};
-    int64_t order[SP_TRIES];
+    int64_t order[SP_DRAFTS];
     OVLM_TRY(OVLM_HEAP_NEW(&flex, 1, err));
     flex->model = model;
     flex->threads = problem->threads;

@@ -128,7 +128,7 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
         int64_t next = m + (wide ? 1 + m / 8 : 1);
         m = wide && next > model->n ? model->n : next;
     }
-    int64_t order[SP_TRIES];
+    int64_t order[SP_DRAFTS];
     sp_policy_order(chunked, order);
     chunked->mixed = c.mixed;
     return OVLM_OK;
@@ -200,7 +200,7 @@ ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t mo
     ovlm_status status = OVLM_OK;
     sp_micro micro, mixed;
     sp_draft better;
-    int64_t *k, order[SP_TRIES] = {0};
+    int64_t *k, order[SP_DRAFTS] = {0};
     OVLM_GOTO(done, sp_micro_init(&micro, model->n, arena, err));
     OVLM_GOTO(done, sp_micro_init(&mixed, model->n, arena, err));
     OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));
@@ -252,7 +252,7 @@ done:
 ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked, uint64_t seed,
                               sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t order[SP_TRIES];
+    int64_t order[SP_DRAFTS];
     OVLM_TRY(sp_policy_mix(model, chunked, SP_TRIES, arena, err));
     sp_policy_order(chunked, order);
     for (int64_t round = 0; round < chunked->n_drafts; round++) {

@@ -6,11 +6,11 @@
 #include "plan/sp_purse.h"
 
 /* FlexSP tries the first feasible number of micro-batches and four more. */
-enum { SP_TRIES = 5 };
+enum { SP_TRIES = 5, SP_DRAFTS = SP_TRIES + 2 };
 
-/* A draft per number of micro-batches for which sorted chunks were feasible. */
+/* A draft per number of micro-batches for which sorted chunks were feasible, and room for two. */
 typedef struct sp_chunked {
-    sp_draft draft[SP_TRIES];
+    sp_draft draft[SP_DRAFTS];
     int64_t n_drafts, best; /* best: index of the one with the least time                        */
     bool mixed;             /* some chunk fits no single degree, so it has mixed groups          */
 } sp_chunked;

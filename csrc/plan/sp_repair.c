@@ -10,7 +10,7 @@
 
 #include <math.h>
 
-enum { SAMPLE = 64 };
+enum { MOST_GROUPS = 64, SAMPLE = 32 };
 
 typedef struct insertion {
     const sp_step *step;
@@ -51,18 +51,26 @@ static double waste(const insertion *in, int64_t j, double tau, double time0, do
                            in->taste->fit * (tau - time));
 }
 
+/* What the box takes anyhow. */
+static double known_tau(const insertion *in, int64_t box)
+{
+    double tau = in->step->n_groups[box] > 0 ? in->step->tau[box] : 0;
+    const double *floor_s = in->taste->floor_s;
+    return floor_s != NULL && floor_s[box] > tau ? floor_s[box] : tau;
+}
+
 /* Groups of one box; of a box with many, a random stretch: among hundreds of groups that are much
  * alike, the best of a sample is nearly the best of all. */
 static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
 {
     const sp_step *step = in->step;
-    double tau = step->tau[box], s = in->s;
+    double tau = known_tau(in, box), s = in->s;
     int64_t slot = box * step->box_slots, count = step->high[box];
-    if (count > SAMPLE) {
+    if (count > MOST_GROUPS) {
         slot += ovlm_rng_below(rng, count - SAMPLE + 1);
         count = SAMPLE;
     }
-    int64_t fits[SAMPLE], n_fits = 0;
+    int64_t fits[MOST_GROUPS], n_fits = 0;
     for (int64_t i = 0; i < count; i++) { /* apart, and without a branch to mispredict */
         fits[n_fits] = slot + i;
         n_fits += step->room[slot + i] >= s;
@@ -94,8 +102,8 @@ static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
 static void try_opening(insertion *in, int64_t box, ovlm_rng *rng)
 {
     const sp_step *step = in->step;
-    bool empty = step->n_groups[box] == 0;
-    double tau = empty ? 0 : step->tau[box];
+    bool empty = step->n_groups[box] == 0 && in->taste->floor_s == NULL;
+    double tau = known_tau(in, box);
     for (int64_t j = in->min_j; j < step->model->D; j++) {
         if (step->model->degree[j] > step->idle[box]) {
             break;
@@ -126,7 +134,7 @@ int64_t sp_repair(sp_step *step, const int64_t *k, int64_t n_items, const sp_tas
         prepare(&in, k[i]);
         bool tried_empty = false;
         for (int64_t box = 0; box < step->n_boxes; box++) {
-            bool empty = step->n_groups[box] == 0;
+            bool empty = step->n_groups[box] == 0 && taste->floor_s == NULL;
             if (empty && tried_empty) {
                 continue; /* empty boxes are all alike */
             }

@@ -10,6 +10,7 @@ typedef struct sp_taste {
     double balance; /* weight of using up time and memory of a group unevenly                    */
     double fit;     /* weight of the time that the group has left                                */
     double blink;   /* probability of passing over a group                                       */
+    const double *floor_s; /* [n_boxes] growth up to this is free; NULL: 0, and a box costs fixed */
 } sp_taste;
 
 /* Puts the pooled items k[0..n_items-1], in that order, where they cost least; those that fit

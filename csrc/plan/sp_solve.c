@@ -3,6 +3,7 @@
 
 #include "plan/sp_bound.h"
 #include "plan/sp_flex.h"
+#include "plan/sp_levels.h"
 #include "plan/sp_plan.h"
 #include "plan/sp_warm.h"
 
@@ -19,6 +20,7 @@ enum { STRIDE = 16 };
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
+#define LEVELS 0.4 /* where there are several */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 
@@ -104,6 +106,9 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
                                    err));
         take_best(s, &starts);
     }
+    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
+                               s->problem->seed, &s->purse, &s->arena, err));
+    take_best(s, &starts);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
         OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), turn ? 1 : FIRST_SEARCH,

@@ -194,6 +194,7 @@ void sp_step_put(sp_step *step, int64_t k, int64_t slot)
 int64_t sp_step_open(sp_step *step, int64_t box, int64_t j)
 {
     int64_t slot = box * step->box_slots, end = slot + step->high[box];
+    slot = step->n_groups[box] == step->high[box] ? end : slot; /* no gaps: do not look for one */
     while (slot < end && step->room[slot] >= 0) {
         slot++;
     }

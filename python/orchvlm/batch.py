@@ -39,6 +39,24 @@ def amount(value, name):
     return value
 
 
+def checked_memory(memory, phases):
+    """{phase: (bytes per token, fixed bytes)} of floats, for some of the phases."""
+    if memory is not None and not isinstance(memory, dict):
+        raise TypeError(f"memory must be a dict; got {type(memory).__name__}")
+    checked = {}
+    for name, pair in (memory or {}).items():
+        if name not in phases:
+            raise ValueError(f"memory: there is no phase {name!r}; there are {phases}")
+        try:
+            per_token, fixed = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"memory[{name!r}] must be (bytes_per_token, fixed_bytes); got "
+                            f"{pair!r}") from None
+        checked[name] = (amount(per_token, f"memory[{name!r}] bytes_per_token"),
+                         amount(fixed, f"memory[{name!r}] fixed_bytes"))
+    return checked
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Items:
     """What one encoder has to do in a batch: images, clips' frame groups, sounds.

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .batch import amount, checked_memory
 from .cost import Cluster
 from .policies import POLICIES, Placer, language_lengths, squares_of
+from .sequences import _integer
 from .step_graph import Options, account, build_step, measure_traffic, parameter_seconds
 from .tables import (format_bytes, format_count, format_percent, format_seconds, html_table,
                      text_table)
@@ -418,23 +420,22 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
     policies = tuple(default_policies([*batches[0].phases, "llm"], costs.get("llm"))
                      if policies is None else policies)
     phases = _check_costs(batches, costs, policies, parameters, flops)
-    for name, value in (("backward", backward), ("planning_s", planning_s)):
-        if not 0 <= value < np.inf:
-            raise ValueError(f"{name} must be finite and >= 0; got {value}")
+    backward, planning_s = amount(backward, "backward"), amount(planning_s, "planning_s")
     for i, batch in enumerate(batches):
         source = np.asarray(batch.source_rank)
         if len(source) and not 0 <= source.min() <= source.max() < cluster.n_gpus:
             raise ValueError(f"batches[{i}].source_rank must be in [0, {cluster.n_gpus}); got "
                              f"{int(source.min())} to {int(source.max())}")
-    options = Options(float(backward), bool(sharded), parameter_seconds(parameters, cluster),
-                       float(planning_s))
+    options = Options(backward, bool(sharded), parameter_seconds(parameters, cluster), planning_s)
     longest = max(int(language_lengths(batch).max(initial=1)) for batch in batches)
     if context is not None:
+        context = _integer(context, "context")
         if context < longest:
             raise ValueError(f"context = {context} is shorter than the longest sample, {longest} "
                              "tokens")
         longest = context
-    placers = [Placer(batch, cluster, costs, memory or {}, longest, seed, work_limit, time_limit)
+    memory = checked_memory(memory, phases)
+    placers = [Placer(batch, cluster, costs, memory, longest, seed, work_limit, time_limit)
                for batch in batches]
     report = progress if progress is not None else (lambda line: None)
     return Simulation(cluster, phases, {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _bytes, _core
-from .batch import Batch, amount
+from .batch import Batch, amount, checked_memory
 from .cost import BatchCost, Cluster, SequenceCost
 from .reports import StepReport
 from .routes import Route
@@ -356,24 +356,9 @@ def _checked_costs(costs, batch, llm):
 
 
 def _checked_memory(memory, batch, llm):
-    allowed = [*batch.phases, *["llm"] * (llm == "balance")]
-    checked = {}
-    if memory is not None and not isinstance(memory, dict):
-        raise TypeError(f"memory must be a dict; got {type(memory).__name__}")
-    for name, pair in (memory or {}).items():
-        if name == "llm" and llm != "balance":
-            raise ValueError("memory['llm']: the SequenceCost has the memory of groups; leave it "
-                             "out")
-        if name not in allowed:
-            raise ValueError(f"memory: there is no phase {name!r}; there are {allowed}")
-        try:
-            per_token, fixed = pair
-        except (TypeError, ValueError):
-            raise TypeError(f"memory[{name!r}] must be (bytes_per_token, fixed_bytes); got "
-                            f"{pair!r}") from None
-        checked[name] = (amount(per_token, f"memory[{name!r}] bytes_per_token"),
-                         amount(fixed, f"memory[{name!r}] fixed_bytes"))
-    return checked
+    if isinstance(memory, dict) and "llm" in memory and llm != "balance":
+        raise ValueError("memory['llm']: the SequenceCost has the memory of groups; leave it out")
+    return checked_memory(memory, [*batch.phases, *["llm"] * (llm == "balance")])
 
 
 def _core_problem(problem, options, warm_start):

@@ -47,6 +47,8 @@ CASES = {
                                 must_fail(_core.simulate, *ENGINE[:2], [0, 0, 2], *ENGINE[3:]),
                                 must_fail(_core.simulate, *ENGINE[:4], [0, 9, 0], 2),
                                 must_fail(_core.simulate, [-1.0] * 3, *ENGINE[1:])),
+    "bound": lambda: (orchvlm.sequence_bound(LENGTHS[:12], 4, SMALL, work_limit=0),
+                      must_fail(orchvlm.sequence_bound, [0], 4, SMALL)),
     "batch_cost": lambda: COST(LENGTHS, LENGTHS * 2.0),
     "sequence_cost": lambda: SEQUENCE(LENGTHS, 8),
     "cost_errors": lambda: (must_fail(COST, [-1]), must_fail(COST, "x"), must_fail(COST, [[1]]),

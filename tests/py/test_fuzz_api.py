@@ -51,6 +51,13 @@ MAPPINGS = st.dictionaries(KEYS, st.one_of(SCALARS, COSTS), max_size=4)
 CLUSTERS = st.sampled_from([Cluster.preset("h100", 2, 4), Cluster(1, 1, 1, 1, 1, 1)])
 JUNK = st.one_of(SCALARS, arrays(), LISTS, COSTS, MAPPINGS, CLUSTERS)
 
+# Junk in one argument of a step must meet a batch and costs that go together.
+BATCHES = st.sampled_from([
+    orchvlm.Batch([5, 9, 2], [5, 9, 2], [0, 1, 0], {"vision": orchvlm.Items(
+        [0, 2], [1, 0], [8, 4], [2, 1], [9, 9], out_bytes_per_token=4.0)}),
+    orchvlm.Batch([], [], [], {"vision": orchvlm.Items([], [], [], [], [])})])
+STEP_COSTS = st.just({"vision": BatchCost(linear=1e-3), "llm": BatchCost(linear=1.0, fixed=.5)})
+
 # A good value for each parameter name: junk in one argument should meet sense in the others.
 GOOD = {
     "lengths": st.lists(st.integers(1, 3000), max_size=12), "n_ranks": st.integers(1, 5),
@@ -59,6 +66,8 @@ GOOD = {
     "cost": COSTS, "cluster": CLUSTERS, "work_limit": st.integers(0, 300),
     "time_limit": st.just(0.05), "seed": st.integers(0, 9), "policy": st.sampled_from(
         ["flex", "static", "homogeneous", "chunked"]), "n": st.integers(0, 9),
+    "batch": BATCHES, "batches": BATCHES, "costs": STEP_COSTS,
+    "relabel": st.sampled_from([None, "sum", "minmax"]), "llm": st.just("balance"),
 }
 BOUNDED = {"work_limit", "time_limit", "n_ranks", "n_gpus", "k_partitions", "n"}
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests

@@ -341,6 +341,10 @@ def test_deterministic():
     (dict(planning_s=np.nan), ValueError, "planning_s"),
     (dict(memory={"llm": (1e9, 79.5e9)}), ValueError, "memory"),
     (dict(memory={"llm": (1e10, 0)}), ValueError, "fit in a GPU"),
+    (dict(memory=[1]), TypeError, "memory must be a dict"),
+    (dict(memory={"llm": 3}), TypeError, "bytes_per_token"),
+    (dict(memory={"smell": (1, 1)}), ValueError, "smell"),
+    (dict(context="long"), TypeError, "context"), (dict(backward="2"), TypeError, "backward"),
 ])
 def test_refuses(change, error, word):
     good = dict(batches=np.array([9, 2]), cluster=cluster(), costs={"llm": BatchCost(1.0)},

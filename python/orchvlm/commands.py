@@ -115,8 +115,8 @@ def plan(arguments):
     arguments.policy = arguments.policy or "flex"
     if arguments.demo:
         return _plan_demo(arguments)
-    lengths, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
     cluster = _cluster(arguments, _MEASURED)
+    lengths, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
     return (_plan_items if arguments.items else _plan_groups)(arguments, lengths, cluster)
 
 
@@ -303,8 +303,8 @@ def _simulate_demo(arguments):
 
 
 def _simulate_file(arguments):
-    lengths, size = _read(arguments, SEQUENCES, arguments.steps)
     cluster = _cluster(arguments, _MEASURED)
+    lengths, size = _read(arguments, SEQUENCES, arguments.steps)
     batches = [lengths[i * size:(i + 1) * size] for i in range(arguments.steps)]
     return ([b for b in batches if len(b)], cluster,
             {"llm": _sequence_cost(arguments, cluster)}, {})

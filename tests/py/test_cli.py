@@ -1,5 +1,6 @@
 """The command line through subprocesses: good files, broken files, JSON, plots, Ctrl-C."""
 import gzip
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 import orchvlm
 from orchvlm import demo
-from orchvlm.cli import main, make_parser
+from orchvlm.cli import Progress, main, make_parser
 from orchvlm.reading import FileError, read_lengths
 
 SMALL = ["--nodes", "1", "--gpus-per-node", "8"]
@@ -300,6 +301,19 @@ def test_examples_of_the_help_parse():
     for line in make_parser().epilog.splitlines()[1:]:
         words = line.split("   ")[0].strip() if "   " in line.strip() else line.strip()
         make_parser().parse_args(words.split()[1:])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(monkeypatch, terminal):
+    """One line that is rewritten and wiped on a terminal, a line of its own in a log."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("thinking"):
+        while "thinking" not in stream.getvalue():
+            time.sleep(0.02)
+    said = stream.getvalue()
+    assert ("\n" in said) != terminal and said.endswith("\r\x1b[K") == terminal
 
 
 def test_closed_pipe():

@@ -100,7 +100,8 @@ def _parse(line, where):
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{where}: not JSON ({str(error)[:60]})") from None
+        reason = str(error).partition(": line 1 ")[0]  # of the text given, not of the file
+        raise FileError(f"{where}: not JSON ({reason[:60]})") from None
 
 
 def _read_jsonl(path, stream, field):

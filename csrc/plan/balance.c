@@ -147,8 +147,11 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
         return OVLM_OK;
     }
     OVLM_TRY(try_triples(search, plan, err));
-    return search->model->padded ? bal_descend(search, plan, err)
-                                 : bal_rebuild(search, plan, err);
+    if (search->model->padded) {
+        return bal_descend(search, plan, err);
+    }
+    OVLM_TRY(bal_trade(search, plan, err));
+    return bal_rebuild(search, plan, err);
 }
 
 /* Any plan first, then the homes; raises *bound when the plan is proved optimal. */

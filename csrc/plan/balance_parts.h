@@ -65,6 +65,10 @@ OVLM_NODISCARD ovlm_status bal_difference(bal_search *search, bal_plan *plan, bo
 OVLM_NODISCARD ovlm_status bal_triples(bal_search *search, bal_plan *plan, int64_t max_work,
                                        bool *done, ovlm_err *err);
 
+/* Additive costs: the best move or swap between the most loaded rank and another, until none
+ * lowers both.  O(n_units) per trade.  The largest load never rises. */
+OVLM_NODISCARD ovlm_status bal_trade(bal_search *search, bal_plan *plan, ovlm_err *err);
+
 /* Additive costs: takes a few ranks apart and refills them exactly, until nothing is above the
  * goal.  The largest load never rises. */
 OVLM_NODISCARD ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err);

@@ -67,6 +67,25 @@ def test_never_worse_than_longest_first(cost, rng):
         assert all(b <= a * (1 + 1e-9) for a, b in zip(maxima, maxima[1:]))
 
 
+@pytest.mark.parametrize("draw", [
+    lambda rng: np.clip(rng.normal(300, 80, 2048), 40, 620),
+    # every rank must take 32, and the one with the longest item short ones beside it
+    lambda rng: np.append(399 + np.minimum(rng.exponential(9, 2047), 40), 613)])
+def test_many_similar_items_per_rank_reach_the_mean(draw, rng):
+    for _ in range(3):
+        lengths = np.rint(draw(rng)).astype(int)
+        p = balance(lengths, 64).check()
+        assert p.loads.max() == -(-lengths.sum() // 64)
+        assert p.status == "optimal"
+
+
+def test_similar_items_gain_from_more_work(rng):
+    lengths = np.append(399 + np.minimum(np.rint(rng.exponential(9, 2047)), 40), 613).astype(int)
+    maxima = [balance(lengths, 64, work_limit=w).check().loads.max()
+              for w in (0, 3_000, 30_000, 100_000, 300_000, 1_000_000, None)]
+    assert all(b <= a for a, b in zip(maxima, maxima[1:]))
+
+
 def test_renaming_items_changes_no_load_of_the_greedy(rng):
     lengths = rng.permutation(5000)[:400]  # distinct: no ties to break differently
     order = rng.permutation(400)

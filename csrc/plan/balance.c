@@ -63,7 +63,7 @@ static ovlm_status first_plan(bal_search *search, bal_plan *plan, bool *found, o
     return OVLM_OK;
 }
 
-/* Differencing, when half of the work left is sure to pay for its lists. */
+/* Differencing and its trades, when half of the work left is sure to pay for its lists. */
 static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
@@ -79,6 +79,7 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
     OVLM_TRY(bal_difference(search, &other, &done, err));
     if (done && other.max < plan->max) {
         bal_plan_copy(model, plan, &other);
+        OVLM_TRY(bal_trade(search, plan, err));
     }
     ovlm_arena_rewind(search->arena, mark);
     return OVLM_OK;
@@ -135,6 +136,8 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
                            ovlm_err *err)
 {
     if (*found) {
+        /* trades first: more work must not mean fewer of them on the same plan */
+        OVLM_TRY(bal_trade(search, plan, err));
         OVLM_TRY(try_difference(search, plan, err));
     }
     if (!*found || !bal_meets(plan->max, search->goal)) {
@@ -147,11 +150,8 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
         return OVLM_OK;
     }
     OVLM_TRY(try_triples(search, plan, err));
-    if (search->model->padded) {
-        return bal_descend(search, plan, err);
-    }
-    OVLM_TRY(bal_trade(search, plan, err));
-    return bal_rebuild(search, plan, err);
+    return search->model->padded ? bal_descend(search, plan, err)
+                                 : bal_rebuild(search, plan, err);
 }
 
 /* Any plan first, then the homes; raises *bound when the plan is proved optimal. */

@@ -66,7 +66,7 @@ OVLM_NODISCARD ovlm_status bal_triples(bal_search *search, bal_plan *plan, int64
                                        bool *done, ovlm_err *err);
 
 /* Additive costs: the best move or swap between the most loaded rank and another, until none
- * lowers both.  O(n_units) per trade.  The largest load never rises. */
+ * lowers it.  O(n_units) per trade.  Nothing for padded costs and for few units per rank. */
 OVLM_NODISCARD ovlm_status bal_trade(bal_search *search, bal_plan *plan, ovlm_err *err);
 
 /* Additive costs: takes a few ranks apart and refills them exactly, until nothing is above the

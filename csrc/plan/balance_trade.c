@@ -6,7 +6,10 @@
  * split of a pair only rises: once it is above the best trade found, the rest need no look. */
 #include "plan/balance_parts.h"
 
-enum { FEW = 4 }; /* below so many units per rank, rebuilding does better from the first plan   */
+enum {
+    FEW = 4,             /* below so many units per rank, rebuilding from the first plan is better */
+    MOST_WORK = 1 << 20, /* whatever the limit: rebuilding must get its part of the default        */
+};
 
 typedef struct trader {
     bal_search *search;
@@ -198,14 +201,17 @@ static ovlm_status trader_init(trader *t, ovlm_err *err)
 ovlm_status bal_trade(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    if (model->n_ranks < 2 || model->n_units / model->n_ranks < FEW) {
+    if (model->padded || model->n_ranks < 2 || model->n_units / model->n_ranks < FEW ||
+        bal_meets(plan->max, search->goal) || ovlm_meter_spend(search->meter, 1)) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
     trader t = {.search = search, .plan = plan};
     OVLM_TRY(trader_init(&t, err));
     const double *fullest = &plan->load[t.by_load[model->n_ranks - 1]];
-    while (*fullest > search->goal * (1 + BAL_ENOUGH) && step_down(&t)) {
+    int64_t end = search->meter->work + MOST_WORK;
+    while (*fullest > search->goal * (1 + BAL_ENOUGH) && search->meter->work < end &&
+           step_down(&t)) {
         fullest = &plan->load[t.by_load[model->n_ranks - 1]];
     }
     ovlm_arena_rewind(search->arena, mark);

@@ -30,12 +30,11 @@ void ovlm_meter_start(ovlm_meter *meter, const ovlm_budget *budget, int64_t defa
     meter->poll_ctx = budget->poll_ctx;
 }
 
-bool ovlm_meter_look(ovlm_meter *meter)
+bool ovlm_meter_expired(ovlm_meter *meter)
 {
-    if (meter->cut_short || meter->interrupted || meter->work >= meter->work_limit) {
+    if (meter->cut_short || meter->interrupted) {
         return true;
     }
-    meter->next_look = meter->work + meter->stride;
     if (meter->poll == NULL && meter->deadline_s > 1e300) {
         return false;
     }
@@ -47,6 +46,17 @@ bool ovlm_meter_look(ovlm_meter *meter)
     }
     meter->cut_short = now >= meter->deadline_s;
     return meter->cut_short || meter->interrupted;
+}
+
+bool ovlm_meter_look(ovlm_meter *meter)
+{
+    if (meter->work >= meter->work_limit) {
+        return true;
+    }
+    /* Once stopped, every later look says so again: a caller may have passed over the first. */
+    bool stop = ovlm_meter_expired(meter);
+    meter->next_look = stop ? 0 : meter->work + meter->stride;
+    return stop;
 }
 
 double ovlm_meter_left_s(const ovlm_meter *meter)

@@ -25,6 +25,9 @@ typedef struct ovlm_meter {
 void ovlm_meter_start(ovlm_meter *meter, const ovlm_budget *budget, int64_t default_work,
                       int64_t stride);
 
+/* The clock is over or poll said stop, whatever the work: for constructions that spend none. */
+bool ovlm_meter_expired(ovlm_meter *meter);
+
 /* Accounts `steps` and tells whether to stop: work used up, time over, or interrupted. */
 bool ovlm_meter_look(ovlm_meter *meter);
 static inline bool ovlm_meter_spend(ovlm_meter *meter, int64_t steps)

@@ -108,6 +108,27 @@ static ovlm_status raise_by_batches(const sp_model *model, int64_t least, int64_
     return OVLM_OK;
 }
 
+/* The longest sequence alone, at its fastest: some micro-batch lasts that long. */
+static double longest_item_s(const sp_model *model)
+{
+    double least = HUGE_VAL;
+    for (int64_t j = model->min_j[0]; j < model->D; j++) {
+        least = fmin(least, sp_item_time(model, 0, j));
+    }
+    return least;
+}
+
+/* One micro-batch may hold everything: then either it does, or `fixed` is paid at least twice. */
+static ovlm_status raise_by_single(const sp_model *model, double sum_s, double hint,
+                                   ovlm_meter *meter, double *low, ovlm_arena *arena,
+                                   ovlm_err *err)
+{
+    double several = 2 * model->fixed + sum_s, single = 0;
+    OVLM_TRY(bound_single(model, fmin(hint, several), meter, &single, arena, err));
+    *low = fmax(*low, fmin(several, single));
+    return OVLM_OK;
+}
+
 ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, ovlm_meter *meter,
                           double *bound_s, ovlm_arena *arena, ovlm_err *err)
 {
@@ -123,7 +144,11 @@ ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, o
     if (most == 1) {
         return bound_single(model, hint, meter, bound_s, arena, err);
     }
-    double low = (double)least * model->fixed + work_per_gpu(model);
+    double sum_s = fmax(work_per_gpu(model), longest_item_s(model));
+    double low = (double)least * model->fixed + sum_s;
+    if (least == 1) {
+        OVLM_TRY(raise_by_single(model, sum_s, hint, meter, &low, arena, err));
+    }
     if (low > 0 && low < hint && !ovlm_meter_look(meter)) {
         OVLM_TRY(raise_by_batches(model, least, most, hint, meter, &low, arena, err));
     }

@@ -106,7 +106,8 @@ static int64_t least_micro(const sp_model *model)
 }
 
 ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_t n_micro,
-                            sp_chunked *chunked, ovlm_arena *arena, ovlm_err *err)
+                            sp_chunked *chunked, sp_purse *purse, ovlm_arena *arena,
+                            ovlm_err *err)
 {
     chunker c = {.model = model, .policy = policy, .arena = arena, .err = err};
     OVLM_TRY(chunker_init(&c, model->n));
@@ -121,7 +122,8 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
         }
         OVLM_TRY(try_micro(&c, m, draft));
         chunked->n_drafts += isfinite(draft->time_s);
-        if (n_micro > 0) {
+        bool over = sp_purse_expired(purse) && (chunked->n_drafts > 0 || purse->meter.interrupted);
+        if (n_micro > 0 || over) {
             break;
         }
         bool wide = chunked->n_drafts == 0 && m < model->n && m >= first + 8;
@@ -194,7 +196,7 @@ static ovlm_status mix_draft(const sp_model *model, sp_draft *draft, sp_draft *b
 }
 
 ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t most,
-                          ovlm_arena *arena, ovlm_err *err)
+                          sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     ovlm_status status = OVLM_OK;
@@ -206,7 +208,7 @@ ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t mo
     OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));
     OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &k, model->n, err));
     sp_policy_order(chunked, order);
-    for (int64_t i = 0; i < chunked->n_drafts && i < most; i++) {
+    for (int64_t i = 0; i < chunked->n_drafts && i < most && !sp_purse_expired(purse); i++) {
         sp_draft *draft = &chunked->draft[order[i]];
         OVLM_GOTO(done, mix_draft(model, draft, &better, &micro, &mixed, k, arena, err));
     }
@@ -253,7 +255,7 @@ ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked, uint64
                               sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
 {
     int64_t order[SP_DRAFTS];
-    OVLM_TRY(sp_policy_mix(model, chunked, SP_TRIES, arena, err));
+    OVLM_TRY(sp_policy_mix(model, chunked, SP_TRIES, purse, arena, err));
     sp_policy_order(chunked, order);
     for (int64_t round = 0; round < chunked->n_drafts; round++) {
         int64_t next = order[round];

@@ -17,9 +17,9 @@ typedef struct sp_chunked {
 
 /* Sorted chunks (eqs 23-24) without search; `policy` says which groups a chunk may have: one degree
  * for the whole step, one per chunk, or (chunked and flex) any mix where no single degree holds it.
- * n_micro as in the problem. */
+ * n_micro as in the problem.  Spends no work; stops at the first draft once the clock is over. */
 OVLM_NODISCARD ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy,
-                                           int64_t n_micro, sp_chunked *chunked,
+                                           int64_t n_micro, sp_chunked *chunked, sp_purse *purse,
                                            ovlm_arena *arena, ovlm_err *err);
 
 /* order[0..n_drafts-1] = drafts by time, the earlier one first among equals; sets best. */
@@ -27,7 +27,7 @@ void sp_policy_order(sp_chunked *chunked, int64_t *order);
 
 /* Mixed groups, where they are better, for the chunks of the `most` best drafts; no search. */
 OVLM_NODISCARD ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t most,
-                                         ovlm_arena *arena, ovlm_err *err);
+                                         sp_purse *purse, ovlm_arena *arena, ovlm_err *err);
 
 /* Improves every micro-batch of the draft by itself with `share` of the purse. */
 OVLM_NODISCARD ovlm_status sp_policy_improve(const sp_model *model, sp_draft *draft, double share,

@@ -33,4 +33,12 @@ static inline bool sp_purse_absorb(sp_purse *purse, const ovlm_meter *part)
     return over;
 }
 
+/* For constructions, which spend no work: the clock is over, or the caller wants to stop. */
+static inline bool sp_purse_expired(sp_purse *purse)
+{
+    bool over = ovlm_meter_expired(&purse->meter);
+    purse->cut_short = purse->cut_short || purse->meter.cut_short;
+    return over;
+}
+
 #endif

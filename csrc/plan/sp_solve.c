@@ -60,8 +60,8 @@ static void take_best(solving *s, const sp_chunked *from)
 
 static ovlm_status start(solving *s, ovlm_sp_policy policy, sp_chunked *chunked, ovlm_err *err)
 {
-    OVLM_TRY(sp_policy_start(&s->model, policy, s->problem->micro_batches, chunked, &s->arena,
-                             err));
+    OVLM_TRY(sp_policy_start(&s->model, policy, s->problem->micro_batches, chunked, &s->purse,
+                             &s->arena, err));
     take_best(s, chunked);
     return OVLM_OK;
 }
@@ -87,14 +87,16 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     }
     /* The other policies too, so that flex is never worse than their constructions.  Chunks of one
      * degree each are the homogeneous ones, unless that policy has to use more micro-batches. */
-    OVLM_TRY(start(s, OVLM_SP_STATIC, &starts, err));
+    sp_chunked other;
     OVLM_TRY(start(s, OVLM_SP_CHUNKED, &starts, err));
-    if (starts.mixed) {
-        sp_chunked homogeneous;
-        OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &homogeneous, err));
+    if (starts.mixed && !sp_purse_expired(&s->purse)) {
+        OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
+    }
+    if (!sp_purse_expired(&s->purse)) {
+        OVLM_TRY(start(s, OVLM_SP_STATIC, &other, err));
     }
     int64_t most = s->model.n <= MANY ? SP_FLEX_STARTS : 1;
-    OVLM_TRY(sp_policy_mix(&s->model, &starts, most, &s->arena, err));
+    OVLM_TRY(sp_policy_mix(&s->model, &starts, most, &s->purse, &s->arena, err));
     take_best(s, &starts);
     if (warm.time_s < s->best.time_s) {
         sp_draft_copy(&s->best, &warm);

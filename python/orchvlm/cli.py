@@ -28,20 +28,27 @@ _SIMULATE_EXAMPLES = """examples:
   orchvlm simulate lengths.csv --batch-size 512 --steps 4 --context 196608
 """
 
+SEQUENCES = 512  # per step unless asked otherwise: the global batch of FlexSP's experiments
+ITEMS = 200_000
+
 
 class CommandError(Exception):
     """A mistake of the caller; its message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and options by their whole names only."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, allow_abbrev=False, **options)
 
     def error(self, message):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
 
 class Progress:
-    """Says on stderr what takes longer than a second, once a second."""
+    """Says on stderr what takes longer than a second: on a terminal in one line that is rewritten
+    every second, elsewhere (a log) in a line every ten."""
 
     def __init__(self, text):
         self.text = text
@@ -50,9 +57,15 @@ class Progress:
 
     def _tell(self):
         start = time.monotonic()
-        while not self._done.wait(1.0):
-            print(f"orchvlm: {self.text}, {time.monotonic() - start:.0f} s", file=sys.stderr,
-                  flush=True)
+        terminal = sys.stderr.isatty()
+        wait_s = 1.0
+        while not self._done.wait(wait_s):
+            line = f"orchvlm: {self.text}, {time.monotonic() - start:.0f} s"
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n",
+                  file=sys.stderr, flush=True)
+            wait_s = 1.0 if terminal else 10.0
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def __enter__(self):
         self._thread.start()
@@ -84,13 +97,13 @@ def _scale(text):
 _positive.__name__, _scale.__name__ = "integer", "number"
 
 
-def _add_input(parser):
+def _add_input(parser, batch_size):
     group = parser.add_argument_group("lengths")
     group.add_argument("file", nargs="?", metavar="FILE",
                        help=".csv, .tsv, .jsonl or .npy, each also .gz")
     group.add_argument("--demo", action="store_true", help="use embedded lengths")
-    group.add_argument("--column", help="column of a CSV file")
-    group.add_argument("--field", help="field of a JSON lines file")
+    group.add_argument("--column", help="column of a CSV file, if it has several")
+    group.add_argument("--field", help="field of a JSON lines file, if it has several")
     unit = group.add_mutually_exclusive_group()
     unit.add_argument("--chars-per-token", type=_scale, metavar="C",
                       help="the file counts characters or bytes, C to a token (4 is usual)")
@@ -99,7 +112,7 @@ def _add_input(parser):
     unit.add_argument("--pixels-per-token", type=_scale, metavar="P",
                       help="the file counts pixels, P to a token (784 is usual)")
     group.add_argument("--batch-size", type=_positive, metavar="B",
-                       help="sequences per step (default: the whole file)")
+                       help=f"lengths per step, from the top of the file (default: {batch_size})")
 
 
 def _add_machine(parser, nodes):
@@ -109,9 +122,10 @@ def _add_machine(parser, nodes):
     group.add_argument("--preset", metavar="GPU",
                        help="h100, h200, a100_40g, a100_80g, h800 or b200 (default: a100_40g for "
                             "a file, h100 for the demo)")
-    group.add_argument("--model", default="gpt7b", metavar="MODEL",
-                       help="gpt7b, gpt13b or gpt30b as FlexSP measured them (a100_40g), or a "
-                            "Hugging Face config.json, whose costs are counted (default gpt7b)")
+    group.add_argument("--model", metavar="MODEL",
+                       help="gpt7b, gpt13b or gpt30b, as FlexSP measured them on a100_40g and "
+                            "counted for other presets, or a Hugging Face config.json, whose "
+                            "costs are counted (default gpt7b)")
 
 
 def _add_output(parser):
@@ -120,9 +134,10 @@ def _add_output(parser):
     group.add_argument("--plot", metavar="PNG", help="draw it (needs matplotlib)")
 
 
-def _add_search(parser):
+def _add_search(parser, limit):
     group = parser.add_argument_group("search")
-    group.add_argument("--time-limit", type=_scale, metavar="S", help="seconds for each plan")
+    group.add_argument("--time-limit", type=_scale, metavar="S",
+                       help=f"seconds for each plan (default: {limit})")
     group.add_argument("--work-limit", type=int, metavar="W",
                        help="search steps for each plan: the same result on every machine")
     group.add_argument("--seed", type=int, default=0)
@@ -140,18 +155,18 @@ def make_parser():
     plan = commands.add_parser("plan", formatter_class=raw, epilog=_PLAN_EXAMPLES,
                                help="plan one step from lengths",
                                description="Plans one training step and proves how good it is.")
-    _add_input(plan)
+    _add_input(plan, f"{SEQUENCES}; with --items {ITEMS:,}")
     plan.add_argument("--items", action="store_true",
                       help="balance items over ranks in place of sequence-parallel groups")
-    plan.add_argument("--policy", default="flex",
-                      choices=["static", "homogeneous", "chunked", "flex"])
+    plan.add_argument("--policy", choices=["static", "homogeneous", "chunked", "flex"],
+                      help="how groups are chosen (default flex)")
     _add_machine(plan, nodes=8)
-    _add_search(plan)
+    _add_search(plan, "0.2; none with --items or with --work-limit alone")
     _add_output(plan)
     simulate = commands.add_parser("simulate", formatter_class=raw, epilog=_SIMULATE_EXAMPLES,
                                    help="simulate steps under several policies",
                                    description="Simulates training steps, policies side by side.")
-    _add_input(simulate)
+    _add_input(simulate, SEQUENCES)
     simulate.add_argument("--steps", type=_positive, default=2, help="default %(default)s")
     simulate.add_argument("--samples-per-rank", type=_positive, default=16,
                           help="of the demo; default %(default)s")
@@ -163,7 +178,7 @@ def make_parser():
                                "orchvlm; for a file sp_run, sp_static, sp_homogeneous, "
                                "sp_chunked, sp_flex")
     _add_machine(simulate, nodes=8)
-    _add_search(simulate)
+    _add_search(simulate, "none, but 200,000 search steps")
     _add_output(simulate)
     commands.add_parser("doctor", help="what was built, found and missing",
                         description="Says what was built, what was found and what is missing.")

@@ -1,15 +1,17 @@
 """What the subcommands of ``orchvlm`` do; :mod:`orchvlm.cli` reads their arguments."""
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from .cli import CommandError, Progress
-from .cost import BatchCost, Cluster, SequenceCost
-from .tables import format_percent, format_seconds, text_table
+from .cli import ITEMS, SEQUENCES, CommandError, Progress
+from .cost import _FLEXSP, BatchCost, Cluster, SequenceCost
+from .tables import format_count, format_percent, format_seconds, text_table
 
 _PUBLISHED = {"gpt7b": SequenceCost.flexsp_gpt7b, "gpt13b": SequenceCost.flexsp_gpt13b,
               "gpt30b": SequenceCost.flexsp_gpt30b}
+_MEASURED = "a100_40g"  # where the published costs were measured
 
 
 def doctor():
@@ -36,26 +38,52 @@ def _read_config(path):
     return config
 
 
+def _gpt_config(name):
+    """Counting takes gated MLPs: 8/3 of the width has the parameters and FLOPs of a plain 4."""
+    layers, width = _FLEXSP[name.removeprefix("gpt")][:2]
+    return {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 64,
+            "num_key_value_heads": 64, "intermediate_size": round(width * 8 / 3),
+            "vocab_size": 50257}
+
+
+def _is_measured(arguments):
+    return ((arguments.model or "gpt7b") in _PUBLISHED
+            and (arguments.preset or _MEASURED) == _MEASURED)
+
+
+def _cost_words(arguments):
+    how = "as FlexSP measured it on" if _is_measured(arguments) else "costs counted for"
+    return f"{arguments.model or 'gpt7b'}, {how} {arguments.preset or _MEASURED}"
+
+
 def _sequence_cost(arguments, cluster):
-    if arguments.model in _PUBLISHED:
-        if (arguments.preset or "a100_40g") != "a100_40g":
-            raise CommandError(f"--model {arguments.model} was measured on a100_40g; for "
-                               f"{arguments.preset} give a config.json")
-        return _PUBLISHED[arguments.model](n_gpus=cluster.n_gpus)
+    """Measured where it was measured, else counted."""
+    name = arguments.model or "gpt7b"
+    if _is_measured(arguments):
+        return _PUBLISHED[name](n_gpus=cluster.n_gpus)
     from .model_cost import from_model
-    return from_model(_read_config(arguments.model), cluster, llm="sequence_parallel").costs["llm"]
+    config = _gpt_config(name) if name in _PUBLISHED else _read_config(name)
+    return from_model(config, cluster, llm="sequence_parallel").costs["llm"]
 
 
-def _read(arguments):
+def _read(arguments, default, steps=1):
+    """(lengths of at most ``steps`` batches, batch size); says when it takes a part of the file."""
     from .reading import read_lengths
     per_unit = arguments.seconds_to_tokens
     for divisor in (arguments.chars_per_token, arguments.pixels_per_token):
         per_unit = 1 / divisor if divisor is not None else per_unit
+    asked = arguments.batch_size
     with Progress(f"reading {arguments.file}"):
-        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit)
+        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit,
+                               most=asked and asked * steps)
     if len(lengths) == 0:
         raise CommandError(f"{arguments.file}: no lengths above 0")
-    return lengths
+    size = asked or default
+    taken = lengths[:size * steps]
+    if len(taken) < len(lengths):
+        print(f"first {len(taken):,} of {len(lengths):,} lengths; --batch-size N for another",
+              file=sys.stderr if arguments.json else sys.stdout)
+    return taken, size
 
 
 def _search(arguments):
@@ -79,16 +107,23 @@ def _plain(value):
 
 def plan(arguments):
     """``orchvlm plan``"""
+    if arguments.items:
+        for option, value in (("--demo", arguments.demo), ("--policy", arguments.policy),
+                              ("--model", arguments.model)):
+            if value:
+                raise CommandError(f"{option} has no meaning with --items; leave out one of them")
+    arguments.policy = arguments.policy or "flex"
     if arguments.demo:
         return _plan_demo(arguments)
-    lengths = _read(arguments)[:arguments.batch_size]
-    cluster = _cluster(arguments, "a100_40g")
+    cluster = _cluster(arguments, _MEASURED)
+    lengths, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
     return (_plan_items if arguments.items else _plan_groups)(arguments, lengths, cluster)
 
 
 def _plan_items(arguments, lengths, cluster):
     from .balancing import balance
-    with Progress(f"balancing {len(lengths)} items over {cluster.n_gpus} ranks"):
+    with Progress(f"balancing {format_count(len(lengths), 'item')} over "
+                  f"{format_count(cluster.n_gpus, 'rank')}"):
         part = balance(lengths, cluster.n_gpus, BatchCost(linear=1.0), **_search(arguments))
     drawn = np.bincount(np.arange(len(lengths)) * cluster.n_gpus // len(lengths), weights=lengths,
                         minlength=cluster.n_gpus)
@@ -108,8 +143,10 @@ def _plan_items(arguments, lengths, cluster):
                       ["planned", f"{part.loads.max():.0f}", f"{mean:.0f}",
                        f"{part.imbalance:.4f}"],
                       ["proven bound", f"{part.bound:.0f}", "", ""]],
-                     f"{len(lengths)} items on {cluster.n_gpus} ranks, tokens"))
-    print(f"No plan is better by more than {format_percent(part.gap, 3)} ({part.status}).")
+                     f"{format_count(len(lengths), 'item')} on "
+                     f"{format_count(cluster.n_gpus, 'rank')}, tokens"))
+    print("Optimal: no plan is better." if part.status == "optimal" else
+          f"No plan is better by more than {format_percent(part.gap, 3)}.")
     return 0
 
 
@@ -149,7 +186,8 @@ def _proof(plan_):
 
 def _plan_groups(arguments, lengths, cluster):
     from .sequences import plan_sequences
-    with Progress(f"planning {len(lengths)} sequences on {cluster.n_gpus} GPUs"):
+    with Progress(f"planning {format_count(len(lengths), 'sequence')} on "
+                  f"{format_count(cluster.n_gpus, 'GPU')}"):
         made = plan_sequences(lengths, cluster.n_gpus, _sequence_cost(arguments, cluster),
                               gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
                               **_search(arguments))
@@ -160,8 +198,9 @@ def _plan_groups(arguments, lengths, cluster):
         _print_json(_groups_json(made))
         return 0
     print(_groups_table(made, cluster.n_gpus,
-                        f"{len(lengths)} sequences, {int(lengths.sum())} tokens, longest "
-                        f"{int(lengths.max())}, on {cluster.n_gpus} GPUs"))
+                        f"{format_count(len(lengths), 'sequence')}, {int(lengths.sum())} tokens, "
+                        f"longest {int(lengths.max())}, on {format_count(cluster.n_gpus, 'GPU')}; "
+                        f"{_cost_words(arguments)}"))
     print(_proof(made))
     return 0
 
@@ -172,7 +211,7 @@ def _plan_demo(arguments):
     from .step import plan_step
     cluster = _cluster(arguments, "h100")
     name, config, model = demo.model_for(cluster)
-    with Progress(f"planning a batch on {cluster.n_gpus} GPUs"):
+    with Progress(f"planning a batch on {format_count(cluster.n_gpus, 'GPU')}"):
         batch = demo.batch(cluster.n_gpus, 16, arguments.seed, config["hidden_size"])
         step = plan_step(batch, cluster, model.costs, memory=model.memory, **_search(arguments))
         lengths = demo.wikipedia_lengths(512, arguments.seed)
@@ -188,10 +227,10 @@ def _plan_demo(arguments):
                      "sequences": _groups_json(made)})
         return 0
     print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "
-          f"{name} parameters, {cluster.n_gpus} GPUs:\n")
+          f"{name} parameters, {format_count(cluster.n_gpus, 'GPU')}:\n")
     print(step.report())
     print(f"\n{len(lengths)} Wikipedia-like articles, GPT-7B as FlexSP measured it, "
-          f"{cluster.n_gpus} GPUs:\n")
+          f"{format_count(cluster.n_gpus, 'GPU')}:\n")
     print(_groups_table(made, cluster.n_gpus, None))
     print(_proof(made))
     print(others)
@@ -264,9 +303,8 @@ def _simulate_demo(arguments):
 
 
 def _simulate_file(arguments):
-    lengths = _read(arguments)
-    size = arguments.batch_size or len(lengths)
-    cluster = _cluster(arguments, "a100_40g")
+    cluster = _cluster(arguments, _MEASURED)
+    lengths, size = _read(arguments, SEQUENCES, arguments.steps)
     batches = [lengths[i * size:(i + 1) * size] for i in range(arguments.steps)]
     return ([b for b in batches if len(b)], cluster,
             {"llm": _sequence_cost(arguments, cluster)}, {})

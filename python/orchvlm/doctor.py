@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_OPTIONAL = {"matplotlib": "plots: pip install 'orchvlm[plot]'",
+_OPTIONAL = {"matplotlib": "plots: pip install matplotlib",
              "scipy": "plan_sequences_milp: pip install scipy",
              "IPython": "notebooks: pip install notebook"}
 

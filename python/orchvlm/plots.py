@@ -1,7 +1,8 @@
-"""Plots of plans and simulations; they need matplotlib (``pip install 'orchvlm[plot]'``)."""
+"""Plots of plans and simulations; they need matplotlib (``pip install matplotlib``)."""
 import numpy as np
 
 from ._files import write_whole
+from .tables import format_count
 
 # Colour-blind safe (Okabe-Ito); one colour per thing in every plot.
 _PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -13,7 +14,7 @@ def _figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'orchvlm[plot]'") from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.set_facecolor("white")
     return figure
@@ -156,8 +157,9 @@ def _draw_groups(axes, plan, n_gpus):
     axes.set_ylim(0, n_gpus)
     axes.set_xlabel("seconds")
     axes.set_ylabel("GPU")
-    axes.set_title(f"{len(plan.micro_batches)} micro-batches, {plan.time:.3f} s; no plan is faster "
-                   f"than {plan.bound:.3f} s (dashed)", fontsize=10, pad=16)
+    axes.set_title(f"{format_count(len(plan.micro_batches), 'micro-batch')}, "
+                   f"{plan.time:.3f} s; no plan is faster than {plan.bound:.3f} s (dashed)",
+                   fontsize=10, pad=16)
     handles = [Patch(facecolor=colour[d], label=str(d)) for d in degrees]
     handles.append(Patch(facecolor=_IDLE, label="idle"))
     axes.legend(handles=handles, title="degree", loc="center left", bbox_to_anchor=(1.0, 0.5),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import zlib
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -61,50 +62,73 @@ def _is_number(text):
     return True
 
 
+def _lines(path, stream):
+    """Lines of a stream; says behind which one a gzip file breaks off."""
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FileError(f"{path}: broken gzip file after line {number} ({error})") from None
+
+
 def _read_csv(path, stream, column, delimiter):
-    """Values of one column; empty cells are dropped."""
-    rows = csv.reader(stream, delimiter=delimiter, strict=True)
+    """Yields the values of one column; empty cells are dropped."""
+    rows = csv.reader(_lines(path, stream), delimiter=delimiter, strict=True)
     first = next(rows, None)
     if first is None:
         raise FileError(f"{path}: the file is empty")
     bare = all(_is_number(cell) for cell in first)  # no header: columns are named 1, 2, ...
     names = [str(i + 1) for i in range(len(first))] if bare else [c.strip() for c in first]
-    index = _choose(path, names, column)
-    values = [_number(first[index], f"{path}, line 1")] if bare else []
+    try:
+        index = _choose(path, names, column)
+    except FileError:
+        for _ in rows:  # a broken file is worse news than an open choice
+            pass
+        raise
+    if bare:
+        yield _number(first[index], f"{path}, line 1")
     for row in rows:
         if row and len(row) != len(names):
             raise FileError(f"{path}, line {rows.line_num}: {len(row)} cells where the first line "
                             f"has {len(names)}")
         if row and row[index].strip():
-            values.append(_number(row[index], f"{path}, line {rows.line_num}"))
-    return values
+            yield _number(row[index], f"{path}, line {rows.line_num}")
+
+
+def _parse(line, where):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition(": line 1 ")[0]  # of the text given, not of the file
+        raise FileError(f"{where}: not JSON ({reason[:60]})") from None
 
 
 def _read_jsonl(path, stream, field):
-    """One number per line, or one field of an object; a missing or null field is dropped."""
-    values = []
-    for line_number, line in enumerate(stream, 1):
-        where = f"{path}, line {line_number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"{where}: not JSON ({str(error)[:60]})") from None
+    """Yields one number per line, or one field of an object; missing or null fields are dropped.
+    The only field of the first object needs no name."""
+    lines = ((f"{path}, line {n}", line) for n, line in enumerate(_lines(path, stream), 1)
+             if line.strip())
+    must_have = True  # the first object, and all when the field was not named
+    for where, line in lines:
+        value = _parse(line, where)
         if isinstance(value, dict):
-            if field is None:
-                raise FileError(f"{where}: choose a field with --field; fields: "
-                                f"{', '.join(map(str, value))[:200]}")
-            if field not in value and not values:
-                raise FileError(f"{where}: no field {field!r}; fields: "
-                                f"{', '.join(map(str, value))[:200]}")
+            fields = f"fields: {', '.join(map(str, value))[:200]}"
+            if field is None and len(value) != 1:
+                for later, rest in lines:  # a broken file is worse news than an open choice
+                    _parse(rest, later)
+                raise FileError(f"{where}: choose a field with --field; {fields}")
+            unnamed = field is None
+            field = next(iter(value)) if unnamed else field
+            if field not in value and must_have:
+                raise FileError(f"{where}: no field {field!r}; {fields}")
+            must_have = unnamed
             value = value.get(field)
             if value is None:
                 continue
-        if isinstance(value, (bool, str, list, type(None))):
+        if isinstance(value, (bool, str, list, dict, type(None))):
             raise FileError(f"{where}: {_short(value)} is not a number")
-        values.append(_number(value, where))
-    return values
+        yield _number(value, where)
 
 
 def _read_npy(path, stream):
@@ -113,25 +137,31 @@ def _read_npy(path, stream):
         shape = getattr(array, "shape", "?")
         raise FileError(f"{path}: must hold a one-dimensional array of numbers; got shape {shape}"
                         f", dtype {getattr(array, 'dtype', '?')}")
-    if array.size and (not np.isfinite(array).all() or array.min() < 0):
-        raise FileError(f"{path}: lengths must be finite and >= 0")
+    wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+    if len(wrong):
+        raise FileError(f"{path}, index {wrong[0]}: lengths must be finite and >= 0; got "
+                        f"{array[wrong[0]]}")
     return array.astype(float)
 
 
-def _read_values(path, column, field):
+def _read_values(path, column, field, most):
+    """The first ``most`` values above 0, or all, as float64."""
     kind, zipped = _kind(path)
     opener = gzip.open if zipped else open
     if kind == "npy":
         with opener(path, "rb") as stream:
-            return _read_npy(path, stream)
+            array = _read_npy(path, stream)
+            return array[array > 0][:most]
     newline = None if kind == "jsonl" else ""
     with opener(path, "rt", encoding="utf-8-sig", newline=newline) as stream:
         if kind == "jsonl":
-            return _read_jsonl(path, stream, field)
-        return _read_csv(path, stream, column, "\t" if kind == "tsv" else ",")
+            values = _read_jsonl(path, stream, field)
+        else:
+            values = _read_csv(path, stream, column, "\t" if kind == "tsv" else ",")
+        return np.fromiter(islice((v for v in values if v > 0), most), float)
 
 
-def read_lengths(path, column=None, field=None, per_unit=None):
+def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     """Lengths from a file, as whole numbers of tokens.
 
     Parameters
@@ -142,10 +172,12 @@ def read_lengths(path, column=None, field=None, per_unit=None):
         Column of a CSV or TSV file; needed when there are several.  Columns of a file without a
         header are named 1, 2, ...
     field : str, optional
-        Field of the objects of a JSON lines file.
+        Field of the objects of a JSON lines file; needed when there are several.
     per_unit : float, optional
         Tokens per unit of the file, e.g. 0.25 for characters or 25 for seconds of sound; the
         product is rounded up.  Without it the file must hold whole numbers.
+    most : int, optional
+        Reading stops after this many lengths above 0; what follows is not looked at.
 
     Returns
     -------
@@ -159,7 +191,7 @@ def read_lengths(path, column=None, field=None, per_unit=None):
 
     Notes
     -----
-    Reads the whole file; never unpickles.
+    Never unpickles.  O(file), or O(what is read) with ``most``, but for ``.npy``.
 
     Examples
     --------
@@ -172,8 +204,10 @@ def read_lengths(path, column=None, field=None, per_unit=None):
     array([63, 23])
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path}: is a directory")
     try:
-        values = np.asarray(_read_values(path, column, field), float)
+        values = _read_values(path, column, field, most)
     except FileError:
         raise
     except UnicodeDecodeError:
@@ -198,5 +232,4 @@ def _whole(path, values, per_unit):
     if len(values) and values.max() > LONGEST:
         raise FileError(f"{path}: {values.max():.3g} tokens in one sequence; at most 2^40 make "
                         "sense")
-    lengths = values.astype(np.int64)
-    return lengths[lengths > 0]
+    return values.astype(np.int64)

@@ -2,10 +2,17 @@
 import html
 from dataclasses import dataclass
 
-_PHASE_HEAD = ("phase", "items", "micro-batches", "max/mean before", "after", "time before",
-               "after", "bound", "gap")
-_ROUTE_HEAD = ("route", "on its rank", "in its node", "between nodes before", "after",
-               "worst rank before", "after", "transfer", "exposed")
+# Two lines each: what, and of which state of the step.
+_PHASE_HEAD = (("phase", ""), ("items", ""), ("micro-batches", ""), ("max/mean", "before"),
+               ("max/mean", "after"), ("time", "before"), ("time", "after"), ("bound", ""),
+               ("gap", ""))
+_ROUTE_HEAD = (("route", ""), ("on its rank", "after"), ("in its node", "after"),
+               ("between nodes", "before"), ("between nodes", "after"), ("worst rank", "before"),
+               ("worst rank", "after"), ("transfer", "after"), ("exposed", ""))
+_ROUTE_NOTE = ("Routes before and after ranks were relabelled, which lessens the exposed ones: "
+               "outputs on the\nway to the language model. The others move items to where they "
+               "are encoded, ahead of the step\nand hidden by the one before, so their bytes "
+               "between nodes may rise.")
 
 
 def _bytes(value):
@@ -17,11 +24,14 @@ def _bytes(value):
 
 
 def _seconds(value):
-    return f"{value:.4g} s" if value >= 1 or value == 0 else f"{1e3 * value:.4g} ms"
+    """Microseconds below 0.1 ms."""
+    if value >= 1 or value == 0:
+        return f"{value:.4g} s"
+    return f"{1e3 * value:.4g} ms" if value >= 1e-4 else f"{1e6 * value:.4g} us"
 
 
 def _percent(value):
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.3g} %" if value > 1e-9 else "0 %"
 
 
 def _phase_row(name, plan):
@@ -81,20 +91,23 @@ class StepReport:
     def __str__(self):
         parts = []
         for head, rows in ((_PHASE_HEAD, self.phases), (_ROUTE_HEAD, self.routes)):
-            widths = [max(len(row[c]) for row in (head, *rows)) for c in range(len(head))]
+            rows = (*zip(*head), *rows)
+            widths = [max(map(len, column)) for column in zip(*rows)]
             parts += ["  ".join(cell.ljust(width) if c == 0 else cell.rjust(width)
-                                for c, (cell, width) in enumerate(zip(row, widths)))
-                      for row in (head, *rows)]
+                                for c, (cell, width) in enumerate(zip(row, widths))).rstrip()
+                      for row in rows]
             parts.append("")
-        return "\n".join([*parts, self.summary])
+        return "\n".join([*parts, _ROUTE_NOTE, "", self.summary])
 
     __repr__ = __str__
 
     def _repr_html_(self):
         parts = []
         for head, rows in ((_PHASE_HEAD, self.phases), (_ROUTE_HEAD, self.routes)):
-            cells = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+            names = "".join(f"<th>{what}<br>{when}</th>" for what, when in head)
+            cells = [f"<tr>{names}</tr>"]
             cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
                       for row in rows]
             parts.append("<table>" + "".join(cells) + "</table>")
-        return "".join(parts) + f"<p>{html.escape(self.summary)}</p>"
+        return "".join(parts) + "".join(f"<p>{html.escape(text)}</p>"
+                                        for text in (_ROUTE_NOTE, self.summary))

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _bytes, _core
 from .cost import SequenceCost
+from .tables import format_count
 
 _KIND = "orchvlm.sequence_plan"
 _POLICIES = ("static", "homogeneous", "chunked", "flex")
@@ -279,8 +280,9 @@ class SequencePlan:
         count = len(self._micro_start) - 1
         state = "optimal" if self.status == "optimal" else (
             f"bound {self.bound:.4g} s, gap {100 * self.gap:.2f} %")
-        return (f"<SequencePlan: {len(self.lengths)} sequences on {self.n_gpus} GPUs, {count} "
-                f"micro-batch{'es' * (count != 1)}, {self.time:.4g} s, {state}>")
+        return (f"<SequencePlan: {format_count(len(self.lengths), 'sequence')} on "
+                f"{format_count(self.n_gpus, 'GPU')}, {format_count(count, 'micro-batch')}, "
+                f"{self.time:.4g} s, {state}>")
 
     def _repr_html_(self):
         rows = "".join(_html_row(m, batch, self) for m, batch in enumerate(self.micro_batches))
@@ -301,7 +303,7 @@ def _html_row(m, batch, plan):
     bar = (f"<div style='width:8em;background:#ddd'><div style='width:{busy:.0f}%;"
            f"background:#4a7;white-space:nowrap'>{busy:.0f}&nbsp;%</div></div>")
     tokens = sum(g.tokens for g in batch.groups)
-    return (f"<tr><td>{m}</td><td>{batch.time:.4g}</td><td>{tokens:,}</td><td>{bar}</td>"
+    return (f"<tr><td>{m + 1}</td><td>{batch.time:.4g}</td><td>{tokens:,}</td><td>{bar}</td>"
             f"<td>{groups}</td></tr>")
 
 

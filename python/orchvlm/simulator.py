@@ -9,7 +9,8 @@ from .cost import Cluster
 from .policies import POLICIES, Placer, language_lengths, squares_of
 from .sequences import _integer
 from .step_graph import Options, account, build_step, measure_traffic, parameter_seconds
-from .tables import format_bytes, format_percent, format_seconds, html_table, text_table
+from .tables import (format_bytes, format_count, format_percent, format_seconds, html_table,
+                     text_table)
 
 
 @dataclass
@@ -135,8 +136,9 @@ class Simulation:
             header.pop(2)
             rows = [row[:2] + row[3:] for row in rows]
         batches = len(next(iter(self.results.values())).step_s)
-        title = (f"{batches} step{'s' * (batches > 1)} on {self.cluster.n_gpus} GPUs in "
-                 f"{self.cluster.nodes} node{'s' * (self.cluster.nodes > 1)}, simulated")
+        title = (f"{format_count(batches, 'step')} on "
+                 f"{format_count(self.cluster.n_gpus, 'GPU')} in "
+                 f"{format_count(self.cluster.nodes, 'node')}, simulated")
         return header, rows, title
 
     def __repr__(self):

@@ -84,6 +84,30 @@ def _right(columns):
     return [all(_numeric(c) for c in column if c) and any(column) for column in columns]
 
 
+def format_count(count, noun):
+    """A number of things, singular or plural.
+
+    Parameters
+    ----------
+    count : int
+        >= 0.
+    noun : str
+        Singular.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from orchvlm.tables import format_count
+    >>> format_count(1, "micro-batch"), format_count(0, "micro-batch"), format_count(2, "GPU")
+    ('1 micro-batch', '0 micro-batches', '2 GPUs')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{ending}"
+
+
 def text_table(header, rows, title=None):
     """An aligned plain-text table; columns of numbers are set flush right.
 

@@ -85,6 +85,8 @@ static void test_meter(void)
     while (!ovlm_meter_spend(&meter, 1)) {
     }
     CHECK(meter.cut_short, "the clock ends it");
+    CHECK(ovlm_meter_spend(&meter, 0) && ovlm_meter_spend(&meter, 1), "and it stays ended");
+    CHECK(ovlm_meter_expired(&meter), "for constructions too");
     int calls = 0;
     budget = (ovlm_budget){.work_limit = -1, .poll = stop_at_once, .poll_ctx = &calls};
     ovlm_meter_start(&meter, &budget, INT64_MAX, 10);

@@ -1,5 +1,6 @@
 """The command line through subprocesses: good files, broken files, JSON, plots, Ctrl-C."""
 import gzip
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 import orchvlm
 from orchvlm import demo
-from orchvlm.cli import main, make_parser
+from orchvlm.cli import Progress, main, make_parser
 from orchvlm.reading import FileError, read_lengths
 
 SMALL = ["--nodes", "1", "--gpus-per-node", "8"]
@@ -65,10 +66,11 @@ def lengths(tmp_path):
 
 def test_every_kind_of_file(lengths):
     folder, values = lengths
+    (folder / "one.jsonl").write_text("".join(f'{{"n": {v}}}\n' for v in values))
     for name, how in {"a.csv": {}, "bare.csv": {}, "two.csv": dict(column="tokens"),
                       "a.tsv": dict(column="tokens"), "a.jsonl": dict(field="n"),
-                      "bare.jsonl": {}, "a.npy": {}, "a.csv.gz": {}, "a.npy.gz": {},
-                      "a.jsonl.gz": dict(field="n")}.items():
+                      "bare.jsonl": {}, "one.jsonl": {}, "a.npy": {}, "a.csv.gz": {},
+                      "a.npy.gz": {}, "a.jsonl.gz": dict(field="n")}.items():
         assert (read_lengths(folder / name, **how) == values).all(), name
 
 
@@ -100,7 +102,11 @@ def nested(depth):
     ("a.csv.gz", b"a\n1\n", "gzip"),
     ("a.csv.gz", gzip.compress(b"a\n" + b"1\n" * 999)[:20], "gzip"),
     ("a.csv.gz", gzip.compress(os.urandom(999))[:-9] + b"x" * 9, "csv"),
-    ("a.jsonl", b"{\"n\": 1}\n", "fields: n"),
+    ("two.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 99)[:30], "broken gzip file after line"),
+    ("a.jsonl", b"{\"n\": 1, \"m\": 2}\n", "fields: n, m"),
+    ("a.jsonl", b"{\"n\": 1, \"m\": 2}\n{\"n\": 3", "line 2: not JSON"),
+    ("a.jsonl", b"{\"n\": 1}\n{\"m\": 2}\n", "line 2: no field 'n'"),
+    ("a.jsonl", b"{\"n\": {}}\n", "not a number"),
     ("a.jsonl", b"1\n{\n", "line 2"),
     ("a.jsonl", b"[1]\n", "not a number"),
     ("a.jsonl", b"true\n", "not a number"),
@@ -121,6 +127,22 @@ def test_broken_files_give_one_line(tmp_path, name, content, word):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [-7.0, np.nan, np.inf])
+def test_a_bad_value_of_an_array_is_named(tmp_path, value):
+    np.save(tmp_path / "a.npy", np.array([1.0, 2.0, value, value]))
+    with pytest.raises(FileError, match=f"index 2: .*got {value}"):
+        read_lengths(tmp_path / "a.npy")
+
+
+def test_reading_stops_when_it_has_enough(tmp_path):
+    """What follows is not looked at, so it may even be broken."""
+    (tmp_path / "a.csv").write_text("tokens\n5\n0\n6\nbroken\n")
+    (tmp_path / "a.jsonl").write_text('{"n": 5}\n{"n": 0}\n{"n": 6}\nbroken\n')
+    np.save(tmp_path / "a.npy", [5, 0, 6, 7])
+    for name in ("a.csv", "a.jsonl", "a.npy"):
+        assert read_lengths(tmp_path / name, most=2).tolist() == [5, 6]
+
+
 def test_pickles_and_tables_are_refused(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "table.npy", np.ones((2, 2)))
@@ -136,12 +158,16 @@ def test_refusals_are_one_line(lengths, refuse):
     assert "either a FILE" in refuse("plan", folder / "a.csv", "--demo")
     assert "No such file" in refuse("plan", folder / "none.csv")
     (folder / "folder.csv").mkdir()
-    assert "directory" in refuse("plan", folder / "folder.csv", "--items")
+    assert "is a directory" in refuse("plan", folder / "folder.csv", "--items")
+    assert "is a directory" in refuse("plan", folder)
     assert "id, tokens" in refuse("plan", folder / "two.csv")
     assert "no column 'x'" in refuse("plan", folder / "two.csv", "--column", "x")
     assert "fields: n, s" in refuse("plan", folder / "a.jsonl")
     assert "nowhere" in refuse("plan", folder / "a.csv", "--preset", "nowhere", "--items")
-    assert "measured on a100_40g" in refuse("plan", folder / "a.csv", "--preset", "h100")
+    for option in (["--policy", "chunked"], ["--model", "gpt7b"]):
+        assert "--items" in refuse("plan", folder / "a.csv", "--items", *option)
+    assert "--demo" in refuse("plan", "--demo", "--items")
+    assert "--colum " in refuse("plan", folder / "two.csv", "--colum", "tokens")
     assert "known models" in refuse("plan", folder / "a.csv", "--model", "gpt9")
     assert "--nodes" in refuse("plan", folder / "a.csv", "--nodes", "0")
     assert "--time-limit" in refuse("plan", folder / "a.csv", "--time-limit", "-1")
@@ -175,6 +201,10 @@ def test_plan_items(lengths):
     plan = json.loads(run("plan", folder / "a.csv", "--items", "--json", *SMALL).stdout)
     loads = np.bincount(plan["rank"], weights=values, minlength=8)
     assert loads.tolist() == plan["loads"]
+    (folder / "one.csv").write_text("100\n")
+    done = run("plan", folder / "one.csv", "--items", *SMALL)
+    assert "1 item on" in done.stdout and "Optimal: no plan is better." in done.stdout
+    assert "1 sequence, " in run("plan", folder / "one.csv", *SMALL).stdout
 
 
 def test_batch_size_takes_the_first(lengths):
@@ -182,6 +212,26 @@ def test_batch_size_takes_the_first(lengths):
     plan = json.loads(run("plan", folder / "a.csv", "--items", "--json", "--batch-size", "5",
                           *SMALL).stdout)
     assert sum(plan["loads"]) == values[:5].sum()
+
+
+def test_a_large_file_is_planned_in_part(tmp_path):
+    np.save(tmp_path / "a.npy", np.full(600, 100))
+    common = ["plan", tmp_path / "a.npy", "--work-limit", "500"]
+    done = run(*common)
+    assert "first 512 of 600 lengths; --batch-size N" in done.stdout, done.stderr
+    assert "512 sequences" in done.stdout
+    done = run(*common, "--json")
+    assert "first 512" in done.stderr and json.loads(done.stdout)
+    for more in (["--batch-size", "600"], ["--items"]):
+        done = run(*common, *more)
+        assert "600 " in done.stdout and "first" not in done.stdout + done.stderr
+
+
+def test_a_preset_needs_no_model(lengths):
+    folder, _ = lengths
+    times = [json.loads(run("plan", folder / "a.csv", "--preset", preset, "--work-limit", "500",
+                            "--json").stdout)["time"] for preset in ("a100_80g", "b200")]
+    assert times[0] > times[1] > 0
 
 
 def test_counted_model(lengths, refuse):
@@ -253,6 +303,19 @@ def test_examples_of_the_help_parse():
         make_parser().parse_args(words.split()[1:])
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(monkeypatch, terminal):
+    """One line that is rewritten and wiped on a terminal, a line of its own in a log."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("thinking"):
+        while "thinking" not in stream.getvalue():
+            time.sleep(0.02)
+    said = stream.getvalue()
+    assert ("\n" in said) != terminal and said.endswith("\r\x1b[K") == terminal
+
+
 def test_closed_pipe():
     command = f"{sys.executable} -m orchvlm plan --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True,
@@ -262,7 +325,8 @@ def test_closed_pipe():
 
 @pytest.mark.parametrize("command", [
     ["simulate", "--demo", "--nodes", "64", "--steps", "200"],
-    ["plan", "lengths.npy", "--nodes", "128", "--time-limit", "10"]], ids=["simulate", "plan"])
+    ["plan", "lengths.npy", "--batch-size", "8192", "--nodes", "128", "--time-limit", "10"],
+], ids=["simulate", "plan"])
 def test_interrupt(tmp_path, command):
     """Ctrl-C during a long search: exit 130, one line, no file."""
     np.save(tmp_path / "lengths.npy", demo.wikipedia_lengths(8192))
@@ -270,13 +334,14 @@ def test_interrupt(tmp_path, command):
     picture = tmp_path / "x.png"
     process = subprocess.Popen(
         [sys.executable, "-m", "orchvlm", *command, "--plot", str(picture)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # nohup, CI ignore it
     try:
         line = process.stderr.readline()  # progress says that it runs
         assert line.startswith("orchvlm: "), line
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -110,5 +110,5 @@ def test_without_matplotlib(monkeypatch):
         return real(name, *more, **named)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ImportError, match=r"orchvlm\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plots.plot_loads({"llm": np.ones(1)}, {"llm": np.ones(1)})

@@ -144,6 +144,8 @@ def test_views_agree_with_the_inputs(rng):
     assert plan.time == pytest.approx(sum(b.time for b in plan.micro_batches))
     blocks = {(g.first_gpu, g.degree) for b in plan.micro_batches for g in b.groups}
     assert plan.communicators == sorted(blocks)
+    assert plan._repr_html_().count("<tr><td>1</td>") == min(1, len(plan.micro_batches))
+    assert "<tr><td>0</td>" not in plan._repr_html_()
     assert "micro-batch" in repr(plan) and plan._repr_html_().count("<tr>") == 1 + len(
         plan.micro_batches)
     with pytest.raises(ValueError, match="read-only"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import orchvlm
+from orchvlm import reports
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
 print(f"seed {SEED}")
@@ -359,6 +360,12 @@ def test_empty_things():
             assert "step" in str(step.report())
 
 
+def test_report_units():
+    assert [reports._seconds(s) for s in (0, 2e-7, 9.9e-5, 1e-4, 1.5)] == [
+        "0 s", "0.2 us", "99 us", "0.1 ms", "1.5 s"]
+    assert [reports._percent(g) for g in (0, 3e-14, 0.01)] == ["0 %", "0 %", "1 %"]
+
+
 def test_report_says_before_and_after():
     step = plans(np.random.default_rng(3), False)[-1]
     report = step.report()
@@ -366,5 +373,7 @@ def test_report_says_before_and_after():
     assert all(name in text for name in (*step.batch.phases, "llm", "text", "vision->llm"))
     assert "exposed" in text and f"{step.llm.imbalance:.4f}" in text
     assert "<table>" in step._repr_html_() and "StepPlan" in repr(step)
+    assert text.count("before") > 2 and "ahead of the step" in text
+    assert "between nodes<br>after" in step._repr_html_()
     for thing in (step.batch, step.llm, step.routes["text"], *step.batch.phases.values()):
         assert repr(thing).startswith("<")

@@ -17,6 +17,7 @@ enum {
 };
 /* About 40 ms; homes take another search, and at slack 0 a longer one. */
 static const int64_t DEFAULT_WORK = 6000000, DEFAULT_WORK_HOME = 24000000;
+static const int64_t FIRST_ROUND = (int64_t)1 << 16, LONGEST_ROUND = (int64_t)1 << 60;
 
 typedef struct job {
     const ovlm_balance_problem *problem;
@@ -69,7 +70,7 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
     const bal_model *model = search->model;
     int64_t cost = model->n_units * model->n_ranks / 4 + model->n_units;
     if (bal_meets(plan->max, search->goal) ||
-        cost > (search->meter->work_limit - search->meter->work) / 2) {
+        cost > (search->planned - search->meter->work) / 2) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);
@@ -88,7 +89,7 @@ static ovlm_status try_difference(bal_search *search, bal_plan *plan, ovlm_err *
 /* Exact cover by triples, with up to a third of the work left. */
 static ovlm_status try_triples(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
-    int64_t n = search->model->n_units, left = search->meter->work_limit - search->meter->work;
+    int64_t n = search->model->n_units, left = search->planned - search->meter->work;
     if (n != 3 * search->model->n_ranks || left / 3 < n * n / 4) {
         return OVLM_OK;
     }
@@ -154,6 +155,31 @@ static ovlm_status improve(bal_search *search, bal_plan *plan, bool *found, bool
                                  : bal_rebuild(search, plan, err);
 }
 
+/* Rounds of growing length, each from the plan of the one before.  What a round does depends on its
+ * own length, never on the limit, so a shorter search is the beginning of a longer one: more work
+ * cannot give a worse plan. */
+static ovlm_status improve_in_rounds(bal_search *search, bal_plan *plan, bool *found,
+                                     bool *optimal, ovlm_err *err)
+{
+    ovlm_meter *meter = search->meter;
+    int64_t limit = meter->work_limit;
+    ovlm_status status = OVLM_OK;
+    /* Without a first plan, finding one gets everything in one round. */
+    int64_t length = *found ? FIRST_ROUND : LONGEST_ROUND;
+    for (; status == OVLM_OK; length = length < LONGEST_ROUND ? 4 * length : length) {
+        bool last = length >= limit - meter->work;
+        search->planned = length < INT64_MAX - meter->work ? meter->work + length : INT64_MAX;
+        meter->work_limit = last ? limit : search->planned;
+        status = improve(search, plan, found, optimal, err);
+        if (last || *optimal || bal_meets(plan->max, search->goal) || meter->cut_short ||
+            meter->interrupted) {
+            break;
+        }
+    }
+    meter->work_limit = limit;
+    return status;
+}
+
 /* Any plan first, then the homes; raises *bound when the plan is proved optimal. */
 static ovlm_status solve_afresh(bal_search *search, bal_plan *plan, double slack, double *bound,
                                 ovlm_err *err)
@@ -170,7 +196,7 @@ static ovlm_status solve_afresh(bal_search *search, bal_plan *plan, double slack
         meter->work_limit -= (work_limit - meter->work) / 2;
     }
     if (!near) {
-        OVLM_TRY(improve(search, plan, &found, &optimal, err));
+        OVLM_TRY(improve_in_rounds(search, plan, &found, &optimal, err));
     }
     meter->work_limit = work_limit;
     double best = plan->max;

@@ -15,7 +15,8 @@ typedef struct bal_search {
     ovlm_meter *meter;
     ovlm_rng rng;
     ovlm_arena *arena;
-    double goal; /* stop at this largest load */
+    double goal;     /* stop at this largest load                                          */
+    int64_t planned; /* work at which this round is meant to end; the meter may end it before */
 } bal_search;
 
 /* Searches stop this close to the goal: less cannot be measured in any training step. */

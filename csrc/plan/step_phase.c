@@ -73,15 +73,6 @@ static double item_floor(const step_work *work, int64_t i)
            cost->quadratic * square_of(work, i) + cost->padded_quadratic * l * l;
 }
 
-static double total_length(const step_work *work)
-{
-    double total = 0;
-    for (int64_t i = 0; i < work->n; i++) {
-        total += (double)work->length[i];
-    }
-    return total;
-}
-
 static int64_t least_micro(const step_work *work, int64_t n_ranks)
 {
     if (work->capacity == INT64_MAX || work->capacity == 0) {
@@ -253,9 +244,6 @@ ovlm_status step_share_solve(const step_input *input, const step_work *work,
     ovlm_balance_result result = {0};
     bool fits = true, padded = work->cost.padded_linear > 0 || work->cost.padded_quadratic > 0;
     int64_t least = least_micro(work, problem->n_ranks);
-    if (!isfinite(total_length(work))) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "%s lengths overflow", work->name);
-    }
     OVLM_TRY(balance(input, work, 0, budget, share, &result, arena, err));
     *cut_short = *cut_short || result.cut_short;
     share->n_micro = 1;

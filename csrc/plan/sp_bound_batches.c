@@ -39,7 +39,9 @@ static void cut_at(sp_batches *b, double makespan)
         if (fabs(b->interval[i].high - makespan) < 2e-3 * makespan) {
             return;
         }
-        at = b->interval[i].high > makespan && i < at ? i : at;
+        if (i < at && b->interval[i].high > makespan) {
+            at = i;
+        }
     }
     if (b->n_intervals == SP_INTERVALS || at == b->n_intervals) {
         return;

@@ -86,6 +86,8 @@ static int64_t try_groups(insertion *in, int64_t box, ovlm_rng *rng)
         int64_t j = step->j[slot];
         double time = step->time[slot] + in->time[j];
         double growth = time > tau ? time - tau : 0, cost = growth + in->excess[j];
+        /* a group with room for the item has a degree that may hold it */
+        /* cppcheck-suppress uninitvar */
         if (growth + least[j] >= in->cost) {
             continue;
         }

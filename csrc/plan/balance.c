@@ -164,8 +164,8 @@ static ovlm_status improve_in_rounds(bal_search *search, bal_plan *plan, bool *f
     ovlm_meter *meter = search->meter;
     int64_t limit = meter->work_limit;
     ovlm_status status = OVLM_OK;
-    /* Without a first plan, finding one gets everything in one round; with homes, the largest load is
-     * not what counts in the end. */
+    /* Without a first plan, finding one gets everything in one round; with homes, the largest
+     * load is not what counts in the end. */
     bool rounds = *found && search->model->home == NULL;
     int64_t length = rounds ? FIRST_ROUND : limit - meter->work;
     for (; status == OVLM_OK; length = length < LONGEST_ROUND ? 4 * length : length) {

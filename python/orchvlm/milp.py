@@ -97,8 +97,10 @@ def plan_sequences_milp(lengths, n_gpus, cost, *, degrees=None, n_buckets=None, 
     >>> round(plan.time, 3), plan.status
     (0.875, 'optimal')
     """
-    from scipy.optimize import milp
-
+    try:
+        from scipy.optimize import milp
+    except ImportError:
+        raise ImportError("plan_sequences_milp needs SciPy: pip install scipy") from None
     n_gpus = _integer(n_gpus, "n_gpus")
     cost = _restrict(cost, degrees, n_gpus)
     lengths = np.ascontiguousarray(lengths)

@@ -180,6 +180,7 @@ def test_refusals_are_one_line(lengths, refuse):
 
 
 def test_plan_groups(lengths):
+    pytest.importorskip("matplotlib", reason="plots are optional")
     folder, values = lengths
     picture = folder / "plan.png"
     done = run("plan", folder / "two.csv", "--column", "tokens", "--work-limit", "2000",
@@ -247,6 +248,7 @@ def test_counted_model(lengths, refuse):
 
 
 def test_demos(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are optional")
     done = run("plan", "--demo", "--nodes", "2", "--work-limit", "2000", "--plot",
                tmp_path / "demo.png")
     assert done.returncode == 0, done.stderr
@@ -260,6 +262,7 @@ def test_demos(tmp_path):
 
 
 def test_simulate_file(lengths):
+    pytest.importorskip("matplotlib", reason="plots are optional")
     folder, _ = lengths
     done = run("simulate", folder / "a.csv", "--batch-size", "32", "--json", "--work-limit", "500",
                "--plot", folder / "sim.png")

@@ -3,6 +3,7 @@ out, and never a crash or a hang.
 
 ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 60; 100000 takes an hour)."""
 import inspect
+from importlib.util import find_spec
 import math
 import os
 
@@ -71,6 +72,8 @@ GOOD = {
 }
 BOUNDED = {"work_limit", "time_limit", "n_ranks", "n_gpus", "k_partitions", "n"}
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
+if find_spec("scipy") is None:
+    SKIP.add("plan_sequences_milp")
 
 
 def callables():

@@ -3,9 +3,9 @@ out, and never a crash or a hang.
 
 ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 60; 100000 takes an hour)."""
 import inspect
-from importlib.util import find_spec
 import math
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest

@@ -122,6 +122,9 @@ class SequencePlan:
     """
 
     def __init__(self, problem, policy, fields):
+        if not (isinstance(fields, (tuple, list)) and len(fields) == 11 and all(
+                isinstance(array, np.ndarray) for array in fields[:6])):
+            raise TypeError("a SequencePlan comes from plan_sequences or from_bytes")
         (self.lengths, self.n_gpus, self.gpus_per_node, self.cost, self.pad_to,
          self._asked_micro_batches) = problem
         self.policy = policy

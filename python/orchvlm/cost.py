@@ -25,7 +25,7 @@ def _coefficient(owner, name, value, least=0.0, infinite=False):
     return value
 
 
-def _count(owner, name, value, least=1):
+def _count(owner, name, value, least=1, most=2**31 - 1):
     if isinstance(value, bool):
         raise TypeError(f"{owner}.{name} must be an integer; got bool")
     try:
@@ -33,8 +33,8 @@ def _count(owner, name, value, least=1):
     except TypeError:
         raise TypeError(
             f"{owner}.{name} must be an integer; got {type(value).__name__}") from None
-    if not least <= value < 2**31:
-        raise ValueError(f"{owner}.{name} must be in [{least}, 2^31); got {value}")
+    if not least <= value <= most:
+        raise ValueError(f"{owner}.{name} must be in [{least}, {most}]; got {value}")
     return value
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .cost import BatchCost, _count
 from .model_cost import ModelCosts
 
 #: Quantiles of public datasets, as (share, value) pairs.
@@ -89,6 +90,9 @@ MODEL_9B = {
                      "num_mel_bins": 128},
 }
 
+#: More than these would fill the memory of a laptop.
+_MOST_VALUES, _MOST_SAMPLES = 1 << 26, 1 << 22
+
 #: Kinds of samples and their shares in :func:`batch`.
 MIXTURE = {"caption": .40, "document": .15, "speech": .20, "video": .10, "text": .15}
 
@@ -112,8 +116,10 @@ def draw(name, n, rng):
 
     Raises
     ------
+    TypeError
+        ``n`` that is no integer, ``rng`` that is no generator.
     ValueError
-        An unknown name.
+        An unknown name, or ``n`` outside of [0, 2^26].
 
     Notes
     -----
@@ -129,6 +135,9 @@ def draw(name, n, rng):
     """
     if name not in QUANTILES:
         raise ValueError(f"unknown distribution {name!r}; known: {', '.join(sorted(QUANTILES))}")
+    n = _count("draw", "n", n, least=0, most=_MOST_VALUES)
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng must be a numpy.random.Generator; got {type(rng).__name__}")
     share, value = np.array(QUANTILES[name], dtype=float).T
     return np.exp(np.interp(rng.random(n), share, np.log(value)))
 
@@ -152,8 +161,11 @@ def wikipedia_lengths(n, seed=0, longest=192 * 1024):
 
     Raises
     ------
+    TypeError
+        An argument that is no integer.
     ValueError
-        ``longest`` below 39 tokens, the first percentile: hardly anything would be left.
+        ``longest`` below 39 tokens, the first percentile: hardly anything would be left; ``n``
+        outside of [0, 2^26]; a negative ``seed``.
 
     References
     ----------
@@ -166,9 +178,9 @@ def wikipedia_lengths(n, seed=0, longest=192 * 1024):
     >>> bool(320 < np.median(s) < 375), bool((s <= 8192).mean() > .96)
     (True, True)
     """
-    if longest < 39:
-        raise ValueError(f"longest must be at least 39 tokens; got {longest}")
-    rng = np.random.default_rng(seed)
+    n = _count("wikipedia_lengths", "n", n, least=0, most=_MOST_VALUES)
+    longest = _count("wikipedia_lengths", "longest", longest, least=39)
+    rng = np.random.default_rng(_count("wikipedia_lengths", "seed", seed, least=0, most=2**64 - 1))
     kept = np.zeros(0, np.int64)
     while len(kept) < n:
         drawn = draw("wikipedia_tokens", n, rng).astype(np.int64)
@@ -262,6 +274,17 @@ def _pool(name, rng):
         yield from (rng.random(1000) if name == "coin" else draw(name, 1000, rng)).tolist()
 
 
+def _input_bytes(phase, config):
+    """What one token leaves behind when only the inputs of the layers are kept."""
+    if phase == "vision":
+        vision = config["vision_config"]
+        return 2.0 * vision["hidden_size"] * vision["num_hidden_layers"]
+    if phase == "audio":  # two frames become one position
+        audio = config["audio_config"]
+        return 2.0 * audio["d_model"] * audio["encoder_layers"] / 2
+    return 2.0 * config["hidden_size"] * config["num_hidden_layers"]
+
+
 def recomputed(model, config):
     """A model that keeps only each layer's input and computes forward twice.
 
@@ -281,7 +304,9 @@ def recomputed(model, config):
     Raises
     ------
     TypeError
-        Arguments that are not a ``ModelCosts`` and a mapping.
+        Arguments that are not a ``ModelCosts`` and a mapping, or a cost of another kind.
+    ValueError
+        ``config`` lacks a phase or a field of the model's.
 
     Examples
     --------
@@ -295,15 +320,17 @@ def recomputed(model, config):
     if not isinstance(model, ModelCosts) or not isinstance(config, Mapping):
         raise TypeError("model must be what from_model returns, and config its mapping; got "
                         f"{type(model).__name__} and {type(config).__name__}")
+    if not all(isinstance(cost, BatchCost) for cost in model.costs.values()):
+        raise TypeError("model must have a BatchCost for every phase")
     costs = {phase: dataclasses.replace(
         cost, **{name: getattr(cost, name) * 4 / 3
                  for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})
         for phase, cost in model.costs.items()}
-    vision, audio = config["vision_config"], config["audio_config"]
-    kept = {"llm": 2.0 * config["hidden_size"] * config["num_hidden_layers"],
-            "vision": 2.0 * vision["hidden_size"] * vision["num_hidden_layers"],
-            "audio": 2.0 * audio["d_model"] * audio["encoder_layers"] / 2}
-    memory = {phase: (kept[phase], fixed) for phase, (_, fixed) in model.memory.items()}
+    try:
+        memory = {phase: (_input_bytes(phase, config), fixed)
+                  for phase, (_, fixed) in model.memory.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config is not the one that the model was made from: {error}") from None
     return model._replace(costs=costs, memory=memory)
 
 
@@ -367,8 +394,10 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
 
     Raises
     ------
+    TypeError
+        An argument that is no integer.
     ValueError
-        A count below 1.
+        A count below 1, a negative seed, or more than 2^22 samples in all.
 
     Notes
     -----
@@ -384,11 +413,14 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
     [0, 0, 1, 1, 2, 2, 3, 3]
     """
     from .batch import Batch
-    if n_ranks < 1 or samples_per_rank < 1:
-        raise ValueError("n_ranks and samples_per_rank must be at least 1; "
-                         f"got {n_ranks} and {samples_per_rank}")
-    rng = np.random.default_rng(seed)
+    n_ranks = _count("batch", "n_ranks", n_ranks)
+    samples_per_rank = _count("batch", "samples_per_rank", samples_per_rank)
+    hidden = _count("batch", "hidden", hidden)
     n = n_ranks * samples_per_rank
+    if n > _MOST_SAMPLES:
+        raise ValueError(f"n_ranks = {n_ranks} times samples_per_rank = {samples_per_rank} are "
+                         f"more than {_MOST_SAMPLES} samples; draw several batches")
+    rng = np.random.default_rng(_count("batch", "seed", seed, least=0, most=2**64 - 1))
     kinds = rng.choice(list(MIXTURE), size=n, p=list(MIXTURE.values()))
     pools = {name: _pool(name, rng) for name in ("coin", *QUANTILES)}
     vision, audio = _Collector(), _Collector()

@@ -454,7 +454,31 @@ def test_demo_batch_is_consistent():
     assert (used == tokens).all()
     again = demo.batch(8, 16, seed=1)
     assert (again.text_tokens == batch.text_tokens).all()
-    with pytest.raises(ValueError, match="at least 1"):
-        demo.batch(0, 1)
-    with pytest.raises(ValueError, match="unknown distribution"):
-        demo.draw("dreams", 1, np.random.default_rng(0))
+
+
+def test_demo_refuses_sizes_before_any_work():
+    rng = np.random.default_rng(0)
+    for call, error, words in (
+            (lambda: demo.batch(0, 1), ValueError, "n_ranks"),
+            (lambda: demo.batch(4, 2**62), ValueError, "samples_per_rank"),
+            (lambda: demo.batch(2**30, 2**30), ValueError, "samples_per_rank"),
+            (lambda: demo.batch(4, 2.5), TypeError, "samples_per_rank"),
+            (lambda: demo.batch(4, 2, seed=-1), ValueError, "seed"),
+            (lambda: demo.batch(4, 2, hidden="wide"), TypeError, "hidden"),
+            (lambda: demo.wikipedia_lengths(2**62), ValueError, "wikipedia_lengths.n"),
+            (lambda: demo.wikipedia_lengths(9, longest=float("nan")), TypeError, "longest"),
+            (lambda: demo.wikipedia_lengths(9, longest=38), ValueError, "longest"),
+            (lambda: demo.draw("dreams", 1, rng), ValueError, "unknown distribution"),
+            (lambda: demo.draw("code_bytes", 2**40, rng), ValueError, "draw.n"),
+            (lambda: demo.draw("code_bytes", 1, 0), TypeError, "rng")):
+        with pytest.raises(error, match=words):
+            call()
+
+
+def test_recomputed_refuses_another_models_config():
+    model = orchvlm.from_model(demo.MODEL_9B, cluster())
+    with pytest.raises(ValueError, match="vision_config"):
+        demo.recomputed(model, {"hidden_size": 8, "num_hidden_layers": 2})
+    grouped = orchvlm.from_model(demo.MODEL_9B, cluster(), llm="sequence_parallel")
+    with pytest.raises(TypeError, match="BatchCost"):
+        demo.recomputed(grouped, demo.MODEL_9B)

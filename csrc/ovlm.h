@@ -8,11 +8,13 @@
  *   2  budget      how long a search may take     5  sequences   sequence-parallel groups
  *   3  cost        what work costs                6  step plan   phases, routes, relabelling
  *   7  simulate    tasks on resources over time   8  backend     compute backends, at run time
+ *   9  tensors     views, and where results are rounded
  *
  * Shape letters, used in every comment and docstring of the project:
  *   n items or sequences   N ranks (GPUs)   M micro-batches   P groups   D degrees   k pieces
  *   Q buckets
- *   B batch   T packed tokens   S longest sequence   C channels   H query heads   L layers
+ *   B batch   T packed tokens   S longest sequence   C channels   L layers   V vocabulary
+ *   H query heads   G key/value heads   E experts   K experts per token   F hidden units
  *
  * Arrays are borrowed for the duration of the call unless a comment says "owned".  Every pure
  * function gives the same answer for the same input, seed and work limit on every machine. */
@@ -453,6 +455,58 @@ typedef struct ovlm_ops ovlm_ops;
  * Touches no device. */
 OVLM_NODISCARD ovlm_status ovlm_backend_load(const char *path, const ovlm_ops **ops,
                                              ovlm_err *err);
+
+/* ------------------------------------------------------------------ 9  tensors --------- */
+
+typedef enum ovlm_dtype {
+    OVLM_F32 = 0,
+    OVLM_BF16,
+    OVLM_F16, /* files only */
+    OVLM_F64, /* the reference backend, and sums */
+    OVLM_I32,
+    OVLM_I64,
+    OVLM_U8,
+    OVLM_DTYPE_COUNT
+} ovlm_dtype;
+
+/* Bytes of an element, and the name as NumPy spells it ("bfloat16" for OVLM_BF16). */
+int64_t ovlm_dtype_bytes(ovlm_dtype dtype);
+const char *ovlm_dtype_name(ovlm_dtype dtype);
+
+/* rows x cols elements at data, `stride` elements from a row to the next.  A borrowed view; a
+ * vector has one row; a stack of matrices has their rows one after the other. */
+typedef struct ovlm_tensor {
+    void *data;
+    int64_t rows, cols, stride;
+    ovlm_dtype dtype;
+} ovlm_tensor;
+
+/* Where every backend rounds.  "storage" is the model's dtype (float32 or bfloat16); everything
+ * inside an operation is float32 unless said otherwise, and each output is rounded once, to nearest
+ * even.  (The reference computes in float64 and rounds at the same points.)
+ *
+ *   operation       inputs           inside                                  outputs
+ *   linear          storage          products exact, sums float32 over K     y, pre: storage; the
+ *                                    in one order for all rows; act and add  pre-activation is
+ *                                    on the float32 sum                      rounded for itself
+ *   linear dw       storage          sums float32 over T                     float32
+ *   residual        storage          add of the float32 result (linear.add)  storage, rounded once
+ *   gated           storage          float32                                 storage
+ *   norm            storage          mean, variance, 1/sqrt float32          storage, rounded once,
+ *                                                                            after the weight
+ *   rope            storage          angles, cos, sin, rotation float32;     storage
+ *                                    the head norm before it is not rounded
+ *   attention       storage          scores and log-sum-exp float32; P       storage
+ *                                    float32 on the CPU, storage (bfloat16)
+ *                                    before P v on tensor cores
+ *   router          float32 logits   float32                                 float32 weights
+ *   combine         storage          float32                                 storage
+ *   head            storage          logits and log-sum-exp float32,         logp float32,
+ *                                    never stored whole                      loss float64
+ *   grad_norm       float32          float64                                 float64
+ *   adamw           float32          float32; coefficients float64           w: storage, from the
+ *                                                                            float32 master
+ * Gradients of activations are stored as the activation is, gradients of weights as float32. */
 
 #ifdef __cplusplus
 }

@@ -98,8 +98,10 @@ static void cuda_close(ovlm_backend *backend)
     free(self);
 }
 
-static ovlm_status cuda_open(int64_t device, ovlm_backend **backend, ovlm_err *err)
+static ovlm_status cuda_open(const ovlm_backend_options *options, ovlm_backend **backend,
+                             ovlm_err *err)
 {
+    int64_t device = options->device;
     *backend = NULL;
     OVLM_TRY(check_device(device, err));
     CUDA_TRY(cudaSetDevice((int)device), err);

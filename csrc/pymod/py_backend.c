@@ -96,10 +96,11 @@ static PyObject *backend_probe(PyObject *module, PyObject *const *args, Py_ssize
     }
     char text[DESCRIPTION_BYTES] = "";
     ovlm_backend *backend = NULL;
+    ovlm_backend_options options = {.device = device};
     ovlm_err err = {0};
     ovlm_status status = OVLM_OK;
     Py_BEGIN_ALLOW_THREADS
-    status = ops->open(device, &backend, &err);
+    status = ops->open(&options, &backend, &err);
     if (status == OVLM_OK) {
         status = ops->device_describe(device, text, sizeof text, &err);
         ops->close(backend);

@@ -32,7 +32,7 @@ typedef struct ovlm_event ovlm_event;
 
 typedef struct ovlm_backend_options {
     int64_t device;
-    int64_t threads; /* of CPU backends; 0: OMP_NUM_THREADS, or one per core this process may use */
+    int64_t threads; /* of CPU backends; 0: one per core */
 } ovlm_backend_options;
 
 typedef enum ovlm_copy_kind { OVLM_TO_DEVICE, OVLM_TO_HOST, OVLM_ON_DEVICE } ovlm_copy_kind;

@@ -7,9 +7,9 @@
  *     (op_check.h).  A late failure stays on the queue and names its operation.
  *   - Tensors and pointers are device memory.  Host code never reads them; sizes that only the
  *     device knows (experts' rows, segments) come as device arrays with bounds.
- *   - It never allocates.  `measure` tells from shapes alone (data pointers may be NULL; rows, n and
- *     max_len are then bounds) how many bytes `saved` (written by the forward, read by the backward)
- *     and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds plans and
+ *   - It never allocates.  `measure` tells from shapes alone (data pointers may be NULL; rows, n
+ *     and max_len are then bounds) how many bytes `saved` (written by the forward, read by the
+ *     backward) and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds plans and
  *     tunes outside the step.
  *   - Optional tensors are left out by cols = 0.  A tensor with rows = 0 is present and empty.
  *   - Gradients of activations (dx) have the dtype of x and are overwritten, or added to when
@@ -257,9 +257,9 @@ typedef struct ovlm_targets {
     float *dlogp;         /* [T] device                       */
 } ovlm_targets;
 
-/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]] (0 where
- * ignored), entropy[t] of that distribution, loss += sum dlogp * logp.  Backward: dx, dw from dlogp
- * and dentropy.  fused: the forward computes dx and dw in the same pass, and no backward follows. */
+/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]], 0
+ * where ignored, entropy[t] of that distribution, loss += sum dlogp * logp.  Backward: dx, dw from
+ * dlogp and dentropy.  fused: the forward computes dx and dw in the same pass, and no backward follows. */
 typedef struct ovlm_head {
     ovlm_scratch scratch;
     ovlm_tensor x;        /* [T,C]                            */

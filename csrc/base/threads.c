@@ -3,7 +3,6 @@
 #include "base/threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -67,16 +66,8 @@ static void *work(void *argument)
     return NULL;
 }
 
-/* OMP_NUM_THREADS, or the cores that the process may run on. */
 static int64_t default_threads(void)
 {
-    const char *text = getenv("OMP_NUM_THREADS");
-    if (text != NULL) {
-        long long wanted = strtoll(text, NULL, 10); /* "4,2" means 4 at the outer level */
-        if (wanted >= 1) {
-            return wanted < THREADS_MOST ? wanted : THREADS_MOST;
-        }
-    }
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     return cores < 1 ? 1 : cores < THREADS_MOST ? cores : THREADS_MOST;
 }

@@ -13,7 +13,7 @@
 typedef struct ovlm_cpu {
     ovlm_backend base;
     ovlm_pool *pool;
-    char *thread_scratch; /* OVLM_CPU_SCRATCH_BYTES per thread, for packed panels and partial sums */
+    char *thread_scratch; /* OVLM_CPU_SCRATCH_BYTES per thread: packed panels, partial sums */
 } ovlm_cpu;
 
 enum { OVLM_CPU_SCRATCH_BYTES = 2 << 20 };

@@ -33,11 +33,12 @@ static ovlm_status describe(int64_t device, char *text, size_t bytes, ovlm_err *
     return OVLM_OK;
 }
 static const ovlm_ops table;
-static ovlm_backend open_one = {&table};
-static ovlm_status open_device(int64_t device, ovlm_backend **backend, ovlm_err *err)
+static ovlm_backend open_one = {&table, 0};
+static ovlm_status open_device(const ovlm_backend_options *options, ovlm_backend **backend,
+                               ovlm_err *err)
 {
     *backend = &open_one;
-    return device < DEVICES ? OVLM_OK : fail(err, OVLM_E_ARG);
+    return options->device < DEVICES ? OVLM_OK : fail(err, OVLM_E_ARG);
 }
 static void close_device(ovlm_backend *backend) { (void)backend; }
 static const ovlm_ops table = {OVLM_BACKEND_ABI + ABI_SHIFT, sizeof(ovlm_ops) + SIZE_SHIFT, "fake",
@@ -80,7 +81,7 @@ def test_a_backend_without_device_says_why(build):
 
 
 @pytest.mark.parametrize("defines, words", [
-    (dict(ABI_SHIFT=1), "speaks ABI 2, this build needs ABI 1; reinstall"),
+    (dict(ABI_SHIFT=1), "speaks ABI 3, this build needs ABI 2; reinstall"),
     (dict(SIZE_SHIFT=8), "this build needs"),
     (dict(ENTRY="another_entry"), "no symbol ovlm_backend_entry"),
     (dict(TABLE="0"), "offers no operations"),

@@ -69,7 +69,7 @@ def build(tmp_path):
 def test_a_backend_is_loaded_and_probed(build):
     path = build("good")
     assert _core.backend_info(path) == {
-        "name": "fake", "abi": 1, "devices": ["fake device 0", "fake device 1"], "problem": None}
+        "name": "fake", "abi": 2, "devices": ["fake device 0", "fake device 1"], "problem": None}
     assert _core.backend_probe(str(path), 1) == "fake device 1"
     with pytest.raises(ValueError, match="the fake says no"):
         _core.backend_probe(path, 7)

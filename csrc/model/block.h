@@ -1,0 +1,85 @@
+/* block.h - a transformer block of either tower: pre-norm attention and a dense or mixture-of-
+ * experts MLP on a residual stream. */
+#ifndef OVLM_MODEL_BLOCK_H
+#define OVLM_MODEL_BLOCK_H
+
+#include "model/params.h"
+#include "model/run.h"
+
+/* What is kept between forward and backward. */
+typedef enum ovlm_checkpoint {
+    OVLM_CHECKPOINT_NONE,      /* everything                                                   */
+    OVLM_CHECKPOINT_SELECTIVE, /* not the outputs of norms and gates, which cost little to redo */
+    OVLM_CHECKPOINT_FULL       /* the residual stream and the routers' choices                 */
+} ovlm_checkpoint;
+
+/* Keys and values of earlier tokens, for decoding: segment i's rows start at start[i]. */
+typedef struct ovlm_cache {
+    ovlm_tensor k, v;          /* [rows, kv_heads*D] of this layer                             */
+    const int64_t *first_row;  /* [segments] host: where the new rows of a segment go          */
+} ovlm_cache;
+
+/* What all blocks of a tower share in a pass. */
+typedef struct ovlm_block_context {
+    ovlm_tensor cos, sin;          /* [T,R]                                                    */
+    ovlm_segments query, key;
+    int64_t *count;                /* [E] device: routed slots over all layers; or NULL        */
+    double *score_sum;             /* [E] device: router probabilities over all layers         */
+    ovlm_tensor aux;               /* [1,E]: slope of the balance loss; backward               */
+    ovlm_checkpoint checkpoint;
+    const ovlm_params *params;
+    const ovlm_cache *cache;       /* decoding; or NULL                                        */
+} ovlm_block_context;
+
+/* The operations of a block with the places of their tensors, from the forward to the backward. */
+typedef struct ovlm_block_saved {
+    ovlm_tensor h_in, h_out;
+    ovlm_norm norm1, norm2;
+    ovlm_linear qkv, out, up, down, gate;
+    ovlm_rope q, k;
+    ovlm_attention attention;
+    ovlm_gated gated;
+    ovlm_router router;
+    ovlm_grouped_linear experts_up, experts_down;
+    ovlm_gated experts_gated;
+    ovlm_combine combine;
+    ovlm_linear shared_up, shared_down;
+    ovlm_gated shared_gated;
+    int32_t *expert;               /* [T*k] device: what the router chose                      */
+} ovlm_block_saved;
+
+/* h_out = block(h_in); both [T,width].  With a checkpoint of NONE or SELECTIVE what the backward
+ * needs stays on run->keep; FULL keeps the routers' choices alone. training = false keeps nothing
+ * (all memory is rewound). */
+OVLM_NODISCARD ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
+                                          const ovlm_block_context *context, bool training,
+                                          ovlm_tensor h_in, ovlm_tensor h_out,
+                                          ovlm_block_saved *saved);
+
+/* dh, on entry the gradient of h_out, becomes that of h_in where below is true (something is
+ * trained before this block); weights' gradients are added to. */
+OVLM_NODISCARD ovlm_status ovlm_block_bwd(ovlm_run *run, const ovlm_block *block,
+                                          const ovlm_block_context *context, bool below,
+                                          ovlm_tensor dh, ovlm_block_saved *saved);
+
+/* The halves, for the two files of this module. */
+OVLM_NODISCARD ovlm_status ovlm_mlp_fwd(ovlm_run *run, const ovlm_block *block,
+                                        const ovlm_block_context *context, ovlm_stack *stack,
+                                        ovlm_stack *redo, bool replay, ovlm_tensor h_mid,
+                                        ovlm_tensor h_out, ovlm_block_saved *saved);
+OVLM_NODISCARD ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
+                                        const ovlm_block_context *context, ovlm_tensor dh,
+                                        ovlm_block_saved *saved);
+
+/* Backward of a linear layer whose arguments the forward filled: adds to dw and dbias where they
+ * are trained, writes dx where it is given. */
+OVLM_NODISCARD ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
+                                            const ovlm_weight *w, const ovlm_weight *bias,
+                                            ovlm_tensor dx, float dx_beta);
+
+/* The same for a norm. */
+OVLM_NODISCARD ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy,
+                                          const ovlm_weight *w, const ovlm_weight *bias,
+                                          ovlm_tensor dx, float dx_beta);
+
+#endif

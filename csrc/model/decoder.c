@@ -1,0 +1,207 @@
+/* decoder.c - embedding with features in place, M-RoPE, blocks, DeepStack additions, last norm. */
+#include "model/decoder.h"
+
+#include "model/vision.h"
+
+#include <math.h>
+
+ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab, int64_t feature_rows,
+                              int64_t *longest, ovlm_err *err)
+{
+    *longest = 0;
+    if (tokens->start[0] != 0 || tokens->start[tokens->segments] != tokens->T) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "cu_seqlens must run from 0 to the %lld tokens; it runs from %d to %d",
+                         (long long)tokens->T, tokens->start[0],
+                         tokens->start[tokens->segments]);
+    }
+    for (int64_t i = 0; i < tokens->segments; i++) {
+        int64_t length = (int64_t)tokens->start[i + 1] - tokens->start[i];
+        if (length < 0) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "cu_seqlens must ascend; entry %lld does not",
+                             (long long)(i + 1));
+        }
+        *longest = length > *longest ? length : *longest;
+    }
+    for (int64_t t = 0; t < tokens->T; t++) {
+        if (tokens->id[t] < 0 || tokens->id[t] >= vocab) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "input_ids[%lld] must be in [0, %lld); got %d",
+                             (long long)t, (long long)vocab, tokens->id[t]);
+        }
+        int64_t row = tokens->feature_row == NULL ? -1 : tokens->feature_row[t];
+        if (row < -1 || row >= feature_rows) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "token %lld stands for feature %lld, but the images give %lld",
+                             (long long)t, (long long)row, (long long)feature_rows);
+        }
+    }
+    return OVLM_OK;
+}
+
+/* Token t's row of the embedding table, or -1 where a feature stands; and the features' rows. */
+static ovlm_status upload_rows(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack,
+                               const int32_t **embed, const int32_t **mix)
+{
+    int64_t T = pass->tokens.T, bytes = T * (int64_t)sizeof(int32_t);
+    const int32_t *feature_row = pass->tokens.feature_row;
+    int32_t *staged = ovlm_stack_take(run->stage, bytes);
+    int32_t *device = ovlm_stack_take(stack, bytes);
+    *embed = device;
+    if (!run->measuring && T > 0) {
+        for (int64_t t = 0; t < T; t++) {
+            bool feature = feature_row != NULL && feature_row[t] >= 0;
+            staged[t] = feature ? -1 : pass->tokens.id[t];
+        }
+        OVLM_TRY(run->ops->copy(run->queue, device, staged, bytes, OVLM_TO_DEVICE, run->err));
+    }
+    *mix = NULL;
+    if (ovlm_tensor_given(&pass->features)) {
+        void *rows = NULL;
+        OVLM_TRY(ovlm_run_upload(run, stack, feature_row, bytes, &rows));
+        *mix = rows;
+    }
+    return OVLM_OK;
+}
+
+/* Embeddings, with features where they stand. */
+static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack, ovlm_tensor h)
+{
+    const int32_t *embed_row = NULL, *feature_row = NULL;
+    OVLM_TRY(upload_rows(run, pass, stack, &embed_row, &feature_row));
+    pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
+    RUN_IN(run, gather, fwd, &pass->embed, stack);
+    if (feature_row == NULL) {
+        return OVLM_OK;
+    }
+    pass->mix = (ovlm_gather){.taps = 1, .unique = true, .index = feature_row,
+                              .x = pass->features, .y = h, .y_beta = 1};
+    RUN_IN(run, gather, fwd, &pass->mix, stack);
+    for (int64_t k = 0; k < pass->params->config.vision.deepstack_n; k++) {
+        pass->deepstack[k] = pass->mix;
+        pass->deepstack[k].x = pass->extra[k];
+    }
+    return OVLM_OK;
+}
+
+/* M-RoPE: which of the three positions turns frequency i (oracles B.3). */
+static int32_t axis_of(const ovlm_decoder_config *c, int64_t i)
+{
+    if (c->interleaved_sections) {
+        return i % 3 == 1 && i < 3 * c->section[1]   ? 1
+               : i % 3 == 2 && i < 3 * c->section[2] ? 2
+                                                     : 0;
+    }
+    return i < c->section[0] ? 0 : i < c->section[0] + c->section[1] ? 1 : 2;
+}
+
+static ovlm_status prepare_context(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack)
+{
+    const ovlm_decoder_config *c = &pass->params->config.decoder;
+    const ovlm_tokens *tokens = &pass->tokens;
+    float frequency[OVLM_ROPE_MOST];
+    int32_t axis[OVLM_ROPE_MOST];
+    int64_t half = c->head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        frequency[i] = (float)(1.0 / pow(c->theta, 2.0 * (double)i / (double)c->head_dim));
+        axis[i] = axis_of(c, i);
+    }
+    void *position = NULL, *start = NULL;
+    OVLM_TRY(ovlm_run_upload(run, stack, tokens->position,
+                             OVLM_AXES * tokens->T * (int64_t)sizeof(float), &position));
+    OVLM_TRY(ovlm_rope_tables(run, stack,
+                              ovlm_tensor_of(position, OVLM_AXES, tokens->T, OVLM_F32), frequency,
+                              axis, half, &pass->context));
+    OVLM_TRY(ovlm_run_upload(run, stack, tokens->start,
+                             (tokens->segments + 1) * (int64_t)sizeof(int32_t), &start));
+    pass->context.query = (ovlm_segments){.n = tokens->segments, .max_len = pass->longest,
+                                          .start = start, .host_start = tokens->start};
+    if (pass->cache == NULL) {
+        pass->context.key = pass->context.query;
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
+{
+    const ovlm_decoder_config *c = &pass->params->config.decoder;
+    int64_t T = pass->tokens.T, depth = c->depth;
+    ovlm_stack *stack = pass->training ? run->keep : run->work;
+    pass->hidden = ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    OVLM_TRY(embed(run, pass, stack, h));
+    OVLM_TRY(prepare_context(run, pass, stack));
+    for (int64_t i = 0; i < depth; i++) {
+        ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
+                                         : spare;
+        pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
+        OVLM_TRY(ovlm_block_fwd(run, &pass->params->decoder[i], &pass->context, pass->training, h,
+                                out, &pass->block[i]));
+        spare = h;
+        h = out;
+        if (ovlm_tensor_given(&pass->features) && i < pass->params->config.vision.deepstack_n) {
+            pass->deepstack[i].y = h;
+            RUN(run, gather, fwd, &pass->deepstack[i]);
+        }
+    }
+    pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
+                             .w = pass->params->norm.w, .y = pass->hidden};
+    RUN_IN(run, norm, fwd, &pass->norm, stack);
+    return OVLM_OK;
+}
+
+/* ---------------------------------------------------------------- backward */
+
+/* The first block before which nothing needs a gradient; -1: the embedding or a feature does. */
+static int64_t lowest_wanted(const ovlm_decoder_pass *pass, bool features)
+{
+    const ovlm_params *p = pass->params;
+    if (features || ovlm_weight_trained(p, &p->embed)) {
+        return -1;
+    }
+    int64_t i = 0;
+    while (i < p->config.decoder.depth && !ovlm_block_trained(p, &p->decoder[i])) {
+        i++;
+    }
+    return i;
+}
+
+/* Gradient of rows that were gathered into the residual stream. */
+static ovlm_status gather_back(ovlm_run *run, ovlm_gather *args, ovlm_tensor dh, ovlm_tensor dx,
+                               float beta)
+{
+    if (!ovlm_tensor_given(&dx)) {
+        return OVLM_OK;
+    }
+    args->dy = dh;
+    args->dx = dx;
+    args->dx_beta = beta;
+    RUN(run, gather, bwd, args);
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor dhidden,
+                             ovlm_tensor dfeatures, const ovlm_tensor *dextra)
+{
+    const ovlm_params *p = pass->params;
+    int64_t mark = run->work->used_bytes;
+    bool features = ovlm_tensor_given(&dfeatures);
+    int64_t lowest = lowest_wanted(pass, features);
+    ovlm_weight none = {0};
+    ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
+    OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
+    for (int64_t i = p->config.decoder.depth - 1; i >= 0; i--) {
+        if (features && i < p->config.vision.deepstack_n) {
+            OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dextra[i], 0));
+        }
+        pass->context.cache = NULL;
+        OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, lowest < i, dh,
+                                &pass->block[i]));
+    }
+    if (features) {
+        OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures, 0));
+    }
+    OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}

@@ -1,0 +1,46 @@
+/* decoder.h - the language model: tokens and features to hidden states. */
+#ifndef OVLM_MODEL_DECODER_H
+#define OVLM_MODEL_DECODER_H
+
+#include "model/block.h"
+
+/* Packed tokens of a call; host arrays. */
+typedef struct ovlm_tokens {
+    int64_t T, segments;
+    const int32_t *id;          /* [T] in [0, vocab)                                         */
+    const int32_t *start;       /* [segments+1] ascending from 0 to T                        */
+    const float *position;      /* [3,T]: time, height, width                                */
+    const int32_t *feature_row; /* [T]: row of the features that stands here, or -1; or NULL */
+} ovlm_tokens;
+
+/* One pass, from its forward to its backward. */
+typedef struct ovlm_decoder_pass {
+    const ovlm_params *params;
+    ovlm_tokens tokens;
+    int64_t longest;            /* segment                                                   */
+    bool training;
+    ovlm_tensor features;       /* [F,width] device; left out without any                    */
+    ovlm_tensor extra[OVLM_DEEPSTACK_MOST];
+    ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
+    const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
+    ovlm_gather embed, mix, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_block_saved *block;    /* [depth] host                                              */
+    ovlm_norm norm;
+    ovlm_tensor hidden;         /* [T,width], after the last norm                            */
+} ovlm_decoder_pass;
+
+/* OVLM_E_ARG names the first id, segment or row that is out of range. */
+OVLM_NODISCARD ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab,
+                                             int64_t feature_rows, int64_t *longest,
+                                             ovlm_err *err);
+
+/* hidden, on run->keep when training, else on run->work. */
+OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass);
+
+/* From dhidden to the weights' gradients and to dfeatures and dextra (left out: not wanted;
+ * overwritten). */
+OVLM_NODISCARD ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass,
+                                            ovlm_tensor dhidden, ovlm_tensor dfeatures,
+                                            const ovlm_tensor *dextra);
+
+#endif

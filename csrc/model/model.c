@@ -1,0 +1,210 @@
+/* model.c - life and memory of a model. */
+#include "model/model_state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+ovlm_status ovlm_device_block_need(ovlm_model *model, ovlm_device_block *block, int64_t bytes,
+                                   bool zero, ovlm_err *err)
+{
+    if (bytes > block->bytes) {
+        ovlm_device_block_free(model, block);
+        OVLM_TRY(model->backend->ops->alloc(model->backend, bytes, &block->data, err));
+        block->bytes = bytes;
+        if (zero) {
+            OVLM_TRY(model->backend->ops->fill(model->queue, block->data, 0, bytes, err));
+        }
+    }
+    return OVLM_OK;
+}
+
+void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block)
+{
+    if (block->data != NULL) {
+        model->backend->ops->free(model->backend, block->data);
+    }
+    *block = (ovlm_device_block){0};
+}
+
+void ovlm_model_rebind(ovlm_model *model)
+{
+    ovlm_params_bind(&model->params,
+                     &(ovlm_params_memory){.weights = model->weights.data,
+                                           .buffers = model->buffers.data,
+                                           .grads = model->grads.data,
+                                           .dtype = model->dtype, .exact = model->exact});
+}
+
+/* Router statistics: counts, score sums and slopes of all experts, one after the other. */
+static ovlm_status open_routing(ovlm_model *model, ovlm_err *err)
+{
+    int64_t E = model->params.config.decoder.experts;
+    int64_t count_bytes = E * (int64_t)sizeof(int64_t), sum_bytes = E * (int64_t)sizeof(double);
+    OVLM_TRY(ovlm_device_block_need(model, &model->routing,
+                                    count_bytes + sum_bytes + E * (int64_t)sizeof(float), true,
+                                    err));
+    if (E > 0) {
+        model->count = model->routing.data;
+        model->score_sum = (double *)(void *)((char *)model->routing.data + count_bytes);
+        model->slope = (float *)(void *)((char *)model->routing.data + count_bytes + sum_bytes);
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
+{
+    ovlm_params *p = &model->params;
+    int64_t element = ovlm_dtype_bytes(model->dtype), exact = ovlm_dtype_bytes(model->exact);
+    OVLM_TRY(ovlm_device_block_need(model, &model->weights, p->weight_elements * element, true,
+                                    err));
+    OVLM_TRY(ovlm_device_block_need(model, &model->buffers, p->buffer_elements * exact, true,
+                                    err));
+    OVLM_TRY(ovlm_device_block_need(model, &model->scalars,
+                                    (int64_t)(sizeof(ovlm_model_scalars) +
+                                              sizeof(ovlm_grad_stats)), true, err));
+    OVLM_TRY(open_routing(model, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->vision_block, p->config.vision.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->decoder_block, p->config.decoder.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->layer_cache, p->config.decoder.depth, err));
+    ovlm_model_rebind(model);
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_open(const ovlm_model_config *config, const ovlm_ops *ops,
+                            const ovlm_backend_options *options, ovlm_dtype dtype,
+                            ovlm_model **model, ovlm_err *err)
+{
+    *model = NULL;
+    if (dtype != OVLM_F32 && dtype != OVLM_BF16 && dtype != OVLM_F64) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "dtype must be float32 or bfloat16; got %s",
+                         ovlm_dtype_name(dtype));
+    }
+    ovlm_model *self = NULL;
+    OVLM_TRY(OVLM_HEAP_NEW(&self, 1, err));
+    self->dtype = dtype;
+    self->exact = dtype == OVLM_F64 ? OVLM_F64 : OVLM_F32;
+    ovlm_status status = ovlm_params_init(&self->params, config, &self->arena, err);
+    if (status == OVLM_OK) {
+        status = ops->open(options, &self->backend, err);
+    }
+    if (status == OVLM_OK) {
+        status = ops->queue_open(self->backend, &self->queue, err);
+    }
+    if (status == OVLM_OK) {
+        status = open_memory(self, err);
+    }
+    if (status != OVLM_OK) {
+        ovlm_model_close(self);
+        return status;
+    }
+    *model = self;
+    return OVLM_OK;
+}
+
+void ovlm_model_close(ovlm_model *model)
+{
+    if (model == NULL) {
+        return;
+    }
+    if (model->queue != NULL) {
+        model->backend->ops->queue_close(model->queue);
+    }
+    if (model->backend != NULL) {
+        ovlm_device_block *blocks[] = {&model->weights, &model->buffers, &model->grads,
+                                       &model->moments, &model->scalars, &model->routing};
+        for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
+            ovlm_device_block_free(model, blocks[i]);
+        }
+        ovlm_model_cache_close(model);
+        ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work};
+        for (size_t i = 0; i < sizeof stacks / sizeof *stacks; i++) {
+            ovlm_stack_free(stacks[i], model->backend, OVLM_STACK_DEVICE);
+        }
+        ovlm_stack_free(&model->stage, model->backend, OVLM_STACK_HOST);
+        model->backend->ops->close(model->backend);
+    }
+    ovlm_arena_free(&model->call);
+    ovlm_arena_free(&model->arena);
+    free(model);
+}
+
+const ovlm_params *ovlm_model_params(const ovlm_model *model)
+{
+    return &model->params;
+}
+
+ovlm_backend *ovlm_model_backend(const ovlm_model *model)
+{
+    return model->backend;
+}
+
+ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
+{
+    ovlm_params *p = &model->params;
+    OVLM_TRY(ovlm_params_train_only(p, trainable, err));
+    ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
+    ovlm_device_block_free(model, &model->grads);
+    ovlm_device_block_free(model, &model->moments);
+    model->can_backward = false;
+    ovlm_model_rebind(model);
+    return status;
+}
+
+/* Rows one by one where the view is not dense. */
+static ovlm_status copy_rows(ovlm_model *model, const ovlm_tensor *tensor, void *host,
+                             ovlm_copy_kind kind, ovlm_err *err)
+{
+    const ovlm_ops *ops = model->backend->ops;
+    int64_t row_bytes = tensor->cols * ovlm_dtype_bytes(tensor->dtype);
+    bool dense = tensor->stride == tensor->cols;
+    int64_t steps = dense ? 1 : tensor->rows, bytes = dense ? tensor->rows * row_bytes : row_bytes;
+    int64_t stride_bytes = tensor->stride * ovlm_dtype_bytes(tensor->dtype);
+    for (int64_t i = 0; i < steps && bytes > 0; i++) {
+        void *device = (char *)tensor->data + i * stride_bytes;
+        void *there = (char *)host + i * bytes;
+        OVLM_TRY(kind == OVLM_TO_HOST
+                     ? ops->copy(model->queue, there, device, bytes, kind, err)
+                     : ops->copy(model->queue, device, there, bytes, kind, err));
+    }
+    return ops->queue_wait(model->queue, err);
+}
+
+ovlm_status ovlm_model_read(ovlm_model *model, const ovlm_tensor *tensor, void *host,
+                            ovlm_err *err)
+{
+    return copy_rows(model, tensor, host, OVLM_TO_HOST, err);
+}
+
+ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor *tensor, const void *host,
+                             ovlm_err *err)
+{
+    return copy_rows(model, tensor, (void *)(uintptr_t)host, OVLM_TO_DEVICE, err);
+}
+
+ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err)
+{
+    if (model->grads.data == NULL && model->params.grad_elements > 0) {
+        OVLM_TRY(ovlm_device_block_need(
+            model, &model->grads,
+            model->params.grad_elements * ovlm_dtype_bytes(model->exact), true, err));
+        ovlm_model_rebind(model);
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err)
+{
+    if (model->grads.data == NULL) {
+        return OVLM_OK;
+    }
+    return model->backend->ops->fill(model->queue, model->grads.data, 0, model->grads.bytes, err);
+}
+
+void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
+{
+    *memory = (ovlm_model_memory){
+        .weights_bytes = model->weights.bytes + model->buffers.bytes,
+        .training_bytes = model->grads.bytes + model->moments.bytes,
+        .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,
+        .workspace_bytes = model->work.size_bytes, .cache_bytes = model->cache.bytes};
+}

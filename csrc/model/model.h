@@ -1,0 +1,133 @@
+/* model.h - a vision-language model on one device: weights, passes, optimizer, generation.
+ *
+ * One call at a time (the caller guards that).  Host arrays are borrowed for the call.  A failed or
+ * interrupted call leaves weights and optimizer as they were; what a forward kept is gone. */
+#ifndef OVLM_MODEL_MODEL_H
+#define OVLM_MODEL_MODEL_H
+
+#include "model/decoder.h"
+#include "model/vision.h"
+
+typedef struct ovlm_model ovlm_model;
+
+/* Allocates the weights (contents undefined until written).  `ops` outlives the model. */
+OVLM_NODISCARD ovlm_status ovlm_model_open(const ovlm_model_config *config, const ovlm_ops *ops,
+                                           const ovlm_backend_options *options, ovlm_dtype dtype,
+                                           ovlm_model **model, ovlm_err *err);
+void ovlm_model_close(ovlm_model *model); /* NULL is fine */
+
+const ovlm_params *ovlm_model_params(const ovlm_model *model);
+ovlm_backend *ovlm_model_backend(const ovlm_model *model);
+
+/* OVLM_E_ARG when a product's weights would be trained in part.  Gradients and optimizer state are
+ * released: they have other places now. */
+OVLM_NODISCARD ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable,
+                                                 ovlm_err *err);
+
+/* One weight to and from host memory, in the dtype that it is stored in, dense; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_read(ovlm_model *model, const ovlm_tensor *tensor,
+                                           void *host, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor *tensor,
+                                            const void *host, ovlm_err *err);
+
+/* Makes gradients (zero) where there are none yet. */
+OVLM_NODISCARD ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err);
+
+/* ------------------------------------------------------------ passes */
+
+typedef struct ovlm_model_inputs {
+    ovlm_tokens tokens;
+    const int32_t *label;      /* [T]: token t's own label; it is predicted from t-1 of its segment;
+                                  NULL: no loss                                                */
+    const float *weight;       /* [T] of the labels, or NULL                                   */
+    int64_t images;
+    const int32_t *grid_thw;   /* [images,3]                                                   */
+    const void *pixels;        /* [P, ...]                                                     */
+    ovlm_dtype pixel_dtype;
+    double normalizer;         /* what the loss is divided by; < 0: this call's weight sum     */
+    const int64_t *router_count; /* [E] of the whole global batch, or NULL: this call's        */
+    double router_rows;        /* layers x tokens that router_count was taken over             */
+} ovlm_model_inputs;
+
+typedef struct ovlm_model_output {
+    double loss, aux_loss;     /* loss includes aux_coef * aux_loss                            */
+    double weight_sum;         /* of this call's labels                                        */
+    int64_t target_tokens;
+} ovlm_model_output;
+
+typedef struct ovlm_pass_options {
+    bool training;             /* a backward may follow                                        */
+    bool entropy;
+    ovlm_checkpoint checkpoint;
+    int (*poll)(void *ctx);    /* between layers; non-zero stops; or NULL                      */
+    void *poll_ctx;
+} ovlm_pass_options;
+
+OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
+                                              const ovlm_pass_options *options, ovlm_err *err);
+
+/* Waits.  logp and entropy [T] (or NULL) belong to the token at which they were predicted: entry t
+ * is of token t's label, 0 at the start of a segment. */
+OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
+                                                  float *logp, float *entropy, ovlm_err *err);
+
+/* [E] routed slots of the last forward over all layers; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count,
+                                                  ovlm_err *err);
+
+/* Adds the gradients of the last forward's loss; or, with dlogp [T] (and dentropy, or NULL), of any
+ * loss of the log-probabilities, in the order of ovlm_model_output_read.  Once per forward. */
+OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp,
+                                               const float *dentropy,
+                                               const ovlm_pass_options *options, ovlm_err *err);
+
+/* Float32 logits [rows, vocab] of rows of the last forward's hidden states; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows,
+                                             float *logits, ovlm_err *err);
+
+/* ------------------------------------------------------------ optimizer */
+
+typedef struct ovlm_model_adamw {
+    const double *lr, *weight_decay; /* [n] per parameter */
+    double beta1, beta2, eps, max_norm;
+    int64_t step;                    /* 1, 2, ...          */
+} ovlm_model_adamw;
+
+typedef struct ovlm_model_step {
+    double grad_norm, clip;
+    int64_t non_finite;              /* > 0: nothing was changed */
+} ovlm_model_step;
+
+OVLM_NODISCARD ovlm_status ovlm_model_adamw_step(ovlm_model *model,
+                                                 const ovlm_model_adamw *options,
+                                                 ovlm_model_step *step, ovlm_err *err);
+
+/* First and second moment, or float32 master (left out for float32 models), of a parameter; made
+ * when missing. */
+OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
+                                              ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err);
+
+/* ------------------------------------------------------------ generation */
+
+/* Room for `sequences` of at most `length` tokens each. */
+OVLM_NODISCARD ovlm_status ovlm_model_cache_open(ovlm_model *model, int64_t sequences,
+                                                 int64_t length, ovlm_err *err);
+void ovlm_model_cache_close(ovlm_model *model);
+
+/* Appends inputs' segment i to sequence i (all of them; a segment may be empty) and returns the
+ * float32 logits [sequences, vocab] after the last token of each that is not empty; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs,
+                                             const ovlm_pass_options *options, float *logits,
+                                             ovlm_err *err);
+
+/* ------------------------------------------------------------ memory */
+
+typedef struct ovlm_model_memory {
+    int64_t weights_bytes, training_bytes, activations_bytes, workspace_bytes, cache_bytes;
+} ovlm_model_memory;
+
+/* What is held now. */
+void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory);
+
+#endif

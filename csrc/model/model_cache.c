@@ -1,0 +1,157 @@
+/* model_cache.c - decoding with kept keys and values: one pass extends all sequences.
+ *
+ * Sequence i owns rows i*length .. of each layer's k and v; a pass writes its new rows there and
+ * attends to all of them, bottom-right causal, so that prefill and single tokens are one code. */
+#include "model/model_state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+void ovlm_model_cache_close(ovlm_model *model)
+{
+    ovlm_device_block_free(model, &model->cache);
+    free(model->cache_used);
+    free(model->cache_row);
+    model->cache_used = model->cache_row = NULL;
+    model->cache_sequences = model->cache_length = 0;
+}
+
+ovlm_status ovlm_model_cache_open(ovlm_model *model, int64_t sequences, int64_t length,
+                                  ovlm_err *err)
+{
+    const ovlm_decoder_config *c = &model->params.config.decoder;
+    if (sequences < 1 || length < 1 || sequences > INT32_MAX / length) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "sequences and length must be positive, their product below 2^31; got "
+                         "%lld and %lld", (long long)sequences, (long long)length);
+    }
+    ovlm_model_cache_close(model);
+    int64_t rows = sequences * length, cols = c->kv_heads * c->head_dim;
+    int64_t plane = rows * cols * ovlm_dtype_bytes(model->dtype);
+    OVLM_TRY(OVLM_HEAP_NEW(&model->cache_used, sequences, err));
+    OVLM_TRY(OVLM_HEAP_NEW(&model->cache_row, sequences, err));
+    OVLM_TRY(ovlm_device_block_need(model, &model->cache, 2 * c->depth * plane, false, err));
+    for (int64_t i = 0; i < c->depth; i++) {
+        char *k = (char *)model->cache.data + 2 * i * plane;
+        model->layer_cache[i] = (ovlm_cache){
+            .k = ovlm_tensor_of(k, rows, cols, model->dtype),
+            .v = ovlm_tensor_of(k + plane, rows, cols, model->dtype),
+            .first_row = model->cache_row};
+    }
+    model->cache_sequences = sequences;
+    model->cache_length = length;
+    return OVLM_OK;
+}
+
+/* Key segments: what each sequence holds after this pass. */
+static ovlm_status prepare_keys(ovlm_model *model, const ovlm_tokens *tokens, int32_t **start,
+                                int32_t **length, ovlm_err *err)
+{
+    int64_t n = tokens->segments;
+    if (n != model->cache_sequences) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "the cache holds %lld sequences; the inputs have %lld segments",
+                         (long long)model->cache_sequences, (long long)n);
+    }
+    OVLM_TRY(OVLM_ARENA_NEW(&model->call, start, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->call, length, n, err));
+    for (int64_t i = 0; i < n; i++) {
+        int64_t held = model->cache_used[i] + tokens->start[i + 1] - tokens->start[i];
+        if (held > model->cache_length) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "sequence %lld would hold %lld tokens; the cache has room for %lld",
+                             (long long)i, (long long)held, (long long)model->cache_length);
+        }
+        (*start)[i] = (int32_t)(i * model->cache_length);
+        (*length)[i] = (int32_t)held;
+        model->cache_row[i] = i * model->cache_length + model->cache_used[i];
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
+                        const int32_t *length)
+{
+    ovlm_decoder_pass *pass = &model->decoder;
+    int64_t n = model->cache_sequences, bytes = n * (int64_t)sizeof *start;
+    void *device_start = NULL, *device_length = NULL;
+    if (model->has_vision) {
+        run->keep = &model->vision_keep;
+        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
+        pass->features = model->vision.features;
+        memcpy(pass->extra, model->vision.extra, sizeof pass->extra);
+        run->keep = &model->decoder_keep;
+    }
+    OVLM_TRY(ovlm_run_upload(run, run->work, start, bytes, &device_start));
+    OVLM_TRY(ovlm_run_upload(run, run->work, length, bytes, &device_length));
+    pass->context.key = (ovlm_segments){
+        .n = n, .max_len = model->cache_length, .start = device_start, .length = device_length,
+        .host_start = start, .host_length = length};
+    pass->cache = model->layer_cache;
+    return ovlm_decoder_fwd(run, pass);
+}
+
+static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
+                                const int32_t *start, const int32_t *length, ovlm_err *err)
+{
+    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
+                            &model->stage};
+    ovlm_stack held[4];
+    for (int i = 0; i < 4; i++) {
+        held[i] = *stacks[i];
+        *stacks[i] = (ovlm_stack){0};
+    }
+    ovlm_run run = ovlm_model_run(model, true, options, err);
+    ovlm_status status = walk(&run, model, start, length);
+    for (int i = 0; i < 4; i++) {
+        int64_t peak = stacks[i]->peak_bytes;
+        *stacks[i] = held[i];
+        if (status == OVLM_OK) {
+            status = ovlm_stack_fit(stacks[i], model->backend,
+                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+        }
+    }
+    return status;
+}
+
+/* Logits after the last token of each segment that has one. */
+static ovlm_status last_logits(ovlm_model *model, float *logits, ovlm_err *err)
+{
+    const ovlm_tokens *tokens = &model->decoder.tokens;
+    int64_t V = model->params.config.decoder.vocab;
+    int32_t *row = NULL;
+    OVLM_TRY(OVLM_ARENA_NEW(&model->call, &row, tokens->segments, err));
+    for (int64_t i = 0; i < tokens->segments; i++) {
+        bool empty = tokens->start[i + 1] == tokens->start[i];
+        row[i] = empty ? 0 : tokens->start[i + 1] - 1;
+    }
+    if (tokens->T == 0) {
+        memset(logits, 0, (size_t)(tokens->segments * V) * sizeof *logits);
+        return OVLM_OK;
+    }
+    return ovlm_model_logits(model, row, tokens->segments, logits, err);
+}
+
+ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs,
+                              const ovlm_pass_options *options, float *logits, ovlm_err *err)
+{
+    const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
+    int32_t *start = NULL, *length = NULL;
+    model->can_backward = model->has_hidden = model->has_loss = false;
+    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    ovlm_arena_free(&model->call);
+    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
+    OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, &forward, err));
+    OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
+    model->decoder.context.count = NULL; /* statistics are of training passes */
+    model->decoder.context.score_sum = NULL;
+    OVLM_TRY(measure_walk(model, &forward, start, length, err));
+    ovlm_run run = ovlm_model_run(model, false, &forward, err);
+    OVLM_TRY(walk(&run, model, start, length));
+    model->has_hidden = true;
+    OVLM_TRY(last_logits(model, logits, err));
+    for (int64_t i = 0; i < model->cache_sequences; i++) {
+        model->cache_used[i] = length[i]; /* only now: an interrupted pass can be repeated */
+    }
+    return OVLM_OK;
+}

@@ -1,0 +1,229 @@
+/* model_output.c - what a pass found, brought to the host, and the optimizer's step. */
+#include "model/model_state.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static ovlm_status fetch(ovlm_model *model, void *host, const void *device, int64_t bytes,
+                         ovlm_err *err)
+{
+    const ovlm_ops *ops = model->backend->ops;
+    if (bytes > 0) {
+        OVLM_TRY(ops->copy(model->queue, host, device, bytes, OVLM_TO_HOST, err));
+    }
+    return ops->queue_wait(model->queue, err);
+}
+
+/* Row t predicted token t+1: down by one, 0 at the start of each segment. */
+static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *device,
+                                 ovlm_err *err)
+{
+    const ovlm_tokens *tokens = &model->decoder.tokens;
+    OVLM_TRY(fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
+    for (int64_t i = 0; i < tokens->segments; i++) {
+        int64_t first = tokens->start[i];
+        for (int64_t t = (int64_t)tokens->start[i + 1] - 1; t > first; t--) {
+            host[t] = host[t - 1];
+        }
+        if (tokens->start[i + 1] > first) {
+            host[first] = 0.0f;
+        }
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output, float *logp,
+                                   float *entropy, ovlm_err *err)
+{
+    ovlm_model_scalars s = {0};
+    if (!model->has_hidden) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there is no output: no forward has run");
+    }
+    OVLM_TRY(fetch(model, &s, model->scalars.data, (int64_t)sizeof s, err));
+    *output = (ovlm_model_output){.loss = s.loss, .aux_loss = s.aux_loss,
+                                  .weight_sum = s.weight_sum, .target_tokens = s.target_tokens};
+    if (logp != NULL && model->has_loss) {
+        OVLM_TRY(fetch_shifted(model, logp, model->head.logp, err));
+    }
+    if (entropy != NULL && model->has_loss && model->head.entropy != NULL) {
+        OVLM_TRY(fetch_shifted(model, entropy, model->head.entropy, err));
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count, ovlm_err *err)
+{
+    return fetch(model, count, model->count,
+                 model->params.config.decoder.experts * (int64_t)sizeof *count, err);
+}
+
+/* Memory that lives for one call: rows to read, and what comes of them. */
+static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const int32_t *row,
+                             int64_t rows, float *logits, ovlm_err *err)
+{
+    const ovlm_ops *ops = model->backend->ops;
+    int64_t V = model->params.config.decoder.vocab, C = model->params.config.decoder.width;
+    ovlm_stack work = {0}, stage = {0};
+    ovlm_run run = ovlm_model_run(model, true, &(ovlm_pass_options){0}, err);
+    run.work = run.keep = &work;
+    run.stage = &stage;
+    for (int walk = 0; walk < 2; walk++) {
+        run.measuring = walk == 0;
+        int32_t *index = ovlm_stack_take(&work, rows * (int64_t)sizeof *index);
+        if (!run.measuring) {
+            OVLM_TRY(ops->copy(model->queue, index, row, rows * (int64_t)sizeof *index,
+                               OVLM_TO_DEVICE, err));
+        }
+        ovlm_gather pick = {.taps = 1, .index = index, .x = model->decoder.hidden,
+                            .y = ovlm_stack_tensor(&work, rows, C, model->dtype)};
+        RUN(&run, gather, fwd, &pick);
+        ovlm_linear head = {.x = pick.y, .w = model->params.head.w,
+                            .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
+        RUN(&run, linear, fwd, &head);
+        if (!run.measuring) {
+            return fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
+        }
+        OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
+        work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows, float *logits,
+                              ovlm_err *err)
+{
+    if (!model->has_hidden) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no hidden states: no forward has run");
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        if (row[i] < 0 || row[i] >= model->decoder.tokens.T) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "rows[%lld] must be in [0, %lld); got %d",
+                             (long long)i, (long long)model->decoder.tokens.T, row[i]);
+        }
+    }
+    if (rows == 0) {
+        return OVLM_OK;
+    }
+    ovlm_device_block memory = {0};
+    ovlm_status status = logits_of(model, &memory, row, rows, logits, err);
+    if (status != OVLM_OK && memory.data != NULL) {
+        (void)model->backend->ops->queue_wait(model->queue, NULL); /* before it is freed */
+    }
+    ovlm_device_block_free(model, &memory);
+    return status;
+}
+
+/* ---------------------------------------------------------------- optimizer */
+
+/* m, v and, for models in bfloat16, the float32 master: each laid out as the gradients are. */
+static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
+{
+    if (model->moments.data != NULL || model->params.grad_elements == 0) {
+        return OVLM_OK;
+    }
+    bool master = model->dtype != model->exact;
+    int64_t bytes = model->params.grad_elements * ovlm_dtype_bytes(model->exact);
+    OVLM_TRY(ovlm_device_block_need(model, &model->moments, bytes * (master ? 3 : 2), true, err));
+    for (int64_t i = 0; master && i < model->params.n; i++) {
+        ovlm_tensor m = {0}, v = {0}, copy = {0};
+        OVLM_TRY(ovlm_model_moments(model, i, &m, &v, &copy, err));
+        if (ovlm_tensor_given(&copy)) {
+            ovlm_scale cast = {.alpha = 1, .x = model->params.param[i].w, .y = copy};
+            OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
+        }
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
+                               ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err)
+{
+    const ovlm_param *p = &model->params.param[parameter];
+    *m = *v = *master = (ovlm_tensor){0};
+    OVLM_TRY(need_moments(model, err));
+    if (p->grad_offset < 0) {
+        return OVLM_OK;
+    }
+    int64_t element = ovlm_dtype_bytes(model->exact);
+    char *base = (char *)model->moments.data + p->grad_offset * element;
+    int64_t plane = model->params.grad_elements * element;
+    *m = ovlm_tensor_of(base, p->rows, p->cols, model->exact);
+    *v = ovlm_tensor_of(base + plane, p->rows, p->cols, model->exact);
+    if (model->dtype != model->exact) {
+        *master = ovlm_tensor_of(base + 2 * plane, p->rows, p->cols, model->exact);
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status fill_parts(ovlm_model *model, const ovlm_model_adamw *options,
+                              ovlm_adamw_part *part, int64_t *n, ovlm_err *err)
+{
+    *n = 0;
+    for (int64_t i = 0; i < model->params.n; i++) {
+        const ovlm_param *p = &model->params.param[i];
+        if (p->grad_offset < 0) {
+            continue;
+        }
+        ovlm_adamw_part *one = &part[(*n)++];
+        *one = (ovlm_adamw_part){.w = p->w, .grad = p->grad, .lr = options->lr[i],
+                                 .weight_decay = options->weight_decay[i]};
+        OVLM_TRY(ovlm_model_moments(model, i, &one->m, &one->v, &one->master, err));
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
+                            ovlm_adamw_part *part, ovlm_model_step *step, ovlm_err *err)
+{
+    ovlm_model_scalars *s = model->scalars.data;
+    ovlm_grad_stats *stats = (ovlm_grad_stats *)(void *)(s + 1), seen = {0};
+    ovlm_tensor grads = ovlm_tensor_of(model->grads.data, 1, model->params.grad_elements,
+                                       model->exact);
+    ovlm_run run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
+    ovlm_grad_norm norm = {.n = 1, .grad = &grads, .stats = stats};
+    ovlm_adamw adamw = {.part = part, .step = options->step, .beta1 = options->beta1,
+                        .beta2 = options->beta2, .eps = options->eps,
+                        .max_norm = options->max_norm, .stats = stats};
+    OVLM_TRY(fill_parts(model, options, part, &adamw.n, err));
+    ovlm_op_bytes need = {0}, more = {0};
+    OVLM_TRY(run.ops->grad_norm.measure(model->backend, &norm, &need, err));
+    OVLM_TRY(run.ops->adamw.measure(model->backend, &adamw, &more, err));
+    int64_t bytes = need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work;
+    if (model->work.size_bytes < bytes) {
+        OVLM_TRY(run.ops->queue_wait(model->queue, err));
+        OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err));
+        model->has_hidden = false;
+    }
+    int64_t held = model->work.used_bytes; /* logits of the last forward may still be asked for */
+    if (model->work.size_bytes - held < bytes) {
+        model->work.used_bytes = held = 0;
+        model->has_hidden = false;
+    }
+    OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));
+    RUN(&run, grad_norm, fwd, &norm);
+    RUN(&run, adamw, fwd, &adamw);
+    OVLM_TRY(fetch(model, &seen, stats, (int64_t)sizeof seen, err));
+    *step = (ovlm_model_step){.grad_norm = sqrt(seen.norm_sq), .clip = seen.clip,
+                              .non_finite = seen.non_finite};
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *options,
+                                  ovlm_model_step *step, ovlm_err *err)
+{
+    *step = (ovlm_model_step){.clip = 1};
+    if (options->step < 1) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "step must be at least 1; got %lld",
+                         (long long)options->step);
+    }
+    if (model->params.grad_elements == 0) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(ovlm_model_need_grads(model, err));
+    ovlm_adamw_part *part = NULL;
+    OVLM_TRY(OVLM_HEAP_NEW(&part, model->params.n, err));
+    ovlm_status status = run_step(model, options, part, step, err);
+    model->can_backward = false; /* weights are not what the forward saw */
+    free(part);
+    return status;
+}

@@ -1,0 +1,279 @@
+/* params.c - the list of weights, in the order in which layers use them. */
+#include "model/params.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+/* The list is walked twice: first to count (param NULL), then to fill. */
+typedef struct builder {
+    ovlm_params *params;
+    int64_t n, fused, offset, buffer_offset, count;
+} builder;
+
+static int64_t round_up(int64_t value, int64_t unit)
+{
+    return (value + unit - 1) / unit * unit;
+}
+
+/* A new product; what is added until the next one belongs to it. */
+static void begin(builder *b, ovlm_weight *weight)
+{
+    b->fused++;
+    b->offset = round_up(b->offset, 64); /* elements: 64 bytes in any dtype */
+    b->buffer_offset = round_up(b->buffer_offset, 64);
+    *weight = (ovlm_weight){.first = b->n};
+}
+
+static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n_dims,
+                const int64_t *dims, const char *format, ...) OVLM_PRINTF(6, 7);
+
+static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n_dims,
+                const int64_t *dims, const char *format, ...)
+{
+    int64_t total = 1;
+    for (int64_t i = 0; i < n_dims; i++) {
+        total *= dims[i];
+    }
+    int64_t *offset = kind == OVLM_PARAM_BUFFER ? &b->buffer_offset : &b->offset;
+    if (b->params->param != NULL) {
+        ovlm_param *p = &b->params->param[b->n];
+        *p = (ovlm_param){.kind = kind, .n_dims = n_dims, .fused = b->fused,
+                          .offset = *offset, .grad_offset = -1,
+                          .trainable = kind != OVLM_PARAM_BUFFER};
+        memcpy(p->dims, dims, (size_t)n_dims * sizeof *dims);
+        /* Stacks of experts are one matrix of many rows; a convolution's kernel is one row. */
+        p->cols = n_dims == 1 ? dims[0] : n_dims == 3 ? dims[2] : total / dims[0];
+        p->rows = total / p->cols;
+        va_list args;
+        va_start(args, format);
+        (void)vsnprintf(p->name, sizeof p->name, format, args);
+        va_end(args);
+    }
+    weight->count++;
+    b->n++;
+    *offset += total;
+    b->count += total;
+}
+
+#define DIMS(...) \
+    (int64_t)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
+
+static void add_one(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t rows,
+                    int64_t cols, const char *prefix, const char *name)
+{
+    begin(b, weight);
+    if (rows == 0) {
+        add(b, weight, kind, DIMS(cols), "%s%s", prefix, name);
+    } else {
+        add(b, weight, kind, DIMS(rows, cols), "%s%s", prefix, name);
+    }
+}
+
+/* weight and bias of a linear layer. */
+static void add_linear(builder *b, ovlm_weight *weight, ovlm_weight *bias, int64_t rows,
+                       int64_t cols, const char *prefix, const char *name)
+{
+    char full[OVLM_NAME_BYTES];
+    (void)snprintf(full, sizeof full, "%s%s", prefix, name);
+    add_one(b, weight, OVLM_PARAM_WEIGHT, rows, cols, full, ".weight");
+    add_one(b, bias, OVLM_PARAM_BIAS, 0, rows, full, ".bias");
+}
+
+static void add_layer_norm(builder *b, ovlm_weight *weight, ovlm_weight *bias, int64_t width,
+                           const char *prefix, const char *name)
+{
+    char full[OVLM_NAME_BYTES];
+    (void)snprintf(full, sizeof full, "%s%s", prefix, name);
+    add_one(b, weight, OVLM_PARAM_NORM, 0, width, full, ".weight");
+    add_one(b, bias, OVLM_PARAM_BIAS, 0, width, full, ".bias");
+}
+
+/* ---------------------------------------------------------------- vision */
+
+static void add_vision_block(builder *b, ovlm_block *block, int64_t number)
+{
+    const ovlm_vision_config *c = &b->params->config.vision;
+    char prefix[OVLM_NAME_BYTES];
+    (void)snprintf(prefix, sizeof prefix, "model.visual.blocks.%lld.", (long long)number);
+    *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->heads,
+                          .head_dim = c->width / c->heads, .hidden = c->hidden, .eps = c->eps,
+                          .act = c->act};
+    add_layer_norm(b, &block->norm1, &block->norm1_bias, c->width, prefix, "norm1");
+    add_linear(b, &block->qkv, &block->qkv_bias, 3 * c->width, c->width, prefix, "attn.qkv");
+    add_linear(b, &block->out, &block->out_bias, c->width, c->width, prefix, "attn.proj");
+    add_layer_norm(b, &block->norm2, &block->norm2_bias, c->width, prefix, "norm2");
+    add_linear(b, &block->up, &block->up_bias, c->hidden, c->width, prefix, "mlp.linear_fc1");
+    add_linear(b, &block->down, &block->down_bias, c->width, c->hidden, prefix, "mlp.linear_fc2");
+}
+
+static void add_merger(builder *b, ovlm_merge_weights *merge, ovlm_merger kind,
+                       const char *prefix)
+{
+    const ovlm_vision_config *c = &b->params->config.vision;
+    int64_t merged = kind == OVLM_MERGE_POOL ? c->width : c->width * c->merge * c->merge;
+    *merge = (ovlm_merge_weights){.kind = kind};
+    if (kind != OVLM_MERGE_POOL) {
+        add_layer_norm(b, &merge->norm, &merge->norm_bias,
+                       kind == OVLM_MERGE_NORM_CONCAT ? c->width : merged, prefix, "norm");
+    }
+    add_linear(b, &merge->fc1, &merge->fc1_bias, c->merger_hidden, merged, prefix, "linear_fc1");
+    add_linear(b, &merge->fc2, &merge->fc2_bias, c->out_width, c->merger_hidden, prefix,
+               "linear_fc2");
+}
+
+static void add_vision(builder *b)
+{
+    ovlm_params *p = b->params;
+    const ovlm_vision_config *c = &p->config.vision;
+    begin(b, &p->patch);
+    add(b, &p->patch, OVLM_PARAM_WEIGHT,
+        DIMS(c->width, c->channels, c->temporal, c->patch, c->patch), "%s",
+        "model.visual.patch_embed.proj.weight");
+    if (c->patch_bias) {
+        add_one(b, &p->patch_bias, OVLM_PARAM_BIAS, 0, c->width, "model.visual.",
+                "patch_embed.proj.bias");
+    }
+    if (c->position_side > 0) {
+        add_one(b, &p->position, OVLM_PARAM_WEIGHT, c->position_side * c->position_side, c->width,
+                "model.visual.", "pos_embed.weight");
+    }
+    for (int64_t i = 0; i < c->depth; i++) {
+        ovlm_block unused = {0};
+        add_vision_block(b, p->vision != NULL ? &p->vision[i] : &unused, i);
+    }
+    if (c->final_norm) {
+        add_layer_norm(b, &p->final_norm, &p->final_norm_bias, c->width, "model.visual.", "ln");
+    }
+    add_merger(b, &p->merger, c->merger, "model.visual.merger.");
+    for (int64_t i = 0; i < c->deepstack_n; i++) {
+        char prefix[OVLM_NAME_BYTES];
+        (void)snprintf(prefix, sizeof prefix, "model.visual.deepstack_merger_list.%lld.",
+                       (long long)i);
+        add_merger(b, &p->deepstack[i], OVLM_MERGE_CONCAT_NORM, prefix);
+    }
+}
+
+/* ---------------------------------------------------------------- decoder */
+
+static void add_attention(builder *b, ovlm_block *block, const char *prefix)
+{
+    const ovlm_decoder_config *c = &b->params->config.decoder;
+    int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    static const char *const names[] = {"q_proj", "k_proj", "v_proj"};
+    int64_t rows[] = {q, kv, kv};
+    begin(b, &block->qkv);
+    for (int i = 0; i < 3; i++) {
+        add(b, &block->qkv, OVLM_PARAM_WEIGHT, DIMS(rows[i], c->width), "%sself_attn.%s.weight",
+            prefix, names[i]);
+    }
+    if (c->qkv_bias) {
+        begin(b, &block->qkv_bias);
+        for (int i = 0; i < 3; i++) {
+            add(b, &block->qkv_bias, OVLM_PARAM_BIAS, DIMS(rows[i]), "%sself_attn.%s.bias",
+                prefix, names[i]);
+        }
+    }
+    if (c->qk_norm) {
+        add_one(b, &block->q_norm, OVLM_PARAM_NORM, 0, c->head_dim, prefix,
+                "self_attn.q_norm.weight");
+        add_one(b, &block->k_norm, OVLM_PARAM_NORM, 0, c->head_dim, prefix,
+                "self_attn.k_norm.weight");
+    }
+    add_one(b, &block->out, OVLM_PARAM_WEIGHT, c->width, q, prefix, "self_attn.o_proj.weight");
+}
+
+/* gate, up and down of a SwiGLU layer. */
+static void add_gated(builder *b, ovlm_weight *up, ovlm_weight *down, int64_t width,
+                      int64_t hidden, const char *prefix, const char *name)
+{
+    begin(b, up);
+    add(b, up, OVLM_PARAM_WEIGHT, DIMS(hidden, width), "%s%sgate_proj.weight", prefix, name);
+    add(b, up, OVLM_PARAM_WEIGHT, DIMS(hidden, width), "%s%sup_proj.weight", prefix, name);
+    begin(b, down);
+    add(b, down, OVLM_PARAM_WEIGHT, DIMS(width, hidden), "%s%sdown_proj.weight", prefix, name);
+}
+
+static void add_experts(builder *b, ovlm_block *block, const char *prefix)
+{
+    const ovlm_decoder_config *c = &b->params->config.decoder;
+    int64_t C = c->width, F = c->expert_hidden, E = c->experts;
+    add_one(b, &block->router, OVLM_PARAM_WEIGHT, E, C, prefix, "mlp.gate.weight");
+    if (c->sigmoid_router) {
+        add_one(b, &block->router_bias, OVLM_PARAM_BUFFER, 0, E, prefix,
+                "mlp.gate.e_score_correction_bias");
+    }
+    begin(b, &block->experts_up);
+    add(b, &block->experts_up, OVLM_PARAM_WEIGHT,
+        DIMS(E, c->expert_kn ? C : 2 * F, c->expert_kn ? 2 * F : C), "%smlp.experts.gate_up_proj",
+        prefix);
+    begin(b, &block->experts_down);
+    add(b, &block->experts_down, OVLM_PARAM_WEIGHT,
+        DIMS(E, c->expert_kn ? F : C, c->expert_kn ? C : F), "%smlp.experts.down_proj", prefix);
+    if (c->shared_hidden > 0) {
+        add_gated(b, &block->shared_up, &block->shared_down, C, c->shared_hidden, prefix,
+                  "mlp.shared_experts.");
+    }
+}
+
+static void add_decoder_block(builder *b, ovlm_block *block, int64_t number)
+{
+    const ovlm_decoder_config *c = &b->params->config.decoder;
+    bool sparse = ovlm_decoder_layer_sparse(c, number);
+    char prefix[OVLM_NAME_BYTES];
+    (void)snprintf(prefix, sizeof prefix, "model.language_model.layers.%lld.", (long long)number);
+    *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->kv_heads,
+                          .head_dim = c->head_dim, .hidden = sparse ? c->expert_hidden : c->hidden,
+                          .rms = true, .causal = true, .gated = true, .qk_norm = c->qk_norm,
+                          .eps = c->eps, .act = OVLM_ACT_SILU, .moe = sparse ? c : NULL};
+    add_one(b, &block->norm1, OVLM_PARAM_NORM, 0, c->width, prefix, "input_layernorm.weight");
+    add_attention(b, block, prefix);
+    add_one(b, &block->norm2, OVLM_PARAM_NORM, 0, c->width, prefix,
+            "post_attention_layernorm.weight");
+    if (sparse) {
+        add_experts(b, block, prefix);
+    } else {
+        add_gated(b, &block->up, &block->down, c->width, c->hidden, prefix, "mlp.");
+    }
+}
+
+static void add_all(builder *b)
+{
+    ovlm_params *p = b->params;
+    const ovlm_decoder_config *c = &p->config.decoder;
+    if (p->config.vision.depth > 0) {
+        add_vision(b);
+    }
+    add_one(b, &p->embed, OVLM_PARAM_WEIGHT, c->vocab, c->width, "model.language_model.",
+            "embed_tokens.weight");
+    for (int64_t i = 0; i < c->depth; i++) {
+        ovlm_block unused = {0};
+        add_decoder_block(b, p->decoder != NULL ? &p->decoder[i] : &unused, i);
+    }
+    add_one(b, &p->norm, OVLM_PARAM_NORM, 0, c->width, "model.language_model.", "norm.weight");
+    if (!c->tied) {
+        add_one(b, &p->head, OVLM_PARAM_WEIGHT, c->vocab, c->width, "", "lm_head.weight");
+    } else {
+        p->head = p->embed;
+    }
+}
+
+ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *config,
+                             ovlm_arena *arena, ovlm_err *err)
+{
+    *params = (ovlm_params){.config = *config};
+    OVLM_TRY(ovlm_model_config_check(config, err));
+    builder count = {.params = params};
+    add_all(&count);
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &params->param, count.n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &params->vision, config->vision.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &params->decoder, config->decoder.depth, err));
+    builder fill = {.params = params};
+    add_all(&fill);
+    params->n = fill.n;
+    params->count = fill.count;
+    params->weight_elements = round_up(fill.offset, 64);
+    params->buffer_elements = round_up(fill.buffer_offset, 64);
+    ovlm_params_place_grads(params);
+    return OVLM_OK;
+}

@@ -1,0 +1,98 @@
+/* params.h - the weights of a model: names, shapes, where they lie, and views for the layers.
+ *
+ * Names and layouts are those of Qwen3-VL on the hub; other families are renamed by whoever reads
+ * files.  Weights of products that have the same input (q, k, v; gate, up) lie one after the
+ * other, so that one product serves them. */
+#ifndef OVLM_MODEL_PARAMS_H
+#define OVLM_MODEL_PARAMS_H
+
+#include "base/arena.h"
+#include "model/config.h"
+
+enum { OVLM_DIMS_MOST = 5, OVLM_NAME_BYTES = 96 };
+
+typedef enum ovlm_param_kind {
+    OVLM_PARAM_WEIGHT,   /* of a product or an embedding: decays        */
+    OVLM_PARAM_NORM,     /* starts at 1                                 */
+    OVLM_PARAM_BIAS,     /* starts at 0                                 */
+    OVLM_PARAM_BUFFER    /* not trained by gradients (router correction) */
+} ovlm_param_kind;
+
+typedef struct ovlm_param {
+    char name[OVLM_NAME_BYTES];
+    ovlm_param_kind kind;
+    int64_t n_dims, dims[OVLM_DIMS_MOST]; /* as on the hub                                  */
+    int64_t rows, cols;   /* the matrix that layers see                                     */
+    int64_t fused;        /* number of the product it belongs to: one more than the last
+                             parameter's, or the same                                       */
+    bool trainable;
+    int64_t offset;       /* elements from the start of the weights, or of the buffers       */
+    int64_t grad_offset;  /* elements from the start of the gradients; -1: none             */
+    ovlm_tensor w, grad;  /* views; grad left out when it is not trained                    */
+} ovlm_param;
+
+/* One product's weights: `count` parameters from `first` on. */
+typedef struct ovlm_weight {
+    int64_t first, count;
+    ovlm_tensor w, dw;    /* both left out when the model has no such weight                */
+} ovlm_weight;
+
+/* A transformer block of either tower. */
+typedef struct ovlm_block {
+    int64_t width, heads, kv_heads, head_dim, hidden;
+    bool rms, causal, gated, qk_norm;
+    double eps;
+    ovlm_act act;
+    const ovlm_decoder_config *moe; /* NULL: dense                                          */
+    ovlm_weight norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias;
+    ovlm_weight norm2, norm2_bias, up, up_bias, down, down_bias; /* up: gate and up         */
+    ovlm_weight router, router_bias, experts_up, experts_down, shared_up, shared_down;
+} ovlm_block;
+
+typedef struct ovlm_merge_weights {
+    ovlm_merger kind;
+    ovlm_weight norm, norm_bias, fc1, fc1_bias, fc2, fc2_bias;
+} ovlm_merge_weights;
+
+typedef struct ovlm_params {
+    ovlm_model_config config;
+    int64_t n;
+    ovlm_param *param;                                   /* [n]                             */
+    ovlm_weight patch, patch_bias, position, final_norm, final_norm_bias;
+    ovlm_block *vision;                                  /* [vision.depth]                  */
+    ovlm_merge_weights merger, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_weight embed, norm, head;                       /* head is embed when tied         */
+    ovlm_block *decoder;                                 /* [decoder.depth]                 */
+    int64_t weight_elements, buffer_elements, grad_elements; /* with padding                */
+    int64_t count;                                       /* parameters, without padding     */
+} ovlm_params;
+
+/* Lists the weights of a checked configuration, all trainable but buffers; memory comes from the
+ * arena.  Nothing is allocated for the weights themselves. */
+OVLM_NODISCARD ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *config,
+                                            ovlm_arena *arena, ovlm_err *err);
+
+/* Trains these [n] and no others; buffers are never trained.  OVLM_E_ARG, and nothing changes,
+ * when only some of the weights of one product are named. */
+OVLM_NODISCARD ovlm_status ovlm_params_train_only(ovlm_params *params, const bool *trainable,
+                                                  ovlm_err *err);
+
+/* Offsets of gradients, from `trainable`. */
+void ovlm_params_place_grads(ovlm_params *params);
+
+/* Where the weights are, on the device: `weights` in the model's dtype, the others in `exact`
+ * (float32; float64 with the reference backend).  NULL while measuring. */
+typedef struct ovlm_params_memory {
+    void *weights, *buffers, *grads;
+    ovlm_dtype dtype, exact;
+} ovlm_params_memory;
+
+/* Points all views at the memory. */
+void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory);
+
+/* Whether anything of a weight, or of a block, is trained. */
+bool ovlm_weight_trained(const ovlm_params *params, const ovlm_weight *weight);
+bool ovlm_block_trained(const ovlm_params *params, const ovlm_block *block);
+bool ovlm_merge_trained(const ovlm_params *params, const ovlm_merge_weights *weights);
+
+#endif

@@ -1,0 +1,260 @@
+/* vision.c - the tower: patch embedding, positions, blocks, merger, DeepStack. */
+#include "model/vision.h"
+
+#include <math.h>
+
+ovlm_status ovlm_rope_tables(ovlm_run *run, ovlm_stack *stack, ovlm_tensor position,
+                             const float *frequency, const int32_t *axis, int64_t count,
+                             ovlm_block_context *context)
+{
+    void *device_frequency = NULL, *device_axis = NULL;
+    OVLM_TRY(ovlm_run_upload(run, stack, frequency, count * (int64_t)sizeof *frequency,
+                             &device_frequency));
+    OVLM_TRY(ovlm_run_upload(run, stack, axis, count * (int64_t)sizeof *axis, &device_axis));
+    ovlm_rope_table table = {
+        .position = position, .frequency = ovlm_tensor_of(device_frequency, 1, count, OVLM_F32),
+        .axis = device_axis, .cos = ovlm_stack_tensor(stack, position.cols, count, OVLM_F32),
+        .sin = ovlm_stack_tensor(stack, position.cols, count, OVLM_F32)};
+    RUN(run, rope_table, fwd, &table);
+    context->cos = table.cos;
+    context->sin = table.sin;
+    return OVLM_OK;
+}
+
+/* 2D RoPE: the first half of the frequencies turns by the row, the second by the column; f_j =
+ * theta^(-2j/(D/2)), j < D/4. */
+static ovlm_status rotary(ovlm_run *run, ovlm_vision_pass *pass)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    int64_t half = c->width / c->heads / 4;
+    float frequency[OVLM_ROPE_MOST];
+    int32_t axis[OVLM_ROPE_MOST];
+    for (int64_t j = 0; j < half; j++) {
+        frequency[j] = frequency[half + j] =
+            (float)(1.0 / pow(c->theta, 2.0 * (double)j / (double)(2 * half)));
+        axis[j] = 0;
+        axis[half + j] = 1;
+    }
+    void *position = NULL;
+    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.position,
+                             2 * pass->grid.patches * (int64_t)sizeof(float), &position));
+    return ovlm_rope_tables(run, run->keep,
+                            ovlm_tensor_of(position, 2, pass->grid.patches, OVLM_F32), frequency,
+                            axis, 2 * half, &pass->context);
+}
+
+static ovlm_status frames(ovlm_run *run, ovlm_vision_pass *pass)
+{
+    void *start = NULL;
+    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.start,
+                             (pass->grid.frames + 1) * (int64_t)sizeof(int32_t), &start));
+    pass->context.query = (ovlm_segments){.n = pass->grid.frames, .max_len = pass->grid.max_frame,
+                                          .start = start, .host_start = pass->grid.start};
+    pass->context.key = pass->context.query;
+    return OVLM_OK;
+}
+
+/* Pixels in the model's dtype. */
+static ovlm_status load_pixels(ovlm_run *run, const ovlm_vision_pass *pass, ovlm_tensor *x)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    int64_t cols = c->channels * c->temporal * c->patch * c->patch;
+    void *raw = NULL;
+    *x = ovlm_stack_tensor(run->keep, pass->grid.patches, cols, run->dtype);
+    int64_t mark = run->work->used_bytes;
+    OVLM_TRY(ovlm_run_upload(run, run->work, pass->pixels,
+                             x->rows * cols * ovlm_dtype_bytes(pass->pixel_dtype), &raw));
+    ovlm_scale scale = {.alpha = 1, .y = *x,
+                        .x = ovlm_tensor_of(raw, x->rows, cols, pass->pixel_dtype)};
+    if (pass->pixel_dtype == OVLM_U8) {
+        scale.alpha = 2.0 / 255.0; /* mean and deviation are 0.5 in every family */
+        OVLM_TRY(ovlm_run_constant(run, run->work, -1.0f, cols, &scale.shift));
+    }
+    RUN(run, scale, fwd, &scale);
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+/* h = patch embedding + interpolated table of positions. */
+static ovlm_status embed(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
+{
+    const ovlm_params *p = pass->params;
+    pass->patch = (ovlm_linear){.w = p->patch.w, .bias = p->patch_bias.w, .y = h};
+    OVLM_TRY(load_pixels(run, pass, &pass->patch.x));
+    RUN_IN(run, linear, fwd, &pass->patch, run->keep);
+    if (p->config.vision.position_side == 0) {
+        return OVLM_OK;
+    }
+    void *tap = NULL, *weight = NULL;
+    int64_t taps = 4 * pass->grid.patches;
+    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.tap, taps * (int64_t)sizeof(int32_t),
+                             &tap));
+    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.tap_weight,
+                             taps * (int64_t)sizeof(float), &weight));
+    pass->position = (ovlm_gather){
+        .taps = 4, .index = tap, .weight = ovlm_tensor_of(weight, h.rows, 4, OVLM_F32),
+        .x = p->position.w, .y = h, .y_beta = 1};
+    RUN_IN(run, gather, fwd, &pass->position, run->keep);
+    return OVLM_OK;
+}
+
+/* After block i: the DeepStack output that is taken there, if any. */
+static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t i, ovlm_tensor h)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    for (int64_t k = 0; k < c->deepstack_n; k++) {
+        if (c->deepstack[k] != i) {
+            continue;
+        }
+        ovlm_stack *stack = pass->training ? run->keep : run->work;
+        int64_t mark = run->work->used_bytes;
+        OVLM_TRY(ovlm_merger_fwd(run, pass->params, &pass->params->deepstack[k], stack, h,
+                                 pass->extra[k], &pass->deepstack[k]));
+        run->work->used_bytes = mark;
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
+{
+    const ovlm_params *p = pass->params;
+    ovlm_stack *stack = pass->training ? run->keep : run->work;
+    int64_t mark = run->work->used_bytes;
+    if (p->config.vision.final_norm) {
+        pass->final_norm = (ovlm_norm){
+            .eps = p->config.vision.eps, .groups = 1, .x = h, .w = p->final_norm.w,
+            .bias = p->final_norm_bias.w, .y = ovlm_stack_tensor(stack, h.rows, h.cols, run->dtype)};
+        RUN_IN(run, norm, fwd, &pass->final_norm, stack);
+        h = pass->final_norm.y;
+    }
+    OVLM_TRY(ovlm_merger_fwd(run, p, &p->merger, stack, h, pass->features, &pass->merger));
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    int64_t P = pass->grid.patches;
+    int64_t mark = run->work->used_bytes;
+    pass->tokens = P / (c->merge * c->merge);
+    pass->features = ovlm_stack_tensor(run->keep, pass->tokens, c->out_width, run->dtype);
+    for (int64_t k = 0; k < c->deepstack_n; k++) {
+        pass->extra[k] = ovlm_stack_tensor(run->keep, pass->tokens, c->out_width, run->dtype);
+    }
+    ovlm_stack *stack = pass->training ? run->keep : run->work;
+    ovlm_tensor h = ovlm_stack_tensor(stack, P, c->width, run->dtype);
+    ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, P, c->width, run->dtype);
+    OVLM_TRY(embed(run, pass, h));
+    OVLM_TRY(rotary(run, pass));
+    OVLM_TRY(frames(run, pass));
+    for (int64_t i = 0; i < c->depth; i++) {
+        ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, P, c->width, run->dtype)
+                                         : spare;
+        OVLM_TRY(ovlm_block_fwd(run, &pass->params->vision[i], &pass->context, pass->training, h,
+                                out, &pass->block[i]));
+        spare = h;
+        h = out;
+        OVLM_TRY(tap_deepstack(run, pass, i, h));
+    }
+    OVLM_TRY(finish(run, pass, h));
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+/* ---------------------------------------------------------------- backward */
+
+bool ovlm_vision_trained(const ovlm_params *params)
+{
+    const ovlm_merge_weights *last = params->config.vision.deepstack_n > 0
+                                         ? &params->deepstack[params->config.vision.deepstack_n - 1]
+                                         : &params->merger;
+    for (int64_t i = params->patch.first; i <= last->fc2_bias.first; i++) {
+        if (params->param[i].trainable) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The first block before which nothing is trained: gradients stop there. */
+static int64_t lowest_trained(const ovlm_params *params)
+{
+    if (ovlm_weight_trained(params, &params->patch) ||
+        ovlm_weight_trained(params, &params->patch_bias) ||
+        ovlm_weight_trained(params, &params->position)) {
+        return -1;
+    }
+    int64_t i = 0;
+    while (i < params->config.vision.depth && !ovlm_block_trained(params, &params->vision[i])) {
+        i++;
+    }
+    return i;
+}
+
+static ovlm_status embed_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor dh)
+{
+    const ovlm_params *p = pass->params;
+    if (ovlm_tensor_given(&p->position.dw)) {
+        pass->position.dy = dh;
+        pass->position.dx = p->position.dw;
+        pass->position.dx_beta = 1;
+        RUN(run, gather, bwd, &pass->position);
+    }
+    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0);
+}
+
+/* Adds the gradient that came by way of DeepStack after block i. */
+static ovlm_status deepstack_bwd(ovlm_run *run, ovlm_vision_pass *pass, int64_t i,
+                                 const ovlm_tensor *dextra, ovlm_tensor dh)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    for (int64_t k = 0; k < c->deepstack_n; k++) {
+        if (c->deepstack[k] == i && ovlm_tensor_given(&dextra[k])) {
+            OVLM_TRY(ovlm_merger_bwd(run, &pass->params->deepstack[k], dextra[k], dh, 1,
+                                     &pass->deepstack[k]));
+        }
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status finish_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor dfeatures,
+                              ovlm_tensor dh)
+{
+    const ovlm_params *p = pass->params;
+    if (!ovlm_tensor_given(&dfeatures)) {
+        return ovlm_run_zero_tensor(run, &dh);
+    }
+    OVLM_TRY(ovlm_merger_bwd(run, &p->merger, dfeatures, dh, 0, &pass->merger));
+    if (!p->config.vision.final_norm) {
+        return OVLM_OK;
+    }
+    int64_t mark = run->work->used_bytes;
+    ovlm_tensor dx = ovlm_stack_tensor(run->work, dh.rows, dh.cols, run->dtype);
+    OVLM_TRY(ovlm_norm_back(run, &pass->final_norm, dh, &p->final_norm, &p->final_norm_bias, dx,
+                            0));
+    ovlm_scale copy = {.alpha = 1, .x = dx, .y = dh};
+    RUN(run, scale, fwd, &copy);
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor dfeatures,
+                            const ovlm_tensor *dextra)
+{
+    const ovlm_params *p = pass->params;
+    int64_t lowest = lowest_trained(p), mark = run->work->used_bytes;
+    ovlm_tensor dh = ovlm_stack_tensor(run->work, pass->grid.patches, p->config.vision.width,
+                                       run->dtype);
+    OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
+    for (int64_t i = p->config.vision.depth - 1; i >= 0; i--) {
+        OVLM_TRY(deepstack_bwd(run, pass, i, dextra, dh));
+        OVLM_TRY(ovlm_block_bwd(run, &p->vision[i], &pass->context, lowest < i, dh,
+                                &pass->block[i]));
+    }
+    if (lowest < 0) {
+        OVLM_TRY(embed_bwd(run, pass, dh));
+    }
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}

@@ -69,7 +69,8 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
     OVLM_TRY(rotate(run, block, context, stack, s));
     s->attention = (ovlm_attention){
         .heads = block->heads, .kv_heads = block->kv_heads, .causal = block->causal,
-        .scale = 1 / sqrt((double)D), .query = context->query, .key = context->key, .q = s->q.y, .k = s->k.y,
+        .scale = 1 / sqrt((double)D), .query = context->query, .key = context->key,
+        .q = s->q.y, .k = s->k.y,
         .v = ovlm_tensor_cols(s->qkv.y, q_cols + kv_cols, kv_cols),
         .o = ovlm_stack_tensor(stack, T, q_cols, run->dtype)};
     if (context->cache != NULL) {

@@ -60,13 +60,13 @@ static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n
     (int64_t)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__}
 
 static void add_one(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t rows,
-                    int64_t cols, const char *prefix, const char *name)
+                    int64_t cols, const char *prefix, const char *name, const char *last)
 {
     begin(b, weight);
     if (rows == 0) {
-        add(b, weight, kind, DIMS(cols), "%s%s", prefix, name);
+        add(b, weight, kind, DIMS(cols), "%s%s%s", prefix, name, last);
     } else {
-        add(b, weight, kind, DIMS(rows, cols), "%s%s", prefix, name);
+        add(b, weight, kind, DIMS(rows, cols), "%s%s%s", prefix, name, last);
     }
 }
 
@@ -74,19 +74,15 @@ static void add_one(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64
 static void add_linear(builder *b, ovlm_weight *weight, ovlm_weight *bias, int64_t rows,
                        int64_t cols, const char *prefix, const char *name)
 {
-    char full[OVLM_NAME_BYTES];
-    (void)snprintf(full, sizeof full, "%s%s", prefix, name);
-    add_one(b, weight, OVLM_PARAM_WEIGHT, rows, cols, full, ".weight");
-    add_one(b, bias, OVLM_PARAM_BIAS, 0, rows, full, ".bias");
+    add_one(b, weight, OVLM_PARAM_WEIGHT, rows, cols, prefix, name, ".weight");
+    add_one(b, bias, OVLM_PARAM_BIAS, 0, rows, prefix, name, ".bias");
 }
 
 static void add_layer_norm(builder *b, ovlm_weight *weight, ovlm_weight *bias, int64_t width,
                            const char *prefix, const char *name)
 {
-    char full[OVLM_NAME_BYTES];
-    (void)snprintf(full, sizeof full, "%s%s", prefix, name);
-    add_one(b, weight, OVLM_PARAM_NORM, 0, width, full, ".weight");
-    add_one(b, bias, OVLM_PARAM_BIAS, 0, width, full, ".bias");
+    add_one(b, weight, OVLM_PARAM_NORM, 0, width, prefix, name, ".weight");
+    add_one(b, bias, OVLM_PARAM_BIAS, 0, width, prefix, name, ".bias");
 }
 
 /* ---------------------------------------------------------------- vision */
@@ -132,11 +128,11 @@ static void add_vision(builder *b)
         "model.visual.patch_embed.proj.weight");
     if (c->patch_bias) {
         add_one(b, &p->patch_bias, OVLM_PARAM_BIAS, 0, c->width, "model.visual.",
-                "patch_embed.proj.bias");
+                "patch_embed.proj", ".bias");
     }
     if (c->position_side > 0) {
         add_one(b, &p->position, OVLM_PARAM_WEIGHT, c->position_side * c->position_side, c->width,
-                "model.visual.", "pos_embed.weight");
+                "model.visual.", "pos_embed", ".weight");
     }
     for (int64_t i = 0; i < c->depth; i++) {
         ovlm_block unused = {0};
@@ -176,11 +172,11 @@ static void add_attention(builder *b, ovlm_block *block, const char *prefix)
     }
     if (c->qk_norm) {
         add_one(b, &block->q_norm, OVLM_PARAM_NORM, 0, c->head_dim, prefix,
-                "self_attn.q_norm.weight");
+                "self_attn.q_norm", ".weight");
         add_one(b, &block->k_norm, OVLM_PARAM_NORM, 0, c->head_dim, prefix,
-                "self_attn.k_norm.weight");
+                "self_attn.k_norm", ".weight");
     }
-    add_one(b, &block->out, OVLM_PARAM_WEIGHT, c->width, q, prefix, "self_attn.o_proj.weight");
+    add_one(b, &block->out, OVLM_PARAM_WEIGHT, c->width, q, prefix, "self_attn.o_proj", ".weight");
 }
 
 /* gate, up and down of a SwiGLU layer. */
@@ -198,10 +194,10 @@ static void add_experts(builder *b, ovlm_block *block, const char *prefix)
 {
     const ovlm_decoder_config *c = &b->params->config.decoder;
     int64_t C = c->width, F = c->expert_hidden, E = c->experts;
-    add_one(b, &block->router, OVLM_PARAM_WEIGHT, E, C, prefix, "mlp.gate.weight");
+    add_one(b, &block->router, OVLM_PARAM_WEIGHT, E, C, prefix, "mlp.gate", ".weight");
     if (c->sigmoid_router) {
         add_one(b, &block->router_bias, OVLM_PARAM_BUFFER, 0, E, prefix,
-                "mlp.gate.e_score_correction_bias");
+                "mlp.gate.e_score_correction_bias", "");
     }
     begin(b, &block->experts_up);
     add(b, &block->experts_up, OVLM_PARAM_WEIGHT,
@@ -226,10 +222,10 @@ static void add_decoder_block(builder *b, ovlm_block *block, int64_t number)
                           .head_dim = c->head_dim, .hidden = sparse ? c->expert_hidden : c->hidden,
                           .rms = true, .causal = true, .gated = true, .qk_norm = c->qk_norm,
                           .eps = c->eps, .act = OVLM_ACT_SILU, .moe = sparse ? c : NULL};
-    add_one(b, &block->norm1, OVLM_PARAM_NORM, 0, c->width, prefix, "input_layernorm.weight");
+    add_one(b, &block->norm1, OVLM_PARAM_NORM, 0, c->width, prefix, "input_layernorm", ".weight");
     add_attention(b, block, prefix);
     add_one(b, &block->norm2, OVLM_PARAM_NORM, 0, c->width, prefix,
-            "post_attention_layernorm.weight");
+            "post_attention_layernorm", ".weight");
     if (sparse) {
         add_experts(b, block, prefix);
     } else {
@@ -245,14 +241,14 @@ static void add_all(builder *b)
         add_vision(b);
     }
     add_one(b, &p->embed, OVLM_PARAM_WEIGHT, c->vocab, c->width, "model.language_model.",
-            "embed_tokens.weight");
+            "embed_tokens", ".weight");
     for (int64_t i = 0; i < c->depth; i++) {
         ovlm_block unused = {0};
         add_decoder_block(b, p->decoder != NULL ? &p->decoder[i] : &unused, i);
     }
-    add_one(b, &p->norm, OVLM_PARAM_NORM, 0, c->width, "model.language_model.", "norm.weight");
+    add_one(b, &p->norm, OVLM_PARAM_NORM, 0, c->width, "model.language_model.", "norm", ".weight");
     if (!c->tied) {
-        add_one(b, &p->head, OVLM_PARAM_WEIGHT, c->vocab, c->width, "", "lm_head.weight");
+        add_one(b, &p->head, OVLM_PARAM_WEIGHT, c->vocab, c->width, "", "lm_head", ".weight");
     } else {
         p->head = p->embed;
     }

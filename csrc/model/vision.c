@@ -123,7 +123,8 @@ static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
     if (p->config.vision.final_norm) {
         pass->final_norm = (ovlm_norm){
             .eps = p->config.vision.eps, .groups = 1, .x = h, .w = p->final_norm.w,
-            .bias = p->final_norm_bias.w, .y = ovlm_stack_tensor(stack, h.rows, h.cols, run->dtype)};
+            .bias = p->final_norm_bias.w,
+            .y = ovlm_stack_tensor(stack, h.rows, h.cols, run->dtype)};
         RUN_IN(run, norm, fwd, &pass->final_norm, stack);
         h = pass->final_norm.y;
     }

@@ -44,7 +44,7 @@ OVLM_NODISCARD ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *par
                                            ovlm_tensor h, ovlm_tensor out,
                                            ovlm_merge_saved *saved);
 
-/* dh gets (or, with beta 1, is added) the gradient of what the merger read; left out: not needed. */
+/* dh gets (with beta 1: is added) the gradient of what the merger read; left out: not needed. */
 OVLM_NODISCARD ovlm_status ovlm_merger_bwd(ovlm_run *run, const ovlm_merge_weights *weights,
                                            ovlm_tensor dout, ovlm_tensor dh, float beta,
                                            ovlm_merge_saved *saved);

@@ -85,4 +85,7 @@ extern PyMethodDef ovlm_simulate_methods[];
 extern PyMethodDef ovlm_cost_methods[];
 extern PyMethodDef ovlm_backend_methods[];
 
+/* Adds the type Model. */
+int ovlm_add_model_type(PyObject *module);
+
 #endif

@@ -32,7 +32,7 @@ static int module_exec(PyObject *module)
             return -1;
         }
     }
-    return 0;
+    return ovlm_add_model_type(module);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

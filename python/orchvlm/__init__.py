@@ -17,6 +17,8 @@ _HOME = {
     "Batch": "batch", "Items": "batch", "plan_step": "step", "StepPlan": "step",
     "Route": "routes", "Planner": "planner",
     "simulate": "simulator", "Simulation": "simulator",
+    "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
+    "AdamW": "optim", "schedule": "optim", "Inputs": "inputs", "data": "data",
     "compat": "compat", "demo": "demo",
 }
 __all__ = sorted(_HOME)

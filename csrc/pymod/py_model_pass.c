@@ -1,0 +1,342 @@
+/* py_model_pass.c - orchvlm._core.Model: passes, optimizer, generation. */
+#include "py_model.h"
+
+static int poll_signals(void *ctx)
+{
+    (void)ctx;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    int stop = PyErr_CheckSignals();
+    PyGILState_Release(gil);
+    return stop;
+}
+
+/* The arguments of forward and extend, positions in their vector. */
+enum {
+    IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, N_TOKEN_ARGS,
+    NORMALIZER = N_TOKEN_ARGS, ROUTER_COUNT, ROUTER_ROWS, TRAINING, ENTROPY, CHECKPOINT,
+    N_FORWARD_ARGS
+};
+
+static int read_pixels(PyObject *const *args, const ovlm_vision_config *c, ovlm_model_inputs *in)
+{
+    const void *grid = NULL;
+    int64_t n = 0, patches = 0;
+    if (ovlm_arg_exact(args[GRID], "grid_thw", NPY_INT32, -1, true, &grid, &n) < 0) {
+        return -1;
+    }
+    if (grid == NULL || n == 0) {
+        return 0;
+    }
+    if (n % 3 != 0) {
+        PyErr_SetString(PyExc_ValueError, "grid_thw must have three numbers per image");
+        return -1;
+    }
+    in->images = n / 3;
+    in->grid_thw = grid;
+    for (int64_t i = 0; i < in->images; i++) {
+        const int32_t *g = in->grid_thw + 3 * i;
+        if (g[0] < 1 || g[1] < 1 || g[2] < 1 ||
+            (int64_t)g[1] * g[2] > (INT32_MAX - patches) / g[0]) {
+            PyErr_Format(PyExc_ValueError, "grid_thw[%lld] = (%d, %d, %d) is no grid",
+                         (long long)i, g[0], g[1], g[2]);
+            return -1;
+        }
+        patches += (int64_t)g[0] * g[1] * g[2];
+    }
+    bool bytes = PyArray_Check(args[PIXELS]) &&
+                 PyArray_TYPE((PyArrayObject *)args[PIXELS]) == NPY_UINT8;
+    in->pixel_dtype = bytes ? OVLM_U8 : OVLM_F32;
+    return ovlm_arg_exact(args[PIXELS], "pixels", bytes ? NPY_UINT8 : NPY_FLOAT32,
+                          patches * c->channels * c->temporal * c->patch * c->patch, false,
+                          &in->pixels, NULL);
+}
+
+static int read_tokens(const model_object *self, PyObject *const *args, ovlm_model_inputs *in)
+{
+    const void *ids = NULL, *start = NULL, *position = NULL, *feature = NULL, *label = NULL;
+    const void *weight = NULL;
+    int64_t T = 0, starts = 0;
+    if (ovlm_arg_exact(args[IDS], "input_ids", NPY_INT32, -1, false, &ids, &T) < 0 ||
+        ovlm_arg_exact(args[CU_SEQLENS], "cu_seqlens", NPY_INT32, -1, false, &start, &starts) < 0 ||
+        ovlm_arg_exact(args[POSITION], "position_ids", NPY_FLOAT32, 3 * T, false, &position,
+                       NULL) < 0 ||
+        ovlm_arg_exact(args[FEATURE_ROW], "feature_row", NPY_INT32, T, true, &feature, NULL) < 0 ||
+        ovlm_arg_exact(args[LABELS], "labels", NPY_INT32, T, true, &label, NULL) < 0 ||
+        ovlm_arg_exact(args[WEIGHTS], "weights", NPY_FLOAT32, T, true, &weight, NULL) < 0) {
+        return -1;
+    }
+    if (starts < 1 || T > INT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, starts < 1 ? "cu_seqlens must have at least one entry"
+                                                     : "more than 2^31 - 1 tokens in one call");
+        return -1;
+    }
+    in->tokens = (ovlm_tokens){.T = T, .segments = starts - 1, .id = ids, .start = start,
+                               .position = position, .feature_row = feature};
+    in->label = label;
+    in->weight = weight;
+    in->normalizer = -1;
+    return read_pixels(args, &ovlm_model_params(self->model)->config.vision, in);
+}
+
+/* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, normalizer or -1,
+ *         router_count, router_rows, training, entropy, checkpoint) */
+PyObject *ovlm_py_model_forward(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                                Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    ovlm_model_inputs in = {0};
+    ovlm_pass_options options = {.poll = poll_signals};
+    int64_t checkpoint = 0;
+    const void *count = NULL;
+    int training = 0, entropy = 0;
+    if (ovlm_arg_count("forward", nargs, N_FORWARD_ARGS) < 0 || read_tokens(self, args, &in) < 0 ||
+        ovlm_arg_double(args[NORMALIZER], "normalizer", &in.normalizer) < 0 ||
+        ovlm_arg_exact(args[ROUTER_COUNT], "router_counts", NPY_INT64,
+                       ovlm_model_params(self->model)->config.decoder.experts, true, &count,
+                       NULL) < 0 ||
+        ovlm_arg_double(args[ROUTER_ROWS], "router_rows", &in.router_rows) < 0 ||
+        (training = PyObject_IsTrue(args[TRAINING])) < 0 ||
+        (entropy = PyObject_IsTrue(args[ENTROPY])) < 0 ||
+        ovlm_arg_int(args[CHECKPOINT], "checkpoint", &checkpoint) < 0 ||
+        ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    in.router_count = count;
+    options.training = training != 0;
+    options.entropy = entropy != 0;
+    options.checkpoint = checkpoint < 1   ? OVLM_CHECKPOINT_NONE
+                         : checkpoint > 1 ? OVLM_CHECKPOINT_FULL
+                                          : OVLM_CHECKPOINT_SELECTIVE;
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_forward(self->model, &in, &options, &err);
+    Py_END_ALLOW_THREADS
+    return ovlm_model_leave(self, type, status, &err);
+}
+
+/* Two arrays of T float32 zeros, each only where asked for. */
+static PyObject *new_rows(npy_intp n)
+{
+    return PyArray_ZEROS(1, &n, NPY_FLOAT32, 0);
+}
+
+/* output(T, logp wanted, entropy wanted) -> (loss, aux, weight sum, targets, logp, entropy) */
+PyObject *ovlm_py_model_output(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                               Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    int64_t T = 0;
+    int want[2] = {0, 0};
+    if (ovlm_arg_count("output", nargs, 3) < 0 || ovlm_arg_int(args[0], "T", &T) < 0 ||
+        (want[0] = PyObject_IsTrue(args[1])) < 0 || (want[1] = PyObject_IsTrue(args[2])) < 0) {
+        return NULL;
+    }
+    PyObject *rows[2] = {Py_NewRef(Py_None), Py_NewRef(Py_None)}, *answer = NULL;
+    float *data[2] = {NULL, NULL};
+    for (int i = 0; i < 2; i++) {
+        if (want[i]) {
+            Py_SETREF(rows[i], new_rows((npy_intp)T));
+            if (rows[i] == NULL) {
+                goto done;
+            }
+            data[i] = PyArray_DATA((PyArrayObject *)rows[i]);
+        }
+    }
+    if (ovlm_model_enter(self) < 0) {
+        goto done;
+    }
+    ovlm_model_output out = {0};
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_output_read(self->model, &out, data[0], data[1], &err);
+    Py_END_ALLOW_THREADS
+    PyObject *none = ovlm_model_leave(self, type, status, &err);
+    if (none != NULL) {
+        Py_DECREF(none);
+        answer = Py_BuildValue("(dddLOO)", out.loss, out.aux_loss, out.weight_sum,
+                               (long long)out.target_tokens, rows[0], rows[1]);
+    }
+done:
+    Py_XDECREF(rows[0]);
+    Py_XDECREF(rows[1]);
+    return answer;
+}
+
+/* router_counts() -> int64[E] */
+PyObject *ovlm_py_model_router_counts(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                                      Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    (void)args;
+    model_object *self = (model_object *)object;
+    npy_intp n = (npy_intp)ovlm_model_params(self->model)->config.decoder.experts;
+    PyObject *counts = NULL;
+    if (ovlm_arg_count("router_counts", nargs, 0) < 0 ||
+        (counts = PyArray_ZEROS(1, &n, NPY_INT64, 0)) == NULL) {
+        return NULL;
+    }
+    if (ovlm_model_enter(self) < 0) {
+        Py_DECREF(counts);
+        return NULL;
+    }
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    int64_t *data = PyArray_DATA((PyArrayObject *)counts);
+    Py_BEGIN_ALLOW_THREADS
+    status = n == 0 ? OVLM_OK : ovlm_model_router_read(self->model, data, &err);
+    Py_END_ALLOW_THREADS
+    PyObject *none = ovlm_model_leave(self, type, status, &err);
+    if (none == NULL) {
+        Py_CLEAR(counts);
+    }
+    Py_XDECREF(none);
+    return counts;
+}
+
+/* backward(dlogp or None, dentropy or None) */
+PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                                 Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    const void *dlogp = NULL, *dentropy = NULL;
+    if (ovlm_arg_count("backward", nargs, 2) < 0 ||
+        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, -1, true, &dlogp, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, -1, true, &dentropy, NULL) < 0 ||
+        ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    const ovlm_pass_options options = {.poll = poll_signals};
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_backward(self->model, dlogp, dentropy, &options, &err);
+    Py_END_ALLOW_THREADS
+    return ovlm_model_leave(self, type, status, &err);
+}
+
+/* logits(rows int32) -> float32[len(rows), V] */
+PyObject *ovlm_py_model_logits(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                               Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    const void *rows = NULL;
+    int64_t n = 0;
+    if (ovlm_arg_count("logits", nargs, 1) < 0 ||
+        ovlm_arg_exact(args[0], "rows", NPY_INT32, -1, false, &rows, &n) < 0) {
+        return NULL;
+    }
+    npy_intp dims[] = {(npy_intp)n,
+                       (npy_intp)ovlm_model_params(self->model)->config.decoder.vocab};
+    PyObject *logits = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
+    if (logits == NULL || ovlm_model_enter(self) < 0) {
+        Py_XDECREF(logits);
+        return NULL;
+    }
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    float *data = PyArray_DATA((PyArrayObject *)logits);
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_logits(self->model, rows, n, data, &err);
+    Py_END_ALLOW_THREADS
+    PyObject *none = ovlm_model_leave(self, type, status, &err);
+    if (none == NULL) {
+        Py_CLEAR(logits);
+    }
+    Py_XDECREF(none);
+    return logits;
+}
+
+/* adamw(lr[n], weight_decay[n], beta1, beta2, eps, max_norm, step) -> (norm, clip, non_finite) */
+PyObject *ovlm_py_model_adamw(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                              Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    int64_t n = ovlm_model_params(self->model)->n;
+    const void *lr = NULL, *decay = NULL;
+    ovlm_model_adamw options = {0};
+    if (ovlm_arg_count("adamw", nargs, 7) < 0 ||
+        ovlm_arg_exact(args[0], "lr", NPY_FLOAT64, n, false, &lr, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "weight_decay", NPY_FLOAT64, n, false, &decay, NULL) < 0 ||
+        ovlm_arg_double(args[2], "beta1", &options.beta1) < 0 ||
+        ovlm_arg_double(args[3], "beta2", &options.beta2) < 0 ||
+        ovlm_arg_double(args[4], "eps", &options.eps) < 0 ||
+        ovlm_arg_double(args[5], "max_grad_norm", &options.max_norm) < 0 ||
+        ovlm_arg_int(args[6], "step", &options.step) < 0 || ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    options.lr = lr;
+    options.weight_decay = decay;
+    ovlm_model_step step = {0};
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_adamw_step(self->model, &options, &step, &err);
+    Py_END_ALLOW_THREADS
+    PyObject *none = ovlm_model_leave(self, type, status, &err);
+    if (none == NULL) {
+        return NULL;
+    }
+    Py_DECREF(none);
+    return Py_BuildValue("(ddL)", step.grad_norm, step.clip, (long long)step.non_finite);
+}
+
+/* cache_open(sequences, length) */
+PyObject *ovlm_py_model_cache_open(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                                   Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    int64_t sequences = 0, length = 0;
+    if (ovlm_arg_count("cache_open", nargs, 2) < 0 ||
+        ovlm_arg_int(args[0], "sequences", &sequences) < 0 ||
+        ovlm_arg_int(args[1], "length", &length) < 0 || ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_cache_open(self->model, sequences, length, &err);
+    Py_END_ALLOW_THREADS
+    return ovlm_model_leave(self, type, status, &err);
+}
+
+/* extend(ids, cu_seqlens, position, feature_row, None, None, grid, pixels)
+ *     -> float32[sequences, V] */
+PyObject *ovlm_py_model_extend(PyObject *object, PyTypeObject *type, PyObject *const *args,
+                               Py_ssize_t nargs, PyObject *kwnames)
+{
+    (void)kwnames;
+    model_object *self = (model_object *)object;
+    ovlm_model_inputs in = {0};
+    const ovlm_pass_options options = {.poll = poll_signals};
+    if (ovlm_arg_count("extend", nargs, N_TOKEN_ARGS) < 0 || read_tokens(self, args, &in) < 0) {
+        return NULL;
+    }
+    in.label = NULL;
+    npy_intp dims[] = {(npy_intp)in.tokens.segments,
+                       (npy_intp)ovlm_model_params(self->model)->config.decoder.vocab};
+    PyObject *logits = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
+    if (logits == NULL || ovlm_model_enter(self) < 0) {
+        Py_XDECREF(logits);
+        return NULL;
+    }
+    ovlm_err err = {0};
+    ovlm_status status = OVLM_OK;
+    float *data = PyArray_DATA((PyArrayObject *)logits);
+    Py_BEGIN_ALLOW_THREADS
+    status = ovlm_model_extend(self->model, &in, &options, data, &err);
+    Py_END_ALLOW_THREADS
+    PyObject *none = ovlm_model_leave(self, type, status, &err);
+    if (none == NULL) {
+        Py_CLEAR(logits);
+    }
+    Py_XDECREF(none);
+    return logits;
+}

@@ -1,0 +1,206 @@
+"""Weights in Hugging Face folders: ``model.safetensors``, whole or in shards.
+
+Reading is by memory map and refuses what does not add up before any number is used; writing goes
+to a temporary file that is renamed when it is complete.
+"""
+import json
+import mmap
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from ._files import write_whole
+
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+           "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
+           "U8": np.dtype("u1")}
+_HEADER_MOST_BYTES = 100 << 20  # what the format's own reader accepts
+_SHARD_BYTES = 5 << 30
+
+
+class CheckpointError(ValueError):
+    """A file that is no safetensors file, or a tensor that does not fit the model."""
+
+
+class SafeTensors:
+    """One memory-mapped file.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Raises
+    ------
+    ValueError
+        The file is cut off, its header is no JSON, or offsets overlap, leave holes or do not
+        agree with shapes.
+
+    Notes
+    -----
+    The format: eight bytes with the header's length, a JSON header ``{name: {dtype, shape,
+    data_offsets}}``, then the tensors without gaps.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with open(self.path, "rb") as stream:
+            size = self.path.stat().st_size
+            if size < 8:
+                raise CheckpointError(f"{self.path}: {size} bytes are no safetensors file")
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        (length,) = struct.unpack("<Q", self._map[:8])
+        if length > min(size - 8, _HEADER_MOST_BYTES):
+            raise CheckpointError(f"{self.path}: a header of {length} bytes in a file of {size}; "
+                                  "the file is cut off or no safetensors file")
+        self._start = 8 + length
+        self.tensors = self._checked(self._parse(self._map[8:self._start]), size - self._start)
+
+    def _parse(self, raw):
+        try:
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=self._unique)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: the header is no JSON: {error}") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: the header is no object")
+        header.pop("__metadata__", None)
+        return header
+
+    def _unique(self, pairs):
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise CheckpointError(f"{self.path}: a name stands twice in the header")
+        return table
+
+    def _entry(self, name, entry):
+        try:
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            first, last = entry["data_offsets"]
+            numbers = [first, last, *shape]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path}: {name}: dtype, shape or data_offsets missing or "
+                                  f"not understood: {str(entry)[:200]}") from None
+        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise CheckpointError(f"{self.path}: {name}: sizes must be whole numbers >= 0")
+        count = 1
+        for n in shape:
+            count *= n
+        if last - first != count * dtype.itemsize:
+            raise CheckpointError(f"{self.path}: {name}: {last - first} bytes for shape {shape} "
+                                  f"of {entry['dtype']}")
+        return first, last, entry["dtype"], tuple(shape)
+
+    def _checked(self, header, data_bytes):
+        tensors = {name: self._entry(name, entry) for name, entry in header.items()}
+        end = 0
+        for name, (first, last, _, _) in sorted(tensors.items(), key=lambda t: t[1][:2]):
+            if first != end:
+                raise CheckpointError(f"{self.path}: {name} begins at {first}, not at {end}")
+            end = last
+        if end != data_bytes:
+            raise CheckpointError(f"{self.path}: tensors take {end} bytes, the file has "
+                                  f"{data_bytes}; it is cut off or has a tail")
+        return tensors
+
+    def read(self, name):
+        """The tensor as float32 (or its own dtype when that is float32 or an integer)."""
+        first, last, kind, shape = self.tensors[name]
+        raw = np.frombuffer(self._map, dtype=_DTYPES[kind], offset=self._start + first,
+                            count=(last - first) // _DTYPES[kind].itemsize).reshape(shape)
+        return widened(raw) if kind == "BF16" else (
+            raw.astype(np.float32) if kind in ("F16", "F64") else raw)
+
+
+def widened(bits):
+    """bfloat16 as uint16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(values):
+    """float32 -> bfloat16 as uint16, to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def open_folder(folder):
+    """{tensor name: SafeTensors that holds it} of a folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither ``model.safetensors`` nor ``model.safetensors.index.json`` is there.
+    ValueError
+        A broken index or file; an index that names a file outside the folder.
+    """
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists() and not index.exists():
+        file = SafeTensors(single)
+        return dict.fromkeys(file.tensors, file)
+    if not index.exists():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor its index; is it a "
+                                "model's folder?")
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = set(names.values())
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index}: no weight_map of names and files") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {file!r} is no file name in this folder")
+    opened = {file: SafeTensors(folder / file) for file in sorted(files)}
+    for name, file in names.items():
+        if name not in opened[file].tensors:
+            raise CheckpointError(f"{index}: {file} has no tensor {name}")
+    return {name: opened[file] for name, file in names.items()}
+
+
+def _write_file(path, tensors, dtype):
+    """tensors: [(name, shape, function that gives float32)], in order."""
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape, _ in tensors:
+        count = int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": {4: "F32", 2: "BF16"}[size], "shape": list(shape),
+                        "data_offsets": [offset, offset + count * size]}
+        offset += count * size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(stream):
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, _, get in tensors:
+            values = get()
+            values = narrowed(values) if size == 2 else np.ascontiguousarray(values, "<f4")
+            stream.write(values.tobytes())
+    write_whole(path, write)
+
+
+def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
+    """Writes tensors ``[(name, shape, get)]`` as one file, or as shards with an index."""
+    folder = Path(folder)
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    shards, used = [[]], 0
+    for entry in tensors:
+        count = int(np.prod(entry[1], dtype=np.int64)) * size
+        if shards[-1] and used + count > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(entry)
+        used += count
+    if len(shards) == 1:
+        _write_file(folder / "model.safetensors", shards[0], dtype)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        return
+    names, total = {}, 0
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / file, shard, dtype)
+        for name, shape, _ in shard:
+            names[name] = file
+            total += int(np.prod(shape, dtype=np.int64)) * size
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    write_whole(folder / "model.safetensors.index.json",
+                lambda stream: stream.write(json.dumps(index, indent=2).encode()))
+    (folder / "model.safetensors").unlink(missing_ok=True)

@@ -1,0 +1,330 @@
+"""Configurations of models: from and to Hugging Face's ``config.json``, and presets."""
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_ACTS = {"gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3, "silu": 4}
+_MERGERS = {"norm_concat": 0, "pool": 2}
+_DEEPSTACK_MOST = 8  # of the C core
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl")
+
+# What a family has that its config.json does not say.
+_FAMILY = {
+    "qwen3_vl": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
+                 "vision_eps": 1e-6, "qk_norm": True},
+    "qwen3_vl_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
+                     "vision_eps": 1e-6, "qk_norm": True},
+    # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
+    # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
+    "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
+                   "vision_eps": 1e-6, "qk_norm": True},
+}
+
+_TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"}
+_VISION = {"depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
+           "spatial_merge_size"}
+
+# Keys that change nothing that is computed here.
+_IGNORED = {
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id",
+    "vision_end_token_id", "image_token_id", "video_token_id", "max_position_embeddings",
+    "output_router_logits", "return_dict", "output_hidden_states", "output_attentions",
+    "_name_or_path", "name_or_path", "id2label", "label2id", "problem_type", "base_config_key",
+    "chunk_size_feed_forward", "is_encoder_decoder", "attn_implementation", "layer_types",
+    "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id", "task_specific_params",
+    "experts_implementation", "_experts_implementation",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that this library cannot compute exactly."""
+
+
+def _need(part, keys, where):
+    missing = sorted(keys - set(part))
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} missing")
+
+
+def _refuse_unknown(part, known, where):
+    """A switch that is not understood is not ignored: it might change the result."""
+    for key, value in part.items():
+        if key in known or key in _IGNORED:
+            continue
+        if "dropout" in key:
+            if value:
+                raise ConfigError(f"{where}: {key} = {value!r}; dropout is not computed here, "
+                                  "set it to 0")
+        elif value not in (None, False, {}, []):
+            raise ConfigError(f"{where}: unknown key {key!r} = {value!r}")
+
+
+def _rope(text, where):
+    """(theta, M-RoPE sections or None, interleaved) from any version's spelling."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{where}: rope_type {kind!r}; only 'default' is computed here")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']}")
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise ConfigError(f"{where}: rope_theta missing")
+    return float(theta), rope.get("mrope_section"), bool(rope.get("mrope_interleaved", False))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is made of.
+
+    Parameters
+    ----------
+    values : dict
+        The content of a ``config.json``: ``model_type`` one of ``qwen3_vl``, ``qwen3_vl_moe`` and
+        ``seed1_5_vl``, with ``text_config`` and ``vision_config``.
+
+    Raises
+    ------
+    ValueError
+        A family, a switch or a size that is not computed here, dropout above 0, a missing key.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> config = orchvlm.preset("tiny")
+    >>> config.family, config.text["hidden_size"], config.vision["patch_size"]
+    ('seed1_5_vl', 192, 14)
+    """
+
+    values: dict
+
+    def __post_init__(self):
+        if not isinstance(self.values, dict):
+            raise TypeError(f"a configuration is a dict; got {type(self.values).__name__}")
+        object.__setattr__(self, "values", copy.deepcopy(self.values))
+        if self.family not in FAMILIES:
+            raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}; got "
+                              f"{self.values.get('model_type')!r}")
+        for name in ("text_config", "vision_config"):
+            if not isinstance(self.values.get(name), dict):
+                raise ConfigError(f"config: {name} missing")
+        self._check()
+        self.numbers()  # refuses what has no number
+
+    @property
+    def family(self):
+        """``model_type``."""
+        return self.values.get("model_type")
+
+    @property
+    def text(self):
+        """``text_config``."""
+        return self.values["text_config"]
+
+    @property
+    def vision(self):
+        """``vision_config``."""
+        return self.values["vision_config"]
+
+    @property
+    def tied(self):
+        """Whether the head is the embedding table."""
+        return bool(self.values.get("tie_word_embeddings",
+                                    self.text.get("tie_word_embeddings", False)))
+
+    @property
+    def sparse(self):
+        """Whether the decoder has experts."""
+        return bool(self.text.get("num_experts"))
+
+    @property
+    def visual_tokens(self):
+        """Ids of the placeholders that features replace."""
+        keys = ("image_token_id", "video_token_id")
+        return tuple(self.values[k] for k in keys if self.values.get(k) is not None)
+
+    def _check(self):
+        text, vision = self.text, self.vision
+        _need(text, _TEXT, "text_config")
+        _need(vision, _VISION, "vision_config")
+        known_text = _TEXT | {
+            "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
+            "tie_word_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "router_aux_loss_coef",
+            "scoring_func", "n_group", "topk_group", "routed_scaling_factor",
+            "shared_expert_intermediate_size", "first_k_dense_replace"}
+        known_vision = _VISION | {
+            "hidden_act", "in_channels", "temporal_patch_size", "out_hidden_size",
+            "num_position_embeddings", "deepstack_visual_indexes", "rope_theta",
+            "adapter_hidden_size", "adapter_act", "layer_norm_eps"}
+        _refuse_unknown(text, known_text, "text_config")
+        _refuse_unknown(vision, known_vision, "vision_config")
+        _refuse_unknown(self.values, {"text_config", "vision_config", "tie_word_embeddings"},
+                        "config")
+        if text.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"text_config: hidden_act {text['hidden_act']!r}; only 'silu'")
+
+    def _dense_first(self):
+        """How many layers at the bottom have no experts."""
+        text = self.text
+        dense = sorted(text.get("mlp_only_layers") or [])
+        if dense != list(range(len(dense))):
+            raise ConfigError("text_config: mlp_only_layers must be the first layers; got "
+                              f"{dense}")
+        return max(len(dense), int(text.get("first_k_dense_replace") or 0))
+
+    def _vision_numbers(self):
+        v, family = self.vision, _FAMILY[self.family]
+        merge, side = v["spatial_merge_size"], 0
+        if positions := v.get("num_position_embeddings"):
+            side = int(round(positions ** 0.5))
+            if side * side != positions:
+                raise ConfigError("vision_config: num_position_embeddings must be a square; got "
+                                  f"{positions}")
+        deepstack = list(v.get("deepstack_visual_indexes") or [])
+        if len(deepstack) > _DEEPSTACK_MOST:
+            raise ConfigError(f"vision_config: at most {_DEEPSTACK_MOST} DeepStack outputs; got "
+                              f"{len(deepstack)}")
+        merged = v["hidden_size"] * merge * merge
+        ints = [v["depth"], v["hidden_size"], v["num_heads"], v["intermediate_size"],
+                v["patch_size"], v.get("temporal_patch_size", 1), v.get("in_channels", 3), merge,
+                v.get("out_hidden_size", self.text["hidden_size"]),
+                v.get("adapter_hidden_size", merged), side, family["patch_bias"],
+                family["final_norm"], _MERGERS[family["merger"]],
+                _act(v.get("hidden_act", "gelu_pytorch_tanh"), "vision_config: hidden_act"),
+                _act(v.get("adapter_act", "gelu"), "vision_config: adapter_act"),
+                len(deepstack), *deepstack, *[0] * (_DEEPSTACK_MOST - len(deepstack))]
+        return ints, [v.get("layer_norm_eps", family["vision_eps"]), v.get("rope_theta", 10000.0)]
+
+    def _text_numbers(self):
+        t, family = self.text, _FAMILY[self.family]
+        theta, sections, interleaved = _rope(t, "text_config")
+        sections = list(sections or [t["head_dim"] // 2, 0, 0])
+        experts = int(t.get("num_experts") or 0)
+        scoring = t.get("scoring_func", "softmax")
+        if len(sections) != 3 or scoring not in ("softmax", "sigmoid"):
+            raise ConfigError(f"text_config: mrope_section {sections}, scoring_func {scoring!r}")
+        if experts:
+            _need(t, {"num_experts_per_tok", "moe_intermediate_size"}, "text_config")
+        ints = [t["num_hidden_layers"], t["hidden_size"], t["num_attention_heads"],
+                t["num_key_value_heads"], t["head_dim"], t["vocab_size"], t["intermediate_size"],
+                experts, t.get("num_experts_per_tok", 1), t.get("moe_intermediate_size", 1),
+                t.get("shared_expert_intermediate_size") or 0, self._dense_first(),
+                t.get("decoder_sparse_step", 1), t.get("n_group") or 1, t.get("topk_group") or 1,
+                *sections, interleaved, t.get("attention_bias", False), family["qk_norm"],
+                self.tied, scoring == "sigmoid", t.get("norm_topk_prob", True), True]
+        return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
+                      t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
+
+    def numbers(self):
+        """(int64[50], float64[6]): the sizes and switches in the C core's order."""
+        vision_ints, vision_floats = self._vision_numbers()
+        text_ints, text_floats = self._text_numbers()
+        try:
+            return (np.array(vision_ints + text_ints, dtype=np.int64),
+                    np.array(vision_floats + text_floats, dtype=np.float64))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"config: a size is not a number: {error}") from None
+
+    def save(self, folder):
+        """Writes ``config.json`` into a folder."""
+        text = json.dumps(self.values, indent=2, sort_keys=True) + "\n"
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder):
+        """Reads ``config.json`` of a folder; ValueError when it is none or not understood."""
+        path = Path(folder, "config.json")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not JSON: {error}") from None
+        return cls(values)
+
+
+def _act(name, where):
+    if name not in _ACTS:
+        raise ConfigError(f"{where} must be one of {', '.join(_ACTS)}; got {name!r}")
+    return _ACTS[name]
+
+
+# ---------------------------------------------------------------- presets
+
+_BYTE_VOCAB = 272  # 256 bytes and special tokens, of the built-in tokenizer
+
+
+def _seed(vision, text, **top):
+    """A Seed1.5-VL: patch 14, 2D RoPE, 2x2 average pooling, two-layer adapter (report, 2.1)."""
+    vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1,
+              "in_channels": 3, "hidden_act": "gelu_pytorch_tanh", **vision,
+              "out_hidden_size": text["hidden_size"]}
+    vision.setdefault("adapter_hidden_size", text["hidden_size"])
+    text = {"hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **text}
+    return {"model_type": "seed1_5_vl", "tie_word_embeddings": False, "image_token_id": 262,
+            "video_token_id": 263, "vision_config": vision, "text_config": text, **top}
+
+
+def _text(hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, **more):
+    return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "head_dim": head_dim,
+            "intermediate_size": intermediate, "vocab_size": vocab, **more}
+
+
+_PRESETS = {
+    "tiny": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
+                  _text(192, 6, 6, 2, 32, 512, _BYTE_VOCAB), tie_word_embeddings=True),
+    "tiny-moe": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
+                      _text(192, 4, 6, 2, 32, 512, _BYTE_VOCAB, num_experts=16,
+                            num_experts_per_tok=2, moe_intermediate_size=128,
+                            router_aux_loss_coef=0.001), tie_word_embeddings=True),
+    "small": _seed({"depth": 8, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048},
+                   _text(640, 12, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
+    # The report gives the tower and 20B active parameters; the decoder's shape is our choice, of
+    # the size that its sister report names (about 200B in all).
+    "seed1.5-vl": _seed({"depth": 27, "hidden_size": 1280, "num_heads": 20,
+                         "intermediate_size": 5120, "adapter_hidden_size": 4096},
+                        _text(4096, 64, 64, 8, 128, 12288, 155136, num_experts=128,
+                              num_experts_per_tok=8, moe_intermediate_size=1920,
+                              router_aux_loss_coef=0.001)),
+}
+
+
+def preset(name):
+    """A configuration by name.
+
+    ``tiny`` and ``tiny-moe`` (about 5M parameters) train on a laptop in minutes, ``small`` (about
+    75M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about 20B
+    active and 200B total parameters, whose shape the report does not state and which is a choice.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    ModelConfig
+
+    Raises
+    ------
+    ValueError
+        No such preset.
+
+    References
+    ----------
+    Seed1.5-VL Technical Report, section 2.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> orchvlm.preset("seed1.5-vl").vision["depth"]
+    27
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(sorted(_PRESETS))}; got {name!r}")
+    return ModelConfig(_PRESETS[name])

@@ -17,6 +17,7 @@ _HOME = {
     "Batch": "batch", "Items": "batch", "plan_step": "step", "StepPlan": "step",
     "Route": "routes", "Planner": "planner",
     "simulate": "simulator", "Simulation": "simulator",
+    "Inputs": "inputs", "data": "data",
     "compat": "compat", "demo": "demo",
 }
 __all__ = sorted(_HOME)

@@ -288,7 +288,7 @@ class ImageRule:
 
         Parameters
         ----------
-        **changes
+        **changes : int or str
             Other fields of :class:`ImageRule`.
 
         Returns
@@ -352,6 +352,11 @@ class ImageRule:
         -------
         (array[P, values], (int, int, int))
             Rows and the grid.
+
+        Raises
+        ------
+        DataError
+            An aspect ratio above 200.
         """
         try:
             size = self.size(*picture.shape[:2])

@@ -110,7 +110,7 @@ class Processor:
             ``spatial_merge_size`` and ``temporal_patch_size``, the ids of placeholder tokens.
         tokenizer : ByteTokenizer or HubTokenizer, optional
             Bytes by default.
-        **changes
+        **changes : int, str or object
             Fields of :class:`ImageRule`, such as ``min_pixels``, and parameters of
             :class:`Processor`.
 
@@ -152,7 +152,7 @@ class Processor:
         folder : path
             Holds ``config.json``, and may hold ``preprocessor_config.json`` and
             ``tokenizer.json``; without the latter, bytes are tokens.
-        **changes
+        **changes : int, str or object
             As for :meth:`from_config`.
 
         Returns
@@ -173,7 +173,7 @@ class Processor:
         return cls.from_config(config, tokenizer, **changes)
 
     def check_ids(self, config):
-        """Are the placeholders of a model those of the tokenizer?
+        """Raises where a model's placeholders are not the tokenizer's.
 
         Parameters
         ----------

@@ -18,6 +18,11 @@ class ByteTokenizer:
     ``<|image_pad|>`` (262), ``<|video_pad|>``, ``<|audio_start|>``, ``<|audio_end|>`` and
     ``<|audio_pad|>`` (266).  The vocabulary is rounded up to 272.
 
+    Raises
+    ------
+    TypeError
+        When something else than a string is encoded.
+
     Examples
     --------
     >>> import orchvlm

@@ -373,6 +373,11 @@ class VideoRule:
         -------
         (array[P, values], (int, int, int), float64[n])
             Rows, the grid, and the time of each group.
+
+        Raises
+        ------
+        DataError
+            Frames that cannot be read or have an aspect ratio above 200.
         """
         fps = self.fps if fps is None else fps
         try:

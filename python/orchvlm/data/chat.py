@@ -52,9 +52,8 @@ def read_messages(sample):
     >>> import orchvlm
     >>> sample = {"conversations": [{"from": "human", "value": "<image>What?"},
     ...                             {"from": "gpt", "value": "A cat."}], "image": "cat.png"}
-    >>> [(m.role, m.parts) for m in orchvlm.data.read_messages(sample)]   # doctest: +NORMALIZE_WHITESPACE
-    [('user', [('image', 'cat.png', {}), ('text', 'What?')]),
-     ('assistant', [('text', 'A cat.')])]
+    >>> [message.parts for message in orchvlm.data.read_messages(sample)]
+    [[('image', 'cat.png', {}), ('text', 'What?')], [('text', 'A cat.')]]
     """
     if not isinstance(sample, dict):
         raise TypeError(f"a sample must be a dict; got {type(sample).__name__}")

@@ -1,7 +1,6 @@
 """Pictures: from any common file to the patches that a vision encoder takes."""
 import io
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,17 +128,14 @@ def load_image(source, name="image"):
 def open_image(content, name):
     """A PIL image of bytes, its header read and its size checked, its pixels not yet decoded."""
     from PIL import Image, UnidentifiedImageError
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-        try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise DataError(f"{name}: no picture in a known format ({', '.join(FORMATS)})"
-                            ) from None
-        except Image.DecompressionBombError:
-            raise DataError(f"{name}: its header claims more pixels than 2^26: refused") from None
-        except Exception as error:  # decoders raise whatever they like on broken bytes
-            raise DataError(f"{name}: broken picture ({_reason(error)})") from None
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: no picture in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: its header claims more pixels than 2^26: refused") from None
+    except Exception as error:  # decoders raise whatever they like on broken bytes
+        raise DataError(f"{name}: broken picture ({_reason(error)})") from None
     _check_size(image, name)
     return image
 

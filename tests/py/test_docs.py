@@ -155,9 +155,11 @@ def modules():
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
     module = importlib.import_module(name)
-    optional = {"matplotlib": "plots", "scipy": "milp"}
-    for package, user in optional.items():
-        if name.endswith(user):
+    optional = {"matplotlib": ("plots",), "scipy": ("milp",),
+                "PIL": ("images", "processor", "mixture", "tasks", "sheet"),
+                "tokenizers": ("tokenizer",)}
+    for package, users in optional.items():
+        if name.endswith(users):
             pytest.importorskip(package)
     result = doctest.testmod(module)
     assert result.failed == 0

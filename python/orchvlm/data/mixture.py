@@ -1,0 +1,338 @@
+"""Mixing data sets by weight and packing their samples, so that a run can go on where it stopped.
+"""
+import hashlib
+import math
+
+import numpy as np
+
+from ..inputs import Inputs
+from .assets import DataError
+
+MASK = 2**64 - 1
+
+
+def _mixed(*numbers):
+    """64 bits from integers: the same on every machine, and for every version of NumPy."""
+    text = ",".join(str(int(number)) for number in numbers).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _shuffled(n, *key):
+    """A permutation of 0 .. n - 1 that depends on the key alone."""
+    words = np.random.PCG64(np.random.SeedSequence([k & MASK for k in key])).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+class _Part:
+    """One data set of a mixture, and how far it has been read."""
+
+    def __init__(self, data, number, seed, shuffle):
+        self.data, self.number, self.seed = data, number, seed
+        self.drawn = 0
+        self.shuffle = shuffle
+        self.indexed = hasattr(data, "__getitem__") and not isinstance(data, dict)
+        if not self.indexed and not hasattr(data, "__iter__"):
+            raise TypeError(f"datasets[{number}] must be a sequence or iterable of samples; got "
+                            f"{type(data).__name__}")
+        self.size = len(data) if self.indexed and hasattr(data, "__len__") else None
+        if self.size == 0:
+            raise DataError(f"datasets[{number}] is empty")
+        self._epoch, self._order, self._stream = None, None, None
+
+    def next(self):
+        k, self.drawn = self.drawn, self.drawn + 1
+        if not self.indexed:
+            return self._streamed(k)
+        if self.size is None:
+            return self.data[k]
+        epoch, place = divmod(k, self.size)
+        if not self.shuffle:
+            return self.data[place]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = _shuffled(self.size, self.seed, self.number, epoch)
+        return self.data[int(self._order[place])]
+
+    def _streamed(self, k):
+        if self._stream is None:  # from the start, or from where an earlier run stopped
+            self._stream = self._opened(k)
+        for again in range(2):
+            for sample in self._stream:
+                return sample
+            if again:
+                break
+            if self._stream is self.data:  # a generator: there is no second pass
+                self.drawn = k
+                raise StopIteration
+            self._stream = iter(self.data)
+        raise DataError(f"datasets[{self.number}] is exhausted after {k} samples, and gives none "
+                        "when it is read again")
+
+    def _opened(self, skip):
+        """What is left behind ``skip`` samples, over as many passes as that takes."""
+        if skip and iter(self.data) is self.data:
+            raise DataError(f"datasets[{self.number}] is an iterator, which cannot be read again "
+                            f"to go on behind sample {skip}; give something that can")
+        while True:
+            stream, seen = iter(self.data), 0
+            while seen < skip and next(stream, None) is not None:
+                seen += 1
+            if seen == skip:
+                return stream
+            if not seen:
+                raise DataError(f"datasets[{self.number}] is empty")
+            skip -= seen
+
+
+class Mixture:
+    """Samples of several data sets, each drawn as often as its weight says.
+
+    Parameters
+    ----------
+    datasets : list
+        Sequences (shuffled anew in every pass), sequences without end (``tasks``: taken in order),
+        or iterables that can be read again (tar shards: in order).
+    weights : list of float, optional
+        Relative frequencies, above 0; by default the data sets' lengths where all have one, else
+        equal.
+    seed : int
+        Every seed is another order.
+    shuffle : bool
+        Shuffle sequences.
+
+    Raises
+    ------
+    TypeError
+        A data set that is neither a sequence nor an iterable.
+    ValueError
+        No data set, weights that are not above 0 or of another number.
+
+    Notes
+    -----
+    Which data set the k-th sample comes from depends on the seed and k alone, and which of its
+    samples on how often it was drawn before: on no rank, no clock and no number of workers.
+    :meth:`state_dict` holds k and the counts; loading it continues with the very next sample.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> mixture = orchvlm.data.Mixture([["a", "b"], ["x"]], weights=[3, 1], seed=1)
+    >>> first = [next(mixture) for _ in range(8)]
+    >>> state = mixture.state_dict()
+    >>> more = [next(mixture) for _ in range(8)]
+    >>> mixture.load_state_dict(state)
+    >>> more == [next(mixture) for _ in range(8)], sorted(set(first))
+    (True, ['a', 'b', 'x'])
+    """
+
+    def __init__(self, datasets, weights=None, seed=0, shuffle=True):
+        if not isinstance(datasets, (list, tuple)) or not datasets:
+            raise ValueError("datasets must be a list that is not empty; got "
+                             f"{type(datasets).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+            raise TypeError(f"seed must be an integer; got {type(seed).__name__}")
+        self.seed = int(seed)
+        self._parts = [_Part(data, k, self.seed, bool(shuffle)) for k, data in enumerate(datasets)]
+        if weights is None:
+            sizes = [part.size for part in self._parts]
+            weights = [1] * len(sizes) if None in sizes else sizes
+        try:
+            self.weights = [float(weight) for weight in weights]
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"weights must be numbers; got {weights!r:.60}") from None
+        if len(self.weights) != len(datasets) or not all(
+                0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"weights must be {len(datasets)} finite numbers above 0; got "
+                             f"{self.weights}")
+        whole = math.fsum(self.weights)
+        if not 0 < whole < math.inf:
+            raise ValueError("the weights' sum must be finite")
+        self._ends = np.cumsum(self.weights) / whole
+        self.drawn = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        share = _mixed(self.seed, self.drawn) / 2**64
+        part = min(int(np.searchsorted(self._ends, share, "right")), len(self._parts) - 1)
+        sample = self._parts[part].next()
+        self.drawn += 1
+        return sample
+
+    def state_dict(self):
+        """What a later run needs to go on.
+
+        Returns
+        -------
+        dict
+            Of numbers and lists, fit for JSON.
+        """
+        return {"seed": self.seed, "weights": list(self.weights), "drawn": self.drawn,
+                "parts": [part.drawn for part in self._parts],
+                "sizes": [part.size for part in self._parts]}
+
+    def load_state_dict(self, state):
+        """Goes on where another mixture of the same data sets stopped.
+
+        Parameters
+        ----------
+        state : dict
+            From :meth:`state_dict`.
+
+        Raises
+        ------
+        ValueError
+            The state of another mixture: other data sets, weights or seed.
+        """
+        here = self.state_dict()
+        for key in ("seed", "weights", "sizes"):
+            if not isinstance(state, dict) or state.get(key) != here[key]:
+                have = state.get(key) if isinstance(state, dict) else state
+                raise ValueError(f"this is the state of another mixture: its {key} "
+                                 f"{have!r:.60}, here {here[key]}")
+        counts = state.get("parts")
+        if not isinstance(counts, list) or len(counts) != len(self._parts) or not all(
+                type(count) is int and count >= 0 for count in counts) or (
+                    sum(counts) != state.get("drawn")):
+            raise ValueError(f"the counts {counts!r:.60} of this state do not add up")
+        for part, count in zip(self._parts, counts):
+            part.drawn, part._stream = count, None
+        self.drawn = state["drawn"]
+
+
+class Loader:
+    """Packs samples into :class:`orchvlm.Inputs` up to a budget of tokens.
+
+    Parameters
+    ----------
+    source : Mixture
+        Where samples come from.
+    processor : Processor
+        What makes inputs of them.
+    max_tokens : int
+        Tokens of a pack; whole samples are taken, in order, until the next does not fit.
+    max_patches : int, optional
+        Patches of a pack, besides.
+    too_long : str
+        ``"raise"`` or ``"skip"`` a sample that fits into no pack, and ones that cannot be used.
+
+    Raises
+    ------
+    TypeError
+        A source without state.
+    ValueError
+        A budget below 1, an unknown word for ``too_long``.
+
+    Notes
+    -----
+    :attr:`skipped` counts the samples left out.  The state is that of the source before the first
+    sample of the next pack, so that a resumed run yields the very same packs.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> from orchvlm import data
+    >>> source = data.Mixture([data.Tasks(seed=0)])
+    >>> loader = data.Loader(source, data.Processor(family="seed1_5_vl"), max_tokens=256)
+    >>> next(loader).n_tokens <= 256
+    True
+    """
+
+    def __init__(self, source, processor, max_tokens, max_patches=None, too_long="raise"):
+        for name in ("__next__", "state_dict", "load_state_dict"):
+            if not hasattr(source, name):
+                raise TypeError(f"source must be a Mixture; got {type(source).__name__}")
+        if not callable(getattr(processor, "one", None)):
+            raise TypeError(f"processor must be a Processor; got {type(processor).__name__}")
+        for name, value in (("max_tokens", max_tokens), ("max_patches", max_patches)):
+            if name == "max_patches" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}")
+        if too_long not in ("raise", "skip"):
+            raise ValueError(f"too_long must be 'raise' or 'skip'; got {too_long!r}")
+        self._source, self._processor = source, processor
+        self.max_tokens, self.max_patches, self.too_long = max_tokens, max_patches, too_long
+        self.skipped = 0
+        self._waiting = None                 # the sample that did not fit into the last pack
+        self._state = source.state_dict()    # before it
+        self._skipped_before = 0             # and how many were skipped up to there
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        pack, tokens, patches = [], 0, 0
+        while True:
+            if self._waiting is None:
+                self._waiting = self._next_fitting(bool(pack))
+            if self._waiting is None:
+                break
+            new_tokens, new_patches = _extent(self._waiting)
+            if pack and (tokens + new_tokens > self.max_tokens or self.max_patches is not None
+                         and patches + new_patches > self.max_patches):
+                break
+            pack.append(self._waiting)
+            self._waiting = None
+            tokens, patches = tokens + new_tokens, patches + new_patches
+        return Inputs.concatenate(pack)
+
+    def _next_fitting(self, may_end):
+        """The next sample that fits an empty pack; None at the source's end, behind others."""
+        while True:
+            self._state, self._skipped_before = self._source.state_dict(), self.skipped
+            try:
+                sample = next(self._source)
+            except StopIteration:
+                if may_end:
+                    return None
+                raise
+            try:
+                inputs = self._processor.one(sample)
+                tokens, patches = _extent(inputs)
+                if tokens > self.max_tokens or patches > (self.max_patches or math.inf):
+                    raise DataError(f"a sample of {tokens} tokens and {patches} patches fits into "
+                                    f"no pack of {self.max_tokens} tokens"
+                                    + (f" and {self.max_patches} patches" if self.max_patches
+                                       else ""))
+                return inputs
+            except DataError:
+                if self.too_long == "raise":
+                    raise
+                self.skipped += 1
+
+    def state_dict(self):
+        """What a later run needs to go on with the next pack.
+
+        Returns
+        -------
+        dict
+        """
+        if self._waiting is None:
+            return {"source": self._source.state_dict(), "skipped": self.skipped}
+        return {"source": self._state, "skipped": self._skipped_before}
+
+    def load_state_dict(self, state):
+        """Goes on where another loader of the same source stopped.
+
+        Parameters
+        ----------
+        state : dict
+            From :meth:`state_dict`.
+
+        Raises
+        ------
+        ValueError
+            The state of another source.
+        """
+        if not isinstance(state, dict) or type(state.get("skipped")) is not int:
+            raise ValueError("not the state of a Loader: 'source' and 'skipped' are wanted")
+        self._source.load_state_dict(state.get("source"))
+        self.skipped, self._waiting = state["skipped"], None
+
+
+def _extent(inputs):
+    return inputs.n_tokens, 0 if inputs.pixels is None else len(inputs.pixels)

@@ -1,0 +1,226 @@
+"""Tokenizers: bytes for tiny models, and the Hub's ``tokenizer.json``."""
+import json
+from pathlib import Path
+
+from .assets import DataError, need, read_file
+
+# What marks roles and media in the text, under the names that the Qwen families use.
+SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+           "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>",
+           "<|audio_pad|>")
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, and eleven special ones behind them.
+
+    Ids 0 to 255 are bytes; then come, in this order, ``<|pad|>`` (256), ``<|endoftext|>``,
+    ``<|im_start|>``, ``<|im_end|>`` (259), ``<|vision_start|>``, ``<|vision_end|>``,
+    ``<|image_pad|>`` (262), ``<|video_pad|>``, ``<|audio_start|>``, ``<|audio_end|>`` and
+    ``<|audio_pad|>`` (266).  The vocabulary is rounded up to 272.
+
+    Raises
+    ------
+    TypeError
+        When something else than a string is encoded.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> tokenizer = orchvlm.data.ByteTokenizer()
+    >>> tokenizer.encode("Hé"), tokenizer.decode([72, 105, 259])
+    ([72, 195, 169], 'Hi')
+    """
+
+    vocab_size = 272
+
+    def __init__(self):
+        self.special = {name: 256 + k for k, name in enumerate(SPECIAL)}
+        self.stop = (self.special["<|im_end|>"], self.special["<|endoftext|>"])
+        self.template = None
+
+    def encode(self, text):
+        """The tokens of a text; what looks like a special token in it is only bytes.
+
+        Parameters
+        ----------
+        text : str
+            Any; lone surrogates become question marks.
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        TypeError
+            Not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string; got {type(text).__name__}")
+        return list(text.encode("utf-8", "replace"))
+
+    def decode(self, ids, special=False):
+        """The text of tokens; broken UTF-8 becomes replacement characters.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Ids beyond the vocabulary's named tokens are left out.
+        special : bool
+            Write special tokens by their names instead of leaving them out.
+
+        Returns
+        -------
+        str
+        """
+        names = {number: name for name, number in self.special.items()}
+        out = bytearray()
+        for number in map(int, ids):
+            if 0 <= number < 256:
+                out.append(number)
+            elif special and number in names:
+                out += names[number].encode()
+        return out.decode("utf-8", "replace")
+
+    def __repr__(self):
+        return f"<ByteTokenizer: {self.vocab_size} tokens>"
+
+
+class HubTokenizer:
+    """A tokenizer of the Hub, with its chat template.
+
+    Parameters
+    ----------
+    folder : path
+        Holds ``tokenizer.json``; the chat template is looked for in ``chat_template.jinja``,
+        ``chat_template.json`` and ``tokenizer_config.json``.  The path of a ``tokenizer.json``
+        serves too.
+
+    Raises
+    ------
+    DataError
+        A file that is missing or broken.
+    ImportError
+        The package ``tokenizers`` is not installed.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> orchvlm.data.HubTokenizer("no/such/folder")     # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    orchvlm.data.assets.DataError: no/such/folder/tokenizer.json: No such file or directory
+    """
+
+    def __init__(self, folder):
+        try:
+            path = Path(folder)
+        except TypeError:
+            raise TypeError(f"folder must be a path; got {type(folder).__name__}") from None
+        if path.suffix == ".json":
+            path = path.parent if path.name == "tokenizer.json" else path
+        file = path if path.suffix == ".json" else path / "tokenizer.json"
+        content = read_file(file)
+        tokenizers = need("tokenizers", "tokenizers")
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"{file}: not a tokenizer ({str(error)[:80]})") from None
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        self.vocab_size = self._inner.get_vocab_size(with_added_tokens=True)
+        self.special = {token.content: number for number, token
+                        in self._inner.get_added_tokens_decoder().items()}
+        folder = file.parent
+        config = _json(folder / "tokenizer_config.json")
+        self.variables = {key: _content(config[key]) for key in ("bos_token", "eos_token",
+                                                                 "pad_token", "unk_token")
+                          if _content(config.get(key)) is not None}
+        self.template = _template(folder, config)
+        ends = (self.variables.get("eos_token"), "<|im_end|>", "<|endoftext|>")
+        self.stop = tuple(dict.fromkeys(self.special[name] for name in ends
+                                        if name in self.special))
+
+    def encode(self, text):
+        """The tokens of a text; special tokens written in it are recognised.
+
+        Parameters
+        ----------
+        text : str
+            Any.
+
+        Returns
+        -------
+        list of int
+        """
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def spans(self, text):
+        """Tokens with the characters that each covers.
+
+        Parameters
+        ----------
+        text : str
+            Any.
+
+        Returns
+        -------
+        (list of int, list of (int, int))
+            Ids, and first and past-the-last character.
+        """
+        encoded = self._inner.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def decode(self, ids, special=False):
+        """The text of tokens.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Tokens.
+        special : bool
+            Write special tokens by their names instead of leaving them out.
+
+        Returns
+        -------
+        str
+        """
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def __repr__(self):
+        return f"<HubTokenizer: {self.vocab_size} tokens>"
+
+
+def _json(path):
+    """An object from a file; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not JSON ({str(error)[:60]})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must hold an object; got {type(value).__name__}")
+    return value
+
+
+def _content(token):
+    """A token's text, which tokenizer_config.json keeps plain or in an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _template(folder, config):
+    if (folder / "chat_template.jinja").exists():
+        return read_file(folder / "chat_template.jinja").decode("utf-8", "replace")
+    for value in (_json(folder / "chat_template.json").get("chat_template"),
+                  config.get("chat_template")):
+        if isinstance(value, list):  # several, by name
+            value = next((entry.get("template") for entry in value if isinstance(entry, dict)
+                          and entry.get("name") == "default"), None)
+        if isinstance(value, str):
+            return value
+    return None

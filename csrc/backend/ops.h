@@ -9,15 +9,18 @@
  *     device knows (experts' rows, segments) come as device arrays with bounds.
  *   - It never allocates.  `measure` tells from shapes alone (data pointers may be NULL; rows, n
  *     and max_len are then bounds) how many bytes `saved` (written by the forward, read by the
- *     backward) and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds
- *     plans and tunes outside the step.
+ *     backward) and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds plans and
+ *     tunes outside the step.
  *   - Optional tensors are left out by cols = 0.  A tensor with rows = 0 is present and empty.
  *   - Gradients of activations (dx) have the dtype of x and are overwritten, or added to when
  *     dx_beta is 1.  Gradients of weights (dw) are float32 (float64 in `ref`), overwritten or added
  *     to by dw_beta.  A gradient that is left out is not computed.
  *   - A row of the result never depends on the other rows of the call, to the last bit: the order
  *     of sums over K, a head or a segment is fixed by the shape of that row alone.
- *   - Outputs do not overlap inputs unless the comment says "may be".
+ *   - Outputs do not overlap inputs unless the comment says "may be", and then they are the same
+ *     view.  x and w have one dtype; results may have another.
+ *   - A pass reads and writes the members that the tables of op_schema.h give it and no others:
+ *     what only a gradient that is left out would need may be left out too.
  * Rounding points are in ovlm.h, section 9.  Also read by C++: no C-only construct here. */
 #ifndef OVLM_BACKEND_OPS_H
 #define OVLM_BACKEND_OPS_H
@@ -198,7 +201,8 @@ typedef struct ovlm_unfold {
  * (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot choose anew.
  * Rows sorted by (expert, token): row[t][j] is slot (t, j)'s, token[row] and offsets[E+1] the way
  * back.  count and score_sum are added to.
- * Backward: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a loss on mean scores. */
+ * Backward, from logits and expert: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a
+ * loss on mean scores. */
 typedef struct ovlm_router {
     ovlm_scratch scratch;
     int64_t k, teams, limit;   /* teams = 1: no teams */
@@ -217,7 +221,8 @@ typedef struct ovlm_router {
 } ovlm_router;
 
 /* y[t] = add[t] + sum_j weight[t][j] h[row[t][j]]; row < 0 adds nothing.  Backward: dh[row] =
- * weight dy[t], dweight[t][j] = <dy[t], h[row]>. */
+ * weight dy[t], dweight[t][j] = <dy[t], h[row]> (0 where row < 0).  No row is named twice; rows of
+ * dh that nobody names are not written. */
 typedef struct ovlm_combine {
     ovlm_scratch scratch;
     int64_t k;
@@ -257,10 +262,10 @@ typedef struct ovlm_targets {
     float *dlogp;         /* [T] device                       */
 } ovlm_targets;
 
-/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]], 0
- * where ignored, entropy[t] of that distribution, loss += sum dlogp * logp.  Backward: dx, dw from
- * dlogp and dentropy.  fused: the forward computes dx and dw in the same pass, and no backward
- * follows. */
+/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]],
+ * entropy[t] of that distribution, loss += sum dlogp * logp.  Where the label is ignored both are
+ * 0 and nothing flows back.  Backward: dx, dw from dlogp and dentropy.  fused: the forward computes
+ * dx and dw in the same pass, and no backward follows. */
 typedef struct ovlm_head {
     ovlm_scratch scratch;
     ovlm_tensor x;        /* [T,C]                            */

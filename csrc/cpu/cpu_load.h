@@ -52,10 +52,8 @@ OVLM_CPU_INLINE ovlm_f8 ovlm_f8_load(const float *from)
     return *(const ovlm_f8_any *)from;
 }
 
-OVLM_CPU_INLINE void ovlm_f8_store(float *to, ovlm_f8 value)
-{
-    *(ovlm_f8_any *)to = value;
-}
+/* A macro: gcc has a remark on every function with a vector as its parameter. */
+#define ovlm_f8_store(to, value) ((void)(*(ovlm_f8_any *)(to) = (value)))
 
 OVLM_CPU_INLINE ovlm_f8 ovlm_f8_all(float value)
 {

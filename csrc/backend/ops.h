@@ -17,7 +17,10 @@
  *     to by dw_beta.  A gradient that is left out is not computed.
  *   - A row of the result never depends on the other rows of the call, to the last bit: the order
  *     of sums over K, a head or a segment is fixed by the shape of that row alone.
- *   - Outputs do not overlap inputs unless the comment says "may be".
+ *   - Outputs do not overlap inputs unless the comment says "may be", and then they are the same
+ *     view.  x and w have one dtype; results may have another.
+ *   - A pass reads and writes the members that op_schema.h's tables give it and no others: what only
+ *     a gradient that is left out would need may be left out too.
  * Rounding points are in ovlm.h, section 9.  Also read by C++: no C-only construct here. */
 #ifndef OVLM_BACKEND_OPS_H
 #define OVLM_BACKEND_OPS_H
@@ -198,7 +201,8 @@ typedef struct ovlm_unfold {
  * (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot choose anew.
  * Rows sorted by (expert, token): row[t][j] is slot (t, j)'s, token[row] and offsets[E+1] the way
  * back.  count and score_sum are added to.
- * Backward: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a loss on mean scores. */
+ * Backward, from logits and expert: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a
+ * loss on mean scores. */
 typedef struct ovlm_router {
     ovlm_scratch scratch;
     int64_t k, teams, limit;   /* teams = 1: no teams */
@@ -217,7 +221,8 @@ typedef struct ovlm_router {
 } ovlm_router;
 
 /* y[t] = add[t] + sum_j weight[t][j] h[row[t][j]]; row < 0 adds nothing.  Backward: dh[row] =
- * weight dy[t], dweight[t][j] = <dy[t], h[row]>. */
+ * weight dy[t], dweight[t][j] = <dy[t], h[row]> (0 where row < 0).  No row is named twice; rows of
+ * dh that nobody names are not written. */
 typedef struct ovlm_combine {
     ovlm_scratch scratch;
     int64_t k;

@@ -65,7 +65,7 @@ ovlm_status ovlm_cpu_gated_measure(ovlm_backend *backend, const ovlm_gated *a,
                                    ovlm_op_bytes *bytes, ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_gated(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(gated, a, MEASURE, err);
     *bytes = (ovlm_op_bytes){0};
     return OVLM_OK;
 }
@@ -96,7 +96,7 @@ static void gated_rows(const void *context, int64_t first, int64_t count, float 
 
 ovlm_status ovlm_cpu_gated_fwd(ovlm_queue *queue, const ovlm_gated *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_gated(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(gated, a, FWD, err);
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->y.rows, 4 * a->y.cols, gated_rows, a);
     return OVLM_OK;
 }
@@ -120,7 +120,7 @@ static void gated_back_rows(const void *context, int64_t first, int64_t count, f
 
 ovlm_status ovlm_cpu_gated_bwd(ovlm_queue *queue, const ovlm_gated *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_gated(a, OVLM_PASS_BWD, err));
+    OVLM_CPU_CHECK(gated, a, BWD, err);
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->dy.rows, 8 * a->dy.cols, gated_back_rows, a);
     return OVLM_OK;
 }
@@ -201,6 +201,16 @@ static void line_rows(const void *context, int64_t first, int64_t count, float *
     }
 }
 
+/* x and y may be float64, for sums; the factors are float32. */
+static ovlm_status check_factors(const ovlm_scale *a, ovlm_err *err)
+{
+    if ((ovlm_tensor_given(&a->scale) && a->scale.dtype != OVLM_F32) ||
+        (ovlm_tensor_given(&a->shift) && a->shift.dtype != OVLM_F32)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "scale: scale and shift must be float32 on the CPU");
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_cpu_scale_measure(ovlm_backend *backend, const ovlm_scale *a,
                                    ovlm_op_bytes *bytes, ovlm_err *err)
 {
@@ -213,6 +223,7 @@ ovlm_status ovlm_cpu_scale_measure(ovlm_backend *backend, const ovlm_scale *a,
 ovlm_status ovlm_cpu_scale_fwd(ovlm_queue *queue, const ovlm_scale *a, ovlm_err *err)
 {
     OVLM_TRY(ovlm_op_check_scale(a, OVLM_PASS_FWD, err));
+    OVLM_TRY(check_factors(a, err));
     line l = {&a->x, &a->y, ovlm_tensor_given(&a->scale) ? &a->scale : NULL,
               ovlm_tensor_given(&a->shift) ? &a->shift : NULL, a->alpha, a->beta};
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->x.rows, a->x.cols, line_rows, &l);
@@ -222,6 +233,7 @@ ovlm_status ovlm_cpu_scale_fwd(ovlm_queue *queue, const ovlm_scale *a, ovlm_err 
 ovlm_status ovlm_cpu_scale_bwd(ovlm_queue *queue, const ovlm_scale *a, ovlm_err *err)
 {
     OVLM_TRY(ovlm_op_check_scale(a, OVLM_PASS_BWD, err));
+    OVLM_TRY(check_factors(a, err));
     line l = {&a->dy, &a->dx, ovlm_tensor_given(&a->scale) ? &a->scale : NULL, NULL, a->alpha,
               (double)a->dx_beta};
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->dy.rows, a->dy.cols, line_rows, &l);

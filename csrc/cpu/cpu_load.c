@@ -37,18 +37,10 @@ void ovlm_cpu_load(float *to, const void *from, int64_t n, ovlm_dtype dtype)
             to[i] = (float)((const double *)from)[i];
         }
         return;
-    case OVLM_I32:
-        for (int64_t i = 0; i < n; i++) {
-            to[i] = (float)((const int32_t *)from)[i];
-        }
-        return;
-    case OVLM_I64:
-        for (int64_t i = 0; i < n; i++) {
-            to[i] = (float)((const int64_t *)from)[i];
-        }
-        return;
     case OVLM_F16:
-    case OVLM_DTYPE_COUNT: return;
+    case OVLM_I32:
+    case OVLM_I64:
+    case OVLM_DTYPE_COUNT: return; /* refused by the validator */
     }
 }
 
@@ -63,6 +55,55 @@ void ovlm_cpu_store(void *to, const float *from, int64_t n, ovlm_dtype dtype)
             ((double *)to)[i] = (double)from[i];
         }
     }
+}
+
+OVLM_CPU_INLINE void add_scaled_body(float *restrict to, const float *restrict from, float factor,
+                                     int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        to[i] += factor * from[i];
+    }
+}
+OVLM_CPU_KERNEL(add_scaled, (float *to, const float *from, float factor, int64_t n),
+                (to, from, factor, n))
+
+void ovlm_cpu_add_scaled(float *to, const float *from, float factor, int64_t n)
+{
+    add_scaled(to, from, factor, n);
+}
+
+static ovlm_status refuse_double(const char *op, const ovlm_member *members, int n,
+                                 const void *args, ovlm_pass pass, ovlm_err *err)
+{
+    for (int i = 0; i < n; i++) {
+        const ovlm_tensor *t = (const void *)((const char *)args + members[i].offset);
+        if (members[i].kind == OVLM_MEMBER_TENSOR && t->cols > 0 && t->dtype == OVLM_F64 &&
+            (pass == OVLM_PASS_MEASURE ||
+             ovlm_member_role(&members[i], args, pass) != OVLM_UNUSED)) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "%s: %s is float64, which only the reference backend computes in; "
+                             "use float32 or bfloat16",
+                             op, members[i].name);
+        }
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_cpu_check_types(ovlm_op op, const void *args, ovlm_pass pass, ovlm_err *err)
+{
+    const ovlm_op_schema *schema = ovlm_op_schemas[op];
+    OVLM_TRY(refuse_double(schema->name, schema->member, schema->member_n, args, pass, err));
+    if (schema->list_bytes == 0) {
+        return OVLM_OK;
+    }
+    int64_t n = *(const int64_t *)(const void *)((const char *)args + schema->n_offset);
+    const char *list = *(const char *const *)(const void *)((const char *)args +
+                                                            schema->list_offset);
+    for (int64_t i = 0; i < n; i++) {
+        OVLM_TRY(refuse_double(schema->name, schema->list_member, schema->list_member_n,
+                               list + (size_t)i * schema->list_bytes, pass, err));
+    }
+    return OVLM_OK;
 }
 
 ovlm_status ovlm_cpu_fits(const char *what, int64_t columns, ovlm_err *err)
@@ -117,14 +158,6 @@ typedef struct fold_job {
     float beta;
 } fold_job;
 
-OVLM_CPU_INLINE void fold_add_body(float *to, const float *from, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) {
-        to[i] += from[i];
-    }
-}
-OVLM_CPU_KERNEL(fold_add, (float *to, const float *from, int64_t n), (to, from, n))
-
 static void fold_columns(const void *context, int64_t first, int64_t count, float *scratch)
 {
     (void)scratch;
@@ -134,7 +167,7 @@ static void fold_columns(const void *context, int64_t first, int64_t count, floa
         memset(to, 0, (size_t)count * sizeof *to);
     }
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
-        fold_add(to, job->partial + chunk * job->stride + first, count);
+        ovlm_cpu_add_scaled(to, job->partial + chunk * job->stride + first, 1, count);
     }
 }
 

@@ -11,6 +11,7 @@
 
 #include <string.h>
 
+#include "backend/op_schema.h"
 #include "cpu/cpu.h"
 
 #define OVLM_CPU_INLINE static inline __attribute__((always_inline))
@@ -55,9 +56,10 @@ OVLM_CPU_INLINE ovlm_f8 ovlm_f8_load(const float *from)
 /* A macro: gcc has a remark on every function with a vector as its parameter. */
 #define ovlm_f8_store(to, value) ((void)(*(ovlm_f8_any *)(to) = (value)))
 
+/* Written so that gcc makes one broadcast of it; x - 0 is x, for -0 too. */
 OVLM_CPU_INLINE ovlm_f8 ovlm_f8_all(float value)
 {
-    return (ovlm_f8){value, value, value, value, value, value, value, value};
+    return value - (ovlm_f8){0};
 }
 
 /* The first `count` < 8 elements, zeros behind. */
@@ -98,10 +100,13 @@ OVLM_CPU_INLINE float ovlm_f8_dot(const float *a, const float *b, int64_t n)
 /* Longest piece of a row that is converted at once: eight of them fill a thread's scratch. */
 enum { OVLM_CPU_ROW = OVLM_CPU_SCRATCH_BYTES / 8 / 4 };
 
-/* n elements of any float dtype, int32, int64 or uint8, to float32 and back (rounded to nearest
- * even; integers are not written). */
+/* n elements of float32, bfloat16, float64 or uint8 to float32, and back (not to uint8), rounded to
+ * nearest even. */
 void ovlm_cpu_load(float *to, const void *from, int64_t n, ovlm_dtype dtype);
 void ovlm_cpu_store(void *to, const float *from, int64_t n, ovlm_dtype dtype);
+
+/* to[i] += factor * from[i] */
+void ovlm_cpu_add_scaled(float *to, const float *from, float factor, int64_t n);
 
 static inline void *ovlm_cpu_at(const ovlm_tensor *tensor, int64_t row, int64_t col)
 {
@@ -134,6 +139,16 @@ static inline void ovlm_cpu_row_done(const ovlm_tensor *tensor, int64_t row, int
         ovlm_cpu_store(ovlm_cpu_at(tensor, row, col), buffer, n, tensor->dtype);
     }
 }
+
+/* The validator of all backends, and OVLM_E_ARG for float64, which only the reference computes in:
+ * OVLM_CPU_CHECK(norm, a, FWD, err). */
+#define OVLM_CPU_CHECK(op, a, pass, err)                              \
+    do {                                                              \
+        OVLM_TRY(ovlm_op_check_##op((a), OVLM_PASS_##pass, (err)));   \
+        OVLM_TRY(ovlm_cpu_check_types(OVLM_OP_##op, (a), OVLM_PASS_##pass, (err))); \
+    } while (0)
+OVLM_NODISCARD ovlm_status ovlm_cpu_check_types(ovlm_op op, const void *args, ovlm_pass pass,
+                                                ovlm_err *err);
 
 /* OVLM_E_ARG when a piece of a row that must be held at once is longer than OVLM_CPU_ROW. */
 OVLM_NODISCARD ovlm_status ovlm_cpu_fits(const char *what, int64_t columns, ovlm_err *err);

@@ -131,7 +131,7 @@ ovlm_status ovlm_cpu_norm_measure(ovlm_backend *backend, const ovlm_norm *a, ovl
                                   ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_norm(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(norm, a, MEASURE, err);
     int64_t chunks = sums_weights(a) ? ovlm_cpu_chunks(a->x.rows) : 0;
     *bytes = (ovlm_op_bytes){.saved = a->x.rows * a->groups * 2 * (int64_t)sizeof(float),
                              .bwd_work = chunks * 2 * a->w.cols * (int64_t)sizeof(float)};
@@ -163,7 +163,7 @@ static void forward_rows(const void *context, int64_t first, int64_t count, floa
 
 ovlm_status ovlm_cpu_norm_fwd(ovlm_queue *queue, const ovlm_norm *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_norm(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(norm, a, FWD, err);
     OVLM_TRY(ovlm_cpu_fits("norm: columns of a group", a->w.cols, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->x.rows, a->x.cols, forward_rows, a);
     return OVLM_OK;
@@ -209,7 +209,7 @@ static void backward_chunk(const void *context, int64_t chunk, int64_t first, in
 
 ovlm_status ovlm_cpu_norm_bwd(ovlm_queue *queue, const ovlm_norm *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_norm(a, OVLM_PASS_BWD, err));
+    OVLM_CPU_CHECK(norm, a, BWD, err);
     OVLM_TRY(ovlm_cpu_fits("norm: columns of a group", a->w.cols, err));
     ovlm_cpu *cpu = ovlm_cpu_of(queue);
     int64_t n = a->w.cols, chunks = ovlm_cpu_chunks(a->x.rows);

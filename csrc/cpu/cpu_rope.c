@@ -12,7 +12,7 @@ ovlm_status ovlm_cpu_rope_table_measure(ovlm_backend *backend, const ovlm_rope_t
                                         ovlm_op_bytes *bytes, ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_rope_table(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(rope_table, a, MEASURE, err);
     *bytes = (ovlm_op_bytes){0};
     return OVLM_OK;
 }
@@ -35,7 +35,7 @@ static void table_rows(const void *context, int64_t first, int64_t count, float 
 
 ovlm_status ovlm_cpu_rope_table_fwd(ovlm_queue *queue, const ovlm_rope_table *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_rope_table(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(rope_table, a, FWD, err);
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->cos.rows, 32 * a->cos.cols, table_rows, a);
     return OVLM_OK;
 }
@@ -129,7 +129,7 @@ ovlm_status ovlm_cpu_rope_measure(ovlm_backend *backend, const ovlm_rope *a, ovl
                                   ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_rope(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(rope, a, MEASURE, err);
     *bytes = (ovlm_op_bytes){0};
     if (ovlm_tensor_given(&a->w)) {
         bytes->saved = a->x.rows * a->heads * (int64_t)sizeof(float);
@@ -173,7 +173,7 @@ static void forward_rows(const void *context, int64_t first, int64_t count, floa
 
 ovlm_status ovlm_cpu_rope_fwd(ovlm_queue *queue, const ovlm_rope *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_rope(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(rope, a, FWD, err);
     OVLM_TRY(ovlm_cpu_fits("rope: columns of a head", a->x.cols / a->heads, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->x.rows, a->x.cols, forward_rows, a);
     return OVLM_OK;
@@ -211,7 +211,7 @@ static void backward_chunk(const void *context, int64_t chunk, int64_t first, in
 
 ovlm_status ovlm_cpu_rope_bwd(ovlm_queue *queue, const ovlm_rope *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_rope(a, OVLM_PASS_BWD, err));
+    OVLM_CPU_CHECK(rope, a, BWD, err);
     OVLM_TRY(ovlm_cpu_fits("rope: columns of a head", a->dy.cols / a->heads, err));
     ovlm_cpu *cpu = ovlm_cpu_of(queue);
     ovlm_cpu_chunks_run(cpu, a->dy.rows, backward_chunk, a);

@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Werror"]
 SANITIZE = os.environ.get("ORCHVLM_SANITIZE", "")
 
-# No fused multiply-add: a plan must be the same on every machine.
+# No fused multiply-add: a plan must be the same on every machine.  What computes on tensors may
+# fuse (csrc/cpu): there a result need only be the same on one machine.
+TENSOR_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 cflags = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fvisibility=hidden", "-ffp-contract=off",
           *WARNINGS]
 optimize = ["-O3"]
@@ -93,8 +95,14 @@ class BuildExt(build_ext):
         compile_serially = self.compiler.compile
 
         def compile_side_by_side(sources, **options):
+            def compile_one(source):
+                mine = dict(options)
+                if Path(source).parent == Path("csrc", "cpu"):
+                    mine["extra_postargs"] = [*(mine.get("extra_postargs") or []), *TENSOR_FLAGS]
+                return compile_serially([source], **mine)
+
             with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-                done = pool.map(lambda source: compile_serially([source], **options), sources)
+                done = pool.map(compile_one, sources)
                 return [obj for objects in done for obj in objects]
 
         self.compiler.compile = compile_side_by_side

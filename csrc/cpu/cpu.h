@@ -14,6 +14,7 @@ typedef struct ovlm_cpu {
     ovlm_backend base;
     ovlm_pool *pool;
     char *thread_scratch; /* OVLM_CPU_SCRATCH_BYTES per thread: packed panels, partial sums */
+    const struct ovlm_gemm_code *gemm; /* this processor's matrix products */
 } ovlm_cpu;
 
 enum { OVLM_CPU_SCRATCH_BYTES = 2 << 20 };

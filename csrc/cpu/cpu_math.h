@@ -3,7 +3,8 @@
  * No call, no branch, no table: a loop over these functions is vectorised by the compiler at
  * whatever width its target has.  Relative errors measured against double precision over all
  * finite floats: exp, erf 1e-7, sigmoid, tanh 1.5e-7; activations and slopes, absolute where they
- * are below 1: 1.3e-7.  NaN gives NaN; exp, tanh, erf and sigmoid take infinities to their limits.  The polynomials are minimax fits (Lawson's iteration, weighted for relative error) on
+ * are below 1: 1.3e-7.  NaN gives NaN; exp, tanh, erf and sigmoid take infinities to their limits.
+ * The polynomials are minimax fits (Lawson's iteration, weighted for relative error) on
  * the intervals that the comments name. */
 #ifndef OVLM_CPU_CPU_MATH_H
 #define OVLM_CPU_CPU_MATH_H

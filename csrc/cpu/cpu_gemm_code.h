@@ -1,0 +1,215 @@
+/* cpu_gemm_code.h - the micro-kernel and the walk over a tile, written once and compiled once per
+ * instruction set by the files that define
+ *
+ *   GEMM_NAME(x)  x with the set's suffix      GEMM_LANES  floats in a vector
+ *   GEMM_MR       rows of a micro-tile         GEMM_NV     vectors in a row of it
+ *
+ * The micro-tile's MR x NV sums fill the registers: every step of K loads NV vectors of one panel,
+ * MR single floats of the other, and does MR * NV multiply-adds.  A panel of b (NR rows by one
+ * block of K) stays in L1 while panels of a pass it from L2 (Goto and van de Geijn, "Anatomy of
+ * high-performance matrix multiplication", 2008). */
+#include "cpu/cpu_math.h"
+
+#define GEMM_NR (GEMM_LANES * GEMM_NV)
+#define GEMM_WIDEST (GEMM_NR > GEMM_MR ? GEMM_NR : GEMM_MR)
+
+#include "cpu/cpu_gemm_pack.h"
+#include "cpu/cpu_gemm_finish.h"
+
+typedef float vec __attribute__((vector_size(GEMM_LANES * 4)));
+typedef float vec_memory __attribute__((vector_size(GEMM_LANES * 4), aligned(4), may_alias));
+
+/* c (+)= a b over one block of K.  Row i of a at step k: a[i * a_row + k * a_step]. */
+static inline __attribute__((always_inline)) void
+micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, const float *b, float *c,
+      int64_t c_row, bool accumulate)
+{
+    vec sum[GEMM_MR][GEMM_NV];
+    for (int i = 0; i < GEMM_MR; i++) {
+        for (int j = 0; j < GEMM_NV; j++) {
+            sum[i][j] = (vec){0};
+        }
+    }
+    for (int64_t k = 0; k < kc; k++, a += a_step, b += GEMM_NR) {
+        vec right[GEMM_NV];
+        for (int j = 0; j < GEMM_NV; j++) {
+            right[j] = ((const vec_memory *)b)[j];
+        }
+        for (int i = 0; i < GEMM_MR; i++) {
+            float left = a[i * a_row];
+            for (int j = 0; j < GEMM_NV; j++) {
+                sum[i][j] += left * right[j];
+            }
+        }
+    }
+    for (int i = 0; i < GEMM_MR; i++) {
+        vec_memory *out = (vec_memory *)(c + i * c_row);
+        for (int j = 0; j < GEMM_NV; j++) {
+            if (accumulate) {
+                sum[i][j] += out[j];
+            }
+            out[j] = sum[i][j];
+        }
+    }
+}
+
+static void micro_packed(int64_t kc, const float *a, const float *b, float *c, int64_t c_row,
+                         bool accumulate)
+{
+    micro(kc, a, 1, GEMM_MR, b, c, c_row, accumulate);
+}
+
+static void micro_direct(int64_t kc, const float *a, int64_t a_row, const float *b, float *c,
+                         int64_t c_row, bool accumulate)
+{
+    micro(kc, a, a_row, 1, b, c, c_row, accumulate);
+}
+
+/* A micro-tile that sticks out of c: by way of a whole one. */
+static void micro_edge(int64_t kc, const float *a, const float *b, float *c, int64_t c_row,
+                       bool accumulate, int64_t rows, int64_t cols)
+{
+    float whole[GEMM_MR * GEMM_NR] = {0};
+    for (int64_t i = 0; accumulate && i < rows; i++) {
+        memcpy(whole + i * GEMM_NR, c + i * c_row, (size_t)cols * sizeof *c);
+    }
+    micro_packed(kc, a, b, whole, GEMM_NR, accumulate);
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(c + i * c_row, whole + i * GEMM_NR, (size_t)cols * sizeof *c);
+    }
+}
+
+/* A tile of y, or of y transposed: `left` is walked by MR rows, `right` by NR. */
+typedef struct walk {
+    const ovlm_gemm *g;
+    const ovlm_gemm_side *left, *right;
+    int64_t left0, left_n, right0, right_n;
+    bool turned;      /* left is b: sums are y transposed                                   */
+    bool in_place;    /* sums go straight into y, which is float32 and has no epilogue      */
+    bool direct;      /* whole panels of left are read where they are                       */
+    int64_t sums_row; /* from a row of sums to the next                                     */
+    float *sums, *left_pack, *right_pack;
+} walk;
+
+/* Panels of left from `at` on against all panels of right. */
+static void walk_block(const walk *w, int64_t at, int64_t n, int64_t k0, int64_t kc,
+                       bool accumulate)
+{
+    for (int64_t j = 0; j < w->right_n; j += GEMM_NR) {
+        const float *b = w->right_pack + j * kc;
+        int64_t cols = w->right_n - j < GEMM_NR ? w->right_n - j : GEMM_NR;
+        for (int64_t i = 0; i < n; i += GEMM_MR) {
+            float *c = w->sums + (at + i) * w->sums_row + j;
+            int64_t rows = n - i < GEMM_MR ? n - i : GEMM_MR;
+            bool inside = rows == GEMM_MR && (cols == GEMM_NR || !w->in_place);
+            if (inside && w->direct) {
+                const float *a = (const float *)w->left->data +
+                                 (w->left0 + at + i) * w->left->stride + k0;
+                micro_direct(kc, a, w->left->stride, b, c, w->sums_row, accumulate);
+            } else if (w->direct) {
+                pack_panels(w->left, w->left0 + at + i, rows, k0, kc, GEMM_MR, w->left_pack);
+                micro_edge(kc, w->left_pack, b, c, w->sums_row, accumulate, rows, cols);
+            } else if (inside) {
+                micro_packed(kc, w->left_pack + i * kc, b, c, w->sums_row, accumulate);
+            } else {
+                micro_edge(kc, w->left_pack + i * kc, b, c, w->sums_row, accumulate, rows, cols);
+            }
+        }
+    }
+}
+
+/* Rows (turned: columns) of y whose sums are complete. */
+static void walk_finish(const walk *w, int64_t at, int64_t n)
+{
+    const ovlm_gemm *g = w->g;
+    if (w->turned) {
+        for (int64_t i = 0; i < w->right_n; i++) {
+            finish_row(g, w->right0 + i, w->left0 + at, n, w->sums + at * w->sums_row + i,
+                       w->sums_row);
+        }
+        return;
+    }
+    for (int64_t i = at; i < at + n; i++) {
+        finish_row(g, w->left0 + i, w->right0, w->right_n, w->sums + i * w->sums_row, 1);
+    }
+}
+
+static void walk_zero(const walk *w, bool accumulate)
+{
+    for (int64_t i = 0; !accumulate && i < w->left_n; i++) {
+        memset(w->sums + i * w->sums_row, 0, (size_t)w->right_n * sizeof(float));
+    }
+    if (!w->in_place) {
+        walk_finish(w, 0, w->left_n);
+    }
+}
+
+static void walk_run(const walk *w)
+{
+    int64_t k_all = w->g->k, step = GEMM_MR * (OVLM_GEMM_LEFT / GEMM_MR);
+    bool accumulate = w->in_place && w->g->accumulate;
+    if (k_all == 0) {
+        walk_zero(w, accumulate);
+        return;
+    }
+    int64_t blocks = (k_all + OVLM_GEMM_K - 1) / OVLM_GEMM_K;
+    int64_t block = (k_all + blocks - 1) / blocks;
+    for (int64_t k0 = 0; k0 < k_all; k0 += block, accumulate = true) {
+        int64_t kc = k_all - k0 < block ? k_all - k0 : block;
+        pack_panels(w->right, w->right0, w->right_n, k0, kc, GEMM_NR, w->right_pack);
+        for (int64_t at = 0; at < w->left_n; at += step) {
+            int64_t n = w->left_n - at < step ? w->left_n - at : step;
+            if (!w->direct) {
+                pack_panels(w->left, w->left0 + at, n, k0, kc, GEMM_MR, w->left_pack);
+            }
+            walk_block(w, at, n, k0, kc, accumulate);
+            if (k0 + kc == k_all && !w->in_place) {
+                walk_finish(w, at, n);
+            }
+        }
+    }
+}
+
+/* Packing b costs about as much as 4 rows of y; turned, it is not packed, but y's rows count in
+ * whole vectors. */
+static bool turn_pays(const ovlm_gemm *g, int64_t rows)
+{
+    int64_t turned = (rows + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
+    int64_t straight = (rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR + 4;
+    return rows <= 64 && !g->b.across && turned <= straight;
+}
+
+static void GEMM_NAME(tile)(const ovlm_gemm *g, const ovlm_gemm_tiles *tiles, int64_t index,
+                            void *scratch)
+{
+    int64_t row = index / tiles->col_tiles * tiles->rows;
+    int64_t col = index % tiles->col_tiles * tiles->cols;
+    int64_t rows = g->m - row < tiles->rows ? g->m - row : tiles->rows;
+    int64_t cols = g->n - col < tiles->cols ? g->n - col : tiles->cols;
+    walk w = {.g = g, .left = &g->a, .right = &g->b, .left0 = row, .left_n = rows,
+              .right0 = col, .right_n = cols, .turned = turn_pays(g, rows)};
+    if (w.turned) {
+        w = (walk){.g = g, .left = &g->b, .right = &g->a, .left0 = col, .left_n = cols,
+                   .right0 = row, .right_n = rows, .turned = true};
+    }
+    w.direct = !w.left->across && w.left->dtype == OVLM_F32 && w.left->index == NULL &&
+               w.right_n <= GEMM_DIRECT_COLS;
+    w.in_place = !w.turned && g->y.dtype == OVLM_F32 && g->act == OVLM_ACT_NONE &&
+                 !ovlm_tensor_given(&g->bias) && !ovlm_tensor_given(&g->pre) &&
+                 !ovlm_tensor_given(&g->add);
+    w.left_pack = scratch;
+    w.right_pack = w.left_pack + OVLM_GEMM_LEFT_MOST * OVLM_GEMM_K;
+    if (w.in_place) {
+        w.sums = (float *)g->y.data + row * g->y.stride + col;
+        w.sums_row = g->y.stride;
+    } else {
+        w.sums = w.right_pack + OVLM_GEMM_COLS * OVLM_GEMM_K;
+        w.sums_row = (w.right_n + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
+    }
+    walk_run(&w);
+}
+
+const ovlm_gemm_code GEMM_NAME(ovlm_gemm) = {
+    .name = GEMM_TITLE, .mr = GEMM_MR, .nr = GEMM_NR,
+    .tile = GEMM_NAME(tile), .slope = GEMM_NAME(slope),
+};

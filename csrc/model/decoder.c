@@ -70,7 +70,7 @@ static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *sta
     OVLM_TRY(upload_rows(run, pass, stack, &embed_row, &feature_row));
     pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
     RUN_IN(run, gather, fwd, &pass->embed, stack);
-    if (feature_row == NULL) {
+    if (!ovlm_tensor_given(&pass->features)) {
         return OVLM_OK;
     }
     pass->mix = (ovlm_gather){.taps = 1, .unique = true, .index = feature_row,

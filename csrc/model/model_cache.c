@@ -86,7 +86,7 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
     OVLM_TRY(ovlm_run_upload(run, run->work, length, bytes, &device_length));
     pass->context.key = (ovlm_segments){
         .n = n, .max_len = model->cache_length, .start = device_start, .length = device_length,
-        .host_start = start, .host_length = length};
+        .host_start = start, .host_length = run->measuring ? NULL : length};
     pass->cache = model->layer_cache;
     return ovlm_decoder_fwd(run, pass);
 }

@@ -1,0 +1,141 @@
+"""Exact against `transformers`: logits, losses and every gradient of freshly drawn tiny models."""
+import os
+import time
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the oracle needs torch and transformers")
+pytest.importorskip("transformers", reason="the oracle needs torch and transformers")
+
+import orchvlm  # noqa: E402
+from oracle_cases import build, draw_batch, draw_config, grads_of, state_of  # noqa: E402
+
+SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
+DRAWS = int(os.environ.get("ORCHVLM_ORACLE_DRAWS", "3"))
+DEVICES = ("cpu", "async")
+
+
+def margin(model, theirs):
+    """Smallest distance between the last expert that is taken and the first that is not."""
+    rows, k = [], model.config.text_config.num_experts_per_tok
+    hooks = [m.register_forward_hook(lambda m, i, o: rows.append(
+        torch.nn.functional.linear(i[0].reshape(-1, i[0].shape[-1]), m.weight).detach()))
+        for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    with torch.no_grad():
+        model(**theirs)
+    for hook in hooks:
+        hook.remove()
+    sorted_rows = torch.cat(rows).sort(dim=-1, descending=True).values
+    return 1.0 if k == sorted_rows.shape[1] else float(
+        (sorted_rows[:, k - 1] - sorted_rows[:, k]).min())
+
+
+def draw(seed, sparse, **options):
+    """A model and a batch whose routing no rounding can change."""
+    for attempt in range(50):
+        rng = np.random.default_rng([seed, attempt])
+        config = draw_config(rng, sparse)
+        model = build(config, rng)
+        inputs, theirs, mask = draw_batch(rng, config, **options)
+        if not sparse or margin(model, theirs) >= 1e-4:
+            return config, model, inputs, theirs, mask
+    raise AssertionError("no draw with a clear routing")
+
+
+def compare_grads(ours, theirs):
+    """||dg|| <= 1e-5 ||g|| + 1e-8 ||all g||, and the worst element <= 1e-4 of the largest."""
+    total = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in theirs.values()))
+    for name, wanted in theirs.items():
+        error = ours[name].astype(np.float64) - wanted
+        norm = np.linalg.norm(wanted)
+        assert np.linalg.norm(error) <= 1e-5 * norm + 1e-8 * total, (
+            name, np.linalg.norm(error), norm, total)
+        assert np.abs(error).max() <= 1e-4 * np.abs(wanted).max() + 1e-8 * total, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sparse", (False, True), ids=("dense", "moe"))
+@pytest.mark.parametrize("number", range(DRAWS))
+def test_logits_loss_and_gradients(number, sparse, device):
+    seed = SEED + number
+    print("seed", seed)
+    config, model, inputs, theirs, mask = draw(seed, sparse)
+    ours = orchvlm.Model(config, device=device)
+    ours.load_state_dict(state_of(model))
+    wanted = model(**theirs)
+    wanted.loss.backward()
+    got = ours.forward(inputs)
+    logits = ours.logits(np.arange(len(inputs.input_ids)))
+    flat = wanted.logits.detach().numpy()[mask]
+    assert np.linalg.norm(logits - flat) <= 1e-5 * np.linalg.norm(flat)
+    assert abs(got.loss - float(wanted.loss)) <= 1e-6 * max(1.0, abs(float(wanted.loss)))
+    if sparse:
+        assert abs(got.aux_loss - float(wanted.aux_loss)) <= 1e-5 * float(wanted.aux_loss)
+    ours.backward()
+    compare_grads({name: ours.grads[name] for name in ours.grads}, grads_of(model))
+
+
+@pytest.mark.parametrize("sparse", (False, True), ids=("dense", "moe"))
+def test_no_targets(sparse):
+    config, model, inputs, theirs, mask = draw(SEED + 100, sparse, targets=False)
+    values = dict(config, text_config=dict(config["text_config"]))
+    if sparse:
+        values["text_config"]["router_aux_loss_coef"] = 0.0
+    ours = orchvlm.Model(values)
+    ours.load_state_dict(state_of(model))
+    out = ours.forward(inputs)
+    ours.backward()
+    assert out.loss == 0 and out.n_target_tokens == 0
+    assert all(not ours.grads[name].any() for name in ours.grads)
+
+
+def test_positions_are_those_of_transformers():
+    config, model, inputs, theirs, mask = draw(SEED + 200, False)
+    given = {k: theirs.get(k) for k in ("image_grid_thw", "video_grid_thw")}
+    wanted, _ = model.model.get_rope_index(
+        theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"],
+        attention_mask=theirs["attention_mask"], **given)
+    np.testing.assert_array_equal(inputs.position_ids, wanted.numpy()[:, mask])
+
+
+@pytest.mark.parametrize("sparse", (False, True), ids=("dense", "moe"))
+def test_files_go_out_and_come_in(sparse, tmp_path):
+    config, model, inputs, theirs, mask = draw(SEED + 300, sparse)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = orchvlm.Model.from_pretrained(tmp_path / "theirs")
+    ours.forward(inputs, training=False)
+    logits = ours.logits(np.arange(len(inputs.input_ids)))
+    with torch.no_grad():
+        flat = model(**theirs).logits.numpy()[mask]
+    assert np.linalg.norm(logits - flat) <= 1e-5 * np.linalg.norm(flat)
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    for (name, a), (_, b) in zip(sorted(model.state_dict().items()),
+                                 sorted(again.state_dict().items())):
+        assert torch.equal(a, b), name
+
+
+def test_ten_steps_of_adamw():
+    """Ten whole training steps follow torch's AdamW."""
+    config, model, inputs, theirs, mask = draw(SEED + 400, False)
+    ours = orchvlm.Model(config)
+    ours.load_state_dict(state_of(model))
+    names = [name for name, _, _, _ in ours._list]
+    decays = {name: 0.1 if kind == 0 else 0.0 for name, kind, _, _ in ours._list}
+    by_name = dict(model.named_parameters())
+    theirs_opt = torch.optim.AdamW(
+        [{"params": [by_name[n]], "weight_decay": decays[n]} for n in names], lr=1e-3,
+        betas=(0.9, 0.95), eps=1e-8)
+    opt = orchvlm.AdamW(ours, lr=1e-3)
+    for step in range(10):
+        wanted = model(**theirs).loss
+        theirs_opt.zero_grad()
+        wanted.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        theirs_opt.step()
+        ours.zero_grad()
+        got = ours.forward(inputs).loss
+        ours.backward()
+        opt.step()
+        assert abs(got - float(wanted)) <= 1e-5 * max(1.0, float(wanted)), step

@@ -108,7 +108,7 @@ def test_qwen_size_keeps_to_the_whole_videos_bounds():
     rng = np.random.default_rng(SEED)
     for _ in range(500):
         n = 2 * int(rng.integers(1, 300))
-        height, width = (int(v) for v in rng.integers(20, 2000, 2))
+        height, width = (int(v) for v in rng.integers(300, 2000, 2))
         rows, columns = clip_size(n, height, width, 32, 2, 4096, 25_165_824)
         assert rows % 32 == columns % 32 == 0 and n * rows * columns <= 25_165_824
 
@@ -126,10 +126,20 @@ def test_folders_are_read_in_order(tmp_path):
     assert clip.times_s.tolist() == [0, 0.5]
 
 
+def test_folders_keep_to_themselves(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (folder / "1.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(data.DataError, match="link out of the folder"):
+        open_video(folder)
+
+
 def test_animations_have_their_own_times():
     frames = [Image.fromarray(np.full((8, 8, 3), 60 * k, np.uint8)) for k in range(4)]
     out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=[100, 200, 300, 50])
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:],
+                   duration=[100, 200, 300, 50])
     source = open_video(out.getvalue())
     assert source.n_frames == 4
     clip = source.clip([1, 3])

@@ -98,8 +98,8 @@ def check_name(name, where):
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: a file name must be a string that is not empty; got {name!r}")
     pure = PurePosixPath(name)
-    if ("\\" in name or "\0" in name or pure.is_absolute() or ".." in pure.parts
-            or ":" in pure.parts[0]):
+    if (not pure.parts or "\\" in name or "\0" in name or pure.is_absolute()
+            or ".." in pure.parts or ":" in pure.parts[0]):
         raise DataError(f"{where}: {name[:80]!r} leaves its folder; names must be relative, with "
                         "forward slashes and without '..'")
     return str(pure)

@@ -148,9 +148,9 @@ def _part(part, where, waiting):
             raise DataError(f"{where}: 'text' must be a string; got "
                             f"{type(part.get('text')).__name__}")
         return "text", part["text"]
-    medium = {"image_url": "image", "video_url": "video", "audio_url": "audio",
-              "input_image": "image", "input_audio": "audio"}.get(kind, kind)
-    if medium not in MEDIA:
+    if isinstance(kind, str):
+        medium = kind.removeprefix("input_").removesuffix("_url")
+    if not isinstance(kind, str) or medium not in MEDIA:
         raise DataError(f"{where}: unknown type {kind!r:.40}; known: text, {', '.join(MEDIA)}")
     for key in (medium, kind, "url", "path", "data", "bytes"):
         source = part.get(key)

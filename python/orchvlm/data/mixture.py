@@ -144,7 +144,7 @@ class Mixture:
                 0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights must be {len(datasets)} finite numbers above 0; got "
                              f"{self.weights}")
-        whole = math.fsum(self.weights)
+        whole = sum(self.weights)
         if not 0 < whole < math.inf:
             raise ValueError("the weights' sum must be finite")
         self._ends = np.cumsum(self.weights) / whole

@@ -124,8 +124,9 @@ def _cells(rng, canvas, n):
     out = []
     for c, r in rng.sample(cells, n):
         radius = min(wide, high) * rng.uniform(0.28, 0.44)
-        x = c * wide + rng.uniform(radius, wide - radius)
-        y = r * high + rng.uniform(radius, high - radius)
+        free = 1.08 * radius  # neighbours never touch
+        x = c * wide + rng.uniform(free, wide - free)
+        y = r * high + rng.uniform(free, high - free)
         out.append((x, y, radius))
     return out
 

@@ -186,12 +186,20 @@ def open_video(source, fps=None, name="video"):
         raise DataError(f"{name}: a video must be a path, bytes, a list of pictures or an array of "
                         f"four dimensions; got {type(source).__name__}")
     if asset.path is not None and Path(asset.path).is_dir():
-        files = sorted(p for p in Path(asset.path).iterdir() if p.suffix.lower() in FRAME_SUFFIXES)
-        return _listed(files, rate, asset.name)
+        return _listed(_frames_of(Path(asset.path), asset.name), rate, asset.name)
     content = asset.read()
     if content[:4] in (b"GIF8", b"\x89PNG") or content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return _animation(content, asset.name)
     return _film(content, asset.name)
+
+
+def _frames_of(folder, name):
+    """The pictures of a folder, none of them a link out of it."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in FRAME_SUFFIXES)
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{name}: {file.name[:80]!r} is a link out of the folder")
+    return files
 
 
 def _listed(pictures, rate, name):

@@ -18,7 +18,10 @@ _HOME = {
     "Route": "routes", "Planner": "planner",
     "simulate": "simulator", "Simulation": "simulator",
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
-    "AdamW": "optim", "schedule": "optim", "Inputs": "inputs", "data": "data",
+    "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
+    "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
+    "recipe": "training",
+    "Inputs": "inputs", "data": "data",
     "compat": "compat", "demo": "demo",
 }
 __all__ = sorted(_HOME)

@@ -1,0 +1,79 @@
+"""How often a model answers right: greedy answers, each task's own verifier, a table per kind."""
+from dataclasses import dataclass
+
+from .tables import text_table
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers to a set of samples.
+
+    Parameters
+    ----------
+    rows : list of (dict, str, float)
+        Sample, what the model said, score in [0, 1].
+    """
+
+    rows: list
+
+    def by_kind(self):
+        """{kind: (mean score, exact answers, samples)}, and "all"."""
+        kinds = {}
+        for sample, _, value in self.rows:
+            for kind in (sample.get("kind", "sample"), "all"):
+                kinds.setdefault(kind, []).append(value)
+        return {kind: (sum(v) / len(v), sum(x >= 1 for x in v), len(v))
+                for kind, v in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0]))}
+
+    def __str__(self):
+        return text_table(["task", "samples", "exact %", "mean score"],
+                          [(kind, n, f"{100 * exact / n:.1f}", f"{mean:.3f}")
+                           for kind, (mean, exact, n) in self.by_kind().items()])
+
+
+def evaluate(model, samples, processor, *, max_new_tokens=32, batch=32, progress=None):
+    """Greedy answers to samples, scored.
+
+    Parameters
+    ----------
+    model : Model
+    samples : sequence of dict
+        With ``answer`` and ``check``, as :class:`orchvlm.data.Tasks` gives them.
+    processor : Processor
+    max_new_tokens : int
+    batch : int
+        Samples that are continued together; it changes nothing but speed.
+    progress : callable, optional
+        ``progress(done, all)`` after every batch.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    DataError
+        A sample without an answer.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+    >>> tasks = orchvlm.data.Tasks(seed=1, split="val")
+    >>> processor = orchvlm.data.Processor.from_config(model.config.values)
+    >>> seen = orchvlm.evaluate(model, [tasks[i] for i in range(2)], processor, max_new_tokens=2)
+    >>> len(seen.rows)
+    2
+    """
+    from .data import score
+    tokenizer = processor.tokenizer
+    samples, rows = list(samples), []
+    for first in range(0, len(samples), batch):
+        part = samples[first:first + batch]
+        said = model.generate(processor(part, prompt=True), max_new_tokens, stop=tokenizer.stop)
+        for sample, tokens in zip(part, said):
+            answer = tokenizer.decode(tokens)
+            rows.append((sample, answer, score(sample, answer)))
+        if progress is not None:
+            progress(len(rows), len(samples))
+    return Evaluation(rows)

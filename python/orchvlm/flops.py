@@ -1,0 +1,74 @@
+"""Floating-point operations of a model on a batch: vision per patch, language per token, attention
+by the true lengths of segments.  Recomputation is not counted."""
+import numpy as np
+
+
+def _vision_flops(config, grid):
+    """Forward FLOPs of the tower and its mergers."""
+    v = config.vision
+    d, hidden, merge = v["hidden_size"], v["intermediate_size"], v["spatial_merge_size"]
+    cells = merge * merge
+    out = v.get("out_hidden_size", config.text["hidden_size"])
+    patch = v.get("in_channels", 3) * v.get("temporal_patch_size", 1) * v["patch_size"] ** 2
+    frame = grid[:, 1].astype(float) * grid[:, 2]
+    patches = float((frame * grid[:, 0]).sum())
+    per_block = 4 * d * d + 2 * d * hidden
+    middle = v.get("adapter_hidden_size", d * cells)
+    merged = d if config.family == "seed1_5_vl" else d * cells
+    mergers = 1 + len(v.get("deepstack_visual_indexes") or [])
+    products = patches * (patch * d + v["depth"] * per_block) + (
+        patches / cells * mergers * (merged * middle + middle * out))
+    attention = 2 * float((frame ** 2 * grid[:, 0]).sum()) * d * v["depth"]
+    return 2 * (products + attention)
+
+
+def _active_layer(text, layer, config):
+    """Multiply-adds per token of a decoder layer, without attention's core."""
+    hidden, head = text["hidden_size"], text["head_dim"]
+    heads, kv = text["num_attention_heads"], text["num_key_value_heads"]
+    attention = hidden * head * (2 * heads + 2 * kv)
+    dense = max(len(text.get("mlp_only_layers") or []), text.get("first_k_dense_replace") or 0)
+    if not config.sparse or layer < dense or (layer + 1) % text.get("decoder_sparse_step", 1):
+        return attention + 3 * hidden * text["intermediate_size"]
+    shared = text.get("shared_expert_intermediate_size") or 0
+    return attention + hidden * (text["num_experts"] + 3 * shared + 3 * text["moe_intermediate_size"]
+                                 * text["num_experts_per_tok"])
+
+
+def model_flops(config, inputs, training=True):
+    """FLOPs of one call.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    inputs : Inputs
+    training : bool
+        Forward and backward: three times the forward.
+
+    Returns
+    -------
+    float
+
+    Notes
+    -----
+    Causal attention counts the pairs that are attended to, half the square.  The head counts the
+    tokens that have a label.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> inputs = orchvlm.Inputs(input_ids=[1, 2, 3], labels=[1, 2, 3])
+    >>> orchvlm.model_flops(orchvlm.preset("tiny"), inputs) > 1e7
+    True
+    """
+    text = config.text
+    lengths = np.diff(inputs.cu_seqlens).astype(float)
+    per_token = sum(_active_layer(text, i, config) for i in range(text["num_hidden_layers"]))
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    attention = 2 * pairs * text["num_attention_heads"] * text["head_dim"] * \
+        text["num_hidden_layers"]
+    head = inputs.n_target_tokens * text["hidden_size"] * text["vocab_size"]
+    total = 2 * (lengths.sum() * per_token + attention + head)
+    if inputs.grid_thw is not None and len(inputs.grid_thw):
+        total += _vision_flops(config, np.asarray(inputs.grid_thw))
+    return total * (3 if training else 1)

@@ -31,10 +31,11 @@ typedef struct product {
 
 static ovlm_tensor fresh(int64_t rows, int64_t cols)
 {
-    float *data = NULL;
-    if (posix_memalign((void **)&data, 64, (size_t)(rows * cols) * sizeof *data) != 0) {
+    void *memory = NULL;
+    if (ovlm_cpu_alloc(NULL, rows * cols * (int64_t)sizeof(float), &memory, NULL) != OVLM_OK) {
         exit(1);
     }
+    float *data = memory;
     for (int64_t i = 0; i < rows * cols; i++) {
         data[i] = (float)(i % 13 - 6) / 8;
     }

@@ -239,11 +239,11 @@ static ovlm_status put_op(ovlm_queue *queue, ovlm_op op, ovlm_pass pass, const v
 {
     async_job *job;
     OVLM_TRY(ovlm_op_check(op, args, pass, err));
-    OVLM_TRY(job_new(ovlm_async_args_bytes(op, pass, args), &job, err));
+    OVLM_TRY(job_new(ovlm_op_args_bytes(op, pass, args), &job, err));
     job->kind = JOB_OP;
     job->op = op;
     job->pass = pass;
-    ovlm_async_args_copy(op, pass, args, job->args);
+    ovlm_op_args_copy(op, pass, args, job->args);
     put(queue_of(queue), job);
     return OVLM_OK;
 }

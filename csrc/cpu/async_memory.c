@@ -117,8 +117,8 @@ void *ovlm_async_memory_find(const ovlm_async_memory *memory, const void *addres
                              const char **why)
 {
     int64_t at = block_after(memory, (uintptr_t)address) - 1;
-    const ovlm_async_block *block = &memory->block[at];
-    if (at < 0 || (uintptr_t)address - block->address > (uintptr_t)block->bytes) {
+    const ovlm_async_block *block = at < 0 ? NULL : &memory->block[at];
+    if (block == NULL || (uintptr_t)address - block->address > (uintptr_t)block->bytes) {
         *why = "is not device memory";
         return NULL;
     }

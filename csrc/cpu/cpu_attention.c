@@ -87,47 +87,43 @@ static void piece_place(piece *w, float *scratch, int64_t rows)
     w->sum = w->most + (rows + 15) / 16 * 16;
 }
 
-/* One row of scores to P; n columns of which `seen` count.  Gives what o is to be multiplied by. */
-OVLM_CPU_INLINE void softmax_row_body(float *s, int64_t n, int64_t seen, float scale, float *most,
+/* One row of KEYS scores, of which `seen` count, to P.  Gives what o is to be multiplied by. */
+OVLM_CPU_INLINE void softmax_row_body(float *restrict s, int64_t seen, float scale, float *most,
                                       float *sum, float *factor)
 {
-    float lane_most[8], m = *most;
-    for (int64_t i = 0; i < 8; i++) {
-        lane_most[i] = m;
-    }
-    int64_t whole = seen / 8 * 8;
-    for (int64_t i = 0; i < n; i++) {
+    float half[KEYS / 2], m = *most;
+    for (int64_t i = 0; i < KEYS; i++) {
         s[i] *= scale;
     }
-    for (int64_t i = 0; i < whole; i += 8) {
-        for (int64_t j = 0; j < 8; j++) {
-            lane_most[j] = s[i + j] > lane_most[j] ? s[i + j] : lane_most[j];
-        }
+    for (int64_t i = seen; i < KEYS; i++) {
+        s[i] = -INFINITY; /* gives P = 0 */
     }
-    for (int64_t i = whole; i < seen; i++) {
-        m = s[i] > m ? s[i] : m;
+    for (int64_t i = 0; i < KEYS / 2; i++) {
+        half[i] = s[i] > s[i + KEYS / 2] ? s[i] : s[i + KEYS / 2];
     }
-    for (int64_t i = 0; i < 8; i++) {
-        m = lane_most[i] > m ? lane_most[i] : m;
+    for (int64_t i = 0; i < KEYS / 4; i++) {
+        half[i] = half[i] > half[i + KEYS / 4] ? half[i] : half[i + KEYS / 4];
     }
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < KEYS / 8; i++) {
+        half[i] = half[i] > half[i + KEYS / 8] ? half[i] : half[i + KEYS / 8];
+    }
+    for (int64_t i = 0; i < KEYS / 8; i++) {
+        m = half[i] > m ? half[i] : m;
+    }
+    for (int64_t i = 0; i < KEYS; i++) {
         s[i] = ovlm_math_exp(s[i] - m);
     }
-    for (int64_t i = seen; i < n; i++) {
-        s[i] = 0;
-    }
-    ovlm_f8 total = {0}; /* zeros behind change nothing, so n does not matter */
-    for (int64_t i = 0; i < n; i += 8) {
+    ovlm_f8 total = {0};
+    for (int64_t i = 0; i < KEYS; i += 8) {
         total += ovlm_f8_load(s + i);
     }
-    *factor = ovlm_math_exp(*most - m); /* 0 at first, where most is -infinity */
+    *factor = m == *most ? 1 : ovlm_math_exp(*most - m); /* 0 at first: most is -infinity */
     *sum = *sum * *factor + ovlm_f8_sum(&total);
     *most = m;
 }
 OVLM_CPU_KERNEL(softmax_row,
-                (float *s, int64_t n, int64_t seen, float scale, float *most, float *sum,
-                 float *factor),
-                (s, n, seen, scale, most, sum, factor))
+                (float *s, int64_t seen, float scale, float *most, float *sum, float *factor),
+                (s, seen, scale, most, sum, factor))
 
 OVLM_CPU_INLINE void multiply_row_body(float *x, float factor, int64_t n)
 {
@@ -159,7 +155,7 @@ static void block_tile(const piece *w, const ovlm_tile_code *code, int64_t block
             memset(s, 0, (size_t)n * sizeof *s);
             continue;
         }
-        softmax_row(s, n, limit, (float)w->p.a->scale, &w->most[row], &w->sum[row], &factor);
+        softmax_row(s, limit, (float)w->p.a->scale, &w->most[row], &w->sum[row], &factor);
         if (factor != 1) {
             multiply_row(w->o + row * w->o_step, factor, ovlm_tile_round(w->p.dv));
         }

@@ -3,7 +3,7 @@
  *   P = exp(scale q k^T - saved),  dP = dout v^T,  dS = scale P (dP - delta),  delta = <dout, o>
  *   dv = P^T dout,  dk = dS^T q,  dq = dS k
  *
- * Tiles of KEYS keys meet blocks of BLOCK rows; both begin at the segment's first.  A key's sums
+ * Tiles of keys meet blocks of BLOCK rows; both begin at the segment's first.  A key's sums
  * run over blocks in order, a row's over tiles in order, so two ways of sharing out the work give
  * the same bits, and the number of threads may choose:
  *   together  a thread takes a segment and key/value head: five products per tile and block
@@ -15,10 +15,10 @@
 #include "cpu/cpu_math.h"
 
 enum {
-    KEYS = 96,
+    KEYS_MOST = 192,
     BLOCK = 48,
     GROUP = 4 * BLOCK,      /* rows of a piece of dq: tiles are loaded once for them */
-    SCORE_STEP = KEYS + 16,
+    SCORE_STEP = KEYS_MOST + 16,
     THREADS_WEIGHED = 64    /* more threads than that: apart */
 };
 
@@ -29,30 +29,38 @@ typedef struct job {
     int64_t *start;     /* [n+1] first piece of each segment                    */
     float *delta;       /* [Tq][heads]                                          */
     float *dq;          /* [Tq][heads*D] where dq itself cannot hold the sums   */
-    bool keys, queries; /* compute dk and dv, compute dq                        */
+    bool with_keys, with_queries; /* compute dk and dv, compute dq                        */
 } job;
+
+/* Keys of a tile: as many as L2 holds with their sums. */
+static int64_t keys_of(int64_t d, int64_t dv)
+{
+    return d + dv <= 160 ? KEYS_MOST : KEYS_MOST / 2;
+}
 
 /* A thread's buffers. */
 typedef struct bench {
     ovlm_attention_part p;
     const job *j;
+    int64_t keys; /* of a tile */
     int64_t d_step, dv_step;
-    float *key, *key_across, *value_across; /* [KEYS][d_step], [D][SCORE_STEP], [Dv][SCORE_STEP] */
-    float *dk, *dv;                         /* [KEYS][d_step], [KEYS][dv_step]                   */
+    float *key, *key_across, *value_across; /* [keys][d_step], [D][SCORE_STEP], [Dv][SCORE_STEP] */
+    float *dk, *dv;                         /* [keys][d_step], [keys][dv_step]                   */
     float *q, *dout, *dq;                   /* [BLOCK][...]                                      */
     float *prob, *dscore;                   /* [BLOCK][SCORE_STEP]                               */
 } bench;
 
 static void bench_place(bench *w, float *scratch)
 {
+    w->keys = keys_of(w->p.d, w->p.dv);
     w->d_step = ovlm_tile_step(w->p.d);
     w->dv_step = ovlm_tile_step(w->p.dv);
     w->key = scratch;
-    w->key_across = w->key + KEYS * w->d_step;
+    w->key_across = w->key + w->keys * w->d_step;
     w->value_across = w->key_across + ovlm_tile_round(w->p.d) * SCORE_STEP;
     w->dk = w->value_across + ovlm_tile_round(w->p.dv) * SCORE_STEP;
-    w->dv = w->dk + KEYS * w->d_step;
-    w->q = w->dv + KEYS * w->dv_step;
+    w->dv = w->dk + w->keys * w->d_step;
+    w->q = w->dv + w->keys * w->dv_step;
     w->dq = w->q + BLOCK * w->d_step;
     w->dout = w->dq + BLOCK * w->d_step;
     w->prob = w->dout + BLOCK * w->dv_step;
@@ -111,7 +119,7 @@ static void block_tile(const bench *w, int64_t first, int64_t tile)
     if (seen <= 0) {
         return;
     }
-    int64_t n = ovlm_tile_round(seen < KEYS ? seen : KEYS);
+    int64_t n = ovlm_tile_round(seen < w->keys ? seen : w->keys);
     ovlm_attention_load_rows(&w->p, &a->q, w->p.d, first, count, w->q, w->d_step);
     ovlm_attention_load_rows(&w->p, &a->dout, w->p.dv, first, count, w->dout, w->dv_step);
     ovlm_tile scores = {.c = w->prob, .a = w->q, .b = w->key_across, .m = count, .n = n,
@@ -131,7 +139,7 @@ static void block_tile(const bench *w, int64_t first, int64_t tile)
         slope_row(w->prob + i * SCORE_STEP, w->dscore + i * SCORE_STEP, n, limit,
                   (float)a->scale, saved[head * a->q.rows + t], w->j->delta[t * a->heads + head]);
     }
-    if (w->j->keys) {
+    if (w->j->with_keys) {
         ovlm_tile dv = {.c = w->dv, .a = w->prob, .b = w->dout, .m = n,
                         .n = ovlm_tile_round(w->p.dv), .k = count, .c_step = w->dv_step,
                         .a_row = 1, .a_k = SCORE_STEP, .b_step = w->dv_step, .add = true};
@@ -141,7 +149,7 @@ static void block_tile(const bench *w, int64_t first, int64_t tile)
         w->j->code->mul(&dv);
         w->j->code->mul(&dk);
     }
-    if (w->j->queries) {
+    if (w->j->with_queries) {
         dq_add(w, first, count, n);
     }
 }
@@ -149,18 +157,18 @@ static void block_tile(const bench *w, int64_t first, int64_t tile)
 static void tile_load(const bench *w, int64_t tile)
 {
     const ovlm_attention *a = w->p.a;
-    ovlm_attention_load_keys(&w->p, &a->v, w->p.dv, tile, KEYS, w->dv, w->dv_step);
-    w->j->code->transpose(w->value_across, SCORE_STEP, w->dv, w->dv_step, KEYS,
+    ovlm_attention_load_keys(&w->p, &a->v, w->p.dv, tile, w->keys, w->dv, w->dv_step);
+    w->j->code->transpose(w->value_across, SCORE_STEP, w->dv, w->dv_step, w->keys,
                           ovlm_tile_round(w->p.dv));
-    ovlm_attention_load_keys(&w->p, &a->k, w->p.d, tile, KEYS, w->key, w->d_step);
-    w->j->code->transpose(w->key_across, SCORE_STEP, w->key, w->d_step, KEYS,
+    ovlm_attention_load_keys(&w->p, &a->k, w->p.d, tile, w->keys, w->key, w->d_step);
+    w->j->code->transpose(w->key_across, SCORE_STEP, w->key, w->d_step, w->keys,
                           ovlm_tile_round(w->p.d));
 }
 
 static void store_keys(const bench *w, const ovlm_tensor *t, int64_t width, int64_t tile,
                        const float *from, int64_t step)
 {
-    int64_t count = w->p.nk - tile < KEYS ? w->p.nk - tile : KEYS;
+    int64_t count = w->p.nk - tile < w->keys ? w->p.nk - tile : w->keys;
     for (int64_t i = 0; ovlm_tensor_given(t) && i < count; i++) {
         ovlm_cpu_store(ovlm_cpu_at(t, w->p.k0 + tile + i, w->p.group * width), from + i * step,
                        width, t->dtype);
@@ -172,13 +180,13 @@ static void tile_run(const bench *w, int64_t tile)
 {
     const ovlm_attention *a = w->p.a;
     tile_load(w, tile);
-    memset(w->dk, 0, (size_t)(KEYS * w->d_step) * sizeof *w->dk);
-    memset(w->dv, 0, (size_t)(KEYS * w->dv_step) * sizeof *w->dv);
+    memset(w->dk, 0, (size_t)(w->keys * w->d_step) * sizeof *w->dk);
+    memset(w->dv, 0, (size_t)(w->keys * w->dv_step) * sizeof *w->dv);
     int64_t unseen = a->causal ? (tile - w->p.nk + w->p.nq) * w->p.share : 0;
     for (int64_t row = unseen > 0 ? unseen / BLOCK * BLOCK : 0; row < w->p.rows; row += BLOCK) {
         block_tile(w, row, tile);
     }
-    if (w->j->keys) {
+    if (w->j->with_keys) {
         store_keys(w, &a->dk, w->p.d, tile, w->dk, w->d_step);
         store_keys(w, &a->dv, w->p.dv, tile, w->dv, w->dv_step);
     }
@@ -224,13 +232,13 @@ static void run_together(void *context, int64_t index, int64_t thread)
 {
     bench w;
     (void)bench_of(&w, context, index, thread);
-    if (w.j->queries) {
+    if (w.j->with_queries) {
         dq_begin(&w, 0, w.p.rows);
     }
-    for (int64_t tile = 0; tile < w.p.nk; tile += KEYS) {
+    for (int64_t tile = 0; tile < w.p.nk; tile += w.keys) {
         tile_run(&w, tile);
     }
-    if (w.j->queries) {
+    if (w.j->with_queries) {
         dq_end(&w, 0, w.p.rows);
     }
 }
@@ -239,7 +247,7 @@ static void run_tile(void *context, int64_t index, int64_t thread)
 {
     bench w;
     int64_t number = bench_of(&w, context, index, thread);
-    tile_run(&w, number * KEYS);
+    tile_run(&w, number * w.keys);
 }
 
 static void run_group(void *context, int64_t index, int64_t thread)
@@ -251,7 +259,7 @@ static void run_group(void *context, int64_t index, int64_t thread)
     int64_t count = w.p.rows - first < GROUP ? w.p.rows - first : GROUP;
     int64_t seen = ovlm_attention_seen(&w.p, first + count - 1);
     dq_begin(&w, first, count);
-    for (int64_t tile = 0; tile < seen; tile += KEYS) {
+    for (int64_t tile = 0; tile < seen; tile += w.keys) {
         tile_load(&w, tile);
         for (int64_t row = first; row < first + count; row += BLOCK) {
             block_tile(&w, row, tile);
@@ -284,7 +292,8 @@ static int64_t count_pieces(const job *j, int by)
     j->start[0] = 0;
     for (int64_t i = 0; i < a->query.n; i++) {
         ovlm_attention_part p = ovlm_attention_part_of(a, i, 0);
-        int64_t n = by == BY_TILE    ? (p.nk + KEYS - 1) / KEYS
+        int64_t keys = keys_of(p.d, p.dv);
+        int64_t n = by == BY_TILE    ? (p.nk + keys - 1) / keys
                     : by == BY_GROUP ? (p.rows + GROUP - 1) / GROUP
                                      : 1;
         j->start[i + 1] = j->start[i] + n * a->kv_heads;
@@ -331,8 +340,8 @@ ovlm_status ovlm_cpu_attention_bwd(ovlm_queue *queue, const ovlm_attention *a, o
     OVLM_TRY(ovlm_attention_check_width(a, err));
     ovlm_cpu *cpu = ovlm_cpu_of(queue);
     job j = {.a = a, .cpu = cpu, .code = ovlm_tile_code_get(), .start = a->scratch.work,
-             .keys = ovlm_tensor_given(&a->dk) || ovlm_tensor_given(&a->dv),
-             .queries = ovlm_tensor_given(&a->dq)};
+             .with_keys = ovlm_tensor_given(&a->dk) || ovlm_tensor_given(&a->dv),
+             .with_queries = ovlm_tensor_given(&a->dq)};
     j.delta = (float *)(void *)(j.start + a->query.n + 1);
     j.dq = a->q.dtype == OVLM_F32 ? NULL : j.delta + a->q.rows * a->heads;
     ovlm_cpu_rows(cpu, a->q.rows, 2 * a->o.cols, delta_rows, &j);
@@ -341,11 +350,11 @@ ovlm_status ovlm_cpu_attention_bwd(ovlm_queue *queue, const ovlm_attention *a, o
         return OVLM_OK;
     }
     job keys = j, queries = j;
-    keys.queries = queries.keys = false;
-    if (j.keys) {
+    keys.with_queries = queries.with_keys = false;
+    if (j.with_keys) {
         ovlm_pool_run(cpu->pool, count_pieces(&keys, BY_TILE), run_tile, &keys);
     }
-    if (j.queries) {
+    if (j.with_queries) {
         ovlm_pool_run(cpu->pool, count_pieces(&queries, BY_GROUP), run_group, &queries);
     }
     return OVLM_OK;

@@ -72,6 +72,17 @@ void ovlm_cpu_add_scaled(float *to, const float *from, float factor, int64_t n)
     add_scaled(to, from, factor, n);
 }
 
+OVLM_CPU_INLINE void dot_body(const float *x, const float *y, int64_t n, float *out)
+{
+    *out = ovlm_f8_dot(x, y, n);
+}
+OVLM_CPU_KERNEL(dot, (const float *x, const float *y, int64_t n, float *out), (x, y, n, out))
+
+void ovlm_cpu_dot(const float *x, const float *y, int64_t n, float *out)
+{
+    dot(x, y, n, out);
+}
+
 static ovlm_status refuse_double(const char *op, const ovlm_member *members, int n,
                                  const void *args, ovlm_pass pass, ovlm_err *err)
 {

@@ -108,6 +108,9 @@ void ovlm_cpu_store(void *to, const float *from, int64_t n, ovlm_dtype dtype);
 /* to[i] += factor * from[i] */
 void ovlm_cpu_add_scaled(float *to, const float *from, float factor, int64_t n);
 
+/* *out = sum of x[i] * y[i] */
+void ovlm_cpu_dot(const float *x, const float *y, int64_t n, float *out);
+
 static inline void *ovlm_cpu_at(const ovlm_tensor *tensor, int64_t row, int64_t col)
 {
     return (char *)tensor->data + (row * tensor->stride + col) * ovlm_dtype_bytes(tensor->dtype);

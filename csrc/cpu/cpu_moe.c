@@ -267,12 +267,6 @@ OVLM_CPU_INLINE void set_scaled_body(float *restrict to, const float *restrict f
 OVLM_CPU_KERNEL(set_scaled, (float *to, const float *from, float factor, int64_t n),
                 (to, from, factor, n))
 
-OVLM_CPU_INLINE void dot_body(float *out, const float *x, const float *y, int64_t n)
-{
-    *out = ovlm_f8_dot(x, y, n);
-}
-OVLM_CPU_KERNEL(dot, (float *out, const float *x, const float *y, int64_t n), (out, x, y, n))
-
 ovlm_status ovlm_cpu_combine_measure(ovlm_backend *backend, const ovlm_combine *a,
                                      ovlm_op_bytes *bytes, ovlm_err *err)
 {
@@ -336,7 +330,7 @@ static void combine_back_rows(const void *context, int64_t first, int64_t count,
                 int32_t row = a->row[t * a->k + j];
                 if (row >= 0 && with_dweight) {
                     float part;
-                    dot(&part, from, ovlm_cpu_row(&a->h, row, c, n, h), n);
+                    ovlm_cpu_dot(from, ovlm_cpu_row(&a->h, row, c, n, h), n, &part);
                     dweight[j] += part;
                 }
                 if (row >= 0 && with_dh) {

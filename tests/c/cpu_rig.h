@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "cpu/cpu_gemm.h"
 #include "test.h"
 
 typedef struct rig {
@@ -32,6 +33,7 @@ static inline void rig_open(rig *r, int64_t threads)
         exit(1);
     }
     r->cpu.thread_scratch = rig_memory(threads * OVLM_CPU_SCRATCH_BYTES);
+    r->cpu.gemm = ovlm_gemm_code_get(0);
     r->queue.backend = &r->cpu.base;
 }
 
@@ -148,10 +150,10 @@ static inline void rig_same(const char *what, const ovlm_tensor *a, int64_t firs
     CHECK(true, "%s", what);
 }
 
-/* Whether every element is the wanted one: within tolerance * (size of the wanted ones), and half
- * a unit of bfloat16 where that is how it is stored. */
-static inline void rig_near(const char *what, const ovlm_tensor *got, const double *want,
-                            double tolerance)
+/* Whether every element is the wanted one: within tolerance * (size of the wanted ones, at least
+ * `least`), and half a unit of bfloat16 where that is how it is stored. */
+static inline void rig_near_least(const char *what, const ovlm_tensor *got, const double *want,
+                                  double tolerance, double least)
 {
     double square = 0;
     int64_t n = got->rows * got->cols;
@@ -159,6 +161,7 @@ static inline void rig_near(const char *what, const ovlm_tensor *got, const doub
         square += want[i] * want[i];
     }
     double size = n > 0 ? sqrt(square / (double)n) : 0;
+    size = size > least ? size : least;
     double unit = got->dtype == OVLM_BF16 ? 1.0 / 256 : 0;
     for (int64_t i = 0; i < n; i++) {
         double is = rig_get(got, i / got->cols, i % got->cols);
@@ -170,6 +173,12 @@ static inline void rig_near(const char *what, const ovlm_tensor *got, const doub
         }
     }
     CHECK(true, "%s", what);
+}
+
+static inline void rig_near(const char *what, const ovlm_tensor *got, const double *want,
+                            double tolerance)
+{
+    rig_near_least(what, got, want, tolerance, 0);
 }
 
 /* Measures, and gives the operation exactly the memory that it asked for. */

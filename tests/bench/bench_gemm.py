@@ -66,8 +66,8 @@ class Onednn:
     def __init__(self):
         self.lib = ctypes.CDLL(os.environ["ORCHVLM_ONEDNN"])
         size, one, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-        self.lib.dnnl_sgemm.argtypes = [ctypes.c_char, ctypes.c_char, size, size, size, one, pointer,
-                                        size, pointer, size, one, pointer, size]
+        self.lib.dnnl_sgemm.argtypes = [ctypes.c_char, ctypes.c_char, size, size, size, one,
+                                        pointer, size, pointer, size, one, pointer, size]
         self.numpy = Numpy().numpy
 
     def prepare(self, kind, m, n, k, groups):

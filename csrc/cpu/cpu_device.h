@@ -1,5 +1,5 @@
-/* cpu_device.h - life cycle, memory, queues and events of the CPU backends.  Work runs before a call
- * returns, so queues and events have nothing to remember. */
+/* cpu_device.h - life cycle, memory, queues and events of the CPU backends.  Work runs before a
+ * call returns, so queues and events have nothing to remember. */
 #ifndef OVLM_CPU_CPU_DEVICE_H
 #define OVLM_CPU_CPU_DEVICE_H
 

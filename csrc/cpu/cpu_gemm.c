@@ -56,7 +56,7 @@ static double share_cost(const ovlm_gemm_tiles *t, int64_t k, int64_t threads)
     double tiles = (double)(t->row_tiles * t->col_tiles), each = tiles / (double)threads;
     double turns = (double)ceil_div(t->row_tiles * t->col_tiles, threads);
     /* Few tiles balance badly when a thread is held up. */
-    return tile * (turns + (threads > 1 && each < 8 ? 0.03 * (8 - each) : 0));
+    return tile * (turns + (threads > 1 && each < 8 ? 0.015 * (8 - each) : 0));
 }
 
 ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, const ovlm_gemm *g,

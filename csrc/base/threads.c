@@ -1,8 +1,16 @@
-/* threads.c - the pool: workers sleep on a condition until a job with a new number arrives, then
- * draw pieces from one counter until it runs out. */
+/* threads.c - the pool: workers sleep on a condition until there is a job, then draw pieces from one
+ * counter until it runs out.
+ *
+ * The caller waits for pieces that were begun, never for a worker to wake up: where cores are
+ * shared, a worker that is not scheduled costs nothing, since the caller does its pieces.  Nobody
+ * spins. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* sched_getaffinity */
+#endif
 #include "base/threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -21,8 +29,8 @@ struct ovlm_pool {
     worker *workers;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
-    uint64_t job;          /* number of the present job                    */
-    int64_t busy;          /* workers that have not finished the job       */
+    bool open;             /* there is a job, and it may still be joined   */
+    int64_t busy;          /* workers that joined it and are not done      */
     bool closing;
     int64_t n;
     atomic_int_fast64_t next;
@@ -45,19 +53,19 @@ static void *work(void *argument)
 {
     worker *self = argument;
     ovlm_pool *pool = self->pool;
-    uint64_t seen = 0;
     pthread_mutex_lock(&pool->mutex);
     for (;;) {
-        while (pool->job == seen && !pool->closing) {
+        while (!pool->closing && !pool->open) {
             pthread_cond_wait(&pool->work, &pool->mutex);
         }
         if (pool->closing) {
             break;
         }
-        seen = pool->job;
+        pool->busy++;
         pthread_mutex_unlock(&pool->mutex);
         draw_pieces(pool, self->number);
         pthread_mutex_lock(&pool->mutex);
+        pool->open = false; /* no piece is left to draw */
         if (--pool->busy == 0) {
             pthread_cond_signal(&pool->done);
         }
@@ -66,9 +74,16 @@ static void *work(void *argument)
     return NULL;
 }
 
+/* Cores that this process may use. */
 static int64_t default_threads(void)
 {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        cores = CPU_COUNT(&set);
+    }
+#endif
     return cores < 1 ? 1 : cores < THREADS_MOST ? cores : THREADS_MOST;
 }
 
@@ -142,12 +157,17 @@ void ovlm_pool_run(ovlm_pool *pool, int64_t n, ovlm_pool_body body, void *ctx)
     pool->body = body;
     pool->ctx = ctx;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    pool->busy = pool->threads - 1;
-    pool->job++;
-    pthread_cond_broadcast(&pool->work);
+    pool->open = true;
+    if (n >= pool->threads) {
+        pthread_cond_broadcast(&pool->work);
+    }
+    for (int64_t i = 1; i < n && n < pool->threads; i++) {
+        pthread_cond_signal(&pool->work);
+    }
     pthread_mutex_unlock(&pool->mutex);
     draw_pieces(pool, 0);
     pthread_mutex_lock(&pool->mutex);
+    pool->open = false;
     while (pool->busy > 0) {
         pthread_cond_wait(&pool->done, &pool->mutex);
     }

@@ -12,7 +12,7 @@ typedef struct ovlm_pool ovlm_pool;
 /* One piece: index in [0, n), thread in [0, threads). */
 typedef void (*ovlm_pool_body)(void *ctx, int64_t index, int64_t thread);
 
-/* threads = 0: one per core of the machine. */
+/* threads = 0: one per core that the process may use. */
 OVLM_NODISCARD ovlm_status ovlm_pool_open(int64_t threads, ovlm_pool **pool, ovlm_err *err);
 void ovlm_pool_close(ovlm_pool *pool); /* NULL is fine */
 int64_t ovlm_pool_threads(const ovlm_pool *pool);

@@ -17,7 +17,7 @@ typedef struct ovlm_cpu {
     const struct ovlm_gemm_code *gemm; /* this processor's matrix products */
 } ovlm_cpu;
 
-enum { OVLM_CPU_SCRATCH_BYTES = 2 << 20 };
+enum { OVLM_CPU_SCRATCH_BYTES = 4 << 20 };
 
 static inline ovlm_cpu *ovlm_cpu_of(ovlm_queue *queue)
 {

@@ -1,13 +1,15 @@
 /* cpu_device.c - life cycle, memory, queues and events of the CPU backends. */
+#define _DEFAULT_SOURCE /* madvise */
 #include "cpu/cpu_device.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "cpu/cpu_gemm.h"
 
-enum { ALIGN = 64 };
+enum { ALIGN = 64, HUGE_PAGE = 2 << 20 };
 
 struct ovlm_event {
     char unused;
@@ -43,10 +45,16 @@ static ovlm_status get_memory(int64_t bytes, void **out, ovlm_err *err)
         return OVLM_FAIL(err, OVLM_E_ARG, "bytes must be >= 0; got %lld", (long long)bytes);
     }
     /* Exactly `bytes`, so that AddressSanitizer sees the first one beyond. */
-    if (posix_memalign(out, ALIGN, bytes > 0 ? (size_t)bytes : 1) != 0) {
+    bool huge = bytes >= HUGE_PAGE;
+    if (posix_memalign(out, huge ? HUGE_PAGE : ALIGN, bytes > 0 ? (size_t)bytes : 1) != 0) {
         *out = NULL;
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory for %lld bytes", (long long)bytes);
     }
+#if defined(MADV_HUGEPAGE)
+    if (huge) { /* matrices walk over many rows at once, each a page of its own */
+        (void)madvise(*out, (size_t)(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
+    }
+#endif
     return OVLM_OK;
 }
 

@@ -47,23 +47,25 @@ static int64_t round_up(int64_t a, int64_t b)
 }
 
 /* Time of one thread's share, in multiply-adds: what its tiles compute, and what they pack.  An
- * element packed costs about as much as 4 multiply-adds of a vector unit's 16 in a cycle. */
+ * element packed takes about as long as 16 multiply-adds: it comes from memory or L3. */
 static double share_cost(const ovlm_gemm_tiles *t, int64_t k, int64_t threads)
 {
-    enum { PACK = 4, TILE = 20000 };
+    enum { PACK = 16, TILE = 20000 };
     double rows = (double)t->rows, cols = (double)t->cols;
     double tile = (rows * cols + PACK * (rows + cols)) * (double)k + TILE;
     double tiles = (double)(t->row_tiles * t->col_tiles), each = tiles / (double)threads;
     double turns = (double)ceil_div(t->row_tiles * t->col_tiles, threads);
     /* Few tiles balance badly when a thread is held up. */
-    return tile * (turns + (threads > 1 && each < 8 ? 0.03 * (8 - each) : 0));
+    return tile * (turns + (threads > 1 && each < 8 ? 0.015 * (8 - each) : 0));
 }
 
-ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, int64_t m, int64_t n, int64_t k,
+ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, const ovlm_gemm *g,
                                        int64_t threads)
 {
-    int64_t mr = code->mr, nr = code->nr;
+    int64_t mr = code->mr, nr = code->nr, m = g->m, n = g->n, k = g->k;
     int64_t cols_most = OVLM_GEMM_COLS / nr * nr;
+    /* Sums that wait for the next block of K lie in y or in scratch. */
+    bool bounded = k > OVLM_GEMM_K && !ovlm_gemm_in_place(g);
     ovlm_gemm_tiles best = {0};
     double best_cost = 0;
     if (m <= 0 || n <= 0) {
@@ -71,7 +73,7 @@ ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, int64_t m, in
     }
     for (int64_t cut_cols = ceil_div(n, cols_most);; cut_cols *= 2) {
         int64_t cols = round_up(ceil_div(n, cut_cols), nr);
-        int64_t rows_most = OVLM_GEMM_AREA / cols / mr * mr;
+        int64_t rows_most = bounded ? OVLM_GEMM_AREA / cols / mr * mr : m;
         for (int64_t cut_rows = ceil_div(m, rows_most);; cut_rows *= 2) {
             int64_t rows = round_up(ceil_div(m, cut_rows), mr);
             ovlm_gemm_tiles t = {rows, cols, ceil_div(m, rows), ceil_div(n, cols)};
@@ -104,7 +106,7 @@ static void run_tile(void *context, int64_t index, int64_t thread)
 
 void ovlm_gemm_run(const ovlm_cpu *cpu, const ovlm_gemm *g)
 {
-    gemm_job job = {cpu, g, ovlm_gemm_tiles_choose(cpu->gemm, g->m, g->n, g->k,
-                                                   ovlm_pool_threads(cpu->pool))};
+    int64_t threads = ovlm_pool_threads(cpu->pool);
+    gemm_job job = {cpu, g, ovlm_gemm_tiles_choose(cpu->gemm, g, threads)};
     ovlm_pool_run(cpu->pool, job.tiles.row_tiles * job.tiles.col_tiles, run_tile, &job);
 }

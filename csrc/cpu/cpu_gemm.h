@@ -11,10 +11,10 @@
 #include "cpu/cpu.h"
 
 enum {
-    OVLM_GEMM_K = 384,     /* most of K in a block                                           */
-    OVLM_GEMM_COLS = 512,  /* most columns of a tile                                         */
-    OVLM_GEMM_AREA = 1 << 18, /* most elements of a tile with an epilogue                    */
-    OVLM_GEMM_LEFT = 96,   /* rows of a that are packed at a time, about; they stay in L2    */
+    OVLM_GEMM_K = 256,        /* most of K in a block                                       */
+    OVLM_GEMM_COLS = 1024,    /* most columns of a tile                                     */
+    OVLM_GEMM_AREA = 1 << 19, /* most sums of a tile in scratch                             */
+    OVLM_GEMM_LEFT = 144,     /* rows of a that are packed at a time, about; they stay in L2 */
     OVLM_GEMM_LEFT_MOST = OVLM_GEMM_LEFT + 16
 };
 
@@ -62,8 +62,15 @@ typedef struct ovlm_gemm_code {
 /* The codes that this processor runs, best first: 0, 1, ... until NULL. */
 const ovlm_gemm_code *ovlm_gemm_code_get(int64_t number);
 
-ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, int64_t m, int64_t n, int64_t k,
+ovlm_gemm_tiles ovlm_gemm_tiles_choose(const ovlm_gemm_code *code, const ovlm_gemm *g,
                                        int64_t threads);
+
+/* Whether sums can be made in y itself: float32, and nothing follows. */
+static inline bool ovlm_gemm_in_place(const ovlm_gemm *g)
+{
+    return g->y.dtype == OVLM_F32 && g->act == OVLM_ACT_NONE && !ovlm_tensor_given(&g->bias) &&
+           !ovlm_tensor_given(&g->pre) && !ovlm_tensor_given(&g->add);
+}
 
 /* The whole product on the backend's pool. */
 void ovlm_gemm_run(const ovlm_cpu *cpu, const ovlm_gemm *g);

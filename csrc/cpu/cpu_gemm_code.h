@@ -19,50 +19,70 @@
 typedef float vec __attribute__((vector_size(GEMM_LANES * 4)));
 typedef float vec_memory __attribute__((vector_size(GEMM_LANES * 4), aligned(4), may_alias));
 
-/* c (+)= a b over one block of K.  Row i of a at step k: a[i * a_row + k * a_step]. */
+/* c (+)= a b over one block of K, kc >= 1.  Row i of a at step k: a[i * a_row + k * a_step].  With
+ * `ahead`, rows that many floats further on are fetched meanwhile. */
 static inline __attribute__((always_inline)) void
-micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, const float *b, float *c,
-      int64_t c_row, bool accumulate)
+micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, int64_t ahead, const float *b,
+      float *c, int64_t c_row, bool accumulate)
 {
     vec sum[GEMM_MR][GEMM_NV];
     for (int i = 0; i < GEMM_MR; i++) {
         for (int j = 0; j < GEMM_NV; j++) {
             sum[i][j] = (vec){0};
         }
+        __builtin_prefetch(c + i * c_row, 1); /* needed only after the loop */
+        __builtin_prefetch(c + i * c_row + GEMM_NR - 1, 1);
     }
-    for (int64_t k = 0; k < kc; k++, a += a_step, b += GEMM_NR) {
-        vec right[GEMM_NV];
-        for (int j = 0; j < GEMM_NV; j++) {
-            right[j] = ((const vec_memory *)b)[j];
+    do {
+        int64_t steps = ahead == 0 || kc < LINE ? kc : LINE;
+        kc -= steps;
+        for (int i = 0; ahead != 0 && i < GEMM_MR; i++) {
+            __builtin_prefetch((const void *)((uintptr_t)a +
+                                              (uintptr_t)(i * a_row + ahead) * sizeof *a));
         }
-        for (int i = 0; i < GEMM_MR; i++) {
-            float left = a[i * a_row];
+        do { /* tested at its end: a loop that may not run keeps the sums in memory */
+            vec right[GEMM_NV];
             for (int j = 0; j < GEMM_NV; j++) {
-                sum[i][j] += left * right[j];
+                right[j] = ((const vec_memory *)b)[j];
+            }
+            for (int i = 0; i < GEMM_MR; i++) {
+                float left = a[i * a_row];
+                for (int j = 0; j < GEMM_NV; j++) {
+                    sum[i][j] += left * right[j];
+                }
+            }
+            a += a_step;
+            b += GEMM_NR;
+        } while (--steps > 0);
+    } while (kc > 0);
+    if (accumulate) {
+        for (int i = 0; i < GEMM_MR; i++) {
+            vec_memory *out = (vec_memory *)(c + i * c_row);
+            for (int j = 0; j < GEMM_NV; j++) {
+                out[j] += sum[i][j];
             }
         }
+        return;
     }
     for (int i = 0; i < GEMM_MR; i++) {
         vec_memory *out = (vec_memory *)(c + i * c_row);
         for (int j = 0; j < GEMM_NV; j++) {
-            if (accumulate) {
-                sum[i][j] += out[j];
-            }
             out[j] = sum[i][j];
         }
     }
 }
 
-static void micro_packed(int64_t kc, const float *a, const float *b, float *c, int64_t c_row,
-                         bool accumulate)
+static __attribute__((noinline)) void
+micro_packed(int64_t kc, const float *a, const float *b, float *c, int64_t c_row, bool accumulate)
 {
-    micro(kc, a, 1, GEMM_MR, b, c, c_row, accumulate);
+    micro(kc, a, 1, GEMM_MR, 0, b, c, c_row, accumulate);
 }
 
-static void micro_direct(int64_t kc, const float *a, int64_t a_row, const float *b, float *c,
-                         int64_t c_row, bool accumulate)
+static __attribute__((noinline)) void
+micro_direct(int64_t kc, const float *a, int64_t a_row, const float *b, float *c, int64_t c_row,
+             bool accumulate)
 {
-    micro(kc, a, a_row, 1, b, c, c_row, accumulate);
+    micro(kc, a, a_row, 1, GEMM_MR * a_row, b, c, c_row, accumulate);
 }
 
 /* A micro-tile that sticks out of c: by way of a whole one. */
@@ -79,6 +99,18 @@ static void micro_edge(int64_t kc, const float *a, const float *b, float *c, int
     }
 }
 
+static __attribute__((noinline)) void pack_left(const ovlm_gemm_side *s, int64_t first,
+                                                int64_t have, int64_t k0, int64_t kc, float *out)
+{
+    pack_panels(s, first, have, k0, kc, GEMM_MR, out);
+}
+
+static __attribute__((noinline)) void pack_right(const ovlm_gemm_side *s, int64_t first,
+                                                 int64_t have, int64_t k0, int64_t kc, float *out)
+{
+    pack_panels(s, first, have, k0, kc, GEMM_NR, out);
+}
+
 /* A tile of y, or of y transposed: `left` is walked by MR rows, `right` by NR. */
 typedef struct walk {
     const ovlm_gemm *g;
@@ -87,32 +119,56 @@ typedef struct walk {
     bool turned;      /* left is b: sums are y transposed                                   */
     bool in_place;    /* sums go straight into y, which is float32 and has no epilogue      */
     bool direct;      /* whole panels of left are read where they are                       */
+    bool once;        /* one block of K: sums are used up before the next rows' are made    */
     int64_t sums_row; /* from a row of sums to the next                                     */
     float *sums, *left_pack, *right_pack;
 } walk;
 
-/* Panels of left from `at` on against all panels of right. */
-static void walk_block(const walk *w, int64_t at, int64_t n, int64_t k0, int64_t kc,
-                       bool accumulate)
+/* Sums of left's rows from `at` on. */
+static float *walk_sums(const walk *w, int64_t at)
+{
+    return w->sums + (w->once && !w->in_place ? 0 : at * w->sums_row);
+}
+
+/* Panels of left from `at` on, packed, against all panels of right. */
+static void walk_packed(const walk *w, int64_t at, int64_t n, int64_t kc, bool accumulate)
 {
     for (int64_t j = 0; j < w->right_n; j += GEMM_NR) {
         const float *b = w->right_pack + j * kc;
         int64_t cols = w->right_n - j < GEMM_NR ? w->right_n - j : GEMM_NR;
         for (int64_t i = 0; i < n; i += GEMM_MR) {
-            float *c = w->sums + (at + i) * w->sums_row + j;
+            const float *a = w->left_pack + i * kc;
+            float *c = walk_sums(w, at) + i * w->sums_row + j;
             int64_t rows = n - i < GEMM_MR ? n - i : GEMM_MR;
-            bool inside = rows == GEMM_MR && (cols == GEMM_NR || !w->in_place);
-            if (inside && w->direct) {
-                const float *a = (const float *)w->left->data +
-                                 (w->left0 + at + i) * w->left->stride + k0;
-                micro_direct(kc, a, w->left->stride, b, c, w->sums_row, accumulate);
-            } else if (w->direct) {
-                pack_panels(w->left, w->left0 + at + i, rows, k0, kc, GEMM_MR, w->left_pack);
-                micro_edge(kc, w->left_pack, b, c, w->sums_row, accumulate, rows, cols);
-            } else if (inside) {
-                micro_packed(kc, w->left_pack + i * kc, b, c, w->sums_row, accumulate);
+            if (rows == GEMM_MR && (cols == GEMM_NR || !w->in_place)) {
+                micro_packed(kc, a, b, c, w->sums_row, accumulate);
             } else {
-                micro_edge(kc, w->left_pack + i * kc, b, c, w->sums_row, accumulate, rows, cols);
+                micro_edge(kc, a, b, c, w->sums_row, accumulate, rows, cols);
+            }
+        }
+    }
+}
+
+/* The same, left read where it is: once, so its panels are the outer loop.  For partial
+ * micro-tiles they are packed as well. */
+static void walk_direct(const walk *w, int64_t at, int64_t n, int64_t k0, int64_t kc,
+                        bool accumulate)
+{
+    for (int64_t i = 0; i < n; i += GEMM_MR) {
+        int64_t row = w->left0 + at + i, rows = n - i < GEMM_MR ? n - i : GEMM_MR;
+        const float *a = (const float *)w->left->data + row * w->left->stride + k0;
+        bool whole = rows == GEMM_MR && (w->right_n % GEMM_NR == 0 || !w->in_place);
+        if (!whole) {
+            pack_left(w->left, row, rows, k0, kc, w->left_pack);
+        }
+        for (int64_t j = 0; j < w->right_n; j += GEMM_NR) {
+            const float *b = w->right_pack + j * kc;
+            float *c = walk_sums(w, at) + i * w->sums_row + j;
+            int64_t cols = w->right_n - j < GEMM_NR ? w->right_n - j : GEMM_NR;
+            if (rows == GEMM_MR && (cols == GEMM_NR || !w->in_place)) {
+                micro_direct(kc, a, w->left->stride, b, c, w->sums_row, accumulate);
+            } else {
+                micro_edge(kc, w->left_pack, b, c, w->sums_row, accumulate, rows, cols);
             }
         }
     }
@@ -124,23 +180,27 @@ static void walk_finish(const walk *w, int64_t at, int64_t n)
     const ovlm_gemm *g = w->g;
     if (w->turned) {
         for (int64_t i = 0; i < w->right_n; i++) {
-            finish_row(g, w->right0 + i, w->left0 + at, n, w->sums + at * w->sums_row + i,
-                       w->sums_row);
+            finish_row(g, w->right0 + i, w->left0 + at, n, walk_sums(w, at) + i, w->sums_row);
         }
         return;
     }
-    for (int64_t i = at; i < at + n; i++) {
-        finish_row(g, w->left0 + i, w->right0, w->right_n, w->sums + i * w->sums_row, 1);
+    for (int64_t i = 0; i < n; i++) {
+        finish_row(g, w->left0 + at + i, w->right0, w->right_n,
+                   walk_sums(w, at) + i * w->sums_row, 1);
     }
 }
 
-static void walk_zero(const walk *w, bool accumulate)
+/* K = 0. */
+static void walk_zero(const walk *w, int64_t step)
 {
-    for (int64_t i = 0; !accumulate && i < w->left_n; i++) {
-        memset(w->sums + i * w->sums_row, 0, (size_t)w->right_n * sizeof(float));
-    }
-    if (!w->in_place) {
-        walk_finish(w, 0, w->left_n);
+    for (int64_t at = 0; at < w->left_n; at += step) {
+        int64_t n = w->left_n - at < step ? w->left_n - at : step;
+        for (int64_t i = 0; i < n && !(w->in_place && w->g->accumulate); i++) {
+            memset(walk_sums(w, at) + i * w->sums_row, 0, (size_t)w->right_n * sizeof(float));
+        }
+        if (!w->in_place) {
+            walk_finish(w, at, n);
+        }
     }
 }
 
@@ -149,20 +209,22 @@ static void walk_run(const walk *w)
     int64_t k_all = w->g->k, step = GEMM_MR * (OVLM_GEMM_LEFT / GEMM_MR);
     bool accumulate = w->in_place && w->g->accumulate;
     if (k_all == 0) {
-        walk_zero(w, accumulate);
+        walk_zero(w, step);
         return;
     }
     int64_t blocks = (k_all + OVLM_GEMM_K - 1) / OVLM_GEMM_K;
     int64_t block = (k_all + blocks - 1) / blocks;
     for (int64_t k0 = 0; k0 < k_all; k0 += block, accumulate = true) {
         int64_t kc = k_all - k0 < block ? k_all - k0 : block;
-        pack_panels(w->right, w->right0, w->right_n, k0, kc, GEMM_NR, w->right_pack);
+        pack_right(w->right, w->right0, w->right_n, k0, kc, w->right_pack);
         for (int64_t at = 0; at < w->left_n; at += step) {
             int64_t n = w->left_n - at < step ? w->left_n - at : step;
-            if (!w->direct) {
-                pack_panels(w->left, w->left0 + at, n, k0, kc, GEMM_MR, w->left_pack);
+            if (w->direct) {
+                walk_direct(w, at, n, k0, kc, accumulate);
+            } else {
+                pack_left(w->left, w->left0 + at, n, k0, kc, w->left_pack);
+                walk_packed(w, at, n, kc, accumulate);
             }
-            walk_block(w, at, n, k0, kc, accumulate);
             if (k0 + kc == k_all && !w->in_place) {
                 walk_finish(w, at, n);
             }
@@ -170,14 +232,18 @@ static void walk_run(const walk *w)
     }
 }
 
-/* Packing b costs about as much as 4 rows of y; turned, it is not packed, but y's rows count in
- * whole vectors. */
+/* Packing b takes about as long as 8 rows of y; turned, it is read where it is, but y's rows count
+ * in whole vectors. */
 static bool turn_pays(const ovlm_gemm *g, int64_t rows)
 {
     int64_t turned = (rows + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
-    int64_t straight = (rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR + 4;
-    return rows <= 64 && !g->b.across && turned <= straight;
+    int64_t straight = (rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR + 8;
+    return rows <= GEMM_DIRECT_COLS && !g->b.across && turned <= straight;
 }
+
+_Static_assert((OVLM_GEMM_LEFT_MOST + OVLM_GEMM_COLS) * OVLM_GEMM_K + OVLM_GEMM_AREA <=
+                   OVLM_CPU_SCRATCH_BYTES / 4,
+               "a tile's panels and sums fit into a thread's scratch");
 
 static void GEMM_NAME(tile)(const ovlm_gemm *g, const ovlm_gemm_tiles *tiles, int64_t index,
                             void *scratch)
@@ -194,9 +260,8 @@ static void GEMM_NAME(tile)(const ovlm_gemm *g, const ovlm_gemm_tiles *tiles, in
     }
     w.direct = !w.left->across && w.left->dtype == OVLM_F32 && w.left->index == NULL &&
                w.right_n <= GEMM_DIRECT_COLS;
-    w.in_place = !w.turned && g->y.dtype == OVLM_F32 && g->act == OVLM_ACT_NONE &&
-                 !ovlm_tensor_given(&g->bias) && !ovlm_tensor_given(&g->pre) &&
-                 !ovlm_tensor_given(&g->add);
+    w.in_place = !w.turned && ovlm_gemm_in_place(g);
+    w.once = g->k <= OVLM_GEMM_K;
     w.left_pack = scratch;
     w.right_pack = w.left_pack + OVLM_GEMM_LEFT_MOST * OVLM_GEMM_K;
     if (w.in_place) {

@@ -7,6 +7,11 @@
 /* A row of zeros stands in for missing rows; long enough for a block of K in either dtype. */
 static const float pack_zeros[OVLM_GEMM_K];
 
+enum {
+    LINE = 16, /* floats of a cache line                                                     */
+    STEPS = 8  /* positions of K that pack_across takes at a time                            */
+};
+
 typedef float vec4 __attribute__((vector_size(16)));
 
 static inline vec4 pack_load4(const void *data, int64_t at, bool bf16)
@@ -52,7 +57,8 @@ static inline void pack_transpose4(const void *const row[4], int64_t k, bool bf1
     pack_store4(out + 3 * width, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
 }
 
-/* Rows contiguous along K. */
+/* Rows contiguous along K.  Four rows at a time for a cache line of each: rows are often a power of
+ * two apart, where more of them would push each other out of L1. */
 static inline __attribute__((always_inline)) void
 pack_along(const ovlm_gemm_side *s, int64_t first, int64_t have, int64_t k0, int64_t kc, bool bf16,
            int64_t width, float *out)
@@ -65,11 +71,14 @@ pack_along(const ovlm_gemm_side *s, int64_t first, int64_t have, int64_t k0, int
                           : (const char *)pack_zeros;
     }
     int64_t k = 0;
-    for (; k + 4 <= kc; k += 4) {
+    for (int64_t line = 0; line + 4 <= kc; line = k) {
+        int64_t end = line + LINE <= kc ? line + LINE : kc / 4 * 4;
         for (int64_t i = 0; i < width; i += 4) {
             /* A width that is no multiple of 4 writes a few rows twice. */
             int64_t from = i + 4 <= width ? i : width - 4;
-            pack_transpose4(row + from, k, bf16, width, out + k * width + from);
+            for (k = line; k < end; k += 4) {
+                pack_transpose4(row + from, k, bf16, width, out + k * width + from);
+            }
         }
     }
     for (; k < kc; k++) {
@@ -79,28 +88,41 @@ pack_along(const ovlm_gemm_side *s, int64_t first, int64_t have, int64_t k0, int
     }
 }
 
-/* Rows next to each other at every position of K. */
+/* One position of K of a panel whose rows lie next to each other. */
+static inline __attribute__((always_inline)) void
+pack_step(const void *data, int64_t from, int64_t have, bool bf16, int64_t width, float *out)
+{
+    if (have == width && !bf16) {
+        memcpy(out, (const float *)data + from, (size_t)width * sizeof(float));
+        return;
+    }
+    if (have == width) {
+        uint16_t half[GEMM_WIDEST];
+        memcpy(half, (const uint16_t *)data + from, (size_t)width * sizeof *half);
+        for (int64_t i = 0; i < width; i++) {
+            out[i] = ovlm_math_from_bf16(half[i]);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < width; i++) {
+        out[i] = i < have ? pack_load(data, from + i, bf16) : 0.0f;
+    }
+}
+
+/* All panels at once, a few positions of K at a time: the operand is read in its own order. */
 static inline __attribute__((always_inline)) void
 pack_across(const ovlm_gemm_side *s, int64_t first, int64_t have, int64_t k0, int64_t kc, bool bf16,
             int64_t width, float *out)
 {
-    for (int64_t k = 0; k < kc; k++, out += width) {
-        int64_t at = s->index != NULL ? s->index[k0 + k] : k0 + k;
-        int64_t from = at * s->stride + first;
-        if (have == width && !bf16) {
-            memcpy(out, (const float *)s->data + from, (size_t)width * sizeof(float));
-            continue;
-        }
-        if (have == width) {
-            uint16_t half[GEMM_WIDEST];
-            memcpy(half, (const uint16_t *)s->data + from, (size_t)width * sizeof *half);
-            for (int64_t i = 0; i < width; i++) {
-                out[i] = ovlm_math_from_bf16(half[i]);
+    for (int64_t k = 0; k < kc; k += STEPS) {
+        int64_t end = k + STEPS < kc ? k + STEPS : kc;
+        for (int64_t i = 0; i < have; i += width) {
+            int64_t here = have - i < width ? have - i : width;
+            for (int64_t step = k; step < end; step++) {
+                int64_t at = s->index != NULL ? s->index[k0 + step] : k0 + step;
+                pack_step(s->data, at * s->stride + first + i, here, bf16, width,
+                          out + i * kc + step * width);
             }
-            continue;
-        }
-        for (int64_t i = 0; i < width; i++) {
-            out[i] = i < have ? pack_load(s->data, from + i, bf16) : 0.0f;
         }
     }
 }
@@ -111,16 +133,20 @@ pack_panels(const ovlm_gemm_side *s, int64_t first, int64_t have, int64_t k0, in
             int64_t width, float *out)
 {
     bool bf16 = s->dtype == OVLM_BF16;
+    if (s->across && bf16) {
+        pack_across(s, first, have, k0, kc, true, width, out);
+        return;
+    }
+    if (s->across) {
+        pack_across(s, first, have, k0, kc, false, width, out);
+        return;
+    }
     for (int64_t i = 0; i < have; i += width, out += width * kc) {
         int64_t here = have - i < width ? have - i : width;
-        if (!s->across && !bf16) {
-            pack_along(s, first + i, here, k0, kc, false, width, out);
-        } else if (!s->across) {
+        if (bf16) {
             pack_along(s, first + i, here, k0, kc, true, width, out);
-        } else if (!bf16) {
-            pack_across(s, first + i, here, k0, kc, false, width, out);
         } else {
-            pack_across(s, first + i, here, k0, kc, true, width, out);
+            pack_along(s, first + i, here, k0, kc, false, width, out);
         }
     }
 }

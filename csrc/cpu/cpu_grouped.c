@@ -104,20 +104,16 @@ static void run_pass(const ovlm_cpu *cpu, const ovlm_grouped_linear *a, grouped_
     grouped_job job = {.cpu = cpu, .a = a, .pass = pass, .first_tile = a->scratch.work};
     int64_t groups = a->groups, threads = ovlm_pool_threads(cpu->pool);
     int64_t mean = (a->offsets[groups] - a->offsets[0] + groups - 1) / groups;
-    mean = mean < 1 ? 1 : mean;
-    int64_t share = (4 * threads + groups - 1) / groups; /* of threads for one expert */
-    share = threads == 1 ? 1 : share;
-    int64_t in = in_cols(a), out = out_cols(a);
-    ovlm_gemm_tiles tiles =
-        pass == GROUPED_Y    ? ovlm_gemm_tiles_choose(cpu->gemm, mean, out, in, share)
-        : pass == GROUPED_DX ? ovlm_gemm_tiles_choose(cpu->gemm, mean, in, out, share)
-                             : ovlm_gemm_tiles_choose(cpu->gemm, a->w_kn ? in : out,
-                                                      a->w_kn ? out : in, mean, share);
+    ovlm_gemm g = product_of(&job, 0);
+    *(pass == GROUPED_DW ? &g.k : &g.m) = mean > 0 ? mean : 1;
+    /* Of several experts each needs but a few tiles for all threads to be busy. */
+    int64_t share = threads == 1 ? 1 : (4 * threads + groups - 1) / groups;
+    ovlm_gemm_tiles tiles = ovlm_gemm_tiles_choose(cpu->gemm, &g, share);
     job.rows = tiles.rows;
     job.cols = tiles.cols;
     job.first_tile[0] = 0;
     for (int64_t e = 0; e < groups; e++) {
-        ovlm_gemm g = product_of(&job, e);
+        g = product_of(&job, e);
         tiles = tiles_of(&job, &g);
         job.first_tile[e + 1] = job.first_tile[e] + tiles.row_tiles * tiles.col_tiles;
     }

@@ -62,7 +62,9 @@ static ovlm_tensor copy_of(const ovlm_tensor *t)
     int64_t n = t->rows > 0 ? (t->rows - 1) * t->stride + t->cols : 0;
     size_t bytes = (size_t)(n * ovlm_dtype_bytes(t->dtype));
     c.data = malloc(bytes + 1);
-    memcpy(c.data, t->data, bytes);
+    if (bytes > 0) {
+        memcpy(c.data, t->data, bytes);
+    }
     return c;
 }
 

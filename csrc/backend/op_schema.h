@@ -88,6 +88,11 @@ int64_t ovlm_element_bytes(int type);
 /* a*b, or INT64_MAX where that does not fit or either is negative. */
 int64_t ovlm_extent_mul(int64_t a, int64_t b);
 
+/* A copy of valid arguments with all that they point to on the host (mirrors, lists), so that the
+ * call can run later: its size, and the copy into `to`, 16-byte aligned. */
+int64_t ovlm_op_args_bytes(ovlm_op op, ovlm_pass pass, const void *args);
+void ovlm_op_args_copy(ovlm_op op, ovlm_pass pass, const void *args, void *to);
+
 /* Calls an operation by number. */
 ovlm_status ovlm_op_check(ovlm_op op, const void *args, ovlm_pass pass, ovlm_err *err);
 ovlm_status ovlm_op_measure(const ovlm_ops *ops, ovlm_op op, ovlm_backend *backend,

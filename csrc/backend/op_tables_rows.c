@@ -1,5 +1,6 @@
 /* op_tables_rows.c - tables of the operations that move, weigh and score rows, and of the
- * optimizer: gather, scale, unfold, router, combine, balance_loss, targets, head, grad_norm, adamw. */
+ * optimizer: gather, scale, unfold, router, combine, balance_loss, targets, head, grad_norm,
+ * adamw. */
 #include "backend/op_members.h"
 
 static ovlm_status no_scalars(const void *args, ovlm_pass pass, ovlm_err *err)

@@ -19,8 +19,8 @@
  *     of sums over K, a head or a segment is fixed by the shape of that row alone.
  *   - Outputs do not overlap inputs unless the comment says "may be", and then they are the same
  *     view.  x and w have one dtype; results may have another.
- *   - A pass reads and writes the members that op_schema.h's tables give it and no others: what only
- *     a gradient that is left out would need may be left out too.
+ *   - A pass reads and writes the members that the tables of op_schema.h give it and no others:
+ *     what only a gradient that is left out would need may be left out too.
  * Rounding points are in ovlm.h, section 9.  Also read by C++: no C-only construct here. */
 #ifndef OVLM_BACKEND_OPS_H
 #define OVLM_BACKEND_OPS_H
@@ -262,9 +262,10 @@ typedef struct ovlm_targets {
     float *dlogp;         /* [T] device                       */
 } ovlm_targets;
 
-/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]], 0
- * where ignored, entropy[t] of that distribution, loss += sum dlogp * logp.  Backward: dx, dw from
- * dlogp and dentropy.  fused: the forward computes dx and dw in the same pass, and no backward follows. */
+/* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]],
+ * entropy[t] of that distribution, loss += sum dlogp * logp.  Where the label is ignored both are
+ * 0 and nothing flows back.  Backward: dx, dw from dlogp and dentropy.  fused: the forward computes
+ * dx and dw in the same pass, and no backward follows. */
 typedef struct ovlm_head {
     ovlm_scratch scratch;
     ovlm_tensor x;        /* [T,C]                            */

@@ -115,7 +115,8 @@ static ovlm_status place_tensor(run *r, const ovlm_member *m, const ovlm_tensor 
 }
 
 /* n elements at *pointer, a member of the arguments; a copy of the result's goes to *back. */
-static ovlm_status place_array(run *r, const ovlm_member *m, void *pointer, void *back, int64_t bytes)
+static ovlm_status place_array(run *r, const ovlm_member *m, void *pointer, void *back,
+                               int64_t bytes)
 {
     piece *p = &r->piece[r->piece_n];
     void *host, *raw = NULL;

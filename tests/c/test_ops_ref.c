@@ -298,7 +298,8 @@ static void test_router_choice(int rounds)
             CHECK(a->teams == 1 || teams <= a->limit, "too many teams");
             for (int64_t e = 0; e < experts; e++) {
                 for (int64_t f = 0; f < experts; f++) { /* e taken, f left, in a team in use */
-                    CHECK(!taken[e] || taken[f] || !team[f / each] || choice[e] >= choice[f] - 1e-12,
+                    bool rivals = taken[e] && !taken[f] && team[f / each];
+                    CHECK(!rivals || choice[e] >= choice[f] - 1e-12,
                           "expert %lld beats %lld", (long long)f, (long long)e);
                 }
             }

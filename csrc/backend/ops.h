@@ -9,8 +9,8 @@
  *     device knows (experts' rows, segments) come as device arrays with bounds.
  *   - It never allocates.  `measure` tells from shapes alone (data pointers may be NULL; rows, n
  *     and max_len are then bounds) how many bytes `saved` (written by the forward, read by the
- *     backward) and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds plans and
- *     tunes outside the step.
+ *     backward) and `work` (scratch of one call) need; both are 64-byte aligned.  `prepare` builds
+ *     plans and tunes outside the step.
  *   - Optional tensors are left out by cols = 0.  A tensor with rows = 0 is present and empty.
  *   - Gradients of activations (dx) have the dtype of x and are overwritten, or added to when
  *     dx_beta is 1.  Gradients of weights (dw) are float32 (float64 in `ref`), overwritten or added

@@ -71,8 +71,8 @@ static ovlm_status add_block(ovlm_async_memory *memory, int64_t bytes, void **ou
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (address == MAP_FAILED) {
         free(storage);
-        return OVLM_FAIL(err, OVLM_E_NOMEM, "out of address space: %lld bytes; close other backends",
-                         (long long)bytes);
+        return OVLM_FAIL(err, OVLM_E_NOMEM, "out of address space for %lld bytes; close other "
+                         "backends", (long long)bytes);
     }
     memset(storage, POISON, (size_t)bytes);
     block.storage = storage;

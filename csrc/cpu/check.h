@@ -15,8 +15,8 @@ OVLM_NODISCARD ovlm_status ovlm_check_open(const ovlm_ops *tested,
 
 extern const ovlm_ops ovlm_check_ops;
 
-/* Runs and compares one call.  OVLM_E_ARG and OVLM_E_NOMEM: refused; OVLM_E_BACKEND: a late error of
- * either side, or a difference. */
+/* Runs and compares one call.  OVLM_E_ARG and OVLM_E_NOMEM: refused; OVLM_E_BACKEND: a late error
+ * of either side, or a difference. */
 OVLM_NODISCARD ovlm_status ovlm_check_run(const ovlm_ops *ops, ovlm_queue *tested,
                                           ovlm_queue *reference, ovlm_op op, ovlm_pass pass,
                                           const void *args, ovlm_err *err);

@@ -76,8 +76,9 @@ ovlm_status ovlm_check_compare(const char *op, ovlm_pass pass, const ovlm_check_
         double tested = element_at(slot->raw, slot->type, row * slot->stride + col);
         double reference = element_at(slot->reference.data, slot->reference.dtype, i);
         double scale = element_at(slot->scale.data, slot->scale.dtype, i);
-        double tolerance = stored_eps(slot->type) * fabs(reference) + factor * (fabs(scale) + fabs(reference)) +
-                           (is_integer(slot->type) ? 0 : 0x1p-126);
+        double tolerance = stored_eps(slot->type) * fabs(reference) +
+                           factor * (fabs(scale) + fabs(reference)) +
+                           (is_integer(slot->type) ? 0 : 0x1p-126); /* underflow */
         if (!same_value(tested, reference, tolerance)) {
             return OVLM_FAIL(err, OVLM_E_BACKEND,
                              "%s %s: %s%s[%lld, %lld] is %.9g, the reference has %.9g (tolerance "

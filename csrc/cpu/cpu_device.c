@@ -1,26 +1,14 @@
-/* cpu_device.c - life cycle, memory, queues and events of the CPU backends. */
+/* cpu_device.c - the fast backend's devices and memory. */
 #define _DEFAULT_SOURCE /* madvise */
 #include "cpu/cpu_device.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 #include "cpu/cpu_gemm.h"
 
 enum { ALIGN = 64, HUGE_PAGE = 2 << 20 };
-
-struct ovlm_event {
-    char unused;
-};
-
-ovlm_status ovlm_cpu_device_count(int64_t *count, ovlm_err *err)
-{
-    (void)err;
-    *count = 1;
-    return OVLM_OK;
-}
 
 static ovlm_status check_device(int64_t device, ovlm_err *err)
 {
@@ -103,94 +91,4 @@ void ovlm_cpu_free(ovlm_backend *backend, void *memory)
 {
     (void)backend;
     free(memory);
-}
-
-ovlm_status ovlm_cpu_queue_open(ovlm_backend *backend, ovlm_queue **queue, ovlm_err *err)
-{
-    *queue = malloc(sizeof **queue);
-    if (*queue == NULL) {
-        return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory for a queue");
-    }
-    (*queue)->backend = backend;
-    return OVLM_OK;
-}
-
-void ovlm_cpu_queue_close(ovlm_queue *queue)
-{
-    free(queue);
-}
-
-ovlm_status ovlm_cpu_queue_wait(ovlm_queue *queue, ovlm_err *err)
-{
-    (void)queue;
-    (void)err;
-    return OVLM_OK;
-}
-
-ovlm_status ovlm_cpu_event_open(ovlm_backend *backend, ovlm_event **event, ovlm_err *err)
-{
-    (void)backend;
-    *event = calloc(1, sizeof **event);
-    return *event != NULL ? OVLM_OK : OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory for an event");
-}
-
-void ovlm_cpu_event_close(ovlm_backend *backend, ovlm_event *event)
-{
-    (void)backend;
-    free(event);
-}
-
-ovlm_status ovlm_cpu_event_record(ovlm_event *event, ovlm_queue *queue, ovlm_err *err)
-{
-    (void)event;
-    (void)queue;
-    (void)err;
-    return OVLM_OK;
-}
-
-ovlm_status ovlm_cpu_queue_follow(ovlm_queue *queue, ovlm_event *event, ovlm_err *err)
-{
-    (void)queue;
-    (void)event;
-    (void)err;
-    return OVLM_OK;
-}
-
-ovlm_status ovlm_cpu_event_wait(ovlm_event *event, ovlm_err *err)
-{
-    (void)event;
-    (void)err;
-    return OVLM_OK;
-}
-
-bool ovlm_cpu_event_done(ovlm_event *event)
-{
-    (void)event;
-    return true;
-}
-
-ovlm_status ovlm_cpu_copy(ovlm_queue *queue, void *to, const void *from, int64_t bytes,
-                          ovlm_copy_kind kind, ovlm_err *err)
-{
-    (void)queue;
-    (void)kind;
-    if (bytes < 0) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "copy: bytes must be >= 0; got %lld", (long long)bytes);
-    }
-    if (bytes > 0) {
-        memmove(to, from, (size_t)bytes);
-    }
-    return OVLM_OK;
-}
-
-ovlm_status ovlm_cpu_fill(ovlm_queue *queue, void *to, uint8_t byte, int64_t bytes, ovlm_err *err)
-{
-    (void)queue;
-    if (bytes < 0) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "fill: bytes must be >= 0; got %lld", (long long)bytes);
-    }
-    if (bytes > 0) {
-        memset(to, byte, (size_t)bytes);
-    }
-    return OVLM_OK;
 }

@@ -60,9 +60,22 @@ static void forward_rows(const void *context, int64_t first, int64_t count, floa
     }
 }
 
+static ovlm_status check_index(const ovlm_gather *a, int64_t rows, int64_t slots, ovlm_err *err)
+{
+    for (int64_t i = 0; i < slots; i++) {
+        if (a->index[i] < -1 || a->index[i] >= rows) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "gather: index[%lld] is %d; it must be in [-1, %lld)", (long long)i,
+                             (int)a->index[i], (long long)rows);
+        }
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_cpu_gather_fwd(ovlm_queue *queue, const ovlm_gather *a, ovlm_err *err)
 {
     OVLM_CPU_CHECK(gather, a, FWD, err);
+    OVLM_TRY(check_index(a, a->x.rows, a->y.rows * a->taps, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->y.rows, (a->taps + 1) * a->y.cols, forward_rows, a);
     return OVLM_OK;
 }
@@ -96,16 +109,6 @@ static void backward_rows(const void *context, int64_t first, int64_t count, flo
         if (n > 0 || g->a->dx_beta == 0) {
             backward_row(g->a, row, g->order + g->first[row], n, g->a->dx_beta, scratch);
         }
-    }
-}
-
-static void clear_rows(const void *context, int64_t first, int64_t count, float *scratch)
-{
-    (void)scratch;
-    const ovlm_tensor *t = context;
-    size_t bytes = (size_t)(t->cols * ovlm_dtype_bytes(t->dtype));
-    for (int64_t row = first; row < first + count; row++) {
-        memset(ovlm_cpu_at(t, row, 0), 0, bytes);
     }
 }
 
@@ -149,10 +152,11 @@ ovlm_status ovlm_cpu_gather_bwd(ovlm_queue *queue, const ovlm_gather *a, ovlm_er
         return OVLM_FAIL(err, OVLM_E_ARG, "gather: %lld taps do not fit 32 bits; use fewer rows",
                          (long long)(a->dy.rows * a->taps));
     }
+    OVLM_TRY(check_index(a, a->dx.rows, a->dy.rows * a->taps, err));
     ovlm_cpu *cpu = ovlm_cpu_of(queue);
     if (a->unique) {
         if (a->dx_beta == 0) {
-            ovlm_cpu_rows(cpu, a->dx.rows, a->dx.cols, clear_rows, &a->dx);
+            ovlm_cpu_clear(cpu, &a->dx);
         }
         ovlm_cpu_rows(cpu, a->dy.rows, a->taps * a->dy.cols, scatter_rows, a);
         return OVLM_OK;

@@ -156,6 +156,20 @@ void ovlm_cpu_rows(ovlm_cpu *cpu, int64_t rows, int64_t row_elements, ovlm_cpu_r
     ovlm_pool_run(cpu->pool, (rows + step - 1) / step, rows_piece, &job);
 }
 
+static void clear_rows(const void *context, int64_t first, int64_t count, float *scratch)
+{
+    (void)scratch;
+    const ovlm_tensor *t = context;
+    for (int64_t row = first; row < first + count; row++) {
+        memset(ovlm_cpu_at(t, row, 0), 0, (size_t)(t->cols * ovlm_dtype_bytes(t->dtype)));
+    }
+}
+
+void ovlm_cpu_clear(ovlm_cpu *cpu, const ovlm_tensor *tensor)
+{
+    ovlm_cpu_rows(cpu, tensor->rows, tensor->cols, clear_rows, tensor);
+}
+
 void ovlm_cpu_chunks_run(ovlm_cpu *cpu, int64_t rows, ovlm_cpu_chunk_body body, const void *ctx)
 {
     rows_job job = {cpu, NULL, body, ctx, rows, ovlm_cpu_chunk_rows(rows)};

@@ -164,6 +164,9 @@ enum { OVLM_CPU_PIECE = 1 << 15 };
 void ovlm_cpu_rows(ovlm_cpu *cpu, int64_t rows, int64_t row_elements, ovlm_cpu_rows_body body,
                    const void *ctx);
 
+/* Every element to 0. */
+void ovlm_cpu_clear(ovlm_cpu *cpu, const ovlm_tensor *tensor);
+
 /* Sums over rows are taken in chunks that the number of rows alone decides, so that they do not
  * depend on the number of threads: each chunk sums into its own part of `work`. */
 enum { OVLM_CPU_CHUNK_LEAST = 32, OVLM_CPU_CHUNKS_MOST = 64 };

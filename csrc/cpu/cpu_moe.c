@@ -116,6 +116,19 @@ ovlm_status ovlm_cpu_router_measure(ovlm_backend *backend, const ovlm_router *a,
     return OVLM_OK;
 }
 
+/* Given choices must be experts. */
+static ovlm_status check_experts(const ovlm_router *a, ovlm_err *err)
+{
+    for (int64_t i = 0; i < a->logits.rows * a->k; i++) {
+        if (a->expert[i] < 0 || a->expert[i] >= a->logits.cols) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "router: expert[%lld] is %d; it must be in [0, %lld)", (long long)i,
+                             (int)a->expert[i], (long long)a->logits.cols);
+        }
+    }
+    return OVLM_OK;
+}
+
 static void route_chunk(const void *context, int64_t chunk, int64_t first, int64_t count,
                         float *scratch)
 {
@@ -198,6 +211,9 @@ ovlm_status ovlm_cpu_router_fwd(ovlm_queue *queue, const ovlm_router *a, ovlm_er
 {
     OVLM_CPU_CHECK(router, a, FWD, err);
     OVLM_TRY(ovlm_cpu_fits("router: experts", a->logits.cols, err));
+    if (a->replay) {
+        OVLM_TRY(check_experts(a, err));
+    }
     ovlm_cpu *cpu = ovlm_cpu_of(queue);
     router_job job = router_job_of(a);
     ovlm_cpu_chunks_run(cpu, a->logits.rows, route_chunk, &job);
@@ -249,6 +265,7 @@ ovlm_status ovlm_cpu_router_bwd(ovlm_queue *queue, const ovlm_router *a, ovlm_er
 {
     OVLM_CPU_CHECK(router, a, BWD, err);
     OVLM_TRY(ovlm_cpu_fits("router: experts", a->logits.cols, err));
+    OVLM_TRY(check_experts(a, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->logits.rows, 8 * a->logits.cols, router_back_rows, a);
     return OVLM_OK;
 }
@@ -273,6 +290,17 @@ ovlm_status ovlm_cpu_combine_measure(ovlm_backend *backend, const ovlm_combine *
     (void)backend;
     OVLM_CPU_CHECK(combine, a, MEASURE, err);
     *bytes = (ovlm_op_bytes){0};
+    return OVLM_OK;
+}
+
+static ovlm_status check_rows(const ovlm_combine *a, int64_t tokens, int64_t rows, ovlm_err *err)
+{
+    for (int64_t i = 0; i < tokens * a->k; i++) {
+        if (a->row[i] >= rows) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "combine: row[%lld] is %d, but h has %lld rows",
+                             (long long)i, (int)a->row[i], (long long)rows);
+        }
+    }
     return OVLM_OK;
 }
 
@@ -308,6 +336,7 @@ static void combine_rows(const void *context, int64_t first, int64_t count, floa
 ovlm_status ovlm_cpu_combine_fwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_err *err)
 {
     OVLM_CPU_CHECK(combine, a, FWD, err);
+    OVLM_TRY(check_rows(a, a->y.rows, a->h.rows, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->y.rows, (a->k + 1) * a->y.cols, combine_rows, a);
     return OVLM_OK;
 }
@@ -345,6 +374,11 @@ static void combine_back_rows(const void *context, int64_t first, int64_t count,
 ovlm_status ovlm_cpu_combine_bwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_err *err)
 {
     OVLM_CPU_CHECK(combine, a, BWD, err);
+    if (!ovlm_tensor_given(&a->dh) && !ovlm_tensor_given(&a->dweight)) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(check_rows(a, a->dy.rows,
+                        ovlm_tensor_given(&a->dweight) ? a->h.rows : a->dh.rows, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->dy.rows, 2 * a->k * a->dy.cols, combine_back_rows, a);
     return OVLM_OK;
 }

@@ -1,5 +1,6 @@
 /* cpu_ops.c - the table of the fast CPU backend. */
 #include "cpu/cpu_device.h"
+#include "cpu/host_life.h"
 
 /* Nothing to plan or tune: the code was chosen when the backend was opened. */
 #define PREPARE(op, args)                                                                       \
@@ -26,7 +27,6 @@ const ovlm_ops ovlm_cpu_ops = {
     .abi = OVLM_BACKEND_ABI,
     .size_bytes = sizeof(ovlm_ops),
     .name = "cpu",
-    .device_count = ovlm_cpu_device_count,
     .device_describe = ovlm_cpu_device_describe,
     .open = open_cpu,
     .close = ovlm_cpu_close,
@@ -34,17 +34,7 @@ const ovlm_ops ovlm_cpu_ops = {
     .free = ovlm_cpu_free,
     .host_alloc = ovlm_cpu_alloc,
     .host_free = ovlm_cpu_free,
-    .queue_open = ovlm_cpu_queue_open,
-    .queue_close = ovlm_cpu_queue_close,
-    .queue_wait = ovlm_cpu_queue_wait,
-    .event_open = ovlm_cpu_event_open,
-    .event_close = ovlm_cpu_event_close,
-    .event_record = ovlm_cpu_event_record,
-    .queue_follow = ovlm_cpu_queue_follow,
-    .event_wait = ovlm_cpu_event_wait,
-    .event_done = ovlm_cpu_event_done,
-    .copy = ovlm_cpu_copy,
-    .fill = ovlm_cpu_fill,
+    OVLM_HOST_LIFE,
     .linear = BOTH(linear),
     .grouped_linear = BOTH(grouped_linear),
     .gated = BOTH(gated),

@@ -36,14 +36,13 @@ void ovlm_host_fail_late(ovlm_queue *queue, const ovlm_err *late);
 ovlm_status ovlm_copy_check(const void *to, const void *from, int64_t bytes, ovlm_copy_kind kind,
                             ovlm_err *err);
 
-/* All of the above, for a table's initialiser. */
-#define OVLM_HOST_LIFE                                                                        \
-    .device_count = ovlm_host_device_count, .alloc = ovlm_host_alloc, .free = ovlm_host_free, \
-    .host_alloc = ovlm_host_alloc, .host_free = ovlm_host_free,                               \
-    .queue_open = ovlm_host_queue_open, .queue_close = ovlm_host_queue_close,                 \
-    .queue_wait = ovlm_host_queue_wait, .event_open = ovlm_host_event_open,                   \
-    .event_close = ovlm_host_event_close, .event_record = ovlm_host_event_record,             \
-    .queue_follow = ovlm_host_queue_follow, .event_wait = ovlm_host_event_wait,               \
-    .event_done = ovlm_host_event_done, .copy = ovlm_host_copy, .fill = ovlm_host_fill
+/* Of a table: the device, queues, events and copies. */
+#define OVLM_HOST_LIFE                                                                  \
+    .device_count = ovlm_host_device_count, .queue_open = ovlm_host_queue_open,         \
+    .queue_close = ovlm_host_queue_close, .queue_wait = ovlm_host_queue_wait,           \
+    .event_open = ovlm_host_event_open, .event_close = ovlm_host_event_close,           \
+    .event_record = ovlm_host_event_record, .queue_follow = ovlm_host_queue_follow,     \
+    .event_wait = ovlm_host_event_wait, .event_done = ovlm_host_event_done,             \
+    .copy = ovlm_host_copy, .fill = ovlm_host_fill
 
 #endif

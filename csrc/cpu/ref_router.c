@@ -214,9 +214,9 @@ ovlm_status ovlm_ref_balance_loss_fwd(ovlm_queue *queue, const ovlm_balance_loss
 {
     (void)queue;
     OVLM_TRY(ovlm_op_check_balance_loss(a, OVLM_PASS_FWD, err));
-    double experts = (double)a->experts, mean = 0;
+    double experts = (double)a->experts, sum = 0;
     for (int64_t e = 0; e < a->experts; e++) {
-        mean += (double)a->count[e] / experts;
+        sum += (double)a->count[e];
     }
     for (int64_t e = 0; e < a->experts; e++) {
         double count = (double)a->count[e];
@@ -229,7 +229,8 @@ ovlm_status ovlm_ref_balance_loss_fwd(ovlm_queue *queue, const ovlm_balance_loss
             *a->loss += slope * a->score_sum[e];
         }
         if (ovlm_tensor_given(&a->bias)) {
-            double sign = mean > count ? 1 : mean < count ? -1 : 0;
+            /* Whole numbers, so that a count that is the mean is found to be. */
+            double sign = sum > count * experts ? 1 : sum < count * experts ? -1 : 0;
             ovlm_ref_add(&a->bias, 0, e, a->speed * sign, 1);
         }
     }

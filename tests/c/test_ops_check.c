@@ -4,6 +4,7 @@
 
 #include "cpu/async.h"
 #include "cpu/check.h"
+#include "cpu/cpu_device.h"
 #include "cpu/ref.h"
 #include "op_cases.h"
 #include "test.h"
@@ -180,5 +181,7 @@ int main(int argc, char **argv)
     test_backend(&ovlm_ref_ops, 40, 9);
     test_backend(&ovlm_ref_ops, 2, 70);
     test_planted();
+    test_backend(&ovlm_cpu_ops, 40, 9);
+    test_backend(&ovlm_cpu_ops, 4, 70);
     return test_end("ops_check");
 }

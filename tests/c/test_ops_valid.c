@@ -159,16 +159,25 @@ static void test_junk(int rounds)
 
 /* ---- scalars and rules, one by one ---- */
 
+/* A case that the pass takes. */
+static void draw_valid(op_case *c, ovlm_op op, ovlm_pass pass)
+{
+    op_case_draw(c, op, OVLM_F32, 7, &test_rng);
+    while (ovlm_op_check(op, &c->args, pass, NULL) != OVLM_OK) {
+        op_case_free(c);
+        op_case_draw(c, op, OVLM_F32, 7, &test_rng);
+    }
+}
+
 #define REFUSED(op, pass, change, text)                                                     \
     do {                                                                                    \
         op_case c;                                                                          \
         ovlm_err err = {0};                                                                 \
-        do {                                                                                \
-            op_case_draw(&c, OVLM_OP_##op, OVLM_F32, 7, &test_rng);                         \
-        } while (ovlm_op_check_##op(&c.args.op, pass, NULL) != OVLM_OK);                    \
+        draw_valid(&c, OVLM_OP_##op, pass);                                                 \
         c.args.op.change;                                                                   \
         CHECK(ovlm_op_check_##op(&c.args.op, pass, &err) == OVLM_E_ARG, "%s", #change);      \
         CHECK(strstr(err.message, text) != NULL, "%s: %s", #change, err.message);           \
+        op_case_free(&c);                                                                   \
     } while (0)
 
 static void test_scalars(void)
@@ -200,6 +209,31 @@ static void test_scalars(void)
     REFUSED(grad_norm, OVLM_PASS_FWD, n = -1, "n must be");
     REFUSED(adamw, OVLM_PASS_FWD, step = 0, "step counts from 1");
     REFUSED(adamw, OVLM_PASS_FWD, beta1 = 1, "beta1 must be in");
+}
+
+/* A tensor of a list is named with its place. */
+static void test_list(void)
+{
+    float memory[8] = {0};
+    ovlm_grad_stats stats = {0};
+    ovlm_err err = {0};
+    ovlm_adamw_part part[2] = {0};
+    ovlm_adamw a = {.n = 2, .step = 1, .part = part, .stats = &stats};
+    for (int i = 0; i < 2; i++) {
+        part[i].w = ovlm_tensor_of(memory + 4 * i, 1, 1, OVLM_F32);
+        part[i].m = ovlm_tensor_of(memory + 4 * i + 1, 1, 1, OVLM_F32);
+        part[i].v = ovlm_tensor_of(memory + 4 * i + 2, 1, 1, OVLM_F32);
+        part[i].grad = ovlm_tensor_of(memory + 4 * i + 3, 1, 1, OVLM_F32);
+    }
+    CHECK(ovlm_op_check_adamw(&a, OVLM_PASS_FWD, &err) == OVLM_OK, "%s", err.message);
+    part[1].v.cols = 2;
+    CHECK(ovlm_op_check_adamw(&a, OVLM_PASS_FWD, &err) == OVLM_E_ARG, "v is wider than w");
+    CHECK(strstr(err.message, "v of part 1") != NULL, "%s", err.message);
+    part[1].v = part[1].m;
+    CHECK(ovlm_op_check_adamw(&a, OVLM_PASS_FWD, &err) == OVLM_E_ARG, "v is m");
+    part[1].v = ovlm_tensor_of(memory + 6, 1, 1, OVLM_F32);
+    part[1].w.dtype = OVLM_BF16;
+    CHECK(ovlm_op_check_adamw(&a, OVLM_PASS_FWD, &err) == OVLM_E_ARG, "bfloat16 without a master");
 }
 
 /* Slices of one matrix: they lie between each other, and overlap when one is wider. */
@@ -236,6 +270,7 @@ int main(int argc, char **argv)
     test_off_by_one(queue, 100);
     test_junk(500);
     test_scalars();
+    test_list();
     test_slices();
     ovlm_ref_ops.queue_close(queue);
     ovlm_ref_ops.close(backend);

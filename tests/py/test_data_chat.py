@@ -168,7 +168,7 @@ def test_positions_of_pictures_and_videos():
                 parts.append(image(np.zeros((height, width, 3), np.uint8)))
             else:
                 frames = np.zeros((int(rng.integers(2, 9)), height, width, 3), np.uint8)
-                parts.append({"type": "video", "video": frames, "fps": 2})
+                parts.append({"type": "video", "video": frames, "sample_fps": 2})
         parts.append(image())
         inputs = processor.one(talk(parts, "yes"))
         assert np.array_equal(inputs.position_ids, by_the_rule(inputs))
@@ -178,7 +178,8 @@ def test_positions_of_omni():
     processor = data.Processor(family="qwen3_omni_moe", images=SMALL,
                                videos=data.VideoRule(min_pixels=1))
     frames = np.zeros((8, 64, 96, 3), np.uint8)
-    inputs = processor.one(talk([image(), {"type": "video", "video": frames, "fps": 2}], "yes"))
+    video = {"type": "video", "video": frames, "sample_fps": 2}
+    inputs = processor.one(talk([image(), video], "yes"))
     want = by_the_rule(inputs, omni=True, step=13.0)   # pairs of frames, half a second apart
     np.testing.assert_allclose(inputs.position_ids, want, atol=1e-4)
 
@@ -191,7 +192,7 @@ def test_positions_of_seed_count_up():
 
 def test_video_markup():
     frames = np.zeros((4, 64, 96, 3), np.uint8)
-    video = {"type": "video", "video": frames, "fps": 2}
+    video = {"type": "video", "video": frames, "sample_fps": 2}
     words = BYTES.decode(data.Processor(images=SMALL, videos=data.VideoRule(min_pixels=1))(
         [talk([video])]).input_ids, special=True)
     pads = "<|video_pad|>" * 6
@@ -200,6 +201,17 @@ def test_video_markup():
     seed = data.Processor(family="seed1_5_vl")([talk([video])])
     assert seed.grid_thw.tolist() == [[4, 4, 6]]
     assert "[1.5 second]<|vision_start|>" in BYTES.decode(seed.input_ids, special=True)
+
+
+def test_video_rates():
+    """fps is what is taken, sample_fps what there is; frames without a rate are all taken."""
+    frames = np.zeros((40, 28, 28, 3), np.uint8)
+    processor = data.Processor(family="seed1_5_vl", videos=data.VideoRule("seed", min_frames=1))
+    for rates, n in (({}, 40), ({"sample_fps": 4}, 10), ({"sample_fps": 4, "fps": 2}, 20)):
+        inputs = processor.one(talk([{"type": "video", "video": frames, **rates}]))
+        assert inputs.grid_thw[0, 0] == n
+    with pytest.raises(data.DataError, match="sample_fps: must be frames per second"):
+        processor.one(talk([{"type": "video", "video": frames, "sample_fps": 0}]))
 
 
 def test_sounds():
@@ -259,7 +271,7 @@ def hub(folder):
 
 def test_hub_tokens_and_labels(hub):
     processor = data.Processor(hub, images=SMALL, videos=data.VideoRule(min_pixels=1))
-    video = {"type": "video", "video": np.zeros((4, 64, 96, 3), np.uint8), "fps": 2}
+    video = {"type": "video", "video": np.zeros((4, 64, 96, 3), np.uint8), "sample_fps": 2}
     inputs = processor([talk([image(), text("the cat é"), video], "on the mat ☃", "x", " y ")])
     words = hub.decode(inputs.input_ids, special=True)
     pads = "<|video_pad|>" * 6
@@ -351,7 +363,10 @@ def test_from_pretrained(folder, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(
         {"size": {"shortest_edge": 512, "longest_edge": 9999}, "image_mean": [0.4, 0.5, 0.6],
          "image_std": [0.2, 0.3, 0.4], "resample": 3}))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(
+        {"size": {"shortest_edge": 64, "longest_edge": 5000}, "fps": 3, "max_frames": 9}))
     processor = data.Processor.from_pretrained(tmp_path)
+    assert processor.videos == data.VideoRule("qwen", 3, 4, 9, 64, 5000)
     assert processor.images == data.ImageRule(8, 2, 2, 512, 9999, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert isinstance(processor.tokenizer, data.HubTokenizer)
     (tmp_path / "config.json").write_text("{")

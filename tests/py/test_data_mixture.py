@@ -177,7 +177,8 @@ def test_the_last_pack_of_a_generator():
 
 @pytest.mark.parametrize("change, error", [
     ({"max_tokens": 0}, ValueError), ({"max_tokens": 1.5}, TypeError),
-    ({"too_long": "x"}, ValueError), ({"max_patches": 0}, ValueError), ({"source": [1]}, TypeError), ({"processor": 3}, TypeError)])
+    ({"too_long": "x"}, ValueError), ({"max_patches": 0}, ValueError),
+    ({"source": [1]}, TypeError), ({"processor": 3}, TypeError)])
 def test_loaders_refused(change, error):
     fields = {"source": data.Mixture([[1]]), "processor": Lengths(), "max_tokens": 5, **change}
     with pytest.raises(error):

@@ -121,6 +121,7 @@ VALUES = st.recursive(
 @JUNK_RUNS
 @given(VALUES, st.binary(max_size=40))
 def test_junk_in_lines(tmp_path_factory, value, tail):
+    pytest.importorskip("PIL", reason="pictures need Pillow")
     path = tmp_path_factory.mktemp("junk") / "a.jsonl"
     turns = {"messages": value if isinstance(value, list) else [value]}
     path.write_bytes(json.dumps(value).encode() + b"\n" + json.dumps(turns).encode() + b"\n" + tail)
@@ -259,8 +260,8 @@ def test_names_stay_below_their_folder(name):
         checked = check_name(name, "here")
     except data.DataError:
         return
-    whole = os.path.normpath(os.path.join("/root/of/data", checked))
-    assert whole.startswith("/root/of/data") and "\\" not in checked
+    whole = os.path.normpath(os.path.join("/some/where", checked))
+    assert whole.startswith("/some/where") and "\\" not in checked
 
 
 # ---------------------------------------------------------------- the known packs

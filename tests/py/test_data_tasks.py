@@ -188,7 +188,8 @@ def test_kinds_do_not_follow_numbers():
 @pytest.mark.parametrize("fields, error", [
     ({"seed": 1.5}, TypeError), ({"kinds": []}, ValueError), ({"kinds": ["song"]}, ValueError),
     ({"kinds": "read"}, ValueError), ({"split": "dev"}, ValueError),
-    ({"difficulty": 2}, ValueError), ({"difficulty": "hard"}, TypeError), ({"max_side": 10}, ValueError),
+    ({"difficulty": 2}, ValueError), ({"difficulty": "hard"}, TypeError),
+    ({"max_side": 10}, ValueError),
     ({"max_side": 100.0}, TypeError)])
 def test_tasks_refused(fields, error):
     with pytest.raises(error):

@@ -33,7 +33,8 @@ def read_messages(sample):
         without source, or a mark ``<image>`` inside a string, takes the next one of the sample's
         ``images`` (``image``), ``videos`` or ``audios``.  Or ``conversations``: a list of
         ``{"from": "human", "value": ...}``.  A message with ``weight`` scales its labels; 0 takes
-        them out.
+        them out.  A video part may say ``fps``, the frames per second to take, and, for a list or
+        folder of frames, ``sample_fps``, those that it has.
 
     Returns
     -------
@@ -114,6 +115,12 @@ def _weight(value, where):
     return float(value)
 
 
+def _rate(value, where):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e6:
+        raise DataError(f"{where}: must be frames per second above 0; got {value!r:.40}")
+    return float(value)
+
+
 def _next(medium, where, waiting):
     if not waiting[medium]:
         raise DataError(f"{where}: one {medium} more is marked than the sample gives")
@@ -161,8 +168,9 @@ def _part(part, where, waiting):
     else:
         source = _next(medium, where, waiting)
     options = {}
-    if medium == "video" and part.get("fps") is not None:
-        options["fps"] = _weight(part["fps"], f"{where}, fps")
+    for key in ("fps", "sample_fps"):
+        if medium == "video" and part.get(key) is not None:
+            options[key] = _rate(part[key], f"{where}, {key}")
     return medium, source, options
 
 

@@ -139,7 +139,7 @@ def _caption(record):
 
 
 def _nlvr(record):
-    question = f"{record['sentence']} True or false?"
+    question = f"{record['sentence'].strip().rstrip('.')}. True or false?"
     return _asked("image", record["image"], question, "true" if record["label"] else "false",
                   kind="nlvr")
 

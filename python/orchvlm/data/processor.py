@@ -150,8 +150,9 @@ class Processor:
         Parameters
         ----------
         folder : path
-            Holds ``config.json``, and may hold ``preprocessor_config.json`` and
-            ``tokenizer.json``; without the latter, bytes are tokens.
+            Holds ``config.json``, and may hold ``preprocessor_config.json``,
+            ``video_preprocessor_config.json`` and ``tokenizer.json``; without the last, bytes are
+            tokens.
         **changes : int, str or object
             As for :meth:`from_config`.
 
@@ -169,6 +170,9 @@ class Processor:
         rules = folder / "preprocessor_config.json"
         if rules.exists() and "images" not in changes:
             changes = {**_image_settings(_read_json(rules)), **changes}
+        rules = folder / "video_preprocessor_config.json"
+        if rules.exists() and config.get("model_type") != "seed1_5_vl":
+            changes.setdefault("videos", _video_settings(_read_json(rules), rules))
         tokenizer = HubTokenizer(folder) if (folder / "tokenizer.json").exists() else None
         return cls.from_config(config, tokenizer, **changes)
 
@@ -297,8 +301,10 @@ class Processor:
         return grid[0], grid[1] // merge, grid[2] // merge
 
     def _video(self, source, options):
-        video = open_video(source, options.get("fps"))
-        rows, grid, times = self.videos(video, self.images)
+        # Frames without a rate are taken to have been sampled as they should be: all are used.
+        fps = options.get("fps", self.videos.fps)
+        video = open_video(source, options.get("sample_fps", fps))
+        rows, grid, times = self.videos(video, self.images, fps)
         start, end = self._name("<|vision_start|>"), self._name("<|vision_end|>")
         pad = self._name("<|video_pad|>")
         if self.family == "qwen3_omni_moe":
@@ -371,3 +377,15 @@ def _image_settings(rules):
              "mean": rules.get("image_mean"), "std": rules.get("image_std"),
              "resample": {2: "bilinear", 3: "bicubic"}.get(rules.get("resample"))}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _video_settings(rules, path):
+    """The :class:`VideoRule` of a ``video_preprocessor_config.json``."""
+    size = rules.get("size") or {}
+    found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"),
+             **{name: rules.get(name) for name in ("fps", "min_frames", "max_frames")}}
+    try:
+        return VideoRule("qwen", **{name: value for name, value in found.items()
+                                    if value is not None})
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None

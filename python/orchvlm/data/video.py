@@ -390,9 +390,9 @@ class VideoRule:
         fps = self.fps if fps is None else fps
         try:
             if self.style == "seed":
-                indices, clip, size = self._seed(source, images, fps)
+                clip, size = self._seed(source, images, fps)
             else:
-                indices, clip, size = self._qwen(source, images, fps)
+                clip, size = self._qwen(source, images, fps)
         except DataError:
             raise
         except ValueError as error:
@@ -410,7 +410,7 @@ class VideoRule:
             indices = indices[np.linspace(0, len(indices) - 1, self.max_frames).round().astype(int)]
         clip = source.clip(indices)
         most = min(level * images.factor**2, images.max_pixels)
-        return indices, clip, images.size(*clip.frames[0].shape[:2], max_pixels=most)
+        return clip, images.size(*clip.frames[0].shape[:2], max_pixels=most)
 
     def _qwen(self, source, images, fps):
         rate = source.n_frames / source.duration_s if source.duration_s > 0 else fps
@@ -419,8 +419,8 @@ class VideoRule:
         indices = np.linspace(0, source.n_frames - 1, n).round().astype(np.int64)
         clip = source.clip(indices)
         height, width = clip.frames[0].shape[:2]
-        return indices, clip, clip_size(n, height, width, images.factor, images.temporal_size,
-                                        self.min_pixels, self.max_pixels)
+        return clip, clip_size(n, height, width, images.factor, images.temporal_size,
+                               self.min_pixels, self.max_pixels)
 
 
 def clip_size(n, height, width, factor, temporal, min_pixels, max_pixels):

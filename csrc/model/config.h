@@ -39,7 +39,7 @@ typedef struct ovlm_decoder_config {
     int64_t teams, limit;         /* group-limited routing; teams 1: none                       */
     int64_t section[OVLM_AXES];   /* M-RoPE: frequencies of time, height, width                 */
     bool interleaved_sections;    /* axes alternate (Qwen3-VL), or stand one after the other    */
-    bool qkv_bias, qk_norm, tied;
+    bool qkv_bias, out_bias, qk_norm, tied; /* biases of the attention's products */
     bool sigmoid_router, normalise_router, expert_kn; /* expert weights [E,C,F] as Qwen3-VL-MoE */
     double router_scale, aux_coef;
     double eps, theta;

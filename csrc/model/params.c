@@ -177,6 +177,10 @@ static void add_attention(builder *b, ovlm_block *block, const char *prefix)
                 "self_attn.k_norm", ".weight");
     }
     add_one(b, &block->out, OVLM_PARAM_WEIGHT, c->width, q, prefix, "self_attn.o_proj", ".weight");
+    if (c->out_bias) {
+        add_one(b, &block->out_bias, OVLM_PARAM_BIAS, 0, c->width, prefix, "self_attn.o_proj",
+                ".bias");
+    }
 }
 
 /* gate, up and down of a SwiGLU layer. */

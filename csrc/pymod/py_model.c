@@ -72,7 +72,8 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
                     .section = {i[40], i[41], i[42]}, .interleaved_sections = i[43] != 0,
                     .qkv_bias = i[44] != 0, .qk_norm = i[45] != 0, .tied = i[46] != 0,
                     .sigmoid_router = i[47] != 0, .normalise_router = i[48] != 0,
-                    .expert_kn = i[49] != 0, .eps = f[2], .theta = f[3], .router_scale = f[4],
+                    .expert_kn = i[49] != 0,
+                    .out_bias = i[50] != 0, .eps = f[2], .theta = f[3], .router_scale = f[4],
                     .aux_coef = f[5]}};
     for (int k = 0; k < OVLM_DEEPSTACK_MOST; k++) {
         c.vision.deepstack[k] = i[17 + k];
@@ -80,7 +81,7 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
     return c;
 }
 
-enum { CONFIG_INTS = 50, CONFIG_FLOATS = 6 };
+enum { CONFIG_INTS = 51, CONFIG_FLOATS = 6 };
 
 /* A built-in table by name, or one in a shared object by path. */
 static ovlm_status find_ops(const char *name, const ovlm_ops **ops, ovlm_err *err)

@@ -14,13 +14,13 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl")
 # What a family has that its config.json does not say.
 _FAMILY = {
     "qwen3_vl": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                 "vision_eps": 1e-6, "qk_norm": True},
+                 "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
     "qwen3_vl_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                     "vision_eps": 1e-6, "qk_norm": True},
+                     "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
     # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
     # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
     "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
-                   "vision_eps": 1e-6, "qk_norm": True},
+                   "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
 }
 
 _TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -37,7 +37,7 @@ _IGNORED = {
     "_name_or_path", "name_or_path", "id2label", "label2id", "problem_type", "base_config_key",
     "chunk_size_feed_forward", "is_encoder_decoder", "attn_implementation", "layer_types",
     "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id", "task_specific_params",
-    "experts_implementation", "_experts_implementation", "num_local_experts",
+    "experts_implementation", "_experts_implementation",
 }
 
 
@@ -110,6 +110,10 @@ class ModelConfig:
         if self.family not in FAMILIES:
             raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}; got "
                               f"{self.values.get('model_type')!r}")
+        text = self.values.get("text_config")
+        if isinstance(text, dict) and "num_local_experts" in text:
+            # transformers 5 writes it so, and reads either.
+            text.setdefault("num_experts", text.pop("num_local_experts"))
         for name in ("text_config", "vision_config"):
             if not isinstance(self.values.get(name), dict):
                 raise ConfigError(f"config: {name} missing")
@@ -217,12 +221,13 @@ class ModelConfig:
                 t.get("shared_expert_intermediate_size") or 0, self._dense_first(),
                 t.get("decoder_sparse_step", 1), t.get("n_group") or 1, t.get("topk_group") or 1,
                 *sections, interleaved, t.get("attention_bias", False), family["qk_norm"],
-                self.tied, scoring == "sigmoid", t.get("norm_topk_prob", True), True]
+                self.tied, scoring == "sigmoid", t.get("norm_topk_prob", True), True,
+                t.get("attention_bias", False) and family["out_bias"]]
         return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
 
     def numbers(self):
-        """(int64[50], float64[6]): the sizes and switches in the C core's order."""
+        """(int64[51], float64[6]): the sizes and switches in the C core's order."""
         vision_ints, vision_floats = self._vision_numbers()
         text_ints, text_floats = self._text_numbers()
         try:

@@ -14,6 +14,7 @@ from .configs import ModelConfig
 _KIND_WEIGHT, _KIND_NORM, _KIND_BIAS, _KIND_BUFFER = range(4)
 _WEIGHT, _GRAD, _MOMENT1, _MOMENT2, _MASTER = range(5)
 _CHECKPOINTS = {"none": 0, "selective": 1, "full": 2}
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _DEVICES = ("cpu", "ref", "async", "check")
 
 
@@ -209,8 +210,17 @@ class Model:
         """
         model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
         files = open_folder(folder)
-        model._load(files.keys(), lambda name: files[name].read(name), Path(folder))
+        recent = str(model.config.values.get("transformers_version", "")).startswith("5")
+        model._load(files.keys(), lambda name: files[name].read(name), Path(folder),
+                    flips="always" if recent and model._square_experts() else "by shape")
         return model
+
+    def _square_experts(self):
+        """Whether a file's shapes cannot tell the two layouts of experts apart: transformers 5
+        writes [E, out, in], the hub's files hold [E, in, out]; either is read, by shape."""
+        text = self.config.text
+        width, hidden = text["hidden_size"], text.get("moe_intermediate_size")
+        return self.config.sparse and hidden is not None and width in (hidden, 2 * hidden)
 
     def save_pretrained(self, folder, dtype=None):
         """Writes ``config.json`` and ``model.safetensors`` (in shards above 5 GiB).
@@ -227,9 +237,17 @@ class Model:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, [(name, shape, lambda n=name: self._array(n, _WEIGHT, view=True))
-                              for name, _, shape, _ in self._list], dtype)
-        self.config.save(folder)
+        square = self._square_experts()
+
+        def entry(name, shape):
+            if square and name.endswith(_EXPERTS):
+                return (name, (shape[0], shape[2], shape[1]),
+                        lambda: self._array(name, _WEIGHT, view=True).transpose(0, 2, 1))
+            return name, shape, lambda: self._array(name, _WEIGHT, view=True)
+        write_folder(folder, [entry(name, shape) for name, _, shape, _ in self._list], dtype)
+        config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
+            if square else self.config
+        config.save(folder)
 
     def state_dict(self):
         """{name: float32 copy} of all weights."""
@@ -239,7 +257,7 @@ class Model:
         """Sets all weights; ValueError names what is missing, surplus, mis-shaped, non-finite."""
         self._load(state.keys(), lambda name: np.asarray(state[name]), "state")
 
-    def _load(self, names, get, where):
+    def _load(self, names, get, where, flips=None):
         surplus = sorted(set(names) - set(self._index))
         missing = [name for name in self._index if name not in names]
         if self.config.tied and surplus == ["lm_head.weight"]:
@@ -252,6 +270,9 @@ class Model:
                 f"{f' and {len(surplus) - 3} more' if len(surplus) > 3 else ''}")
         for name, i in self._index.items():
             values = get(name)
+            if flips and name.endswith(_EXPERTS) and (
+                    values.shape != self._list[i][2] or flips == "always"):
+                values = values.transpose(0, 2, 1)
             if values.shape != self._list[i][2]:
                 raise CheckpointError(f"{where}: {name} has shape {values.shape}; the "
                                       f"configuration says {self._list[i][2]}")

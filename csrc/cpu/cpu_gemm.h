@@ -4,8 +4,7 @@
  * whose sizes depend on K alone: inside a block one chain of multiply-adds in ascending order, then
  * the blocks' sums in ascending order.  Every path (packed or direct operands, full or partial
  * tiles, either operand broadcast) computes exactly this, so an element of y depends on its row of
- * a, its row of b and K, and on nothing else, to the last bit.
- */
+ * a, its row of b and K, and on nothing else, to the last bit. */
 #ifndef OVLM_CPU_CPU_GEMM_H
 #define OVLM_CPU_CPU_GEMM_H
 
@@ -20,7 +19,7 @@ enum {
 };
 
 /* An operand.  Along K its rows are rows of a tensor: element (o, k) is data[at(o) * stride + k];
- * across, they are its columns: data[at(k) * stride + o].  at(i) is index[i], or i without index. */
+ * across, its columns: data[at(k) * stride + o].  at(i) is index[i], or i without index. */
 typedef struct ovlm_gemm_side {
     const void *data;
     ovlm_dtype dtype; /* OVLM_F32 or OVLM_BF16 */

@@ -4,6 +4,7 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
+from .cost import _count
 
 _COLUMNS = ("item", "first_row", "n_rows", "source", "destination", "send_row", "receive_row")
 
@@ -96,6 +97,9 @@ class Route:
 
     __hash__ = None
 
+    def _rank(self, rank):
+        return _count("Route", "rank", rank, least=0, most=self.n_ranks - 1)
+
     def _rows(self, rank):
         return np.bincount(rank, weights=self.n_rows, minlength=self.n_ranks).astype(np.int64)
 
@@ -127,7 +131,7 @@ class Route:
         -------
         int64[N]
         """
-        mine = self.source == rank
+        mine = self.source == self._rank(rank)
         return np.bincount(self.destination[mine], weights=self.n_rows[mine],
                            minlength=self.n_ranks).astype(np.int64)
 
@@ -142,7 +146,7 @@ class Route:
         -------
         int64[N]
         """
-        mine = self.destination == rank
+        mine = self.destination == self._rank(rank)
         return np.bincount(self.source[mine], weights=self.n_rows[mine],
                            minlength=self.n_ranks).astype(np.int64)
 

@@ -23,7 +23,7 @@ def format_bytes(count):
     >>> format_bytes(0), format_bytes(1536), format_bytes(5 * 2**30)
     ('0 B', '1.5 KiB', '5.0 GiB')
     """
-    power = 0 if count < 1024 else min(int(math.log2(count) / 10), len(_BYTES) - 1)
+    power = 0 if count < 1024 else int(min(math.log2(count) / 10, len(_BYTES) - 1))
     return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:.1f} {_BYTES[power]}"
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import orchvlm
-from orchvlm import BatchCost, Cluster, SequenceCost, _core
+from orchvlm import Batch, BatchCost, Cluster, Items, Route, SequenceCost, _core, demo
+from orchvlm.policies import POLICIES
 
 EXAMPLES = int(os.environ.get("ORCHVLM_FUZZ_EXAMPLES", "60"))
 FAIR = (TypeError, ValueError, MemoryError, orchvlm.Error)
@@ -30,8 +32,8 @@ DTYPES = ["i8", "i4", "u8", "u1", "f8", "f4", "f2", "?", "c16", "O", "U3", "M8[s
 @st.composite
 def arrays(draw):
     shape = draw(st.sampled_from([(0,), (1,), (3,), (7,), (30,), (2, 3), (), (0, 2)]))
-    values = draw(st.lists(st.integers(-5, 5000), min_size=60, max_size=60))
-    array = np.array(values[:math.prod(shape)]).reshape(shape)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))  # element by element would be slow
+    array = rng.integers(-5, 5001, shape)
     try:
         array = array.astype(draw(st.sampled_from(DTYPES)))
     except (ValueError, TypeError):
@@ -52,12 +54,36 @@ MAPPINGS = st.dictionaries(KEYS, st.one_of(SCALARS, COSTS), max_size=4)
 CLUSTERS = st.sampled_from([Cluster.preset("h100", 2, 4), Cluster(1, 1, 1, 1, 1, 1)])
 JUNK = st.one_of(SCALARS, arrays(), LISTS, COSTS, MAPPINGS, CLUSTERS)
 
+COLUMNS = st.lists(st.integers(-1, 9) | st.sampled_from([2**31, 2**53, 2**62, 2**63 - 1, -2**63]),
+                   min_size=3, max_size=3)
+
 # Junk in one argument of a step must meet a batch and costs that go together.
-BATCHES = st.sampled_from([
-    orchvlm.Batch([5, 9, 2], [5, 9, 2], [0, 1, 0], {"vision": orchvlm.Items(
-        [0, 2], [1, 0], [8, 4], [2, 1], [9, 9], out_bytes_per_token=4.0)}),
-    orchvlm.Batch([], [], [], {"vision": orchvlm.Items([], [], [], [], [])})])
-STEP_COSTS = st.just({"vision": BatchCost(linear=1e-3), "llm": BatchCost(linear=1.0, fixed=.5)})
+BATCHES = st.one_of(
+    st.just(Batch([5, 9, 2], [5, 9, 2], [0, 1, 0], {"vision": Items(
+        [0, 2], [1, 0], [8, 4], [2, 1], [9, 9], out_bytes_per_token=4.0)})),
+    st.just(Batch([], [], [], {"vision": Items([], [], [], [], [])})),
+    st.builds(lambda text, rank, *columns: Batch(text, [1, 2, 3], rank, {"vision": Items(
+        *columns, out_bytes_per_token=1e300)}), *[COLUMNS] * 7))
+STEP_COSTS = st.sampled_from([
+    {"vision": BatchCost(linear=1e-3), "llm": BatchCost(linear=1.0, fixed=.5)},
+    {"vision": BatchCost(padded_quadratic=1e300), "llm": SequenceCost(1e-9, 1e-4)}])
+PHASES = st.sampled_from(["llm", "vision"])
+
+
+def spoilt(config):
+    """A configuration with at most one field, at the top or in a part of it, that is junk."""
+    parts = [key for key, value in config.items() if isinstance(value, dict)]
+    value = SCALARS | st.sampled_from([2**31 - 1, 1e-320]) | LISTS
+    top = st.builds(lambda key, junk: {**config, key: junk}, st.sampled_from([
+        *config, "num_experts", "thinker_config", "mlp_only_layers", "head_dim"]), value)
+    inner = [st.builds(lambda key, junk, part=part: {**config, part: {**config[part], key: junk}},
+                       st.sampled_from([*config[part], "mlp_ratio", "window_size"]), value)
+             for part in parts]
+    return st.one_of(st.just(config), top, *inner)
+
+
+SCHEDULERS = st.builds(SimpleNamespace, total_hdp_gpus=st.integers(-1, 9) | SCALARS.filter(
+    lambda x: small(x)), max_seq_len_per_rank=st.sampled_from([100, 1e-320, 10**400]) | SCALARS)
 
 # A good value for each parameter name: junk in one argument should meet sense in the others.
 GOOD = {
@@ -68,9 +94,25 @@ GOOD = {
     "time_limit": st.just(0.05), "seed": st.integers(0, 9), "policy": st.sampled_from(
         ["flex", "static", "homogeneous", "chunked"]), "n": st.integers(0, 9),
     "batch": BATCHES, "batches": BATCHES, "costs": STEP_COSTS,
-    "relabel": st.sampled_from([None, "sum", "minmax"]), "llm": st.just("balance"),
+    "relabel": st.sampled_from([None, "sum", "minmax"]), "llm": st.sampled_from(
+        ["balance", "sequence_parallel"]),
+    "policies": st.lists(st.sampled_from(sorted(POLICIES)), max_size=2),
+    "memory": st.dictionaries(PHASES, st.tuples(NUMBERS, NUMBERS) | st.just((1e-320, 0))),
+    "flops": st.dictionaries(PHASES, COSTS), "parameters": st.dictionaries(PHASES, NUMBERS),
+    "config": spoilt(demo.MODEL_9B), "model": st.just(orchvlm.from_model(
+        demo.MODEL_9B, Cluster.preset("h100"))),
+    "scheduler": SCHEDULERS, "sample_id_seqlens": st.lists(st.tuples(INTEGERS, st.integers(1, 99))),
+    "measurements": st.lists(st.tuples(LISTS, NUMBERS), max_size=4) | st.lists(
+        st.tuples(st.lists(st.integers(1, 99)), st.integers(1, 3), st.floats(1e-3, 9), NUMBERS)),
+    "name": st.sampled_from(["h100", "code_bytes"]), "rng": st.just(np.random.default_rng(0)),
+    "degree": st.just(1),
 }
-BOUNDED = {"work_limit", "time_limit", "n_ranks", "n_gpus", "k_partitions", "n"}
+BOUNDED = {"work_limit", "time_limit", "n_ranks", "n_gpus", "k_partitions", "n", "nodes",
+           "gpus_per_node"}
+ROUTE = Route([1, 0], [0, 0], [1, 1], [1, 0], [0, 1], [0, 0], [0, 0], 2)
+METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCost(1.0, 2.0),
+           **{f"Route.{name}": getattr(ROUTE, name)
+              for name in ("compose", "apply", "send_counts", "receive_counts")}}
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
@@ -98,7 +140,7 @@ def callables():
                     yield f"{name}.{key}", getattr(value, key)
 
 
-FUNCTIONS = dict(callables())
+FUNCTIONS = {**dict(callables()), **METHODS}
 
 
 def draw_arguments(data, function):

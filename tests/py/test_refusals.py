@@ -12,6 +12,7 @@ from orchvlm.reading import read_lengths
 from orchvlm.tables import format_bytes
 
 CLUSTER = Cluster.preset("h100", 1, 2)
+NO_ROUTE = orchvlm.Route(*[[]] * 7, n_ranks=2)
 LINEAR, GROUPS = BatchCost(linear=1.0), SequenceCost(1e-9, 1e-3)
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 128, "vocab_size": 1000}
@@ -61,6 +62,8 @@ REFUSED = [
     (partial(schedule, float("inf"), 100), TypeError, "total_hdp_gpus"),
     (partial(schedule, 2, 10**400), ValueError, "max_seq_len_per_rank"),
     (partial(schedule, 2, 0), ValueError, "max_seq_len_per_rank"),
+    (partial(NO_ROUTE.send_counts, 2), ValueError, "rank"),
+    (partial(NO_ROUTE.receive_counts, 0.5), TypeError, "rank"),
     (partial(read_lengths, "lengths.csv", per_unit=float("nan")), ValueError, "per_unit"),
     (partial(read_lengths, "lengths.csv", per_unit=-1), ValueError, "per_unit"),
 ]

@@ -243,8 +243,7 @@ def _experts(text, hidden):
 
 def _encoder_layer(fields, hidden):
     """(weights, bytes saved per position) of one encoder layer."""
-    ratio = fields.values.get("mlp_ratio", 4)
-    _coefficient(fields.where, "mlp_ratio", ratio)
+    ratio = _coefficient(fields.where, "mlp_ratio", fields.values.get("mlp_ratio", 4))
     inner = fields("intermediate_size", "encoder_ffn_dim", default=int(hidden * ratio))
     gated = fields.values.get("hidden_act") == "silu"
     weights = 4 * hidden * hidden + (3 if gated else 2) * hidden * inner

@@ -2,8 +2,8 @@
 out, and never a crash or a hang.
 
 Most arguments of a call make sense and some are junk, so that junk gets past the first check.
-ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 1000; 100000 take some minutes).
-Plain draws, without shrinking, are a hundred times faster than a library's."""
+ORCHVLM_FUZZ_EXAMPLES sets how many calls each function gets (default 1000; 100000 take some
+minutes).  Plain draws, without shrinking, are a hundred times faster than a library's."""
 import inspect
 import math
 import os

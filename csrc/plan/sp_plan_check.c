@@ -229,8 +229,9 @@ ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem, const ovlm_sp_pla
     ovlm_arena arena = {0};
     ovlm_status status = OVLM_OK;
     sp_model model; /* for its checks of the problem only */
-    checking c = {.problem = problem, .plan = plan, .chain = is_chain(problem)};
+    checking c = {.problem = problem, .plan = plan};
     OVLM_GOTO(done, sp_model_init(&model, problem, &arena, err));
+    c.chain = is_chain(problem); /* divides by what was checked just now */
     OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &c.seen, problem->n, err));
     OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &c.block, plan->n_groups, err));
     OVLM_GOTO(done, check_all(&c, err));

@@ -43,6 +43,19 @@ static void name_error(const char *name, const char *wanted)
     Py_XDECREF(trace);
 }
 
+int ovlm_arg_tuple(PyObject *tuple, const char *format, ...)
+{
+    va_list targets;
+    va_start(targets, format);
+    int ok = PyArg_VaParse(tuple, format, targets);
+    va_end(targets);
+    if (!ok && PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Clear();
+        PyErr_SetString(PyExc_ValueError, "a number is too large for a 64-bit integer or float");
+    }
+    return ok;
+}
+
 static int check_shape(PyArrayObject *array, const char *name, int64_t expected_n)
 {
     if (PyArray_NDIM(array) != 1) {

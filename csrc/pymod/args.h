@@ -51,6 +51,8 @@ int ovlm_arg_seed(PyObject *object, const char *name, uint64_t *value);
 int ovlm_arg_double(PyObject *object, const char *name, double *value);
 /* (work_limit, time_limit): None = default / none.  Polls for Ctrl-C during the call. */
 int ovlm_arg_budget(PyObject *work_limit, PyObject *time_limit, ovlm_budget *budget);
+/* PyArg_ParseTuple, answers as it does, but a number out of range is a ValueError. */
+int ovlm_arg_tuple(PyObject *tuple, const char *format, ...);
 /* TypeError unless nargs is `expected`. */
 int ovlm_arg_count(const char *function, Py_ssize_t nargs, Py_ssize_t expected);
 

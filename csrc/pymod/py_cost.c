@@ -9,9 +9,9 @@ int ovlm_arg_batch_cost(PyObject *object, ovlm_batch_cost *cost)
         PyErr_SetString(PyExc_TypeError, "cost must be a BatchCost");
         return -1;
     }
-    return PyArg_ParseTuple(object, "dddddd;cost must be a BatchCost", &cost->linear,
-                            &cost->quadratic, &cost->padded_linear, &cost->padded_quadratic,
-                            &cost->per_item, &cost->fixed)
+    return ovlm_arg_tuple(object, "dddddd;cost must be a BatchCost", &cost->linear,
+                          &cost->quadratic, &cost->padded_linear, &cost->padded_quadratic,
+                          &cost->per_item, &cost->fixed)
                ? 0
                : -1;
 }
@@ -28,9 +28,9 @@ int ovlm_arg_sequence_cost(PyObject *object, ovlm_sequence_cost *cost, ovlm_i64_
         PyErr_SetString(PyExc_TypeError, "cost must be a SequenceCost");
         return -1;
     }
-    if (!PyArg_ParseTuple(object, "ddddddLOO;cost must be a SequenceCost", &cost->quadratic,
-                          &cost->linear, &cost->fixed, &cost->memory_per_token,
-                          &cost->memory_fixed, &cost->memory_limit, &heads, &degrees, &values) ||
+    if (!ovlm_arg_tuple(object, "ddddddLOO;cost must be a SequenceCost", &cost->quadratic,
+                        &cost->linear, &cost->fixed, &cost->memory_per_token,
+                        &cost->memory_fixed, &cost->memory_limit, &heads, &degrees, &values) ||
         ovlm_arg_i64(degrees, "cost.comm", -1, false, degree) < 0 ||
         ovlm_arg_f64(values, "cost.comm", degree->n, false, false, comm) < 0) {
         Py_CLEAR(degree->owner);

@@ -274,9 +274,9 @@ static int parse_items(PyObject *tuple, items_view *view, ovlm_step_items *items
         PyErr_SetString(PyExc_TypeError, "a phase is a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "sOOOOOOdO(dd)", &items->name, &sample, &position, &length,
-                          &out_tokens, &bytes, &squares, &items->out_bytes_per_token, &cost,
-                          &items->memory_per_token, &items->memory_fixed) ||
+    if (!ovlm_arg_tuple(tuple, "sOOOOOOdO(dd)", &items->name, &sample, &position, &length,
+                        &out_tokens, &bytes, &squares, &items->out_bytes_per_token, &cost,
+                        &items->memory_per_token, &items->memory_fixed) ||
         ovlm_arg_batch_cost(cost, &items->cost) < 0 ||
         ovlm_arg_i64(sample, "sample", -1, false, &view->sample) < 0) {
         return -1;
@@ -333,11 +333,11 @@ static int parse_llm(PyObject *tuple, step_view *view)
     problem->sequence_parallel = PyTuple_GET_SIZE(tuple) == 3;
     problem->pad_to = 1;
     if (!problem->sequence_parallel) {
-        return PyArg_ParseTuple(tuple, "O(dd)", &cost, &problem->llm_memory_per_token,
-                                &problem->llm_memory_fixed)
+        return ovlm_arg_tuple(tuple, "O(dd)", &cost, &problem->llm_memory_per_token,
+                              &problem->llm_memory_fixed)
                    ? ovlm_arg_batch_cost(cost, &problem->llm_cost) : -1;
     }
-    if (!PyArg_ParseTuple(tuple, "OOO", &cost, &pad_to, &warm) ||
+    if (!ovlm_arg_tuple(tuple, "OOO", &cost, &pad_to, &warm) ||
         ovlm_arg_sequence_cost(cost, &problem->sequence_cost, &view->degrees, &view->comm) < 0 ||
         ovlm_arg_int(pad_to, "pad_to", &problem->pad_to) < 0) {
         return -1;
@@ -362,10 +362,10 @@ static int parse_step(PyObject *tuple, step_view *view)
         PyErr_SetString(PyExc_TypeError, "problem must be a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "OOdddOOdOOidpO", &n_ranks, &per_node, &problem->memory_bytes,
-                          &problem->intra_bandwidth, &problem->inter_bandwidth, &text, &source,
-                          &problem->text_bytes_per_token, &phases, &llm, &relabel,
-                          &problem->slack, &compose, &seed) ||
+    if (!ovlm_arg_tuple(tuple, "OOdddOOdOOidpO", &n_ranks, &per_node, &problem->memory_bytes,
+                        &problem->intra_bandwidth, &problem->inter_bandwidth, &text, &source,
+                        &problem->text_bytes_per_token, &phases, &llm, &relabel,
+                        &problem->slack, &compose, &seed) ||
         ovlm_arg_int(n_ranks, "cluster.n_gpus", &problem->n_ranks) < 0 ||
         ovlm_arg_int(per_node, "cluster.gpus_per_node", &problem->gpus_per_node) < 0 ||
         ovlm_arg_seed(seed, "seed", &problem->seed) < 0 ||
@@ -487,7 +487,7 @@ static int parse_decision(PyObject *tuple, ovlm_step_share *share)
     long long n_micro = 0;
     int bad = -1;
     if (PyTuple_Check(tuple) &&
-        PyArg_ParseTuple(tuple, "OOLd", &rank, &micro, &n_micro, &share->bound) &&
+        ovlm_arg_tuple(tuple, "OOLd", &rank, &micro, &n_micro, &share->bound) &&
         ovlm_arg_i64(rank, "rank", share->n, false, &ranks) == 0 &&
         ovlm_arg_i64(micro, "micro_batch", share->n, false, &micros) == 0) {
         memcpy(share->rank, ranks.data, (size_t)share->n * sizeof *share->rank);

@@ -5,9 +5,10 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
-from .cost import BatchCost
+from .cost import BatchCost, _count
 
 _STATUS = ("feasible", "optimal")
+_MOST_RANKS = 2**29 - 1  # as ovlm_balance
 
 
 def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=None, min_items=0,
@@ -142,9 +143,7 @@ def _one_per_rank(capacity, n_ranks):
     array = np.asarray(capacity)
     if array.dtype.kind not in "iu":
         raise TypeError(f"capacity must be an integer or one per rank; got {capacity!r}")
-    if isinstance(n_ranks, bool) or not hasattr(n_ranks, "__index__"):
-        raise TypeError(f"n_ranks must be an integer; got {type(n_ranks).__name__}")
-    return np.full(max(0, min(int(n_ranks), 1 << 29)), array)
+    return np.full(_count("balance", "n_ranks", n_ranks, most=_MOST_RANKS), array)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

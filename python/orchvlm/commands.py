@@ -33,7 +33,7 @@ def _read_config(path):
     except OSError as error:
         raise CommandError(f"--model: {path}: {error.strerror}; known models: "
                            f"{', '.join(_PUBLISHED)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"--model: {path}: not JSON ({error})") from None
     return config
 
@@ -305,6 +305,5 @@ def _simulate_demo(arguments):
 def _simulate_file(arguments):
     cluster = _cluster(arguments, _MEASURED)
     lengths, size = _read(arguments, SEQUENCES, arguments.steps)
-    batches = [lengths[i * size:(i + 1) * size] for i in range(arguments.steps)]
-    return ([b for b in batches if len(b)], cluster,
-            {"llm": _sequence_cost(arguments, cluster)}, {})
+    batches = [lengths[i:i + size] for i in range(0, len(lengths), size)]
+    return batches, cluster, {"llm": _sequence_cost(arguments, cluster)}, {}

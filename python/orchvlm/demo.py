@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .cost import BatchCost, _count
-from .model_cost import ModelCosts
+from .model_cost import ModelCosts, _Fields
 
 #: Quantiles of public datasets, as (share, value) pairs.
 QUANTILES = {
@@ -277,12 +277,13 @@ def _pool(name, rng):
 def _input_bytes(phase, config):
     """What one token leaves behind when only the inputs of the layers are kept."""
     if phase == "vision":
-        vision = config["vision_config"]
-        return 2.0 * vision["hidden_size"] * vision["num_hidden_layers"]
+        vision = _Fields(config.get("vision_config"), "vision_config")
+        return 2.0 * vision("hidden_size") * vision("num_hidden_layers")
     if phase == "audio":  # two frames become one position
-        audio = config["audio_config"]
-        return 2.0 * audio["d_model"] * audio["encoder_layers"] / 2
-    return 2.0 * config["hidden_size"] * config["num_hidden_layers"]
+        audio = _Fields(config.get("audio_config"), "audio_config")
+        return 2.0 * audio("d_model") * audio("encoder_layers") / 2
+    text = _Fields(config, "config")
+    return 2.0 * text("hidden_size") * text("num_hidden_layers")
 
 
 def recomputed(model, config):
@@ -304,9 +305,10 @@ def recomputed(model, config):
     Raises
     ------
     TypeError
-        Arguments that are not a ``ModelCosts`` and a mapping, or a cost of another kind.
+        Arguments that are not a ``ModelCosts`` and a mapping, a cost of another kind, or a part
+        or field of ``config`` that is missing or of another type.
     ValueError
-        ``config`` lacks a phase or a field of the model's.
+        ``config`` lacks a field, or it is not positive.
 
     Examples
     --------
@@ -326,11 +328,8 @@ def recomputed(model, config):
         cost, **{name: getattr(cost, name) * 4 / 3
                  for name in ("linear", "quadratic", "padded_linear", "padded_quadratic")})
         for phase, cost in model.costs.items()}
-    try:
-        memory = {phase: (_input_bytes(phase, config), fixed)
-                  for phase, (_, fixed) in model.memory.items()}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config is not the one that the model was made from: {error}") from None
+    memory = {phase: (_input_bytes(phase, config), fixed)
+              for phase, (_, fixed) in model.memory.items()}
     return model._replace(costs=costs, memory=memory)
 
 

@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .batch import integers
+from .cost import _coefficient
 from .sequences import _integer, _restrict, bucket_lengths
+
+_MOST_VARIABLES = 1 << 22  # gigabytes, and beyond what HiGHS ends with
 
 
 class MilpPlan(NamedTuple):
@@ -103,17 +107,20 @@ def plan_sequences_milp(lengths, n_gpus, cost, *, degrees=None, n_buckets=None, 
         raise ImportError("plan_sequences_milp needs SciPy: pip install scipy") from None
     n_gpus = _integer(n_gpus, "n_gpus")
     cost = _restrict(cost, degrees, n_gpus)
-    lengths = np.ascontiguousarray(lengths)
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-        raise TypeError("lengths must be a one-dimensional array of integers")
+    time_limit = _coefficient("plan_sequences_milp", "time_limit", time_limit, infinite=True)
+    lengths = integers(lengths, "lengths")
     if len(lengths) == 0 or lengths.min() < 1:
         raise ValueError("lengths must hold at least one sequence, each of at least 1 token")
-    bucket, size, count = _buckets(lengths.astype(np.int64), n_buckets)
+    bucket, size, count = _buckets(lengths, n_buckets)
+    n_groups = sum(n_gpus // d for d in cost.comm)
+    if n_groups * len(size) > _MOST_VARIABLES:
+        raise ValueError(f"{n_groups} virtual groups on n_gpus = {n_gpus} times {len(size)} lengths"
+                         f" are more than {_MOST_VARIABLES} variables; give n_buckets or degrees")
     degree = np.array([d for d in sorted(cost.comm) for _ in range(n_gpus // d)], np.int64)
     objective, constraints, integrality, bounds = _program(size, count, degree, n_gpus, cost,
                                                            symmetry)
     answer = milp(objective, constraints=constraints, integrality=integrality, bounds=bounds,
-                  options={"time_limit": float(time_limit)})
+                  options={"time_limit": time_limit})
     bound = getattr(answer, "mip_dual_bound", None)
     bound = -math.inf if bound is None else float(bound)
     if answer.x is None:

@@ -124,7 +124,7 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
     efficiency = _coefficient("from_model", "efficiency", efficiency)
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency must be in (0, 1]; got {efficiency}")
-    config = config.get("thinker_config", config)
+    config = _Fields(config.get("thinker_config", config), "thinker_config").values
     text = _Fields(_first(config, ("text_config", "llm_config"), config), "config")
     counts = {"llm": _count_language(text)}
     if config.get("vision_config") is not None:
@@ -133,6 +133,8 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
         counts["audio"] = _count_audio(_Fields(config["audio_config"], "audio_config"), text)
 
     rate = efficiency * cluster.peak_flops
+    if rate == 0:
+        raise ValueError(f"efficiency {efficiency} times peak_flops {cluster.peak_flops} is 0")
     fixed_bytes = _STATE_BYTES * sum(c.parameters for c in counts.values()) / cluster.n_gpus
     flops = {phase: BatchCost(linear=3 * (c.linear + c.conv), quadratic=3 * c.quadratic)
              for phase, c in counts.items()}
@@ -219,8 +221,9 @@ def _sparse_layers(text, layers):
         return 0
     step = text("decoder_sparse_step", "moe_layer_freq", default=1)
     dense_first = text("first_k_dense_replace", default=0, least=0)
-    dense = set(text.list("mlp_only_layers"))
-    return sum(i >= dense_first and i not in dense and (i + 1) % step == 0 for i in range(layers))
+    dense = {i for i in text.list("mlp_only_layers") if isinstance(i, int)}
+    return (max(0, layers // step - dense_first // step)
+            - sum(dense_first <= i < layers and (i + 1) % step == 0 for i in dense))
 
 
 def _experts(text, hidden):
@@ -240,8 +243,7 @@ def _experts(text, hidden):
 
 def _encoder_layer(fields, hidden):
     """(weights, bytes saved per position) of one encoder layer."""
-    ratio = fields.values.get("mlp_ratio", 4)
-    _coefficient(fields.where, "mlp_ratio", ratio)
+    ratio = _coefficient(fields.where, "mlp_ratio", fields.values.get("mlp_ratio", 4))
     inner = fields("intermediate_size", "encoder_ffn_dim", default=int(hidden * ratio))
     gated = fields.values.get("hidden_act") == "silu"
     weights = 4 * hidden * hidden + (3 if gated else 2) * hidden * inner

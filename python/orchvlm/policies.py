@@ -218,7 +218,7 @@ def _tokens_that_fit(phase, cluster, bytes_per_token, fixed_bytes):
     if room < bytes_per_token:
         raise ValueError(f"memory[{phase!r}]: {fixed_bytes:.3g} fixed bytes leave no room in "
                          f"{cluster.memory_bytes:.3g} bytes for a token")
-    return int(room / bytes_per_token) if bytes_per_token > 0 else None
+    return int(min(room / bytes_per_token, 2.0**62)) if bytes_per_token > 0 else None
 
 
 class Placer:

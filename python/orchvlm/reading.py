@@ -188,6 +188,8 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     ------
     FileError
         Whatever is wrong with the file or its contents, in one line that says where.
+    ValueError
+        ``per_unit`` that is not positive and finite.
 
     Notes
     -----
@@ -203,6 +205,8 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     ...     read_lengths(path, column="seconds", per_unit=25)
     array([63, 23])
     """
+    if per_unit is not None and not 0 < per_unit < math.inf:
+        raise ValueError(f"per_unit must be positive and finite; got {per_unit}")
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path}: is a directory")

@@ -2,13 +2,13 @@
 import html
 from dataclasses import dataclass
 
-# Two lines each: what, and of which state of the step.
-_PHASE_HEAD = (("phase", ""), ("items", ""), ("micro-batches", ""), ("max/mean", "before"),
-               ("max/mean", "after"), ("time", "before"), ("time", "after"), ("bound", ""),
-               ("gap", ""))
-_ROUTE_HEAD = (("route", ""), ("on its rank", "after"), ("in its node", "after"),
-               ("between nodes", "before"), ("between nodes", "after"), ("worst rank", "before"),
-               ("worst rank", "after"), ("transfer", "after"), ("exposed", ""))
+from .tables import html_table, text_table
+
+_PHASE_HEAD = ("phase", "items", "micro-batches", "max/mean\nbefore", "max/mean\nafter",
+               "time\nbefore", "time\nafter", "bound", "gap")
+_ROUTE_HEAD = ("route", "on its rank\nafter", "in its node\nafter", "between nodes\nbefore",
+               "between nodes\nafter", "worst rank\nbefore", "worst rank\nafter",
+               "transfer\nafter", "exposed")
 _ROUTE_NOTE = ("Routes before and after ranks were relabelled, which lessens the exposed ones: "
                "outputs on the\nway to the language model. The others move items to where they "
                "are encoded, ahead of the step\nand hidden by the one before, so their bytes "
@@ -88,26 +88,15 @@ class StepReport:
                    f"{_percent(step.gap)}")
         return cls(tuple(phases), tuple(routes), summary)
 
+    def _tables(self):
+        return (_PHASE_HEAD, self.phases), (_ROUTE_HEAD, self.routes)
+
     def __str__(self):
-        parts = []
-        for head, rows in ((_PHASE_HEAD, self.phases), (_ROUTE_HEAD, self.routes)):
-            rows = (*zip(*head), *rows)
-            widths = [max(map(len, column)) for column in zip(*rows)]
-            parts += ["  ".join(cell.ljust(width) if c == 0 else cell.rjust(width)
-                                for c, (cell, width) in enumerate(zip(row, widths))).rstrip()
-                      for row in rows]
-            parts.append("")
-        return "\n".join([*parts, _ROUTE_NOTE, "", self.summary])
+        return "\n\n".join([*(text_table(*table) for table in self._tables()), _ROUTE_NOTE,
+                            self.summary])
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        parts = []
-        for head, rows in ((_PHASE_HEAD, self.phases), (_ROUTE_HEAD, self.routes)):
-            names = "".join(f"<th>{what}<br>{when}</th>" for what, when in head)
-            cells = [f"<tr>{names}</tr>"]
-            cells += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                      for row in rows]
-            parts.append("<table>" + "".join(cells) + "</table>")
-        return "".join(parts) + "".join(f"<p>{html.escape(text)}</p>"
-                                        for text in (_ROUTE_NOTE, self.summary))
+        return "".join([*(html_table(*table) for table in self._tables()),
+                        *(f"<p>{html.escape(text)}</p>" for text in (_ROUTE_NOTE, self.summary))])

@@ -4,6 +4,8 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
+from .cost import _count
+from .tables import html_table
 
 _COLUMNS = ("item", "first_row", "n_rows", "source", "destination", "send_row", "receive_row")
 
@@ -96,6 +98,12 @@ class Route:
 
     __hash__ = None
 
+    def _facing(self, rank, here, there):
+        """int64[N] : rows that one rank exchanges with each, seen from its end."""
+        mine = here == _count("Route", "rank", rank, least=0, most=self.n_ranks - 1)
+        return np.bincount(there[mine], weights=self.n_rows[mine],
+                           minlength=self.n_ranks).astype(np.int64)
+
     def _rows(self, rank):
         return np.bincount(rank, weights=self.n_rows, minlength=self.n_ranks).astype(np.int64)
 
@@ -126,10 +134,13 @@ class Route:
         Returns
         -------
         int64[N]
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``rank`` is no integer in 0 .. N-1.
         """
-        mine = self.source == rank
-        return np.bincount(self.destination[mine], weights=self.n_rows[mine],
-                           minlength=self.n_ranks).astype(np.int64)
+        return self._facing(rank, self.source, self.destination)
 
     def receive_counts(self, rank):
         """Rows that one rank receives from each rank.
@@ -141,10 +152,13 @@ class Route:
         Returns
         -------
         int64[N]
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``rank`` is no integer in 0 .. N-1.
         """
-        mine = self.destination == rank
-        return np.bincount(self.source[mine], weights=self.n_rows[mine],
-                           minlength=self.n_ranks).astype(np.int64)
+        return self._facing(rank, self.destination, self.source)
 
     def invert(self):
         """The way back: what gradients take, and outputs that return to their source.
@@ -220,8 +234,5 @@ class Route:
                 f"{self.n_ranks} ranks, {stay} stay>")
 
     def _repr_html_(self):
-        rows = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in piece) + "</tr>"
-                       for piece in list(zip(*(getattr(self, name)[:20] for name in _COLUMNS))))
-        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        more = f"<caption>{repr(self)[1:-1]}; the first 20 pieces</caption>"
-        return f"<table>{more}<tr>{head}</tr>{rows}</table>"
+        pieces = zip(*(getattr(self, name)[:20] for name in _COLUMNS))
+        return html_table(_COLUMNS, pieces, f"{repr(self)[1:-1]}; the first 20 pieces")

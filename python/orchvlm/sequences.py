@@ -1,5 +1,6 @@
 """Sequence-parallel groups: which sequences run together, on how many GPUs, and when."""
 import html
+import math
 import operator
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from .tables import format_count
 _KIND = "orchvlm.sequence_plan"
 _POLICIES = ("static", "homogeneous", "chunked", "flex")
 _STATUS = ("feasible", "optimal")
+_MOST_MICRO_BATCHES = 1 << 20
 _ARRAYS = ("micro_start", "degree", "first_gpu", "group_start", "item")
 
 
@@ -37,7 +39,7 @@ def _restrict(cost, degrees, n_gpus):
     return replace(cost, comm={degree: cost.comm[degree] for degree in fitting})
 
 
-def _integer(value, name, least=1):
+def _integer(value, name, least=1, most=math.inf):
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got bool")
     try:
@@ -46,6 +48,8 @@ def _integer(value, name, least=1):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}") from None
     if value < least:
         raise ValueError(f"{name} must be >= {least}; got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be <= {most}; got {value}")
     return value
 
 
@@ -123,7 +127,7 @@ class SequencePlan:
 
     def __init__(self, problem, policy, fields):
         if not (isinstance(fields, (tuple, list)) and len(fields) == 11 and all(
-                isinstance(array, np.ndarray) for array in fields[:6])):
+                isinstance(array, np.ndarray) for array in fields[:6]) and fields[8] in (0, 1)):
             raise TypeError("a SequencePlan comes from plan_sequences or from_bytes")
         (self.lengths, self.n_gpus, self.gpus_per_node, self.cost, self.pad_to,
          self._asked_micro_batches) = problem
@@ -360,7 +364,7 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     pad_to : int
         Each GPU's shard is padded to a multiple of this many tokens, which counts as memory.
     micro_batches : int, optional
-        Exactly this many, the last ones empty if need be.  Default: as many as pay.
+        Exactly this many, at most 2^20, the last ones empty if need be.  Default: as many as pay.
     policy : {"flex", "chunked", "homogeneous", "static"}
         ``"static"``: one degree for the whole step, the best one.  ``"homogeneous"``: the best
         degree per micro-batch of sorted chunks, longest first onto the least loaded group.
@@ -426,7 +430,8 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
         raise ValueError(f"policy must be one of {', '.join(_POLICIES)}; got {policy!r}")
     if warm_start is not None and not isinstance(warm_start, SequencePlan):
         raise TypeError(f"warm_start must be a SequencePlan; got {type(warm_start).__name__}")
-    asked = 0 if micro_batches is None else _integer(micro_batches, "micro_batches")
+    asked = 0 if micro_batches is None else _integer(micro_batches, "micro_batches",
+                                                     most=_MOST_MICRO_BATCHES)
     problem = (n_gpus, _integer(gpus_per_node, "gpus_per_node"))
     pad_to = _integer(pad_to, "pad_to")
     fields = _core.sp_solve(lengths, *problem, cost._astuple(), pad_to, asked,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .batch import amount, checked_memory
-from .cost import Cluster
+from .batch import ITEM_COLUMNS, amount, checked_memory
+from .cost import BatchCost, Cluster, SequenceCost
 from .policies import POLICIES, Placer, language_lengths, squares_of
 from .sequences import _integer
 from .step_graph import Options, account, build_step, measure_traffic, parameter_seconds
@@ -265,8 +265,41 @@ def _as_batches(batches, n_ranks):
     return made
 
 
-def _check_costs(batches, costs, policies, parameters, flops):
-    from .cost import BatchCost, SequenceCost
+def _check_range(name, values, high):
+    """Every value lies in [0, high), and sums are exact in doubles."""
+    if len(values) and not 0 <= values.min() <= values.max() < high:
+        raise ValueError(f"{name} must be in [0, {high}); got {int(values.min())} to "
+                         f"{int(values.max())}")
+    if values.sum(dtype=float) >= 2.0**53:
+        raise ValueError(f"{name} must sum to less than 2^53")
+
+
+def _check_batch(name, batch, n_ranks):
+    """What the policies rely on that a :class:`Batch` alone does not promise."""
+    _check_range(f"{name}.source_rank", batch.source_rank, n_ranks)
+    _check_range(f"{name}.text_tokens", batch.text_tokens, 2**53)
+    for phase, items in batch.phases.items():
+        for column in ITEM_COLUMNS:
+            _check_range(f"{name}.phases[{phase!r}].{column}", getattr(items, column),
+                         len(batch) if column == "sample" else 2**53)
+
+
+def _check_figures(phases, parameters, flops):
+    """The parameters of each phase as floats."""
+    for name, given in (("parameters", parameters), ("flops", flops)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{name} must map phases to figures; got {type(given).__name__}")
+        unknown = sorted(set(given or ()) - set(phases), key=str)
+        if unknown:
+            raise ValueError(f"{name} names unknown phases {unknown}; there are {phases}")
+    for phase, cost in (flops or {}).items():
+        if not isinstance(cost, BatchCost):
+            raise TypeError(f"flops[{phase!r}] must be a BatchCost; got {type(cost).__name__}")
+    return {phase: amount(count, f"parameters[{phase!r}]")
+            for phase, count in (parameters or {}).items()}
+
+
+def _check_costs(batches, costs, policies):
     phases = [*batches[0].phases, "llm"]
     for i, batch in enumerate(batches):
         if [*batch.phases, "llm"] != phases:
@@ -275,16 +308,18 @@ def _check_costs(batches, costs, policies, parameters, flops):
     for phase in phases:
         if phase not in costs:
             raise ValueError(f"costs has no entry for phase {phase!r}")
-    for name, given in (("costs", costs), ("parameters", parameters), ("flops", flops)):
-        unknown = sorted(set(given or ()) - set(phases))
-        if unknown:
-            raise ValueError(f"{name} names unknown phases {unknown}; there are {phases}")
+    unknown = sorted(set(costs) - set(phases), key=str)
+    if unknown:
+        raise ValueError(f"costs names unknown phases {unknown}; there are {phases}")
+    if not policies:
+        raise ValueError("policies must name at least one")
     for name in policies:
         if name not in POLICIES:
             raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-        wants = SequenceCost if name.startswith("sp_") else None
-        if wants and not isinstance(costs["llm"], SequenceCost):
-            raise TypeError(f"policy {name!r} needs costs['llm'] to be a SequenceCost; got "
+        kinds = SequenceCost if name.startswith("sp_") else (BatchCost, SequenceCost)
+        if not isinstance(costs["llm"], kinds):
+            raise TypeError(f"policy {name!r} needs costs['llm'] to be a SequenceCost"
+                            f"{' or BatchCost' * (kinds is not SequenceCost)}; got "
                             f"{type(costs['llm']).__name__}")
     for phase in phases[:-1]:
         if not isinstance(costs[phase], BatchCost):
@@ -316,7 +351,6 @@ def default_policies(phases, llm_cost):
     >>> default_policies(["llm"], orchvlm.SequenceCost(0.0, 1.0))
     ('sp_run', 'sp_static', 'sp_homogeneous', 'sp_chunked', 'sp_flex')
     """
-    from .cost import BatchCost
     if not isinstance(llm_cost, BatchCost):
         return tuple(name for name in POLICIES if name.startswith("sp_"))
     per_rank = tuple(name for name in POLICIES if not name.startswith("sp_"))
@@ -387,7 +421,8 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
         A batch, cost or policy of the wrong kind.
     ValueError
         An unknown phase or policy, a missing cost, a negative figure, a rank outside of the
-        cluster, or an item that no GPU can hold.
+        cluster, a sample outside of the batch, a column that sums to 2^53 or more, or an item that
+        no GPU can hold.
 
     Notes
     -----
@@ -419,13 +454,11 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
     batches = _as_batches(batches, cluster.n_gpus)
     policies = tuple(default_policies([*batches[0].phases, "llm"], costs.get("llm"))
                      if policies is None else policies)
-    phases = _check_costs(batches, costs, policies, parameters, flops)
+    phases = _check_costs(batches, costs, policies)
+    parameters = _check_figures(phases, parameters, flops)
     backward, planning_s = amount(backward, "backward"), amount(planning_s, "planning_s")
     for i, batch in enumerate(batches):
-        source = np.asarray(batch.source_rank)
-        if len(source) and not 0 <= source.min() <= source.max() < cluster.n_gpus:
-            raise ValueError(f"batches[{i}].source_rank must be in [0, {cluster.n_gpus}); got "
-                             f"{int(source.min())} to {int(source.max())}")
+        _check_batch(f"batches[{i}]", batch, cluster.n_gpus)
     options = Options(backward, bool(sharded), parameter_seconds(parameters, cluster), planning_s)
     longest = max(int(language_lengths(batch).max(initial=1)) for batch in batches)
     if context is not None:

@@ -170,6 +170,9 @@ class StepPlan:
     """
 
     def __init__(self, problem, options, fields):
+        if not (isinstance(problem, tuple) and len(problem) == 4 and isinstance(problem[0], Batch)
+                and isinstance(fields, tuple) and len(fields) == 8):
+            raise TypeError("a StepPlan comes from plan_step or from_bytes")
         self.batch, self.cluster, self.costs, self.memory = problem
         self._options = options
         shares, sequences, routes, relabelled, self.exposed, self.time, self.bound, \

@@ -1,6 +1,7 @@
 """Tables for people: aligned plain text, and HTML for notebooks."""
 import html as _html
 import math
+from itertools import zip_longest
 
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -23,7 +24,7 @@ def format_bytes(count):
     >>> format_bytes(0), format_bytes(1536), format_bytes(5 * 2**30)
     ('0 B', '1.5 KiB', '5.0 GiB')
     """
-    power = 0 if count < 1024 else min(int(math.log2(count) / 10), len(_BYTES) - 1)
+    power = 0 if count < 1024 else int(min(math.log2(count) / 10, len(_BYTES) - 1))
     return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:.1f} {_BYTES[power]}"
 
 
@@ -80,8 +81,16 @@ def _numeric(cell):
 
 
 def _right(columns):
-    """A column is set flush right when its non-empty cells are numbers."""
-    return [all(_numeric(c) for c in column if c) and any(column) for column in columns]
+    """A column is set flush right when its cells are numbers, but for empty ones and dashes."""
+    return [all(_numeric(c) for c in column if c not in ("", "-")) and any(column)
+            for column in columns]
+
+
+def _columns(header, rows):
+    """(rows of strings, columns, which of them are set flush right)"""
+    rows = [[str(c) for c in row] for row in rows]
+    columns = list(zip(*rows)) if rows else [()] * len(header)
+    return rows, columns, _right(columns)
 
 
 def format_count(count, noun):
@@ -114,7 +123,7 @@ def text_table(header, rows, title=None):
     Parameters
     ----------
     header : sequence of str
-        Names of the columns.
+        Names of the columns; a name may have several lines.
     rows : sequence of sequences
         Cells; anything that ``str`` takes.
     title : str, optional
@@ -134,16 +143,15 @@ def text_table(header, rows, title=None):
     a      1.5
     bb      10
     """
-    rows = [[str(c) for c in row] for row in rows]
-    columns = list(zip(*rows)) if rows else [()] * len(header)
-    width = [max(map(len, (name, *column))) for name, column in zip(header, columns)]
-    right = _right(columns)
+    rows, columns, right = _columns(header, rows)
+    names = list(zip_longest(*(name.split("\n") for name in header), fillvalue=""))
+    width = [max(map(len, (*name, *column))) for name, column in zip(zip(*names), columns)]
 
     def line(cells):
         put = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, width, right))
         return "  ".join(put).rstrip()
 
-    lines = [line(header), "  ".join("-" * w for w in width), *map(line, rows)]
+    lines = [*map(line, names), "  ".join("-" * w for w in width), *map(line, rows)]
     return "\n".join([title, *lines] if title else lines)
 
 
@@ -153,7 +161,7 @@ def html_table(header, rows, title=None):
     Parameters
     ----------
     header : sequence of str
-        Names of the columns.
+        Names of the columns; a name may have several lines.
     rows : sequence of sequences
         Cells; anything that ``str`` takes.
     title : str, optional
@@ -169,12 +177,12 @@ def html_table(header, rows, title=None):
     >>> "<td>&lt;8K</td>" in html_table(["mix"], [["<8K"]])
     True
     """
-    rows = [[str(c) for c in row] for row in rows]
-    right = _right(list(zip(*rows)) if rows else [()] * len(header))
+    rows, _, right = _columns(header, rows)
     style = [' style="text-align:right"' if r else "" for r in right]
 
     def line(cells, tag):
-        inner = "".join(f"<{tag}{s}>{_html.escape(c)}</{tag}>" for c, s in zip(cells, style))
+        inner = "".join(f"<{tag}{s}>{_html.escape(c)}</{tag}>".replace("\n", "<br>")
+                        for c, s in zip(cells, style))
         return f"<tr>{inner}</tr>"
 
     caption = f"<caption>{_html.escape(title)}</caption>" if title else ""

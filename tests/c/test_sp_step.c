@@ -206,6 +206,25 @@ static void test_stop_and_failures(void)
     }
 }
 
+/* A problem that is no problem is refused before anything is computed from it. */
+static void test_check_of_bad_problems(void)
+{
+    random_problem r;
+    draw(&r);
+    ovlm_budget budget = {.work_limit = 0};
+    ovlm_err err = {0};
+    ovlm_status status;
+    ovlm_sp_plan *plan = solve(&r.problem, &budget, &status, &err);
+    int64_t *field[] = {&r.problem.n_gpus, &r.problem.gpus_per_node, &r.problem.pad_to};
+    for (size_t i = 0; plan != NULL && i < sizeof field / sizeof field[0]; i++) {
+        int64_t good = *field[i];
+        *field[i] = -(int64_t)ovlm_rng_below(&test_rng, 2);
+        CHECK(ovlm_sp_plan_check(&r.problem, plan, &err) == OVLM_E_ARG, "field %d", (int)i);
+        *field[i] = good;
+    }
+    ovlm_sp_plan_free(plan);
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
@@ -213,5 +232,6 @@ int main(int argc, char **argv)
     test_policies();
     test_threads_do_not_matter();
     test_stop_and_failures();
+    test_check_of_bad_problems();
     return test_end("sp_step");
 }

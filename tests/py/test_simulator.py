@@ -477,7 +477,7 @@ def test_demo_refuses_sizes_before_any_work():
 
 def test_recomputed_refuses_another_models_config():
     model = orchvlm.from_model(demo.MODEL_9B, cluster())
-    with pytest.raises(ValueError, match="vision_config"):
+    with pytest.raises(TypeError, match="vision_config"):
         demo.recomputed(model, {"hidden_size": 8, "num_hidden_layers": 2})
     grouped = orchvlm.from_model(demo.MODEL_9B, cluster(), llm="sequence_parallel")
     with pytest.raises(TypeError, match="BatchCost"):

@@ -1,9 +1,9 @@
 """Megatron-Core's scheduler of hybrid context parallelism, with this library's planner inside."""
-import math
 from dataclasses import replace
 
+from ..batch import amount
 from ..cost import SequenceCost
-from ..sequences import plan_sequences
+from ..sequences import _integer, plan_sequences
 
 _LARGEST_MEASURED = 64
 
@@ -16,7 +16,7 @@ def _default_cost(n_gpus, tokens_per_gpu):
     last = measured.comm[max(measured.comm)]
     comm = {degree: measured.comm.get(degree, last) for degree in sorted({*powers, n_gpus})}
     return replace(measured, comm=comm, fixed=0.0, heads=0, memory_per_token=1.0,
-                   memory_fixed=0.0, memory_limit=float(tokens_per_gpu))
+                   memory_fixed=0.0, memory_limit=tokens_per_gpu)
 
 
 def _widened(groups, n_gpus):
@@ -105,16 +105,16 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
     for name in ("total_hdp_gpus", "max_seq_len_per_rank"):
         if not hasattr(scheduler, name):
             raise TypeError(f"scheduler must have {name}; got {type(scheduler).__name__}")
-    n_gpus = int(scheduler.total_hdp_gpus)
-    limit = scheduler.max_seq_len_per_rank
+    n_gpus = _integer(scheduler.total_hdp_gpus, "total_hdp_gpus")
+    limit = amount(scheduler.max_seq_len_per_rank, "max_seq_len_per_rank")
     pairs = [(sample_id, length) for sample_id, length in sample_id_seqlens]
     ids = [sample_id for sample_id, _ in pairs]
     lengths = [length for _, length in pairs]
     if len(set(ids)) < len(ids):
         raise ValueError("sample_id_seqlens: a sample id appears twice")
     if cost is None:
-        if not (isinstance(limit, (int, float)) and math.isfinite(limit) and limit >= 1):
-            raise ValueError(f"max_seq_len_per_rank must be >= 1; got {limit!r}")
+        if limit < 1:
+            raise ValueError(f"max_seq_len_per_rank must be >= 1; got {limit}")
         cost = _default_cost(n_gpus, limit)
     for degree in getattr(cost, "comm", ()):
         if degree & (degree - 1) and degree != n_gpus:

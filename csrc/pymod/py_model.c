@@ -2,7 +2,6 @@
 #include "py_model.h"
 
 #include "cpu/cpu.h"
-#include "structmember.h"
 
 int ovlm_model_enter(model_object *self)
 {
@@ -83,13 +82,6 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
 
 enum { CONFIG_INTS = 51, CONFIG_FLOATS = 6 };
 
-/* A built-in table by name, or one in a shared object by path. */
-static ovlm_status find_ops(const char *name, const ovlm_ops **ops, ovlm_err *err)
-{
-    *ops = ovlm_cpu_ops_find(name);
-    return *ops != NULL ? OVLM_OK : ovlm_backend_load(name, ops, err);
-}
-
 static const struct {
     const char *name;
     ovlm_dtype dtype;
@@ -136,7 +128,10 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     ovlm_err err = {0};
     ovlm_status status = OVLM_OK;
     Py_BEGIN_ALLOW_THREADS
-    status = find_ops(backend, &ops, &err);
+    ops = ovlm_cpu_ops_find(backend); /* built in, or in a shared object */
+    if (ops == NULL) {
+        status = ovlm_backend_load(backend, &ops, &err);
+    }
     if (status == OVLM_OK) {
         status = ovlm_model_open(&config, ops, &options, dtype, &self->model, &err);
     }

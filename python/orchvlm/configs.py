@@ -36,7 +36,8 @@ _IGNORED = {
     "output_router_logits", "return_dict", "output_hidden_states", "output_attentions",
     "_name_or_path", "name_or_path", "id2label", "label2id", "problem_type", "base_config_key",
     "chunk_size_feed_forward", "is_encoder_decoder", "attn_implementation", "layer_types",
-    "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id", "task_specific_params",
+    "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id",
+    "task_specific_params",
     "experts_implementation", "_experts_implementation",
 }
 

@@ -31,8 +31,8 @@ def _active_layer(text, layer, config):
     if not config.sparse or layer < dense or (layer + 1) % text.get("decoder_sparse_step", 1):
         return attention + 3 * hidden * text["intermediate_size"]
     shared = text.get("shared_expert_intermediate_size") or 0
-    return attention + hidden * (text["num_experts"] + 3 * shared + 3 * text["moe_intermediate_size"]
-                                 * text["num_experts_per_tok"])
+    routed = text["moe_intermediate_size"] * text["num_experts_per_tok"]
+    return attention + hidden * (text["num_experts"] + 3 * shared + 3 * routed)
 
 
 def model_flops(config, inputs, training=True):
@@ -71,4 +71,4 @@ def model_flops(config, inputs, training=True):
     total = 2 * (lengths.sum() * per_token + attention + head)
     if inputs.grid_thw is not None and len(inputs.grid_thw):
         total += _vision_flops(config, np.asarray(inputs.grid_thw))
-    return total * (3 if training else 1)
+    return float(total * (3 if training else 1))

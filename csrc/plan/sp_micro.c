@@ -83,7 +83,7 @@ static double find_floor(sp_pack *pack, const int64_t *k)
 typedef struct builder {
     sp_pack *pack;
     sp_saved *saved;
-    ovlm_meter *meter;  /* or NULL                                                              */
+    ovlm_meter *meter;
     bool searching;     /* the meter's work ends it too; construction proper only minds the clock */
     bool longest_first; /* the rule that came closer last time is not by ratio                   */
     double lack;        /* least share of the GPUs that was missing at this limit                */
@@ -93,11 +93,7 @@ typedef struct builder {
 
 static bool must_stop(const builder *b)
 {
-    if (b->meter == NULL) {
-        return false;
-    }
-    bool spent = ovlm_meter_spend(b->meter, 0);
-    return b->searching ? spent : b->meter->cut_short || b->meter->interrupted;
+    return b->searching ? ovlm_meter_spend(b->meter, 0) : ovlm_meter_expired(b->meter);
 }
 
 /* What is left over tells which resource was priced too low: long items are left when memory was
@@ -135,9 +131,7 @@ static bool build_by(builder *b, double tau, bool longest_first)
         b->lack = lack;
         b->longest_first = longest_first;
     }
-    if (b->meter != NULL) {
-        ovlm_meter_spend(b->meter, work);
-    }
+    (void)ovlm_meter_spend(b->meter, work);
     return found;
 }
 
@@ -223,7 +217,8 @@ static double start(builder *b, const int64_t *k)
 }
 
 ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t n_items,
-                               sp_micro *micro, ovlm_arena *arena, ovlm_err *err)
+                               ovlm_meter *meter, sp_micro *micro, ovlm_arena *arena,
+                               ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     ovlm_arena_mark mark = ovlm_arena_save(arena);
@@ -236,7 +231,7 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    builder b = {.pack = &pack, .saved = &saved};
+    builder b = {.pack = &pack, .saved = &saved, .meter = meter};
     start(&b, k);
     write_plan(&saved, k, micro);
 done:

@@ -159,7 +159,9 @@ static void test_large(void)
         }
         ovlm_err err = {0};
         sp_micro plan = new_plan(&t), start = new_plan(&t), uniform = new_plan(&t);
-        CHECK(sp_micro_construct(&t.model, t.k, n, &plan, &t.arena, &err) == OVLM_OK, "%s",
+        ovlm_meter meter;
+        ovlm_meter_start(&meter, NULL, 0, 100);
+        CHECK(sp_micro_construct(&t.model, t.k, n, &meter, &plan, &t.arena, &err) == OVLM_OK, "%s",
               err.message);
         if (isfinite(plan.makespan)) {
             check_plan(&t, &plan);

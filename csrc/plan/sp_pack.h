@@ -38,6 +38,7 @@ typedef struct sp_pack {
     int64_t *next;     /* [n] list of the item's group; -1 ends                          */
     double tau;
     double theta[SP_MAX_DEGREES];
+    bool timed;        /* the relaxation prices time alone: memory binds nowhere         */
     int64_t *bucket; /* [SP_BUCKETS] first item whose length falls in bucket b or below   */
     int64_t first[SP_MAX_DEGREES]; /* first (longest) item that fits an empty group       */
 

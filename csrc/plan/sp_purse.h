@@ -13,7 +13,7 @@ typedef struct sp_purse {
                           step: the same on every machine                                 */
 } sp_purse;
 
-#define SP_STEP_S 50e-9
+#define SP_STEP_S 50e-9 /* the least; up to 100 ns where there are many sequences */
 
 static inline void sp_purse_open(sp_purse *purse, const ovlm_budget *budget, int64_t default_work,
                                  int64_t stride)

@@ -17,6 +17,9 @@ enum { STRIDE = 16 };
 #define LEVELS 0.4 /* where there are several micro-batches */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
+/* Where one micro-batch is all there is, the group solver has done most of the search. */
+#define FIRST_SEARCH_ALONE 0.15
+#define SECOND_BOUND_ALONE 0.8
 
 typedef struct solving {
     const ovlm_sp_problem *problem;
@@ -120,12 +123,15 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(take_all(s, &starts, err));
     sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
+    bool alone = s->best.n_micro == 1;
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
-        OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), turn ? 1 : FIRST_SEARCH,
-                                    &s->purse, &found, err));
+        double share = turn ? 1 : (alone ? FIRST_SEARCH_ALONE : FIRST_SEARCH);
+        OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), share, &s->purse, &found,
+                                    err));
         OVLM_GOTO(done, take(s, &found, err));
         if (turn == 0 && !is_optimal(s->best.time_s, s->bound)) {
-            OVLM_GOTO(done, raise_bound(s, SECOND_BOUND, err));
+            OVLM_GOTO(done, raise_bound(s, alone ? SECOND_BOUND_ALONE : SECOND_BOUND,
+                                        err));
         }
     }
 done:

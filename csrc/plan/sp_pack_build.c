@@ -88,11 +88,12 @@ static int64_t tightest_group(const sp_pack *pack, int64_t i)
     return found;
 }
 
-int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into)
+int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into, int64_t *work)
 {
     int64_t absorbed = 0;
     for (int64_t i = sp_pack_pool_next(pack, 0); i >= 0 && most > 0; most--) {
         int64_t after = sp_pack_pool_next(pack, i + 1), g = tightest_group(pack, i);
+        *work += 1 + pack->n_groups / 16;
         if (g >= 0) {
             sp_pack_insert(pack, g, i);
             if (into != NULL) {
@@ -115,8 +116,7 @@ bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t 
         ;
     }
     /* A plan that misses many items is no use: only the last few are worth a look around. */
-    sp_pack_absorb(pack, 64, NULL);
-    *work += 64;
+    sp_pack_absorb(pack, 64, NULL, work);
     return pack->pool_n == 0;
 }
 

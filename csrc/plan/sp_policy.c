@@ -16,6 +16,7 @@ typedef struct chunker {
     const sp_model *model;
     ovlm_sp_policy policy;
     bool mixed;          /* a chunk needed it                                             */
+    bool found;          /* some draft                                                    */
     sp_purse *purse;
     int64_t *all;        /* [n] 0..n-1                                                    */
     int64_t *begin;      /* [n+1]                                                         */
@@ -46,13 +47,19 @@ static void keep_better(chunker *c)
     }
 }
 
+/* The clock is over, or the caller wants to stop: a draft to be had is enough then. */
+static bool is_over(chunker *c)
+{
+    return sp_purse_expired(c->purse);
+}
+
 /* c->best = groups for the items begin..end-1; only degree index `only` when that is >= 0. */
 static ovlm_status solve_chunk(chunker *c, int64_t begin, int64_t end, int64_t only)
 {
     const sp_model *model = c->model;
     int64_t from = only >= 0 ? only : model->min_j[begin], to = only >= 0 ? only : model->D - 1;
     c->best.makespan = HUGE_VAL;
-    for (int64_t j = from; j <= to; j++) {
+    for (int64_t j = from; j <= to && !(isfinite(c->best.makespan) && is_over(c)); j++) {
         c->trial.makespan = HUGE_VAL;
         OVLM_TRY(sp_micro_homogeneous(model, c->all + begin, end - begin, j, &c->trial, c->arena,
                                       c->err));
@@ -71,13 +78,15 @@ static ovlm_status solve_chunk(chunker *c, int64_t begin, int64_t end, int64_t o
     return OVLM_OK;
 }
 
-/* c->draft = all chunks of c->begin; time HUGE_VAL when one of them does not fit. */
+/* c->draft = all chunks of c->begin; time HUGE_VAL when one of them does not fit, or another draft
+ * is there and the clock is over. */
 static ovlm_status solve_chunks(chunker *c, int64_t n_micro, int64_t only)
 {
     sp_draft_begin(&c->draft);
     for (int64_t m = 0; m < n_micro; m++) {
         OVLM_TRY(solve_chunk(c, c->begin[m], c->begin[m + 1], only));
-        if (!isfinite(c->best.makespan)) {
+        bool stop = is_over(c) && (c->found || c->purse->meter.interrupted);
+        if (!isfinite(c->best.makespan) || stop) {
             c->draft.time_s = HUGE_VAL;
             return OVLM_OK;
         }
@@ -97,6 +106,7 @@ static ovlm_status try_micro(chunker *c, int64_t n_micro, sp_draft *to)
         OVLM_TRY(solve_chunks(c, n_micro, only));
         if (c->draft.time_s < to->time_s) {
             sp_draft_copy(to, &c->draft);
+            c->found = true;
         }
     }
     return OVLM_OK;
@@ -229,7 +239,9 @@ static ovlm_status mix_draft(improver *im, sp_draft *draft)
     for (int64_t m = 0; m < draft->n_micro; m++) {
         load_micro(im->model, draft, m, &im->micro, im->k);
         ovlm_meter part = sp_purse_steps(im->purse, INT64_MAX);
-        OVLM_TRY(mix(im, im->micro.start[im->micro.n_groups], &part));
+        if (!sp_purse_expired(im->purse)) {
+            OVLM_TRY(mix(im, im->micro.start[im->micro.n_groups], &part));
+        }
         part.work = 0; /* a construction */
         (void)sp_purse_absorb(im->purse, &part);
         sp_draft_append(&im->better, im->model, &im->micro);
@@ -258,11 +270,15 @@ static ovlm_status improve_draft(improver *im, sp_draft *draft, bool mixed, uint
         load_micro(im->model, draft, m, &im->micro, im->k);
         int64_t count = im->micro.start[im->micro.n_groups];
         ovlm_meter part = sp_purse_steps(im->purse, *steps / (draft->n_micro - m));
-        if (!mixed && part.work_limit > MIX_STEPS * count) {
+        bool over = sp_purse_expired(im->purse) || part.work_limit == 0;
+        if (!over && !mixed && part.work_limit > MIX_STEPS * count) {
             OVLM_TRY(mix(im, count, &part));
         }
-        OVLM_TRY(sp_micro_solve(im->model, im->k, count, sp_bound_quick(im->model, im->k, count),
-                                &part, &rng, &im->micro, im->arena, im->err));
+        double target = over ? 0 : sp_bound_quick(im->model, im->k, count);
+        if (!over) {
+            OVLM_TRY(sp_micro_solve(im->model, im->k, count, target, &part, &rng, &im->micro,
+                                    im->arena, im->err));
+        }
         *steps = left_of(*steps, &part);
         (void)sp_purse_absorb(im->purse, &part);
         sp_draft_append(&im->better, im->model, &im->micro);
@@ -283,7 +299,7 @@ static ovlm_status improve_drafts(improver *im, sp_chunked *chunked, uint64_t se
     bool alone = chunked->draft[order[0]].n_micro == 1;
     double share = alone ? SHARE_ALONE : SHARE;
     int64_t steps = (int64_t)(share * (double)im->purse->allowance);
-    for (int64_t round = 0; round < chunked->n_drafts; round++) {
+    for (int64_t round = 0; round < chunked->n_drafts && !sp_purse_expired(im->purse); round++) {
         int64_t now = round + 1 < chunked->n_drafts ? steps / 2 : steps, left = now;
         OVLM_TRY(improve_draft(im, &chunked->draft[order[round]], round == 0,
                                seed + (uint64_t)order[round], &left));
@@ -298,10 +314,12 @@ ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked, uint64
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     improver im = {.model = model, .purse = purse, .arena = arena, .err = err};
-    ovlm_status status = chunked->n_drafts > 0 ? improver_init(&im) : OVLM_OK;
-    if (status == OVLM_OK && chunked->n_drafts > 0) {
-        status = improve_drafts(&im, chunked, seed);
+    ovlm_status status = OVLM_OK;
+    if (chunked->n_drafts > 0 && !sp_purse_expired(purse)) {
+        OVLM_GOTO(done, improver_init(&im));
+        OVLM_GOTO(done, improve_drafts(&im, chunked, seed));
     }
+done:
     ovlm_arena_rewind(arena, mark);
     return status;
 }

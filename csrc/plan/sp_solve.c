@@ -1,4 +1,6 @@
 /* sp_solve.c - plan_sequences: bound, start, search, stronger bound, plan, check. */
+#include <math.h>
+
 #include "plan/sp_bound.h"
 #include "plan/sp_flex.h"
 #include "plan/sp_levels.h"
@@ -10,6 +12,10 @@ enum { STRIDE = 16 };
 
 #define DEFAULT_WORK 4000000
 #define OPTIMAL_GAP 1e-9
+
+/* Seconds per sequence to write a plan down, check it and hand it over; at most half of the limit is
+ * set aside for that. */
+#define FINISH_S 1e-6
 
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has the rest. */
@@ -93,16 +99,17 @@ static ovlm_status solve_chunked(solving *s, ovlm_err *err)
     return is_optimal(s->best.time_s, s->bound) ? OVLM_OK : raise_bound(s, 1, err);
 }
 
-/* All that the other policies do, so that flex is never worse than they; chunks of one degree each
- * are the homogeneous ones, unless that policy has to use more micro-batches. */
+/* All that the other policies do, so that flex is never worse than they (of what the clock leaves
+ * time for); chunks of one degree each are the homogeneous ones, unless that policy has to use more
+ * micro-batches. */
 static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
 {
     sp_chunked other;
     OVLM_TRY(search_chunks(s, starts, err));
-    if (starts->mixed) {
+    if (starts->mixed && !sp_purse_expired(&s->purse)) {
         OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
     }
-    return start(s, OVLM_SP_STATIC, &other, err);
+    return sp_purse_expired(&s->purse) ? OVLM_OK : start(s, OVLM_SP_STATIC, &other, err);
 }
 
 static ovlm_status solve_flex(solving *s, ovlm_err *err)
@@ -118,6 +125,9 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     }
     OVLM_TRY(solve_others(s, &starts, err));
     OVLM_TRY(take(s, &warm, err));
+    if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
+        return OVLM_OK; /* no search: not even what it would start from */
+    }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
     OVLM_TRY(take_all(s, &starts, err));
@@ -212,6 +222,10 @@ ovlm_status ovlm_sp_solve(const ovlm_sp_problem *problem, const ovlm_budget *bud
     solving s = {.problem = problem};
     *plan = NULL;
     sp_purse_open(&s.purse, budget, DEFAULT_WORK, STRIDE);
+    double left_s = ovlm_meter_left_s(&s.purse.meter);
+    if (left_s < HUGE_VAL) {
+        s.purse.meter.deadline_s -= fmin(FINISH_S * (double)problem->n, 0.5 * left_s);
+    }
     OVLM_GOTO(done, sp_model_init(&s.model, problem, &s.arena, err));
     OVLM_GOTO(done, sp_draft_init(&s.best, problem->n, &s.arena, err));
     sp_draft_begin(&s.best);

@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Below 1/SMALL of its cheapest group an item counts as filling; work per search step. */
-enum { ROUNDS = 9, MANNERS = 3, SMALL = 16, OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
+enum { ROUNDS = 9, UNLIFTED = 4, MANNERS = 3, SMALL = 16, OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
 #define MARGIN 1e-9    /* relative; covers the rounding of sums of at most 1e6 terms */
 #define TOLERANCE 3e-4 /* bisection on T stops here                                  */
 
@@ -160,23 +160,22 @@ static double gpus_needed(sp_lift *l, const manner *how, ovlm_meter *meter)
 
 /* GPUs that it needs at prices as they are: the line envelope of the items themselves, where
  * sp_line_bound sees blocks of them.  What lifting adds, its grid may take away again. */
-static double gpus_unlifted(const sp_lift *l, ovlm_meter *meter)
+static double gpus_unlifted(const sp_lift *l)
 {
     double total = 0;
     for (int64_t i = 0; i < l->n; i++) {
         total += l->base[i];
     }
-    (void)ovlm_meter_spend(meter, 1 + l->n * l->model->D / OPERATIONS_PER_STEP);
     return total * (1 - MARGIN);
 }
 
-/* Raises *low by unlifted prices; what is needed falls about as 1/T, so few steps do. */
-static void raise_unlifted(sp_lift *l, double hint, ovlm_meter *meter, double *low)
+/* What is needed falls about as 1/T, so few steps do. */
+void sp_lift_unlifted(sp_lift *l, double hint, double *low)
 {
     double have = (double)l->model->n_gpus, high = hint, makespan = *low;
-    for (int round = 0; round < ROUNDS && makespan < high && !ovlm_meter_look(meter); round++) {
+    for (int round = 0; round < UNLIFTED && *low > 0 && makespan < high; round++) {
         sp_lift_base(l, makespan);
-        double need = gpus_unlifted(l, meter); /* infinite where no degree finishes some item */
+        double need = gpus_unlifted(l); /* infinite where no degree finishes some item */
         if (need <= have) {
             high = makespan;
         } else {
@@ -217,7 +216,6 @@ void sp_lift_raise(sp_lift *l, double hint, ovlm_meter *meter, double *low)
     if (*low <= 0) {
         return;
     }
-    raise_unlifted(l, hint, meter, low);
     int64_t way = 0;
     double have = (double)l->model->n_gpus, high = hint, makespan = *low;
     for (int round = 0; round < ROUNDS && high > *low * (1 + TOLERANCE); round++) {

@@ -9,7 +9,7 @@
 /* Shares of the allowance for the group solver, where there are several micro-batches and where one
  * is all there is; steps per sequence that mixed groups take to build. */
 #define SHARE 0.1
-#define SHARE_ALONE 0.25
+#define SHARE_ALONE 0.3
 enum { MIX_STEPS = 16 };
 
 typedef struct chunker {

@@ -34,7 +34,7 @@ static bool settled(sp_exact *exact, sp_lift *lift, double hint, ovlm_meter *met
     return true;
 }
 
-/* From what takes microseconds to what takes seconds: few items searched, prices raised one after
+/* From what takes microseconds, and is done in any case, to what takes seconds: few items searched, prices raised one after
  * the other, prices from a linear program. */
 static ovlm_status raise_micro(const sp_model *model, const int64_t *k, int64_t n_items,
                                double hint, ovlm_meter *meter, double *low, ovlm_arena *arena,
@@ -44,6 +44,10 @@ static ovlm_status raise_micro(const sp_model *model, const int64_t *k, int64_t 
     sp_lift lift;
     sp_colgen colgen;
     OVLM_TRY(sp_lift_init(&lift, model, k, n_items, arena, err));
+    sp_lift_unlifted(&lift, hint, low);
+    if (*low >= hint || ovlm_meter_look(meter)) {
+        return OVLM_OK;
+    }
     if (n_items <= SP_EXACT_ITEMS) {
         OVLM_TRY(sp_exact_init(&exact, model, lift.s, n_items, arena, err));
     }
@@ -67,7 +71,7 @@ ovlm_status sp_bound_micro(const sp_model *model, const int64_t *k, int64_t n_it
     double low = sp_line_bound(model, &items, 1e-3, 3, &prices);
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     ovlm_status status = OVLM_OK;
-    if (n_items > 1 && low > 0 && low < hint && !ovlm_meter_look(meter)) {
+    if (n_items > 1 && low > 0 && low < hint) {
         status = raise_micro(model, k, n_items, hint, meter, &low, arena, err);
     }
     ovlm_arena_rewind(arena, mark);

@@ -96,7 +96,7 @@ static double price_group(sp_colgen *g, int64_t j, double makespan, double theta
     sp_price price;
     sp_price_table(&g->pricer, g->item_pi, j, makespan, theta, &price);
     sp_price_trace(&g->pricer, &price, 1, 1, pattern);
-    return sp_price_value(&price, sp_price_row(&g->pricer), g->pricer.cells, 1);
+    return sp_price_value(&price, g->pricer.value, g->pricer.cells, 1);
 }
 
 /* Evaluates prices at T: sum of prices over the greatest content; above one, T is impossible. */

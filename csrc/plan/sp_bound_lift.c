@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Below 1/SMALL of its cheapest group an item counts as filling; work per search step. */
-enum { ROUNDS = 6, MANNERS = 3, SMALL = 16, OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
+enum { ROUNDS = 9, UNLIFTED = 4, MANNERS = 3, SMALL = 16, OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
 #define MARGIN 1e-9    /* relative; covers the rounding of sums of at most 1e6 terms */
 #define TOLERANCE 3e-4 /* bisection on T stops here                                  */
 
@@ -158,45 +158,77 @@ static double gpus_needed(sp_lift *l, const manner *how, ovlm_meter *meter)
     return total * (1 - MARGIN);
 }
 
-/* The manner that needs the most GPUs; false when some item has no degree that finishes it. */
-static bool choose_manner(sp_lift *l, double makespan, ovlm_meter *meter, int64_t *best,
-                          double *gpus)
+/* GPUs that it needs at prices as they are: the line envelope of the items themselves, where
+ * sp_line_bound sees blocks of them.  What lifting adds, its grid may take away again. */
+static double gpus_unlifted(const sp_lift *l)
 {
-    *gpus = 0;
-    sp_lift_base(l, makespan);
-    if (l->base[0] >= HUGE_VAL) {
-        return false;
+    double total = 0;
+    for (int64_t i = 0; i < l->n; i++) {
+        total += l->base[i];
     }
-    for (int64_t way = 0; way < MANNERS && !ovlm_meter_look(meter); way++) {
-        double need = gpus_needed(l, &manners[way], meter);
-        if (need > *gpus) {
-            *gpus = need;
-            *best = way;
+    return total * (1 - MARGIN);
+}
+
+/* What is needed falls about as 1/T, so few steps do. */
+void sp_lift_unlifted(sp_lift *l, double hint, double *low)
+{
+    double have = (double)l->model->n_gpus, high = hint, makespan = *low;
+    for (int round = 0; round < UNLIFTED && *low > 0 && makespan < high; round++) {
+        sp_lift_base(l, makespan);
+        double need = gpus_unlifted(l); /* infinite where no degree finishes some item */
+        if (need <= have) {
+            high = makespan;
+        } else {
+            *low = fmax(*low, makespan);
+        }
+        double guess = makespan * fmin(need / have, 2) * (1 - 0.1 * TOLERANCE);
+        makespan = guess > *low && guess < high ? guess : fmin((*low + high) / 2, *low * 2);
+        if (makespan < *low * (1 + 0.3 * TOLERANCE)) {
+            break;
         }
     }
-    return true;
+}
+
+/* More than `have` GPUs where some manner needs them: *way, then the others.  Infinitely many where
+ * some item has no degree that finishes it. */
+static double most_needed(sp_lift *l, double makespan, double have, int64_t *way,
+                          ovlm_meter *meter)
+{
+    double most = 0;
+    int64_t first = *way;
+    sp_lift_base(l, makespan);
+    if (l->base[0] >= HUGE_VAL) {
+        return HUGE_VAL;
+    }
+    for (int64_t turn = 0; turn < MANNERS && most <= have && !ovlm_meter_look(meter); turn++) {
+        int64_t other = (first + turn) % MANNERS;
+        double need = gpus_needed(l, &manners[other], meter);
+        if (need > most) {
+            most = need;
+            *way = other;
+        }
+    }
+    return most;
 }
 
 void sp_lift_raise(sp_lift *l, double hint, ovlm_meter *meter, double *low)
 {
-    int64_t way = 0;
-    double have = (double)l->model->n_gpus, high = hint, need = 0, makespan = *low;
-    if (*low <= 0 || !choose_manner(l, makespan, meter, &way, &need)) {
+    if (*low <= 0) {
         return;
     }
+    int64_t way = 0;
+    double have = (double)l->model->n_gpus, high = hint, makespan = *low;
     for (int round = 0; round < ROUNDS && high > *low * (1 + TOLERANCE); round++) {
+        double need = most_needed(l, makespan, have, &way, meter);
         if (need > have) {
             *low = fmax(*low, makespan);
+        } else if (ovlm_meter_look(meter)) {
+            return; /* cut: perhaps it needs more */
         } else {
             high = makespan;
         }
         /* What is needed falls about as 1/T. */
-        double guess = makespan * need / have * (1 - 0.3 * TOLERANCE);
+        double guess = makespan * fmin(need / have, 2) * (1 - 0.3 * TOLERANCE);
         makespan = guess > *low && guess < high ? guess : fmin((*low + high) / 2, *low * 2);
-        if (ovlm_meter_look(meter)) {
-            return;
-        }
-        sp_lift_base(l, makespan);
-        need = l->base[0] < HUGE_VAL ? gpus_needed(l, &manners[way], meter) : HUGE_VAL;
     }
 }

@@ -35,8 +35,9 @@ OVLM_NODISCARD ovlm_status sp_lift_init(sp_lift *lift, const sp_model *model, co
  * where no degree finishes the item.  lift->line_prices: their multipliers. */
 void sp_lift_base(sp_lift *lift, double makespan);
 
-/* Raises *low, a makespan that is proved too small, towards `hint` (HUGE_VAL: as far as it goes).
- */
+/* Raise *low, a makespan that is proved too small, towards `hint` (HUGE_VAL: as far as it goes):
+ * by prices as they are, O(n) and as quick as a sort, and by lifted ones. */
+void sp_lift_unlifted(sp_lift *lift, double hint, double *low);
 void sp_lift_raise(sp_lift *lift, double hint, ovlm_meter *meter, double *low);
 
 #endif

@@ -15,7 +15,8 @@ ovlm_status sp_pricer_init(sp_pricer *pricer, const sp_model *model, const doubl
     pricer->cells = n <= 128 ? 2048 : 1024;
     int64_t row = pricer->cells + 1;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->weight, n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->value, (passes + 1) * row, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->value, row, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->took, passes * row, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->pass_item, passes, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pricer->pass_cells, passes, err));
     return OVLM_ARENA_NEW(arena, &pricer->pass_many, passes, err);
@@ -107,25 +108,47 @@ static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, doubl
     return passes;
 }
 
-/* One pass of the knapsack, row to row, so that the way back can compare them.  Single precision:
- * an item with a premium weighs at least 1/SMALL, hence no value is a sum of more than SMALL + 1
- * terms, and SP_PRICE_MARGIN covers their rounding (each at most 2^-24 relative). */
+/* Also built for 256-bit vectors where the loader can choose: the same sums, three times as fast. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+WIDE static void relax(const float *restrict from, float *restrict to, uint8_t *restrict took,
+                       int64_t count, float gain)
+{
+    for (int64_t c = 0; c < count; c++) {
+        float with = from[c] + gain;
+        took[c] = with > to[c];
+        to[c] = with > to[c] ? with : to[c];
+    }
+}
+
+/* One pass of the knapsack, in stretches no longer than the item, so that what is read is not what
+ * is written: from the top down, or from the bottom up where the item may be taken again.  Single
+ * precision: an item with a premium weighs at least 1/SMALL, hence no value is a sum of more than
+ * SMALL + 1 terms, and SP_PRICE_MARGIN covers their rounding (each at most 2^-24 relative). */
 static void run_pass(const sp_pricer *pricer, int64_t pass, float gain)
 {
     int64_t size = pricer->pass_cells[pass], row = pricer->cells + 1;
-    const float *restrict from = pricer->value + pass * row;
-    float *restrict to = pricer->value + (pass + 1) * row;
-    memcpy(to, from, (size_t)size * sizeof *to);
-    if (pricer->pass_many[pass]) {
-        for (int64_t g = size; g < row; g++) {
-            float with = to[g - size] + gain;
-            to[g] = with > from[g] ? with : from[g];
+    float *value = pricer->value;
+    uint8_t *took = pricer->took + pass * row;
+    if (size == 0) { /* a premium by rounding alone */
+        for (int64_t g = 0; g < row; g++) {
+            value[g] += gain;
         }
+        memset(took, 1, (size_t)row);
         return;
     }
-    for (int64_t g = size; g < row; g++) {
-        float with = from[g - size] + gain;
-        to[g] = with > from[g] ? with : from[g];
+    memset(took, 0, (size_t)size);
+    bool many = pricer->pass_many[pass] != 0;
+    for (int64_t done = 0; done < row - size;) {
+        int64_t count = size < row - size - done ? size : row - size - done;
+        int64_t at = many ? size + done : row - done - count;
+        relax(value + at - size, value + at, took + at, count, gain);
+        done += count;
     }
 }
 
@@ -144,8 +167,8 @@ void sp_price_trace(const sp_pricer *pricer, const sp_price *price, double x, do
     int64_t row = pricer->cells + 1, g = (int64_t)((double)pricer->cells * x);
     pattern->n = 0;
     for (int64_t pass = pricer->passes - 1; pass >= 0; pass--) {
-        const float *from = pricer->value + pass * row, *to = from + row;
-        while (to[g] > from[g]) {
+        const uint8_t *took = pricer->took + pass * row;
+        while (took[g]) {
             g -= pricer->pass_cells[pass];
             room -= pricer->weight[pricer->pass_item[pass]];
             push(pattern, pricer->pass_item[pass], 1);

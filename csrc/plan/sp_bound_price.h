@@ -33,7 +33,8 @@ typedef struct sp_pricer {
     int64_t n, cells, max_passes, passes;
     const double *s;                 /* [n] lengths, descending                           */
     double *weight;                  /* [n] r_i of the degree at hand                     */
-    float *value;                    /* [(max_passes+1)*(cells+1)] best premium after each pass */
+    float *value;                    /* [cells+1] best premium in at most so many cells   */
+    uint8_t *took;                   /* [max_passes*(cells+1)] whether the pass took its item */
     int64_t *pass_item, *pass_cells; /* [max_passes]                           */
     uint8_t *pass_many;              /* [max_passes] the pass may take its item repeatedly */
     int64_t spent;                   /* cells visited, for the meter                      */
@@ -55,12 +56,6 @@ static inline double sp_price_value(const sp_price *price, const float *row, int
     int64_t cell = (int64_t)((double)cells * x * (1 + 1e-12) + 1e-9);
     double premium = (double)row[cell < cells ? cell : cells] * price->unit;
     return (price->rho * x + premium * (1 + SP_PRICE_MARGIN)) * (1 + 1e-11);
-}
-
-/* The table's last row: the best premium in at most that many cells. */
-static inline const float *sp_price_row(const sp_pricer *pricer)
-{
-    return pricer->value + pricer->passes * (pricer->cells + 1);
 }
 
 /* What attains the value of a share x, in the relaxation (it may not be a real group): items of the

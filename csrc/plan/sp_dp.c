@@ -1,8 +1,6 @@
 /* sp_dp.c - FlexSP's micro-batch chunking and length bucketing, exactly, faster than as printed. */
 #include "plan/sp_dp.h"
 
-#include <string.h>
-
 #include "base/sort.h"
 
 /* prefix[i] = length[0] + .. + length[i-1]. */
@@ -16,71 +14,91 @@ static ovlm_status new_prefix(const int64_t *length, int64_t n, int64_t **prefix
     return OVLM_OK;
 }
 
-/* Follows the choices of the last row back to the cuts. */
-static void trace(const int64_t *choice, int64_t n, int64_t parts, int64_t *begin)
-{
-    begin[parts] = n;
-    for (int64_t i = parts; i > 0; i--) {
-        begin[i - 1] = choice[i * (n + 1) + begin[i]];
-    }
-}
-
 /* ------------------------------------------------------------------ chunks --------------- */
 
-/* eq 24: DP[k][i] = min over j in [i-1, k-1] of max(DP[j][i-1], sum of lengths j..k-1).  In j the
- * first term never falls and the last always does, so the least is where they cross. */
-static int64_t crossing(const int64_t *last, const int64_t *prefix, int64_t i, int64_t k)
+/* A cut into chunks of at most `most` tokens each is greedy from either end. */
+typedef struct chunking {
+    const int64_t *prefix;
+    int64_t n, n_micro;
+} chunking;
+
+/* Where a chunk that begins at `from` must end; from itself when its first length is too much. */
+static int64_t furthest(const chunking *c, int64_t from, int64_t most)
 {
-    int64_t low = i - 1, high = k - 1; /* least j with last[j] >= the sum, or k - 1 */
-    while (low < high) {
-        int64_t j = low + (high - low) / 2;
-        if (last[j] >= prefix[k] - prefix[j]) {
-            high = j;
-        } else {
-            low = j + 1;
+    int64_t step = 1, low = from;
+    while (low + step <= c->n && c->prefix[low + step] - c->prefix[from] <= most) {
+        low += step;
+        step *= 2;
+    }
+    for (; step > 0; step /= 2) {
+        if (low + step <= c->n && c->prefix[low + step] - c->prefix[from] <= most) {
+            low += step;
         }
     }
     return low;
 }
 
-static int64_t chunk_cost(const int64_t *last, const int64_t *prefix, int64_t j, int64_t k)
+static bool enough(const chunking *c, int64_t most)
 {
-    int64_t sum = prefix[k] - prefix[j];
-    return last[j] > sum ? last[j] : sum;
+    int64_t at = 0;
+    for (int64_t m = 0; m < c->n_micro && at < c->n; m++) {
+        at = furthest(c, at, most);
+    }
+    return at == c->n;
 }
 
+/* The value of eq 24's program, by bisection: fewer chunks can always be split further. */
+static int64_t least_largest(const chunking *c)
+{
+    int64_t high = c->prefix[c->n], low = high / c->n_micro - 1; /* not enough, or below zero */
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (enough(c, middle)) {
+            high = middle;
+        } else {
+            low = middle;
+        }
+    }
+    return high;
+}
+
+/* begin[m] = the earliest cut from which the chunks m.. can still hold the rest. */
+static void earliest_cuts(const chunking *c, int64_t most, int64_t *begin)
+{
+    begin[c->n_micro] = c->n;
+    for (int64_t m = c->n_micro - 1, at = c->n; m >= 0; m--) {
+        int64_t end = at;
+        while (at > 0 && c->prefix[end] - c->prefix[at - 1] <= most) {
+            at--;
+        }
+        at = at < m ? m : at; /* a length for each chunk before */
+        begin[m] = at;
+    }
+}
+
+/* Of all cuts with the least largest sum one near equal sums: no chunk is short without need. */
 ovlm_status sp_blast(const int64_t *length, int64_t n, int64_t n_micro, int64_t *begin,
                      ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
-    ovlm_status status = OVLM_OK;
-    int64_t *prefix, *last, *now, *choice;
-    OVLM_GOTO(done, new_prefix(length, n, &prefix, arena, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &last, n + 1, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &now, n + 1, err));
-    if (n_micro + 1 > INT64_MAX / (n + 1)) {
-        OVLM_GOTO(done, OVLM_FAIL(err, OVLM_E_NOMEM, "too many micro-batches"));
-    }
-    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &choice, (n_micro + 1) * (n + 1), err));
-    memcpy(last, prefix, (size_t)(n + 1) * sizeof *last); /* one chunk */
-    for (int64_t i = 2; i <= n_micro; i++) {
-        for (int64_t k = i; k <= n; k++) {
-            int64_t j = crossing(last, prefix, i, k);
-            if (j > i - 1 &&
-                chunk_cost(last, prefix, j - 1, k) <= chunk_cost(last, prefix, j, k)) {
-                j--;
-            }
-            now[k] = chunk_cost(last, prefix, j, k);
-            choice[i * (n + 1) + k] = j;
+    int64_t *prefix;
+    OVLM_TRY(new_prefix(length, n, &prefix, arena, err));
+    chunking c = {prefix, n, n_micro};
+    int64_t most = least_largest(&c), cut = 0;
+    earliest_cuts(&c, most, begin);
+    begin[0] = 0;
+    for (int64_t m = 1; m < n_micro; m++) {
+        int64_t last = furthest(&c, begin[m - 1], most), latest = n - (n_micro - m);
+        double fair = (double)prefix[n] / (double)n_micro * (double)m;
+        while (cut < n && (double)prefix[cut] < fair) {
+            cut++;
         }
-        int64_t *swap = last;
-        last = now;
-        now = swap;
+        int64_t first = begin[m] > begin[m - 1] ? begin[m] : begin[m - 1] + 1;
+        last = last < latest ? last : latest;
+        begin[m] = cut < first ? first : (cut < last ? cut : last);
     }
-    trace(choice, n, n_micro, begin);
-done:
     ovlm_arena_rewind(arena, mark);
-    return status;
+    return OVLM_OK;
 }
 
 /* ------------------------------------------------------------------ buckets -------------- */
@@ -142,7 +160,10 @@ ovlm_status sp_bucket(const int64_t *length, int64_t n, int64_t n_buckets, int64
         last = now;
         now = swap;
     }
-    trace(choice, n, n_buckets, begin);
+    begin[n_buckets] = n;
+    for (int64_t q = n_buckets; q > 0; q--) { /* the choices of the last row, back to the cuts */
+        begin[q - 1] = choice[q * (n + 1) + begin[q]];
+    }
 done:
     ovlm_arena_rewind(arena, mark);
     return status;

@@ -6,7 +6,7 @@
 
 /* Splits n lengths (descending or ascending) into n_micro consecutive, non-empty chunks so that the
  * largest sum of a chunk is least (eqs 23-24): chunk m is begin[m] .. begin[m+1]-1.  Needs
- * 1 <= n_micro <= n and a sum of lengths below 2^62.  O(n n_micro log n). */
+ * 1 <= n_micro <= n and a sum of lengths below 2^62.  O(n + n_micro log n log sum). */
 OVLM_NODISCARD ovlm_status sp_blast(const int64_t *length, int64_t n, int64_t n_micro,
                                     int64_t *begin, ovlm_arena *arena, ovlm_err *err);
 

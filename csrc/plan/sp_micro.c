@@ -7,6 +7,11 @@
 #include "plan/sp_bound_line.h"
 #include "plan/sp_micro_search.h"
 
+/* Up to this many items, where every one counts, other prices are worth a try in any case. */
+enum { FEW = 512 };
+/* Memory is to spare where the items take up to this share of it. */
+#define SPARE 0.6
+
 ovlm_status sp_micro_init(sp_micro *micro, int64_t n_items, ovlm_arena *arena, ovlm_err *err)
 {
     *micro = (sp_micro){.makespan = HUGE_VAL};
@@ -62,6 +67,16 @@ static void read_plan(const sp_micro *micro, const int64_t *k, const sp_pack *pa
     }
 }
 
+/* Tokens that the cluster's memory holds. */
+static double tokens_held(const sp_model *model)
+{
+    double per_gpu = 0;
+    for (int64_t j = 0; j < model->D; j++) {
+        per_gpu = fmax(per_gpu, (double)model->cap[j] / (double)model->degree[j]);
+    }
+    return per_gpu * (double)model->n_gpus;
+}
+
 /* Where to start, with prices: the relaxation's bound or, where it is more, the plain one. */
 static double find_floor(sp_pack *pack, const int64_t *k)
 {
@@ -71,33 +86,38 @@ static double find_floor(sp_pack *pack, const int64_t *k)
     double line = sp_line_bound(pack->model, &items, 1e-3, 2, &prices);
     double plain = sp_pack_floor(pack);
     if (line > plain && line < HUGE_VAL) {
+        /* A little short of memory is short of it in some group. */
+        pack->timed = pack->pool_s < SPARE * tokens_held(pack->model);
         for (int64_t j = 0; j < pack->model->D; j++) {
             pack->theta[j] = prices.theta[j];
+            pack->timed = pack->timed && prices.theta[j] >= 1;
         }
         return line;
     }
     return plain;
 }
 
+static bool is_timed(const sp_pack *pack)
+{
+    return pack->timed && pack->n > FEW;
+}
+
 /* Constructions, one after the other. */
 typedef struct builder {
     sp_pack *pack;
     sp_saved *saved;
-    ovlm_meter *meter;  /* or NULL                                                              */
+    ovlm_meter *meter;
     bool searching;     /* the meter's work ends it too; construction proper only minds the clock */
     bool longest_first; /* the rule that came closer last time is not by ratio                   */
     double lack;        /* least share of the GPUs that was missing at this limit                */
+    double fails, lack_there; /* the longest limit that failed, and what was missing             */
     double dear[SP_MAX_DEGREES], cheap[SP_MAX_DEGREES]; /* prices at which time was too ...       */
     bool has_dear, has_cheap;
 } builder;
 
 static bool must_stop(const builder *b)
 {
-    if (b->meter == NULL) {
-        return false;
-    }
-    bool spent = ovlm_meter_spend(b->meter, 0);
-    return b->searching ? spent : b->meter->cut_short || b->meter->interrupted;
+    return b->searching ? ovlm_meter_spend(b->meter, 0) : ovlm_meter_expired(b->meter);
 }
 
 /* What is left over tells which resource was priced too low: long items are left when memory was
@@ -135,18 +155,20 @@ static bool build_by(builder *b, double tau, bool longest_first)
         b->lack = lack;
         b->longest_first = longest_first;
     }
-    if (b->meter != NULL) {
-        ovlm_meter_spend(b->meter, work);
-    }
+    (void)ovlm_meter_spend(b->meter, work);
     return found;
 }
 
-/* Up to `rounds` constructions at prices that each teaches the next, and one by the other rule. */
+/* Up to `rounds` constructions at prices that each teaches the next, and one by the other rule.
+ * Where memory binds nowhere there is nothing to learn, and long items are to be spread. */
 static bool build(builder *b, double tau, int rounds)
 {
     bool longest_first = b->longest_first;
     b->has_dear = b->has_cheap = false;
     b->lack = HUGE_VAL;
+    if (is_timed(b->pack)) {
+        return build_by(b, tau, true);
+    }
     for (int round = 0; round < rounds; round++) {
         if (build_by(b, tau, longest_first)) {
             return true;
@@ -179,6 +201,7 @@ static double no_limit(const sp_pack *pack)
 static void construct(builder *b, double floor_s)
 {
     double tau = floor_s * 1.003;
+    b->fails = floor_s;
     for (int round = 0; round < 20 && !must_stop(b); round++) {
         sp_pack_clear(b->pack);
         bool possible = sp_pack_set_tau(b->pack, tau);
@@ -187,6 +210,8 @@ static void construct(builder *b, double floor_s)
             return;
         }
         double lack = excess > 0 ? excess : fmin(b->lack, 0.5);
+        b->fails = is_timed(b->pack) ? tau : b->fails; /* else other prices may succeed there */
+        b->lack_there = lack;
         tau *= 1.003 + 0.8 * lack;
     }
     for (double more = 0.02; more < 10; more *= 2) {
@@ -200,15 +225,21 @@ static void construct(builder *b, double floor_s)
     build_by(b, no_limit(b->pack), true);
 }
 
-/* Bisects down to the floor: a construction is a noisy test of a limit, so few steps pay. */
-static void refine(builder *b, double floor_s, int steps, int rounds)
+/* Down towards the longest limit that failed: a construction is a noisy test of one, so few steps
+ * pay.  Where time alone counts, what it lacked there says where it may succeed. */
+static void refine(builder *b, int steps, int rounds)
 {
-    double fails = floor_s;
-    while (steps-- > 0 && isfinite(b->saved->makespan) && b->saved->makespan > fails * 1.003 &&
-           !must_stop(b)) {
-        double middle = 0.5 * (fails + b->saved->makespan);
-        if (!build(b, middle, rounds)) {
-            fails = middle;
+    bool timed = is_timed(b->pack);
+    double tell = timed ? 1.0003 : 1.003; /* limits this close are not told apart */
+    steps = timed ? 3 * steps : steps;    /* each is one construction */
+    while (steps-- > 0 && isfinite(b->saved->makespan) &&
+           b->saved->makespan > b->fails * tell && !must_stop(b)) {
+        double middle = 0.5 * (b->fails + b->saved->makespan);
+        double likely = b->fails * (1 + 1.2 * b->lack_there);
+        double tau = timed && likely > b->fails * tell && likely < middle ? likely : middle;
+        if (!build(b, tau, rounds)) {
+            b->fails = tau;
+            b->lack_there = b->lack;
         }
     }
 }
@@ -218,12 +249,13 @@ static double start(builder *b, const int64_t *k)
 {
     double floor_s = find_floor(b->pack, k);
     construct(b, floor_s);
-    refine(b, floor_s, 3, 2);
+    refine(b, 3, 2);
     return floor_s;
 }
 
 ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t n_items,
-                               sp_micro *micro, ovlm_arena *arena, ovlm_err *err)
+                               ovlm_meter *meter, sp_micro *micro, ovlm_arena *arena,
+                               ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
     ovlm_arena_mark mark = ovlm_arena_save(arena);
@@ -236,7 +268,7 @@ ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k, int64_t 
     }
     OVLM_GOTO(done, sp_pack_init(&pack, model, k, n_items, arena, err));
     OVLM_GOTO(done, sp_saved_init(&saved, &pack, arena, err));
-    builder b = {.pack = &pack, .saved = &saved};
+    builder b = {.pack = &pack, .saved = &saved, .meter = meter};
     start(&b, k);
     write_plan(&saved, k, micro);
 done:
@@ -270,7 +302,7 @@ ovlm_status sp_micro_solve(const sp_model *model, const int64_t *k, int64_t n_it
         builder b = {.pack = &pack, .saved = &saved, .meter = meter};
         floor_s = start(&b, k);
         b.searching = true;
-        refine(&b, target > floor_s ? target : floor_s, 6, 6);
+        refine(&b, 6, 6);
     }
     OVLM_GOTO(done, sp_micro_search(&pack, &saved, floor_s, target, meter, rng, arena, err));
     write_plan(&saved, k, micro);

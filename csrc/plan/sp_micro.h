@@ -28,10 +28,11 @@ OVLM_NODISCARD ovlm_status sp_micro_solve(const sp_model *model, const int64_t *
                                           double target, ovlm_meter *meter, ovlm_rng *rng,
                                           sp_micro *micro, ovlm_arena *arena, ovlm_err *err);
 
-/* Construction alone (2 to 7 us per item): no search; the start of the above. */
+/* Construction alone: no search; the start of the above.  The meter counts, and only its clock
+ * ends it. */
 OVLM_NODISCARD ovlm_status sp_micro_construct(const sp_model *model, const int64_t *k,
-                                              int64_t n_items, sp_micro *micro, ovlm_arena *arena,
-                                              ovlm_err *err);
+                                              int64_t n_items, ovlm_meter *meter, sp_micro *micro,
+                                              ovlm_arena *arena, ovlm_err *err);
 
 /* All groups of one degree index j; longest first onto the least loaded group.  False through
  * makespan HUGE_VAL when that degree cannot hold them. */

@@ -125,7 +125,7 @@ static void move(search *s)
     while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
         ;
     }
-    int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into);
+    int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into, &work);
     if (pack->pool_value > before + 0.01 * ovlm_rng_uniform(s->rng)) {
         take_back(s, base, absorbed);
     }
@@ -219,7 +219,7 @@ ovlm_status sp_micro_search(sp_pack *pack, sp_saved *saved, double floor_s, doub
             patience *= 2;
             rounds++;
         }
-        if (ovlm_meter_spend(meter, 1)) {
+        if (ovlm_meter_spend(meter, 1 + pack->n / 4)) { /* loaded and valued anew */
             break;
         }
     }

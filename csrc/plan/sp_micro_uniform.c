@@ -138,7 +138,12 @@ ovlm_status sp_micro_homogeneous(const sp_model *model, const int64_t *k, int64_
     u.n_groups = u.n_groups < n_items ? u.n_groups : n_items;
     micro->n_groups = 0;
     micro->makespan = n_items == 0 ? 0 : HUGE_VAL;
-    if (n_items == 0 || model->s[k[0]] > model->cap[j]) {
+    double tokens = 0;
+    for (int64_t i = 0; i < n_items; i++) {
+        tokens += (double)model->s[k[i]];
+    }
+    if (n_items == 0 || model->s[k[0]] > model->cap[j] ||
+        tokens > (double)model->cap[j] * (double)u.n_groups) {
         return OVLM_OK;
     }
     OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &u.sum_s, 3 * u.n_groups, err));

@@ -38,6 +38,7 @@ typedef struct sp_pack {
     int64_t *next;     /* [n] list of the item's group; -1 ends                          */
     double tau;
     double theta[SP_MAX_DEGREES];
+    bool timed;        /* the relaxation prices time alone: memory binds nowhere         */
     int64_t *bucket; /* [SP_BUCKETS] first item whose length falls in bucket b or below   */
     int64_t first[SP_MAX_DEGREES]; /* first (longest) item that fits an empty group       */
 
@@ -143,8 +144,9 @@ int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule 
 bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work);
 
 /* Up to `most` pool items, longest first, into groups that have room; into[a], if given, is the
- * group of the a-th one absorbed.  Returns how many. */
-int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into);
+ * group of the a-th one absorbed.  Returns how many; `work` counts the items looked at, and groups
+ * by the handful. */
+int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into, int64_t *work);
 
 /* From nothing, at limit tau; true when the pool came out empty. */
 bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t *work);

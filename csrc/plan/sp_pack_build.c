@@ -3,9 +3,9 @@
 
 #include "plan/sp_pack.h"
 
-/* How many degrees a head tries; from which factor over the smallest degree's on linear cost is
- * dear. */
-enum { CANDIDATES = 4 };
+/* How many degrees a head tries, where they are a chain of divisors and where they are as dense as
+ * 1, 2, 3, 5; from which factor over the smallest degree's on linear cost is dear. */
+enum { CANDIDATES = 4, DENSE_CANDIDATES = 8 };
 #define DEAR 1.1
 
 static void keep_best(sp_pack *pack)
@@ -49,8 +49,9 @@ bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work)
 {
     const sp_model *m = pack->model;
     int64_t head = sp_pack_pool_next(pack, 0), tried = 0;
+    int64_t most = m->buddy ? CANDIDATES : DENSE_CANDIDATES;
     double best = -HUGE_VAL;
-    for (int64_t j = pack->need_j[head]; j < m->D && tried < CANDIDATES; j++) {
+    for (int64_t j = pack->need_j[head]; j < m->D && tried < most; j++) {
         if (m->degree[j] > pack->free_gpus) {
             break;
         }
@@ -88,11 +89,12 @@ static int64_t tightest_group(const sp_pack *pack, int64_t i)
     return found;
 }
 
-int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into)
+int64_t sp_pack_absorb(sp_pack *pack, int64_t most, int64_t *into, int64_t *work)
 {
     int64_t absorbed = 0;
     for (int64_t i = sp_pack_pool_next(pack, 0); i >= 0 && most > 0; most--) {
         int64_t after = sp_pack_pool_next(pack, i + 1), g = tightest_group(pack, i);
+        *work += 1 + pack->n_groups / 16;
         if (g >= 0) {
             sp_pack_insert(pack, g, i);
             if (into != NULL) {
@@ -115,8 +117,7 @@ bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t 
         ;
     }
     /* A plan that misses many items is no use: only the last few are worth a look around. */
-    sp_pack_absorb(pack, 64, NULL);
-    *work += 64;
+    sp_pack_absorb(pack, 64, NULL, work);
     return pack->pool_n == 0;
 }
 

@@ -106,6 +106,33 @@ static ovlm_status add_micro(const sp_model *model, const sp_draft *draft, int64
     return OVLM_OK;
 }
 
+/* order[0..n_micro-1] = the micro-batches, the longest first, key[] = their times. */
+static ovlm_status order_micro(const sp_model *model, const sp_draft *draft, int64_t **order,
+                               double **key, ovlm_arena *arena, ovlm_err *err)
+{
+    OVLM_TRY(OVLM_ARENA_NEW(arena, order, draft->n_micro, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, key, draft->n_micro, err));
+    for (int64_t m = 0; m < draft->n_micro; m++) {
+        (*key)[m] = micro_time(model, draft, m);
+    }
+    return ovlm_sort_f64(*key, draft->n_micro, *order, arena, err);
+}
+
+ovlm_status sp_plan_time(const sp_model *model, const sp_draft *draft, double *time_s,
+                         ovlm_arena *arena, ovlm_err *err)
+{
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    int64_t *order;
+    double *key;
+    ovlm_status status = order_micro(model, draft, &order, &key, arena, err);
+    *time_s = 0;
+    for (int64_t m = 0; status == OVLM_OK && m < draft->n_micro; m++) {
+        *time_s += key[order[m]];
+    }
+    ovlm_arena_rewind(arena, mark);
+    return status;
+}
+
 ovlm_status sp_plan_assemble(const sp_model *model, const sp_draft *draft, int64_t n_micro,
                              ovlm_sp_plan **plan, ovlm_arena *arena, ovlm_err *err)
 {
@@ -114,13 +141,8 @@ ovlm_status sp_plan_assemble(const sp_model *model, const sp_draft *draft, int64
     int64_t n_groups = draft->micro_start[used];
     int64_t *order, *scratch_j;
     double *key;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &order, used, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &key, used, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &scratch_j, n_groups, err));
-    for (int64_t m = 0; m < used; m++) {
-        key[m] = micro_time(model, draft, m);
-    }
-    OVLM_TRY(ovlm_sort_f64(key, used, order, arena, err));
+    OVLM_TRY(order_micro(model, draft, &order, &key, arena, err));
     ovlm_sp_plan *made = NULL;
     OVLM_TRY(plan_alloc(&made, model->n, total, n_groups, err));
     made->n_micro = made->n_groups = 0;

@@ -6,10 +6,18 @@
 #include "plan/sp_bound.h"
 #include "plan/sp_dp.h"
 
+/* Shares of the allowance for the group solver, where there are several micro-batches and where one
+ * is all there is; steps per sequence that mixed groups take to build. */
+#define SHARE 0.1
+#define SHARE_ALONE 0.3
+enum { MIX_STEPS = 16 };
+
 typedef struct chunker {
     const sp_model *model;
     ovlm_sp_policy policy;
     bool mixed;          /* a chunk needed it                                             */
+    bool found;          /* some draft                                                    */
+    sp_purse *purse;
     int64_t *all;        /* [n] 0..n-1                                                    */
     int64_t *begin;      /* [n+1]                                                         */
     sp_micro trial, best;
@@ -39,35 +47,46 @@ static void keep_better(chunker *c)
     }
 }
 
+/* The clock is over, or the caller wants to stop: a draft to be had is enough then. */
+static bool is_over(chunker *c)
+{
+    return sp_purse_expired(c->purse);
+}
+
 /* c->best = groups for the items begin..end-1; only degree index `only` when that is >= 0. */
 static ovlm_status solve_chunk(chunker *c, int64_t begin, int64_t end, int64_t only)
 {
     const sp_model *model = c->model;
     int64_t from = only >= 0 ? only : model->min_j[begin], to = only >= 0 ? only : model->D - 1;
     c->best.makespan = HUGE_VAL;
-    for (int64_t j = from; j <= to; j++) {
+    for (int64_t j = from; j <= to && !(isfinite(c->best.makespan) && is_over(c)); j++) {
         c->trial.makespan = HUGE_VAL;
         OVLM_TRY(sp_micro_homogeneous(model, c->all + begin, end - begin, j, &c->trial, c->arena,
                                       c->err));
         keep_better(c);
     }
     if (c->policy >= OVLM_SP_CHUNKED && !isfinite(c->best.makespan)) {
+        ovlm_meter part = sp_purse_steps(c->purse, INT64_MAX);
         c->trial.makespan = HUGE_VAL;
         c->mixed = true;
-        OVLM_TRY(sp_micro_construct(model, c->all + begin, end - begin, &c->trial, c->arena,
-                                    c->err));
+        OVLM_TRY(sp_micro_construct(model, c->all + begin, end - begin, &part, &c->trial,
+                                    c->arena, c->err));
+        part.work = 0; /* a construction */
+        (void)sp_purse_absorb(c->purse, &part);
         keep_better(c);
     }
     return OVLM_OK;
 }
 
-/* c->draft = all chunks of c->begin; time HUGE_VAL when one of them does not fit. */
+/* c->draft = all chunks of c->begin; time HUGE_VAL when one of them does not fit, or another draft
+ * is there and the clock is over. */
 static ovlm_status solve_chunks(chunker *c, int64_t n_micro, int64_t only)
 {
     sp_draft_begin(&c->draft);
     for (int64_t m = 0; m < n_micro; m++) {
         OVLM_TRY(solve_chunk(c, c->begin[m], c->begin[m + 1], only));
-        if (!isfinite(c->best.makespan)) {
+        bool stop = is_over(c) && (c->found || c->purse->meter.interrupted);
+        if (!isfinite(c->best.makespan) || stop) {
             c->draft.time_s = HUGE_VAL;
             return OVLM_OK;
         }
@@ -87,6 +106,7 @@ static ovlm_status try_micro(chunker *c, int64_t n_micro, sp_draft *to)
         OVLM_TRY(solve_chunks(c, n_micro, only));
         if (c->draft.time_s < to->time_s) {
             sp_draft_copy(to, &c->draft);
+            c->found = true;
         }
     }
     return OVLM_OK;
@@ -109,7 +129,8 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
                             sp_chunked *chunked, sp_purse *purse, ovlm_arena *arena,
                             ovlm_err *err)
 {
-    chunker c = {.model = model, .policy = policy, .arena = arena, .err = err};
+    chunker c = {
+        .model = model, .policy = policy, .purse = purse, .arena = arena, .err = err};
     OVLM_TRY(chunker_init(&c, model->n));
     *chunked = (sp_chunked){0};
     int64_t first = n_micro > 0 ? n_micro : least_micro(model);
@@ -178,91 +199,127 @@ static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, 
     qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, compare_i64);
 }
 
-static ovlm_status mix_draft(const sp_model *model, sp_draft *draft, sp_draft *better,
-                             sp_micro *micro, sp_micro *mixed, int64_t *k, ovlm_arena *arena,
-                             ovlm_err *err)
+/* What the chunks of one draft are improved with. */
+typedef struct improver {
+    const sp_model *model;
+    sp_purse *purse;
+    sp_micro micro, mixed;
+    sp_draft better;
+    int64_t *k; /* [n] */
+    ovlm_arena *arena;
+    ovlm_err *err;
+} improver;
+
+static ovlm_status improver_init(improver *im)
 {
-    sp_draft_begin(better);
-    for (int64_t m = 0; m < draft->n_micro; m++) {
-        load_micro(model, draft, m, micro, k);
-        mixed->makespan = HUGE_VAL;
-        OVLM_TRY(sp_micro_construct(model, k, micro->start[micro->n_groups], mixed, arena, err));
-        sp_draft_append(better, model, mixed->makespan < micro->makespan ? mixed : micro);
-    }
-    if (better->time_s < draft->time_s) {
-        sp_draft_copy(draft, better);
+    int64_t n = im->model->n;
+    OVLM_TRY(sp_micro_init(&im->micro, n, im->arena, im->err));
+    OVLM_TRY(sp_micro_init(&im->mixed, n, im->arena, im->err));
+    OVLM_TRY(sp_draft_init(&im->better, n, im->arena, im->err));
+    return OVLM_ARENA_NEW(im->arena, &im->k, n, im->err);
+}
+
+/* Mixed groups for the chunk, kept where they are better. */
+static ovlm_status mix(improver *im, int64_t count, ovlm_meter *meter)
+{
+    im->mixed.makespan = HUGE_VAL;
+    OVLM_TRY(sp_micro_construct(im->model, im->k, count, meter, &im->mixed, im->arena, im->err));
+    if (im->mixed.makespan < im->micro.makespan) {
+        sp_micro swap = im->micro;
+        im->micro = im->mixed;
+        im->mixed = swap;
     }
     return OVLM_OK;
 }
 
-ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t most,
-                          sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
+/* Mixed groups in every chunk of the draft, without search. */
+static ovlm_status mix_draft(improver *im, sp_draft *draft)
 {
-    ovlm_arena_mark mark = ovlm_arena_save(arena);
-    ovlm_status status = OVLM_OK;
-    sp_micro micro, mixed;
-    sp_draft better;
-    int64_t *k, order[SP_DRAFTS] = {0};
-    OVLM_GOTO(done, sp_micro_init(&micro, model->n, arena, err));
-    OVLM_GOTO(done, sp_micro_init(&mixed, model->n, arena, err));
-    OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &k, model->n, err));
-    sp_policy_order(chunked, order);
-    for (int64_t i = 0; i < chunked->n_drafts && i < most && !sp_purse_expired(purse); i++) {
-        sp_draft *draft = &chunked->draft[order[i]];
-        OVLM_GOTO(done, mix_draft(model, draft, &better, &micro, &mixed, k, arena, err));
+    sp_draft_begin(&im->better);
+    for (int64_t m = 0; m < draft->n_micro; m++) {
+        load_micro(im->model, draft, m, &im->micro, im->k);
+        ovlm_meter part = sp_purse_steps(im->purse, INT64_MAX);
+        if (!sp_purse_expired(im->purse)) {
+            OVLM_TRY(mix(im, im->micro.start[im->micro.n_groups], &part));
+        }
+        part.work = 0; /* a construction */
+        (void)sp_purse_absorb(im->purse, &part);
+        sp_draft_append(&im->better, im->model, &im->micro);
     }
-    sp_policy_order(chunked, order);
-done:
-    ovlm_arena_rewind(arena, mark);
-    return status;
+    if (im->better.time_s < draft->time_s) {
+        sp_draft_copy(draft, &im->better);
+    }
+    return OVLM_OK;
 }
 
-ovlm_status sp_policy_improve(const sp_model *model, sp_draft *draft, double share, uint64_t seed,
-                              sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
+/* What a search leaves of its part.  Not what it takes beyond: then more work would not always mean
+ * more for whoever comes next. */
+static int64_t left_of(int64_t steps, const ovlm_meter *part)
 {
-    ovlm_arena_mark mark = ovlm_arena_save(arena);
-    ovlm_status status = OVLM_OK;
-    ovlm_rng rng;
-    sp_micro micro;
-    sp_draft better;
-    int64_t *k;
-    ovlm_rng_init(&rng, seed);
-    OVLM_GOTO(done, sp_micro_init(&micro, model->n, arena, err));
-    OVLM_GOTO(done, sp_draft_init(&better, model->n, arena, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(arena, &k, model->n, err));
-    sp_draft_begin(&better);
+    return steps - (part->work < part->work_limit ? part->work : part->work_limit);
+}
+
+/* Every chunk of the draft by itself, with an equal part of the steps left; returns them. */
+static ovlm_status improve_draft(improver *im, sp_draft *draft, bool mixed, uint64_t seed,
+                                 int64_t *steps)
+{
+    sp_draft_begin(&im->better);
     for (int64_t m = 0; m < draft->n_micro; m++) {
-        load_micro(model, draft, m, &micro, k);
-        int64_t count = micro.start[micro.n_groups];
-        /* share/n_micro of the purse as it was, were everything before used up. */
-        double used = (double)m * share, all = (double)draft->n_micro;
-        ovlm_meter part = sp_purse_part(purse, share / (all - used));
-        double target = sp_bound_quick(model, k, count);
-        OVLM_GOTO(done, sp_micro_solve(model, k, count, target, &part, &rng, &micro, arena, err));
-        (void)sp_purse_absorb(purse, &part);
-        sp_draft_append(&better, model, &micro);
+        ovlm_rng rng;
+        ovlm_rng_init(&rng, seed + (uint64_t)m * SP_DRAFTS);
+        load_micro(im->model, draft, m, &im->micro, im->k);
+        int64_t count = im->micro.start[im->micro.n_groups];
+        ovlm_meter part = sp_purse_steps(im->purse, *steps / (draft->n_micro - m));
+        bool over = sp_purse_expired(im->purse) || part.work_limit == 0;
+        if (!over && !mixed && part.work_limit > MIX_STEPS * count) {
+            OVLM_TRY(mix(im, count, &part));
+        }
+        double target = over ? 0 : sp_bound_quick(im->model, im->k, count);
+        if (!over) {
+            OVLM_TRY(sp_micro_solve(im->model, im->k, count, target, &part, &rng, &im->micro,
+                                    im->arena, im->err));
+        }
+        *steps = left_of(*steps, &part);
+        (void)sp_purse_absorb(im->purse, &part);
+        sp_draft_append(&im->better, im->model, &im->micro);
     }
-    if (better.time_s < draft->time_s) {
-        sp_draft_copy(draft, &better);
+    if (im->better.time_s < draft->time_s) {
+        sp_draft_copy(draft, &im->better);
     }
-done:
-    ovlm_arena_rewind(arena, mark);
-    return status;
+    return OVLM_OK;
+}
+
+/* Half of what is left for each draft, the best one first; the last one has all of it. */
+static ovlm_status improve_drafts(improver *im, sp_chunked *chunked, uint64_t seed)
+{
+    int64_t order[SP_DRAFTS] = {0};
+    sp_policy_order(chunked, order);
+    OVLM_TRY(mix_draft(im, &chunked->draft[order[0]]));
+    /* Where one micro-batch is all there is, its groups are all that can be improved. */
+    bool alone = chunked->draft[order[0]].n_micro == 1;
+    double share = alone ? SHARE_ALONE : SHARE;
+    int64_t steps = (int64_t)(share * (double)im->purse->allowance);
+    for (int64_t round = 0; round < chunked->n_drafts && !sp_purse_expired(im->purse); round++) {
+        int64_t now = round + 1 < chunked->n_drafts ? steps / 2 : steps, left = now;
+        OVLM_TRY(improve_draft(im, &chunked->draft[order[round]], round == 0,
+                               seed + (uint64_t)order[round], &left));
+        steps -= now - left;
+    }
+    sp_policy_order(chunked, order);
+    return OVLM_OK;
 }
 
 ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked, uint64_t seed,
                               sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t order[SP_DRAFTS];
-    OVLM_TRY(sp_policy_mix(model, chunked, SP_TRIES, purse, arena, err));
-    sp_policy_order(chunked, order);
-    for (int64_t round = 0; round < chunked->n_drafts; round++) {
-        int64_t next = order[round];
-        double share = round + 1 < chunked->n_drafts ? 0.5 : 1.0;
-        OVLM_TRY(sp_policy_improve(model, &chunked->draft[next], share, seed + (uint64_t)next,
-                                   purse, arena, err));
+    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    improver im = {.model = model, .purse = purse, .arena = arena, .err = err};
+    ovlm_status status = OVLM_OK;
+    if (chunked->n_drafts > 0 && !sp_purse_expired(purse)) {
+        OVLM_GOTO(done, improver_init(&im));
+        OVLM_GOTO(done, improve_drafts(&im, chunked, seed));
     }
-    sp_policy_order(chunked, order);
-    return OVLM_OK;
+done:
+    ovlm_arena_rewind(arena, mark);
+    return status;
 }

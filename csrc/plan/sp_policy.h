@@ -25,17 +25,10 @@ OVLM_NODISCARD ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy
 /* order[0..n_drafts-1] = drafts by time, the earlier one first among equals; sets best. */
 void sp_policy_order(sp_chunked *chunked, int64_t *order);
 
-/* Mixed groups, where they are better, for the chunks of the `most` best drafts; no search. */
-OVLM_NODISCARD ovlm_status sp_policy_mix(const sp_model *model, sp_chunked *chunked, int64_t most,
-                                         sp_purse *purse, ovlm_arena *arena, ovlm_err *err);
-
-/* Improves every micro-batch of the draft by itself with `share` of the purse. */
-OVLM_NODISCARD ovlm_status sp_policy_improve(const sp_model *model, sp_draft *draft, double share,
-                                             uint64_t seed, sp_purse *purse, ovlm_arena *arena,
-                                             ovlm_err *err);
-
-/* Policy "chunked" from its starts: mixed groups, then the group solver in each chunk of each
- * draft, the best one first and longest. */
+/* Policy "chunked" from its starts: mixed groups in the chunks of the best draft, then the group
+ * solver in each chunk of each draft, the best one first and longest.  Takes a fixed share of the
+ * purse's allowance and splits it in fixed parts, so that it is one computation whatever comes
+ * after it, and more work is never worse. */
 OVLM_NODISCARD ovlm_status sp_policy_chunked(const sp_model *model, sp_chunked *chunked,
                                              uint64_t seed, sp_purse *purse, ovlm_arena *arena,
                                              ovlm_err *err);

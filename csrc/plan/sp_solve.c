@@ -1,5 +1,5 @@
 /* sp_solve.c - plan_sequences: bound, start, search, stronger bound, plan, check. */
-#include <float.h>
+#include <math.h>
 
 #include "plan/sp_bound.h"
 #include "plan/sp_flex.h"
@@ -11,18 +11,21 @@
 enum { STRIDE = 16 };
 
 #define DEFAULT_WORK 4000000
-/* Above this many sequences, mixed groups are built for one start only: they take 10 us each. */
-#define MANY 2048
 #define OPTIMAL_GAP 1e-9
 
-/* Shares of what is left of the budget: a first bound; the group solver on the best start; then
- * search and bound in turns, so that each knows what the other found; the search has the rest. */
+/* Seconds per sequence to write a plan down, check it and hand it over; at most half of the limit is
+ * set aside for that. */
+#define FINISH_S 1e-6
+
+/* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
+ * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
-#define POLISH 0.1
-#define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
-#define LEVELS 0.4 /* where there are several */
+#define LEVELS 0.4 /* where there are several micro-batches */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
+/* Where one micro-batch is all there is, the group solver has done most of the search. */
+#define FIRST_SEARCH_ALONE 0.15
+#define SECOND_BOUND_ALONE 0.8
 
 typedef struct solving {
     const ovlm_sp_problem *problem;
@@ -51,28 +54,62 @@ static ovlm_status raise_bound(solving *s, double share, ovlm_err *err)
 
 /* ------------------------------------------------------------------ policies ------------- */
 
-static void take_best(solving *s, const sp_chunked *from)
+/* Keeps the draft where its plan will be better, were it by one bit. */
+static ovlm_status take(solving *s, const sp_draft *draft, ovlm_err *err)
 {
-    if (from->n_drafts > 0 && from->draft[from->best].time_s < s->best.time_s) {
-        sp_draft_copy(&s->best, &from->draft[from->best]);
+    double time_s;
+    if (!isfinite(draft->time_s)) {
+        return OVLM_OK;
     }
+    OVLM_TRY(sp_plan_time(&s->model, draft, &time_s, &s->arena, err));
+    if (time_s < s->best.time_s) {
+        sp_draft_copy(&s->best, draft);
+        s->best.time_s = time_s;
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status take_all(solving *s, const sp_chunked *from, ovlm_err *err)
+{
+    for (int64_t i = 0; i < from->n_drafts; i++) {
+        OVLM_TRY(take(s, &from->draft[i], err));
+    }
+    return OVLM_OK;
 }
 
 static ovlm_status start(solving *s, ovlm_sp_policy policy, sp_chunked *chunked, ovlm_err *err)
 {
     OVLM_TRY(sp_policy_start(&s->model, policy, s->problem->micro_batches, chunked, &s->purse,
                              &s->arena, err));
-    take_best(s, chunked);
-    return OVLM_OK;
+    return take_all(s, chunked, err);
+}
+
+/* Sorted chunks, and the group solver in each: a policy, and what flex does first. */
+static ovlm_status search_chunks(solving *s, sp_chunked *chunked, ovlm_err *err)
+{
+    OVLM_TRY(start(s, OVLM_SP_CHUNKED, chunked, err));
+    OVLM_TRY(sp_policy_chunked(&s->model, chunked, s->problem->seed, &s->purse, &s->arena, err));
+    return take_all(s, chunked, err);
 }
 
 static ovlm_status solve_chunked(solving *s, ovlm_err *err)
 {
     sp_chunked chunked;
-    OVLM_TRY(start(s, OVLM_SP_CHUNKED, &chunked, err));
-    OVLM_TRY(sp_policy_chunked(&s->model, &chunked, s->problem->seed, &s->purse, &s->arena, err));
-    take_best(s, &chunked);
+    OVLM_TRY(search_chunks(s, &chunked, err));
     return is_optimal(s->best.time_s, s->bound) ? OVLM_OK : raise_bound(s, 1, err);
+}
+
+/* All that the other policies do, so that flex is never worse than they (of what the clock leaves
+ * time for); chunks of one degree each are the homogeneous ones, unless that policy has to use more
+ * micro-batches. */
+static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
+{
+    sp_chunked other;
+    OVLM_TRY(search_chunks(s, starts, err));
+    if (starts->mixed && !sp_purse_expired(&s->purse)) {
+        OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
+    }
+    return sp_purse_expired(&s->purse) ? OVLM_OK : start(s, OVLM_SP_STATIC, &other, err);
 }
 
 static ovlm_status solve_flex(solving *s, ovlm_err *err)
@@ -80,43 +117,31 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     ovlm_status status = OVLM_OK;
     sp_flex *flex = NULL;
     sp_chunked starts;
-    sp_draft warm;
+    sp_draft warm, found;
     OVLM_TRY(sp_draft_init(&warm, s->model.n, &s->arena, err));
+    OVLM_TRY(sp_draft_init(&found, s->model.n, &s->arena, err));
     if (s->problem->warm_start != NULL) {
         OVLM_TRY(sp_warm_start(&s->model, s->problem, &warm, &s->arena, err));
     }
-    /* The other policies too, so that flex is never worse than their constructions.  Chunks of one
-     * degree each are the homogeneous ones, unless that policy has to use more micro-batches. */
-    sp_chunked other;
-    OVLM_TRY(start(s, OVLM_SP_CHUNKED, &starts, err));
-    if (starts.mixed && !sp_purse_expired(&s->purse)) {
-        OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
-    }
-    if (!sp_purse_expired(&s->purse)) {
-        OVLM_TRY(start(s, OVLM_SP_STATIC, &other, err));
-    }
-    int64_t most = s->model.n <= MANY ? SP_FLEX_STARTS : 1;
-    OVLM_TRY(sp_policy_mix(&s->model, &starts, most, &s->purse, &s->arena, err));
-    take_best(s, &starts);
-    if (warm.time_s < s->best.time_s) {
-        sp_draft_copy(&s->best, &warm);
-    }
-    if (starts.n_drafts > 0) {
-        sp_draft *draft = &starts.draft[starts.best];
-        double share = draft->n_micro == 1 ? POLISH_ALONE : POLISH;
-        OVLM_TRY(sp_policy_improve(&s->model, draft, share, s->problem->seed, &s->purse, &s->arena,
-                                   err));
-        take_best(s, &starts);
+    OVLM_TRY(solve_others(s, &starts, err));
+    OVLM_TRY(take(s, &warm, err));
+    if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
+        return OVLM_OK; /* no search: not even what it would start from */
     }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
-    take_best(s, &starts);
+    OVLM_TRY(take_all(s, &starts, err));
+    sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
+    bool alone = s->best.n_micro == 1;
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
-        OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), turn ? 1 : FIRST_SEARCH,
-                                    &s->purse, &s->best, err));
+        double share = turn ? 1 : (alone ? FIRST_SEARCH_ALONE : FIRST_SEARCH);
+        OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), share, &s->purse, &found,
+                                    err));
+        OVLM_GOTO(done, take(s, &found, err));
         if (turn == 0 && !is_optimal(s->best.time_s, s->bound)) {
-            OVLM_GOTO(done, raise_bound(s, SECOND_BOUND, err));
+            OVLM_GOTO(done, raise_bound(s, alone ? SECOND_BOUND_ALONE : SECOND_BOUND,
+                                        err));
         }
     }
 done:
@@ -195,9 +220,12 @@ ovlm_status ovlm_sp_solve(const ovlm_sp_problem *problem, const ovlm_budget *bud
 {
     ovlm_status status = OVLM_OK;
     solving s = {.problem = problem};
-    bool timed = budget != NULL && budget->time_limit_s > 0 && budget->time_limit_s < DBL_MAX;
     *plan = NULL;
-    ovlm_meter_start(&s.purse.meter, budget, timed ? INT64_MAX / 4 : DEFAULT_WORK, STRIDE);
+    sp_purse_open(&s.purse, budget, DEFAULT_WORK, STRIDE);
+    double left_s = ovlm_meter_left_s(&s.purse.meter);
+    if (left_s < HUGE_VAL) {
+        s.purse.meter.deadline_s -= fmin(FINISH_S * (double)problem->n, 0.5 * left_s);
+    }
     OVLM_GOTO(done, sp_model_init(&s.model, problem, &s.arena, err));
     OVLM_GOTO(done, sp_draft_init(&s.best, problem->n, &s.arena, err));
     sp_draft_begin(&s.best);

@@ -198,32 +198,96 @@ static int64_t put_pinned(const bal_model *model, const int64_t *order, bal_plan
     return left;
 }
 
+/* Scratch to put ranks in order of their loads. */
+typedef struct rank_order {
+    uint32_t *bucket, *by_load; /* [n_ranks]                                                   */
+    double *mirrored;           /* [n_ranks] load of rank n_ranks - 1 - i                      */
+    int64_t *order;             /* [n_ranks]                                                   */
+} rank_order;
+
+static ovlm_status rank_order_init(rank_order *o, int64_t n, ovlm_arena *arena, ovlm_err *err)
+{
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->bucket, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->by_load, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->mirrored, n, err));
+    return OVLM_ARENA_RAW(arena, &o->order, n, err);
+}
+
+/* The sort for loads that crowd in a few buckets. */
+static ovlm_status sort_crowded(rank_order *o, const double *load, int64_t n, ovlm_arena *arena,
+                                ovlm_err *err)
+{
+    for (int64_t i = 0; i < n; i++) {
+        o->mirrored[i] = load[n - 1 - i];
+    }
+    OVLM_TRY(ovlm_sort_f64(o->mirrored, n, o->order, arena, err));
+    for (int64_t k = 0; k < n; k++) {
+        /* read from the end, so that ties go to the lower rank */
+        o->by_load[k] = (uint32_t)(n - 1 - o->order[n - 1 - k]);
+    }
+    return OVLM_OK;
+}
+
+/* Ranks by ascending load, ties by number: buckets over the spread, mostly of one rank each, and an
+ * insertion sort for what shares one. */
+static ovlm_status sort_ranks(rank_order *o, const double *load, int64_t n, double least,
+                              double most, ovlm_arena *arena, ovlm_err *err)
+{
+    enum { BUCKETS = 2048, CROWD = 32 };
+    uint32_t start[BUCKETS + 1] = {0}, crowd = 0;
+    double scale = most > least ? (BUCKETS - 1) / (most - least) : 0;
+    if (!(scale < HUGE_VAL)) {
+        return sort_crowded(o, load, n, arena, err);
+    }
+    for (int64_t r = 0; r < n; r++) {
+        o->bucket[r] = (uint32_t)((load[r] - least) * scale);
+        start[o->bucket[r] + 1]++;
+    }
+    for (int b = 0; b < BUCKETS; b++) {
+        crowd = start[b + 1] > crowd ? start[b + 1] : crowd;
+        start[b + 1] += start[b];
+    }
+    if (crowd > CROWD && most > least) {
+        return sort_crowded(o, load, n, arena, err);
+    }
+    for (int64_t r = 0; r < n; r++) {
+        o->by_load[start[o->bucket[r]]++] = (uint32_t)r;
+    }
+    for (int64_t k = 1; k < n; k++) {
+        uint32_t r = o->by_load[k];
+        int64_t at = k;
+        for (; at > 0 && load[o->by_load[at - 1]] > load[r]; at--) {
+            o->by_load[at] = o->by_load[at - 1];
+        }
+        o->by_load[at] = r;
+    }
+    return OVLM_OK;
+}
+
 /* Like ranks without limits, as long as their loads differ by less than the next N units: then each
  * of these goes to another rank, the largest to the least loaded, and one sort of the ranks serves
  * them all.  Returns the units placed. */
 static ovlm_status place_rounds(const bal_model *model, const int64_t *order, bal_plan *plan,
                                 int64_t *placed, ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t N = model->n_ranks, *by_load = NULL;
-    double *load = NULL; /* of rank N - 1 - i: sorted down and read from the end, ties go to the
-                            lower rank, as in the tree */
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &load, N, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &by_load, N, err));
-    int64_t at = 0;
-    for (; at + N <= model->n_units; at += N) {
-        OVLM_TRY(ovlm_sort_f64(load, N, by_load, arena, err));
-        double least = load[by_load[N - 1]], most = load[by_load[0]];
-        if (least + model->a[order[at + N - 1]] < most) {
-            break;
-        }
-        for (int64_t k = 0; k < N; k++) {
-            int64_t i = by_load[N - 1 - k], u = order[at + k];
-            load[i] += model->a[u];
-            plan->rank[u] = N - 1 - i;
-        }
-    }
+    int64_t N = model->n_ranks, at = 0;
+    rank_order ranks;
+    double *load = plan->load, least = 0, most = 0;
+    OVLM_TRY(rank_order_init(&ranks, N, arena, err));
     for (int64_t r = 0; r < N; r++) {
-        plan->load[r] = load[N - 1 - r];
+        load[r] = 0;
+    }
+    for (; at + N <= model->n_units && least + model->a[order[at + N - 1]] >= most; at += N) {
+        OVLM_TRY(sort_ranks(&ranks, load, N, least, most, arena, err));
+        least = HUGE_VAL;
+        most = 0;
+        for (int64_t k = 0; k < N; k++) {
+            int64_t r = ranks.by_load[k], u = order[at + k];
+            load[r] += model->a[u];
+            plan->rank[u] = r;
+            least = load[r] < least ? load[r] : least;
+            most = load[r] > most ? load[r] : most;
+        }
     }
     *placed = at;
     return OVLM_OK;

@@ -198,11 +198,11 @@ static ovlm_status load_by_units(const relaxed *x, double *bound, ovlm_arena *ar
     enum { LOOK_AT = 64 }; /* the largest decide; the rest is not worth n_units * n_ranks */
     for (int64_t i = 0; i < model->n_units && i < LOOK_AT; i++) {
         int64_t u = model->order[i];
-        double least = HUGE_VAL;
+        double least = HUGE_VAL, work = unit_work(model, i);
         for (int64_t r = 0; r < model->n_ranks; r++) {
             bool admits = bal_size(model, u) <= bal_capacity(model, r) &&
                           (!bal_is_pinned(model, u) || model->pin[u] == r);
-            double load = bal_base(model, r) + (model->fixed + unit_work(model, i)) / bal_speed(model, r);
+            double load = bal_base(model, r) + (model->fixed + work) / bal_speed(model, r);
             least = admits && load < least ? load : least;
         }
         if (least < HUGE_VAL && least > *bound) {

@@ -15,6 +15,7 @@ typedef struct homing {
     bal_plan *plan;
     int64_t *head, *next;   /* units of each rank as a list, -1 ends                           */
     int64_t *order;         /* [n_ranks] scratch                                               */
+    bool *away;             /* [n_units] scratch                                               */
     double limit;
     double *least;          /* tree over the ranks: [leaves + r] is r's load, or HUGE_VAL when it
                                takes nothing; [i] is the lesser of [2i] and [2i + 1]           */
@@ -72,38 +73,44 @@ static void move(homing *h, int64_t u, int64_t s)
     bal_plan_put(model, plan, u, s);
 }
 
-/* The unit of r to send to s: of those that do not more than empty r's excess, the most cost per
- * byte, then the largest; else the smallest that ends the excess.  -1: none may go. */
+/* A unit that may go to s, and how it compares. */
+typedef struct choice {
+    int64_t u; /* -1: none */
+    double a, bytes;
+    bool within; /* it does not more than empty the excess */
+} choice;
+
+/* Does unit x suit better than y?  Of those within the excess, the most cost per byte, then the
+ * largest; else the smallest that ends the excess. */
+static inline bool is_better(const choice *x, const choice *y)
+{
+    if (y->u < 0 || x->within != y->within) {
+        return y->u < 0 || x->within;
+    }
+    double left = x->a * y->bytes, right = y->a * x->bytes;
+    return !x->within ? x->a < y->a : left > right || (left >= right && x->a > y->a);
+}
+
+/* The unit of r to send to s; -1: none may go. */
 static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
 {
     const bal_model *model = h->search->model;
     double excess = (h->plan->load[r] - h->limit) * bal_speed(model, r);
     /* most units are too large, which one comparison tells; may_move decides */
     double room = bal_room(model, s, h->limit * (1 + 2 * BAL_TOLERANCE)) - h->plan->add[s];
-    int64_t best = -1;
-    bool best_within = false;
+    choice best = {.u = -1};
     for (int64_t u = h->head[r]; u >= 0; u = h->next[u]) {
-        if (model->a[u] > room || !may_move(h, u, s)) {
+        if (model->a[u] > room) {
             continue;
         }
-        bool within = model->a[u] <= excess, better = best < 0;
-        if (!better && within != best_within) {
-            better = within;
-        } else if (!better && !within) {
-            better = model->a[u] < model->a[best];
-        } else if (!better) {
-            /* bytes that are away from home already are free */
-            double bytes = model->home[u] == r ? (double)model->bytes[u] : 0;
-            double best_bytes = model->home[best] == r ? (double)model->bytes[best] : 0;
-            double left = model->a[u] * best_bytes, right = model->a[best] * bytes;
-            better = left > right || (left >= right && model->a[u] > model->a[best]);
-        }
-        if (better) {
-            best = u;
-            best_within = within;
+        /* bytes that are away from home already are free */
+        choice one = {u, model->a[u], model->home[u] == r ? (double)model->bytes[u] : 0,
+                      model->a[u] <= excess};
+        if (is_better(&one, &best) && may_move(h, u, s)) {
+            best = one;
         }
     }
-    return best;
+    return best.u;
 }
 
 static void leaf_set(homing *h, int64_t r, double value)
@@ -200,11 +207,16 @@ static void lists_fill(homing *h)
 static void go_home(homing *h)
 {
     const bal_model *model = h->search->model;
+    /* most are at home, which one byte each says better than a look at their ranks in this order */
+    for (int64_t u = 0; u < model->n_units; u++) {
+        h->away[u] = h->plan->rank[u] != model->home[u];
+    }
     for (int64_t i = 0; i < model->n_units; i++) {
-        int64_t u = model->order[i], home = model->home[u], r = h->plan->rank[u];
-        if (r == home || ovlm_meter_spend(h->search->meter, 1)) {
+        int64_t u = model->order[i];
+        if (!h->away[u] || ovlm_meter_spend(h->search->meter, 1)) {
             continue;
         }
+        int64_t home = model->home[u], r = h->plan->rank[u];
         if (may_move(h, u, home)) {
             move(h, u, home);
             continue;
@@ -247,6 +259,7 @@ static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, do
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->least, 2 * h->leaves, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->order, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->head, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_RAW(search->arena, &h->away, model->n_units, err));
     return OVLM_ARENA_RAW(search->arena, &h->next, model->n_units, err);
 }
 

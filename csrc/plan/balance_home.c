@@ -3,24 +3,12 @@
  * Inside the node first, so that only a node's surplus leaves it; then across nodes; then small
  * exact rebuilds for what did not fit; then every unit that can goes back.  Beside it stands the
  * plan found without homes, its ranks renamed; the one with less traffic is kept. */
-#include "plan/balance_parts.h"
+#include "plan/balance_home.h"
 
 #include <math.h>
 #include <string.h>
 
 #include "base/sort.h"
-
-typedef struct homing {
-    bal_search *search;
-    bal_plan *plan;
-    int64_t *head, *next;   /* units of each rank as a list, -1 ends                           */
-    int64_t *order;         /* [n_ranks] scratch                                               */
-    bool *away;             /* [n_units] scratch                                               */
-    double limit;
-    double *least;          /* tree over the ranks: [leaves + r] is r's load, or HUGE_VAL when it
-                               takes nothing; [i] is the lesser of [2i] and [2i + 1]           */
-    int64_t leaves;         /* a power of two                                                  */
-} homing;
 
 static double load_with(const homing *h, int64_t u, int64_t r)
 {
@@ -48,7 +36,7 @@ static bool may_move(const homing *h, int64_t u, int64_t s)
            bal_meets(load_with(h, u, s), h->limit);
 }
 
-static void move(homing *h, int64_t u, int64_t s)
+void homing_move(homing *h, int64_t u, int64_t s)
 {
     const bal_model *model = h->search->model;
     bal_plan *plan = h->plan;
@@ -178,7 +166,7 @@ static void shed(homing *h, int64_t r, int64_t from, int64_t to)
         }
         int64_t u = pick_unit(h, r, s);
         if (u >= 0) {
-            move(h, u, s);
+            homing_move(h, u, s);
             leaf_set(h, s, leaf_value(h, s));
         } else {
             leaf_set(h, s, HUGE_VAL);
@@ -191,7 +179,7 @@ static void shed(homing *h, int64_t r, int64_t from, int64_t to)
     }
 }
 
-static void lists_fill(homing *h)
+void homing_list(homing *h)
 {
     const bal_model *model = h->search->model;
     for (int64_t r = 0; r < model->n_ranks; r++) {
@@ -218,7 +206,7 @@ static void go_home(homing *h)
         }
         int64_t home = model->home[u], r = h->plan->rank[u];
         if (may_move(h, u, home)) {
-            move(h, u, home);
+            homing_move(h, u, home);
             continue;
         }
         int64_t from = home / model->node_size * model->node_size;
@@ -226,7 +214,7 @@ static void go_home(homing *h)
                                                               : model->n_ranks;
         for (int64_t s = from; s < to && r / model->node_size != home / model->node_size; s++) {
             if (may_move(h, u, s)) {
-                move(h, u, s);
+                homing_move(h, u, s);
                 break;
             }
         }
@@ -271,14 +259,17 @@ static ovlm_status from_homes(homing *h, bool *done, ovlm_err *err)
     for (int64_t u = 0; u < model->n_units; u++) {
         bal_plan_put(model, h->plan, u, bal_is_pinned(model, u) ? model->pin[u] : model->home[u]);
     }
-    lists_fill(h);
+    homing_list(h);
     leaves_fill(h);
     OVLM_TRY(shed_all(h, model->node_size, err));
     OVLM_TRY(shed_all(h, model->n_ranks, err));
+    if (!model->padded) {
+        OVLM_TRY(homing_exchange(h, err));
+    }
     *done = bal_plan_settle(model, h->plan);
     if (*done && !bal_meets(h->plan->max, h->limit) && !model->padded) {
         OVLM_TRY(bal_rebuild_to(h->search, h->plan, h->limit, err));
-        lists_fill(h);
+        homing_list(h);
     }
     *done = *done && bal_meets(h->plan->max, h->limit);
     if (*done) {
@@ -359,7 +350,7 @@ ovlm_status bal_home(bal_search *search, bal_plan *plan, double limit, ovlm_err 
         if (model->uniform) {
             OVLM_TRY(rename_ranks(model, &other, search->arena, err));
         }
-        lists_fill(&h);
+        homing_list(&h);
         go_home(&h);
         if (bal_plan_settle(model, &other) && bal_meets(other.max, limit) &&
             bal_traffic_less(bal_traffic_of(model, &other), bal_traffic_of(model, plan))) {

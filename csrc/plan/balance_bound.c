@@ -9,8 +9,9 @@
 
 typedef struct relaxed {
     const bal_model *model;
-    double *e;       /* [n_units] descending                                                   */
+    double *e;       /* [n_units] descending; both NULL where nothing needs them all           */
     double *prefix;  /* [n_units+1]                                                            */
+    double total;    /* sum of e                                                               */
     double margin;   /* relative rounding error of a sum of e, generously                      */
     double best_speed, least_base;
 } relaxed;
@@ -21,23 +22,38 @@ static double sum_margin(int64_t n)
     return (double)(n + 64) * 0x1p-52;
 }
 
-static ovlm_status relax(const bal_model *model, relaxed *x, ovlm_arena *arena, ovlm_err *err)
+/* e of the i-th largest unit. */
+static double unit_work(const bal_model *model, int64_t i)
 {
-    *x = (relaxed){.model = model, .margin = sum_margin(model->n_units), .least_base = HUGE_VAL};
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &x->e, model->n_units, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &x->prefix, model->n_units + 1, err));
-    for (int64_t i = 0; i < model->n_units; i++) {
-        int64_t u = model->order[i];
-        double h = (double)bal_len(model, u);
-        double pad = h * (model->padded_linear + model->padded_quadratic * h);
-        x->e[i] = model->a[u] + (double)bal_count(model, u) * pad;
-        x->prefix[i + 1] = x->prefix[i] + x->e[i];
-    }
+    int64_t u = model->order[i];
+    double h = (double)bal_len(model, u);
+    double pad = h * (model->padded_linear + model->padded_quadratic * h);
+    return model->a[u] + (double)bal_count(model, u) * pad;
+}
+
+static void relax(const bal_model *model, relaxed *x)
+{
+    *x = (relaxed){.model = model, .margin = sum_margin(model->n_units), .least_base = HUGE_VAL,
+                   .total = model->total};
     for (int64_t r = 0; r < model->n_ranks; r++) {
         double speed = bal_speed(model, r), base = bal_base(model, r);
         x->best_speed = speed > x->best_speed ? speed : x->best_speed;
         x->least_base = base < x->least_base ? base : x->least_base;
     }
+}
+
+/* e and prefix: a gather over all units, which the plain case does without. */
+static ovlm_status fill_prefix(relaxed *x, ovlm_arena *arena, ovlm_err *err)
+{
+    int64_t n = x->model->n_units;
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->e, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->prefix, n + 1, err));
+    x->prefix[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        x->e[i] = unit_work(x->model, i);
+        x->prefix[i + 1] = x->prefix[i] + x->e[i];
+    }
+    x->total = x->prefix[n];
     return OVLM_OK;
 }
 
@@ -45,18 +61,13 @@ static ovlm_status relax(const bal_model *model, relaxed *x, ovlm_arena *arena, 
  * rank holds k + 1, so at least the k + 1 smallest of those (pigeonhole). */
 static double work_by_pigeons(const relaxed *x)
 {
-    const bal_model *model = x->model;
-    int64_t n = model->n_units, N = model->n_ranks;
-    double best = n > 0 ? x->e[0] : 0;
-    for (int64_t k = 1; k <= (n - 1) / N; k++) {
+    enum { MOST = 64 }; /* beyond that the mean is as good */
+    int64_t n = x->model->n_units, N = x->model->n_ranks;
+    double best = n > 0 ? unit_work(x->model, 0) : 0;
+    for (int64_t k = 1; k < MOST && k <= (n - 1) / N; k++) {
         double sum = 0;
-        if (k < 64) {
-            for (int64_t i = k * N - k; i <= k * N; i++) {
-                sum += x->e[i];
-            }
-        } else {
-            /* beyond that the mean is as good */
-            break;
+        for (int64_t i = k * N - k; i <= k * N; i++) {
+            sum += unit_work(x->model, i);
         }
         best = sum > best ? sum : best;
     }
@@ -77,9 +88,6 @@ static double work_by_counts(const relaxed *x)
 {
     const bal_model *model = x->model;
     double best = 0;
-    if (model->count != NULL || model->min_items < 2) {
-        return best;
-    }
     for (int64_t j = 1; j <= model->n_ranks; j++) {
         int64_t lo = 1, hi = j;
         while (lo < hi) {
@@ -100,7 +108,7 @@ static double work_by_counts(const relaxed *x)
 static double work_by_mean(const relaxed *x)
 {
     int64_t used = x->model->n_units < x->model->n_ranks ? x->model->n_units : x->model->n_ranks;
-    return used > 0 ? x->prefix[x->model->n_units] / (double)used : 0;
+    return used > 0 ? x->total / (double)used : 0;
 }
 
 /* First position whose e is at most `value`; e descends. */
@@ -146,10 +154,6 @@ static bool needs_more_bins(const relaxed *x, double room)
 /* Largest room that L2 refutes, by bisection from `known` (already refuted or met). */
 static double work_by_bins(const relaxed *x, double known)
 {
-    const bal_model *model = x->model;
-    if (model->n_units <= model->n_ranks || x->e[0] <= known / 2) {
-        return known;
-    }
     double lo = known, hi = 2 * known;
     for (int step = 0; step < 48; step++) {
         double mid = lo + (hi - lo) / 2;
@@ -194,11 +198,11 @@ static ovlm_status load_by_units(const relaxed *x, double *bound, ovlm_arena *ar
     enum { LOOK_AT = 64 }; /* the largest decide; the rest is not worth n_units * n_ranks */
     for (int64_t i = 0; i < model->n_units && i < LOOK_AT; i++) {
         int64_t u = model->order[i];
-        double least = HUGE_VAL;
+        double least = HUGE_VAL, work = unit_work(model, i);
         for (int64_t r = 0; r < model->n_ranks; r++) {
             bool admits = bal_size(model, u) <= bal_capacity(model, r) &&
                           (!bal_is_pinned(model, u) || model->pin[u] == r);
-            double load = bal_base(model, r) + (model->fixed + x->e[i]) / bal_speed(model, r);
+            double load = bal_base(model, r) + (model->fixed + work) / bal_speed(model, r);
             least = admits && load < least ? load : least;
         }
         if (least < HUGE_VAL && least > *bound) {
@@ -242,25 +246,39 @@ ovlm_status bal_bound(const bal_model *model, double *bound, ovlm_arena *arena, 
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
     relaxed x;
-    OVLM_TRY(relax(model, &x, arena, err));
+    relax(model, &x);
     *bound = 0;
     for (int64_t r = 0; r < model->n_ranks; r++) {
         *bound = bal_base(model, r) > *bound ? bal_base(model, r) : *bound;
     }
     if (model->n_units > 0) {
-        double work = work_by_pigeons(&x), by_counts = work_by_counts(&x);
-        work = by_counts > work ? by_counts : work;
         bool like = model->base_load == NULL && model->speed == NULL;
+        bool counts = model->count == NULL && model->min_items >= 2;
+        double work = work_by_pigeons(&x);
+        if (model->padded || counts) {
+            OVLM_TRY(fill_prefix(&x, arena, err));
+        }
+        if (counts) {
+            double by_counts = work_by_counts(&x);
+            work = by_counts > work ? by_counts : work;
+        }
         if (like) {
             double mean = work_by_mean(&x);
-            work = work_by_bins(&x, mean > work ? mean : work);
+            work = mean > work ? mean : work;
+            /* with no unit above half of that, bins add nothing */
+            if (model->n_units > model->n_ranks && unit_work(model, 0) > work / 2) {
+                if (x.e == NULL) {
+                    OVLM_TRY(fill_prefix(&x, arena, err));
+                }
+                work = work_by_bins(&x, work);
+            }
         }
         work = round_to_grain(model, work, x.margin);
         double load = x.least_base + (model->fixed + work) / x.best_speed;
         load = like ? load : load * (1 - 0x1p-50);
         *bound = load > *bound ? load : *bound;
         if (!like) {
-            load = load_by_water(&x, x.prefix[model->n_units] * (1 - x.margin));
+            load = load_by_water(&x, x.total * (1 - x.margin));
             *bound = load > *bound ? load : *bound;
         }
         OVLM_TRY(load_by_units(&x, bound, arena, err));

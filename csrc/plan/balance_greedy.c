@@ -198,51 +198,136 @@ static int64_t put_pinned(const bal_model *model, const int64_t *order, bal_plan
     return left;
 }
 
-/* Like ranks without limits, as long as their loads differ by less than the next N units: then each
- * of these goes to another rank, the largest to the least loaded, and one sort of the ranks serves
- * them all.  Returns the units placed. */
-static ovlm_status place_rounds(const bal_model *model, const int64_t *order, bal_plan *plan,
-                                int64_t *placed, ovlm_arena *arena, ovlm_err *err)
+/* Scratch to put ranks in order of their loads. */
+typedef struct rank_order {
+    uint32_t *bucket, *by_load; /* [n_ranks]                                                   */
+    double *mirrored;           /* [n_ranks] load of rank n_ranks - 1 - i                      */
+    int64_t *order;             /* [n_ranks]                                                   */
+} rank_order;
+
+static ovlm_status rank_order_init(rank_order *o, int64_t n, ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t N = model->n_ranks, *by_load = NULL;
-    double *load = NULL; /* of rank N - 1 - i: sorted down and read from the end, ties go to the
-                            lower rank, as in the tree */
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &load, N, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &by_load, N, err));
-    int64_t at = 0;
-    for (; at + N <= model->n_units; at += N) {
-        OVLM_TRY(ovlm_sort_f64(load, N, by_load, arena, err));
-        double least = load[by_load[N - 1]], most = load[by_load[0]];
-        if (least + model->a[order[at + N - 1]] < most) {
-            break;
-        }
-        for (int64_t k = 0; k < N; k++) {
-            int64_t i = by_load[N - 1 - k], u = order[at + k];
-            load[i] += model->a[u];
-            plan->rank[u] = N - 1 - i;
-        }
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->bucket, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->by_load, n, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &o->mirrored, n, err));
+    return OVLM_ARENA_RAW(arena, &o->order, n, err);
+}
+
+/* The sort for loads that crowd in a few buckets. */
+static ovlm_status sort_crowded(rank_order *o, const double *load, int64_t n, ovlm_arena *arena,
+                                ovlm_err *err)
+{
+    for (int64_t i = 0; i < n; i++) {
+        o->mirrored[i] = load[n - 1 - i];
     }
-    for (int64_t r = 0; r < N; r++) {
-        plan->load[r] = load[N - 1 - r];
+    OVLM_TRY(ovlm_sort_f64(o->mirrored, n, o->order, arena, err));
+    for (int64_t k = 0; k < n; k++) {
+        /* read from the end, so that ties go to the lower rank */
+        o->by_load[k] = (uint32_t)(n - 1 - o->order[n - 1 - k]);
     }
-    *placed = at;
     return OVLM_OK;
 }
 
-/* The rest of them: the key of the winner is its load, so nothing but the tree is read.  Adding
- * `fixed` to every rank in use would not change who is least loaded. */
-static void place_simple(const bal_model *model, const int64_t *order, int64_t placed, forest *f,
-                         bal_plan *plan)
+/* Ranks by ascending load, ties by number: buckets over the spread, mostly of one rank each, and an
+ * insertion sort for what shares one. */
+static ovlm_status sort_ranks(rank_order *o, const double *load, int64_t n, ovlm_arena *arena,
+                              ovlm_err *err)
+{
+    enum { BUCKETS = 2048, CROWD = 16 };
+    uint32_t start[BUCKETS + 1] = {0};
+    int64_t pairs = 0; /* what the insertion sort looks at, about */
+    double least = load[0], most = load[0];
+    for (int64_t r = 1; r < n; r++) {
+        least = load[r] < least ? load[r] : least;
+        most = load[r] > most ? load[r] : most;
+    }
+    double scale = most > least ? (BUCKETS - 1) / (most - least) : 0;
+    if (!(scale < HUGE_VAL)) {
+        return sort_crowded(o, load, n, arena, err);
+    }
+    for (int64_t r = 0; r < n; r++) {
+        o->bucket[r] = (uint32_t)((load[r] - least) * scale);
+        start[o->bucket[r] + 1]++;
+    }
+    for (int b = 0; b < BUCKETS; b++) {
+        pairs += (int64_t)start[b + 1] * start[b + 1];
+        start[b + 1] += start[b];
+    }
+    if (pairs > CROWD * n && most > least) {
+        return sort_crowded(o, load, n, arena, err);
+    }
+    for (int64_t r = 0; r < n; r++) {
+        o->by_load[start[o->bucket[r]]++] = (uint32_t)r;
+    }
+    for (int64_t k = 1; k < n; k++) {
+        uint32_t r = o->by_load[k];
+        int64_t at = k;
+        for (; at > 0 && load[o->by_load[at - 1]] > load[r]; at--) {
+            o->by_load[at] = o->by_load[at - 1];
+        }
+        o->by_load[at] = r;
+    }
+    return OVLM_OK;
+}
+
+/* Units at, at + 1, ... of `order` go to ranks of ascending load, one each, for as long as that is
+ * what longest-first does: until a rank that has its unit ends before the next one without.
+ * Returns how many went. */
+static int64_t place_round(const bal_model *model, const int64_t *order, int64_t at,
+                           const rank_order *ranks, bal_plan *plan)
+{
+    int64_t left = model->n_units - at, most = left < model->n_ranks ? left : model->n_ranks, k = 0;
+    double least = HUGE_VAL;
+    for (; k < most; k++) {
+        int64_t r = ranks->by_load[k], u = order[at + k];
+        if (plan->load[r] > least) {
+            break;
+        }
+        plan->load[r] += model->a[u];
+        plan->rank[u] = r;
+        least = plan->load[r] < least ? plan->load[r] : least;
+    }
+    return k;
+}
+
+/* The next units, up to `end`, one by one: the key of the winner is its load, so nothing but the
+ * tree is read. */
+static void place_singly(const bal_model *model, const int64_t *order, int64_t at, int64_t end,
+                         forest *f, bal_plan *plan)
 {
     tree *t = &f->class[0];
     forest_fill(model, f, plan, false);
-    for (int64_t i = placed; i < model->n_units; i++) {
+    for (int64_t i = at; i < end; i++) {
         uint32_t r = t->rank[1];
         double load;
         memcpy(&load, &t->key[1], sizeof load);
+        plan->load[r] = load + model->a[order[i]];
         plan->rank[order[i]] = r;
-        tree_update(t, r, load_key(load + model->a[order[i]]));
+        tree_update(t, r, load_key(plan->load[r]));
     }
+}
+
+/* Like ranks without limits: in rounds, for which one sort of the ranks serves many units, and
+ * singly where the ranks' loads are too different.  Adding `fixed` to every rank in use would not
+ * change who is least loaded. */
+static ovlm_status place_simple(const bal_model *model, const int64_t *order, forest *f,
+                                bal_plan *plan, ovlm_arena *arena, ovlm_err *err)
+{
+    int64_t N = model->n_ranks, n = model->n_units;
+    rank_order ranks;
+    OVLM_TRY(rank_order_init(&ranks, N, arena, err));
+    memset(plan->load, 0, (size_t)N * sizeof *plan->load);
+    for (int64_t at = 0; at < n;) {
+        OVLM_TRY(sort_ranks(&ranks, plan->load, N, arena, err));
+        int64_t placed = place_round(model, order, at, &ranks, plan);
+        at += placed;
+        if (placed < N / 8) {
+            int64_t end = n - at < N ? n : at + N;
+            place_singly(model, order, at, end, f, plan);
+            at = end;
+        }
+    }
+    return OVLM_OK;
 }
 
 static bool place_all(const bal_model *model, const int64_t *order, forest *f, bal_plan *plan)
@@ -288,9 +373,7 @@ ovlm_status bal_greedy(const bal_model *model, const int64_t *order, bal_plan *p
     bool simple = model->uniform && !model->padded && model->count == NULL &&
                   model->capacity == NULL && model->min_items == 0 && model->max_items >= model->n;
     if (simple) {
-        int64_t placed = 0;
-        OVLM_TRY(place_rounds(model, order, plan, &placed, arena, err));
-        place_simple(model, order, placed, &f, plan);
+        OVLM_TRY(place_simple(model, order, &f, plan, arena, err));
         *done = bal_plan_settle(model, plan);
     } else {
         *done = place_all(model, order, &f, plan) && bal_plan_settle(model, plan);

@@ -3,23 +3,12 @@
  * Inside the node first, so that only a node's surplus leaves it; then across nodes; then small
  * exact rebuilds for what did not fit; then every unit that can goes back.  Beside it stands the
  * plan found without homes, its ranks renamed; the one with less traffic is kept. */
-#include "plan/balance_parts.h"
+#include "plan/balance_home.h"
 
 #include <math.h>
 #include <string.h>
 
 #include "base/sort.h"
-
-typedef struct homing {
-    bal_search *search;
-    bal_plan *plan;
-    int64_t *head, *next;   /* units of each rank as a list, -1 ends                           */
-    int64_t *order;         /* [n_ranks] scratch                                               */
-    double limit;
-    double *least;          /* tree over the ranks: [leaves + r] is r's load, or HUGE_VAL when it
-                               takes nothing; [i] is the lesser of [2i] and [2i + 1]           */
-    int64_t leaves;         /* a power of two                                                  */
-} homing;
 
 static double load_with(const homing *h, int64_t u, int64_t r)
 {
@@ -47,7 +36,7 @@ static bool may_move(const homing *h, int64_t u, int64_t s)
            bal_meets(load_with(h, u, s), h->limit);
 }
 
-static void move(homing *h, int64_t u, int64_t s)
+void homing_move(homing *h, int64_t u, int64_t s)
 {
     const bal_model *model = h->search->model;
     bal_plan *plan = h->plan;
@@ -72,38 +61,44 @@ static void move(homing *h, int64_t u, int64_t s)
     bal_plan_put(model, plan, u, s);
 }
 
-/* The unit of r to send to s: of those that do not more than empty r's excess, the most cost per
- * byte, then the largest; else the smallest that ends the excess.  -1: none may go. */
+/* A unit that may go to s, and how it compares. */
+typedef struct choice {
+    int64_t u; /* -1: none */
+    double a, bytes;
+    bool within; /* it does not more than empty the excess */
+} choice;
+
+/* Does unit x suit better than y?  Of those within the excess, the most cost per byte, then the
+ * largest; else the smallest that ends the excess. */
+static inline bool is_better(const choice *x, const choice *y)
+{
+    if (y->u < 0 || x->within != y->within) {
+        return y->u < 0 || x->within;
+    }
+    double left = x->a * y->bytes, right = y->a * x->bytes;
+    return !x->within ? x->a < y->a : left > right || (left >= right && x->a > y->a);
+}
+
+/* The unit of r to send to s; -1: none may go. */
 static int64_t pick_unit(const homing *h, int64_t r, int64_t s)
 {
     const bal_model *model = h->search->model;
     double excess = (h->plan->load[r] - h->limit) * bal_speed(model, r);
     /* most units are too large, which one comparison tells; may_move decides */
     double room = bal_room(model, s, h->limit * (1 + 2 * BAL_TOLERANCE)) - h->plan->add[s];
-    int64_t best = -1;
-    bool best_within = false;
+    choice best = {.u = -1};
     for (int64_t u = h->head[r]; u >= 0; u = h->next[u]) {
-        if (model->a[u] > room || !may_move(h, u, s)) {
+        if (model->a[u] > room) {
             continue;
         }
-        bool within = model->a[u] <= excess, better = best < 0;
-        if (!better && within != best_within) {
-            better = within;
-        } else if (!better && !within) {
-            better = model->a[u] < model->a[best];
-        } else if (!better) {
-            /* bytes that are away from home already are free */
-            double bytes = model->home[u] == r ? (double)model->bytes[u] : 0;
-            double best_bytes = model->home[best] == r ? (double)model->bytes[best] : 0;
-            double left = model->a[u] * best_bytes, right = model->a[best] * bytes;
-            better = left > right || (left >= right && model->a[u] > model->a[best]);
-        }
-        if (better) {
-            best = u;
-            best_within = within;
+        /* bytes that are away from home already are free */
+        choice one = {u, model->a[u], model->home[u] == r ? (double)model->bytes[u] : 0,
+                      model->a[u] <= excess};
+        if (is_better(&one, &best) && may_move(h, u, s)) {
+            best = one;
         }
     }
-    return best;
+    return best.u;
 }
 
 static void leaf_set(homing *h, int64_t r, double value)
@@ -171,7 +166,7 @@ static void shed(homing *h, int64_t r, int64_t from, int64_t to)
         }
         int64_t u = pick_unit(h, r, s);
         if (u >= 0) {
-            move(h, u, s);
+            homing_move(h, u, s);
             leaf_set(h, s, leaf_value(h, s));
         } else {
             leaf_set(h, s, HUGE_VAL);
@@ -184,7 +179,7 @@ static void shed(homing *h, int64_t r, int64_t from, int64_t to)
     }
 }
 
-static void lists_fill(homing *h)
+void homing_list(homing *h)
 {
     const bal_model *model = h->search->model;
     for (int64_t r = 0; r < model->n_ranks; r++) {
@@ -200,13 +195,18 @@ static void lists_fill(homing *h)
 static void go_home(homing *h)
 {
     const bal_model *model = h->search->model;
+    /* most are at home, which one byte each says better than a look at their ranks in this order */
+    for (int64_t u = 0; u < model->n_units; u++) {
+        h->away[u] = h->plan->rank[u] != model->home[u];
+    }
     for (int64_t i = 0; i < model->n_units; i++) {
-        int64_t u = model->order[i], home = model->home[u], r = h->plan->rank[u];
-        if (r == home || ovlm_meter_spend(h->search->meter, 1)) {
+        int64_t u = model->order[i];
+        if (!h->away[u] || ovlm_meter_spend(h->search->meter, 1)) {
             continue;
         }
+        int64_t home = model->home[u], r = h->plan->rank[u];
         if (may_move(h, u, home)) {
-            move(h, u, home);
+            homing_move(h, u, home);
             continue;
         }
         int64_t from = home / model->node_size * model->node_size;
@@ -214,7 +214,7 @@ static void go_home(homing *h)
                                                               : model->n_ranks;
         for (int64_t s = from; s < to && r / model->node_size != home / model->node_size; s++) {
             if (may_move(h, u, s)) {
-                move(h, u, s);
+                homing_move(h, u, s);
                 break;
             }
         }
@@ -247,6 +247,7 @@ static ovlm_status homing_init(homing *h, bal_search *search, bal_plan *plan, do
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->least, 2 * h->leaves, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->order, model->n_ranks, err));
     OVLM_TRY(OVLM_ARENA_NEW(search->arena, &h->head, model->n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_RAW(search->arena, &h->away, model->n_units, err));
     return OVLM_ARENA_RAW(search->arena, &h->next, model->n_units, err);
 }
 
@@ -258,14 +259,17 @@ static ovlm_status from_homes(homing *h, bool *done, ovlm_err *err)
     for (int64_t u = 0; u < model->n_units; u++) {
         bal_plan_put(model, h->plan, u, bal_is_pinned(model, u) ? model->pin[u] : model->home[u]);
     }
-    lists_fill(h);
+    homing_list(h);
     leaves_fill(h);
     OVLM_TRY(shed_all(h, model->node_size, err));
     OVLM_TRY(shed_all(h, model->n_ranks, err));
+    if (!model->padded) {
+        OVLM_TRY(homing_exchange(h, err));
+    }
     *done = bal_plan_settle(model, h->plan);
     if (*done && !bal_meets(h->plan->max, h->limit) && !model->padded) {
         OVLM_TRY(bal_rebuild_to(h->search, h->plan, h->limit, err));
-        lists_fill(h);
+        homing_list(h);
     }
     *done = *done && bal_meets(h->plan->max, h->limit);
     if (*done) {
@@ -346,7 +350,7 @@ ovlm_status bal_home(bal_search *search, bal_plan *plan, double limit, ovlm_err 
         if (model->uniform) {
             OVLM_TRY(rename_ranks(model, &other, search->arena, err));
         }
-        lists_fill(&h);
+        homing_list(&h);
         go_home(&h);
         if (bal_plan_settle(model, &other) && bal_meets(other.max, limit) &&
             bal_traffic_less(bal_traffic_of(model, &other), bal_traffic_of(model, plan))) {

@@ -66,7 +66,11 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
                               ovlm_err *err)
 {
     int64_t n_units = model->n_units;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &model->a, n_units, err));
+    if (model->unit_of != NULL) {
+        OVLM_TRY(OVLM_ARENA_NEW(arena, &model->a, n_units, err));
+    } else {
+        OVLM_TRY(OVLM_ARENA_RAW(arena, &model->a, n_units, err));
+    }
     OVLM_TRY(OVLM_ARENA_RAW(arena, &model->order, n_units, err));
     if (model->padded) {
         OVLM_TRY(OVLM_ARENA_NEW(arena, &model->len, n_units, err));
@@ -92,7 +96,7 @@ static ovlm_status new_arrays(bal_model *model, const ovlm_balance_problem *p, o
 static ovlm_status add_item(bal_model *model, const ovlm_balance_problem *p, const bal_part *part,
                             int64_t item, int64_t u, ovlm_err *err)
 {
-    model->a[u] += item_additive(p, item);
+    model->a[u] = (model->unit_of != NULL ? model->a[u] : 0) + item_additive(p, item);
     if (model->len != NULL && p->lengths[item] > model->len[u]) {
         model->len[u] = p->lengths[item];
     }
@@ -212,26 +216,31 @@ static double find_grain(const bal_model *model, const ovlm_balance_problem *p,
     return (double)divisor;
 }
 
+/* Of values >= 0. */
 static bool is_whole(double value)
 {
-    return value < 0x1p53 && value <= floor(value);
+    return value < 0x1p53 && value <= (double)(int64_t)value;
 }
 
 /* Additive costs that are whole numbers, with exact sums. */
-static bool whole_costs(const bal_model *model)
+static bool whole_costs(const bal_model *model, const ovlm_balance_problem *p)
 {
-    for (int64_t u = 0; u < model->n_units; u++) {
-        if (!is_whole(model->a[u])) {
-            return false;
-        }
+    const ovlm_batch_cost *c = &p->cost;
+    bool whole = model->total < 0x1p53;
+    if (p->item_cost == NULL && is_whole(c->per_item) && is_whole(c->linear) &&
+        c->quadratic <= 0) {
+        return whole;
     }
-    return model->total < 0x1p53;
+    for (int64_t u = 0; u < model->n_units && whole; u++) {
+        whole = is_whole(model->a[u]);
+    }
+    return whole;
 }
 
 /* Loads that are whole numbers, up to `worst`. */
-static bool whole_loads(const bal_model *model, double worst)
+static bool whole_loads(const bal_model *model, const ovlm_balance_problem *p, double worst)
 {
-    bool whole = whole_costs(model) && model->speed == NULL && worst < 0x1p52 &&
+    bool whole = whole_costs(model, p) && model->speed == NULL && worst < 0x1p52 &&
                  is_whole(model->fixed) && is_whole(model->padded_linear) &&
                  is_whole(model->padded_quadratic);
     for (int64_t r = 0; whole && r < model->n_ranks; r++) {
@@ -240,17 +249,38 @@ static bool whole_loads(const bal_model *model, double worst)
     return whole;
 }
 
+/* One unit per item, which has nothing but a cost and a length: the usual case, without a branch
+ * per item. */
+static void fill_plain(bal_model *model, const ovlm_balance_problem *p, int64_t n)
+{
+    for (int64_t i = 0; i < n && p->item_cost != NULL; i++) {
+        model->a[i] = p->item_cost[i];
+    }
+    for (int64_t i = 0; i < n && p->item_cost == NULL; i++) {
+        model->a[i] = item_additive(p, i);
+    }
+    if (model->len != NULL) {
+        memcpy(model->len, p->lengths, (size_t)n * sizeof *model->len);
+    }
+}
+
 static ovlm_status fill(bal_model *model, const ovlm_balance_problem *p, const bal_part *part,
                         ovlm_err *err)
 {
-    for (int64_t i = 0; i < part->n_items; i++) {
-        int64_t u = model->unit_of != NULL ? model->unit_of[i] : i;
-        OVLM_TRY(add_item(model, p, part, part_item(part, i), u, err));
-    }
     double longest = 0;
+    if (part->item == NULL && model->unit_of == NULL && model->size == NULL && model->pin == NULL) {
+        fill_plain(model, p, part->n_items);
+    } else {
+        for (int64_t i = 0; i < part->n_items; i++) {
+            int64_t u = model->unit_of != NULL ? model->unit_of[i] : i;
+            OVLM_TRY(add_item(model, p, part, part_item(part, i), u, err));
+        }
+    }
     for (int64_t u = 0; u < model->n_units; u++) {
-        double h = (double)bal_len(model, u);
         model->total += model->a[u];
+    }
+    for (int64_t u = 0; u < model->n_units && model->len != NULL; u++) {
+        double h = (double)model->len[u];
         longest = h > longest ? h : longest;
     }
     double worst = model->fixed + model->total + (double)part->n_items * longest *
@@ -263,7 +293,7 @@ static ovlm_status fill(bal_model *model, const ovlm_balance_problem *p, const b
         }
     }
     /* sums of n terms, then a handful of operations: each off by 2^-53 at most */
-    model->down = whole_loads(model, worst) ? 1 : 1 - (double)(part->n_items + 64) * 0x1p-52;
+    model->down = whole_loads(model, p, worst) ? 1 : 1 - (double)(part->n_items + 64) * 0x1p-52;
     return OVLM_OK;
 }
 
@@ -272,6 +302,9 @@ static ovlm_status check_fit(const bal_model *model, const bal_part *part, ovlm_
 {
     int64_t largest = model->capacity != NULL ? 0 : INT64_MAX;
     double room = 0, need = 0;
+    if (model->capacity == NULL && model->count == NULL) {
+        return OVLM_OK; /* an item alone, and max_items >= 1 where there are items */
+    }
     for (int64_t r = 0; model->capacity != NULL && r < model->n_ranks; r++) {
         largest = model->capacity[r] > largest ? model->capacity[r] : largest;
         room += (double)model->capacity[r];
@@ -344,7 +377,7 @@ ovlm_status bal_model_init(bal_model *model, const ovlm_balance_problem *p, cons
     OVLM_TRY(sort_units(model, p, part, arena, err));
     const ovlm_batch_cost *c = &p->cost;
     bool linear = !by_item && c->quadratic <= 0 && c->per_item <= 0;
-    model->grain = linear || whole_costs(model) ? find_grain(model, p, part) : 0;
+    model->grain = linear || whole_costs(model, p) ? find_grain(model, p, part) : 0;
     model->uniform = is_uniform(model);
     return OVLM_OK;
 }

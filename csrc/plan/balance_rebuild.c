@@ -294,7 +294,7 @@ static double largest_load(const bal_model *model, const bal_plan *plan)
 ovlm_status bal_rebuild(bal_search *search, bal_plan *plan, ovlm_err *err)
 {
     const bal_model *model = search->model;
-    if (model->n_ranks < 2 || model->n_units == 0) {
+    if (model->n_ranks < 2 || model->n_units == 0 || ovlm_meter_spend(search->meter, 0)) {
         return OVLM_OK;
     }
     ovlm_arena_mark mark = ovlm_arena_save(search->arena);

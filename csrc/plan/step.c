@@ -37,7 +37,7 @@ ovlm_sp_problem step_sequence_problem(const step_input *input)
 static ovlm_status share_init(ovlm_step_share *share, int64_t n, int64_t n_ranks, ovlm_err *err)
 {
     *share = (ovlm_step_share){.n = n, .n_micro = 1, .sampled_imbalance = 1};
-    OVLM_TRY(OVLM_HEAP_NEW(&share->rank, n, err));
+    OVLM_TRY(OVLM_HEAP_RAW(&share->rank, n, err));
     OVLM_TRY(OVLM_HEAP_NEW(&share->micro, n, err));
     return OVLM_HEAP_NEW(&share->loads, n_ranks, err);
 }
@@ -164,15 +164,17 @@ static void keep_after(ovlm_step_plan *plan, const ovlm_traffic *traffic)
     }
 }
 
-/* Routes, traffic after relabelling, time and bound, from the decisions. */
+/* Routes, traffic, time and bound, from the decisions. */
 static ovlm_status follow_up(const step_input *input, const step_cells *cells,
-                             const step_pieces *pieces, ovlm_step_plan *plan, ovlm_arena *arena,
-                             ovlm_err *err)
+                             const step_pieces *pieces, bool relabelled, ovlm_step_plan *plan,
+                             ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_traffic *traffic = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &traffic, 1 + 3 * plan->n_phases, err));
-    OVLM_TRY(step_traffic(input, plan, cells, pieces, traffic, arena, err));
-    OVLM_TRY(step_routes(input, cells, pieces, plan, arena, err));
+    OVLM_TRY(step_routes(input, cells, pieces, plan, traffic, arena, err));
+    if (!relabelled) {
+        keep_before(plan, traffic);
+    }
     keep_after(plan, traffic);
     plan->time = plan->exposed_s;
     plan->bound = 0;
@@ -199,19 +201,20 @@ ovlm_status ovlm_step_solve(const ovlm_step_problem *problem, const ovlm_budget 
     ovlm_traffic *before = NULL;
     step_cells cells;
     step_pieces *pieces = NULL;
+    bool names = problem->relabel != OVLM_RELABEL_NONE;
     ovlm_status status = OVLM_OK;
     OVLM_GOTO(done, step_input_init(&input, problem, &arena, err));
     OVLM_GOTO(done, ovlm_step_plan_init(problem, &plan, err));
     OVLM_GOTO(done, decide(&input, &clock, budget, plan, &arena, err));
     OVLM_GOTO(done, step_cells_init(&cells, &input, plan, &arena, err));
     OVLM_GOTO(done, step_pieces_init(&pieces, &input, &cells, &arena, err));
-    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &before, 1 + 3 * plan->n_phases, err));
-    OVLM_GOTO(done, step_traffic(&input, plan, &cells, pieces, before, &arena, err));
-    keep_before(plan, before);
-    if (problem->relabel != OVLM_RELABEL_NONE) {
+    if (names) {
+        OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &before, 1 + 3 * plan->n_phases, err));
+        OVLM_GOTO(done, step_traffic(&input, plan, &cells, pieces, before, &arena, err));
+        keep_before(plan, before);
         OVLM_GOTO(done, step_relabel(&input, &cells, pieces, &clock, budget, plan, &arena, err));
     }
-    OVLM_GOTO(done, follow_up(&input, &cells, pieces, plan, &arena, err));
+    OVLM_GOTO(done, follow_up(&input, &cells, pieces, names, plan, &arena, err));
     *out = plan;
     plan = NULL;
 done:
@@ -272,7 +275,7 @@ ovlm_status ovlm_step_plan_rebuild(const ovlm_step_problem *problem, ovlm_step_p
     routes_free(plan);
     OVLM_GOTO(done, step_cells_init(&cells, &input, plan, &arena, err));
     OVLM_GOTO(done, step_pieces_init(&pieces, &input, &cells, &arena, err));
-    OVLM_GOTO(done, follow_up(&input, &cells, pieces, plan, &arena, err));
+    OVLM_GOTO(done, follow_up(&input, &cells, pieces, true, plan, &arena, err));
 done:
     ovlm_arena_free(&arena);
     return status;

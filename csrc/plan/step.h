@@ -5,13 +5,20 @@
 #include "base/arena.h"
 #include "base/clock.h"
 
+/* An item as its sample sees it.  Together in one place, because samples are visited in the order
+ * of their ranks, which is none in memory. */
+typedef struct step_item {
+    int64_t phase, index, position, tokens;
+} step_item;
+
 /* The problem, checked, with what is derived from it. */
 typedef struct step_input {
     const ovlm_step_problem *problem;
     int64_t *tokens;      /* [n] text tokens + out_tokens of the sample's items                */
     int64_t n_items;      /* of all phases                                                     */
-    int64_t *item_start;  /* [n+1] into the next two: items by (sample, position)              */
-    int64_t *item_phase, *item_index, *item_position, *item_tokens;
+    int64_t *item_start;  /* [n+1] into the next                                               */
+    step_item *item;      /* [n_items] by (sample, position)                                   */
+    int32_t *node;        /* [N] of each rank: divisions add up                                */
     int64_t **order;      /* [n_phases][items] a phase's items by (sample, position)           */
     int64_t **home;       /* [n_phases][items] source rank of the item's sample                */
     int64_t **out_bytes;  /* [n_phases][items] bytes of encoder output, rounded                */
@@ -76,11 +83,16 @@ OVLM_NODISCARD ovlm_status step_cells_init(step_cells *cells, const step_input *
 /* Ranks and bases again, after relabelling; groups, and so the pieces, keep their numbers. */
 void step_cells_place(step_cells *cells, const step_input *input, const ovlm_step_plan *plan);
 
-/* Rows of one kind (text, or one encoder's outputs) in cells, in order of (cell's micro-batch,
- * packed order, position). */
+/* Rows of an item (of a sample, for text) that lie in one cell, from row `offset` of it. */
+typedef struct step_piece {
+    int64_t item, first_row, n_rows, offset;
+} step_piece;
+
+/* Rows of one kind (text, or one encoder's outputs), cell after cell, each in packed order. */
 typedef struct step_pieces {
     int64_t k;
-    int64_t *item, *first_row, *n_rows, *cell, *offset; /* offset: first row within the cell   */
+    step_piece *piece;   /* [k]                                                                */
+    int64_t *cell_start; /* [cells + 1]                                                        */
 } step_pieces;
 
 /* pieces[0] = text, pieces[1 + p] = outputs of phase p. */
@@ -101,16 +113,16 @@ OVLM_NODISCARD ovlm_status step_traffic(const step_input *input, const ovlm_step
                                         const step_cells *cells, const step_pieces *pieces,
                                         ovlm_traffic *traffic, ovlm_arena *arena, ovlm_err *err);
 
-/* Rows of encoder p before its outputs leave: send_row per item, in the order (rank, micro-batch,
- * sample, position); item_order (may be NULL) receives that order. */
-OVLM_NODISCARD ovlm_status step_encoder_rows(const step_input *input, const ovlm_step_plan *plan,
-                                             int64_t p, const int64_t *rows, int64_t *item_order,
-                                             int64_t *first_row, ovlm_arena *arena, ovlm_err *err);
+/* The items of encoder p by (rank, micro-batch, sample, position), those of rank r from start[r];
+ * order[items], start[N + 1]. */
+OVLM_NODISCARD ovlm_status step_encoder_order(const step_input *input, const ovlm_step_plan *plan,
+                                              int64_t p, int64_t *order, int64_t *start,
+                                              ovlm_arena *arena, ovlm_err *err);
 
-/* All routes of the plan. */
+/* All routes of the plan, and their traffic as above. */
 OVLM_NODISCARD ovlm_status step_routes(const step_input *input, const step_cells *cells,
                                        const step_pieces *pieces, ovlm_step_plan *plan,
-                                       ovlm_arena *arena, ovlm_err *err);
+                                       ovlm_traffic *traffic, ovlm_arena *arena, ovlm_err *err);
 
 /* The language phase as ovlm_sp_solve and ovlm_sp_plan_check see it. */
 ovlm_sp_problem step_sequence_problem(const step_input *input);

@@ -86,54 +86,71 @@ void step_cells_place(step_cells *cells, const step_input *input, const ovlm_ste
     }
 }
 
-static ovlm_status room_for(step_pieces *pieces, int64_t k, ovlm_arena *arena, ovlm_err *err)
+static ovlm_status room_for(step_pieces *pieces, int64_t k, int64_t n_cells, ovlm_arena *arena,
+                            ovlm_err *err)
 {
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->item, k, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->first_row, k, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->n_rows, k, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->cell, k, err));
-    return OVLM_ARENA_RAW(arena, &pieces->offset, k, err);
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &pieces->piece, k, err));
+    return OVLM_ARENA_RAW(arena, &pieces->cell_start, n_cells + 1, err);
 }
 
 /* Where the walk along a group's packed axis stands: divisions would cost more than all the rest.
  * */
 typedef struct walk {
-    int64_t cell, offset, rows;
+    step_pieces *pieces;
+    int64_t kinds, cell, offset, rows;
 } walk;
 
-/* The next n_rows tokens are rows of `item`: one piece for each cell that they reach into. */
-static void add_run(step_pieces *pieces, walk *at, int64_t item, int64_t first_row, int64_t n_rows)
+/* What is added from now on lies in `cell`. */
+static void enter(walk *at, int64_t cell)
 {
+    at->cell = cell;
+    at->offset = 0;
+    for (int64_t t = 0; t < at->kinds; t++) {
+        at->pieces[t].cell_start[cell] = at->pieces[t].k;
+    }
+}
+
+/* The next n_rows tokens are rows of `item`: one piece for each cell that they reach into. */
+static inline void add_run(walk *at, int64_t kind, int64_t item, int64_t n_rows, int64_t first_row)
+{
+    step_pieces *pieces = &at->pieces[kind];
     while (n_rows > 0) {
         int64_t left = at->rows - at->offset, step = n_rows < left ? n_rows : left;
-        int64_t k = pieces->k++;
-        pieces->item[k] = item;
-        pieces->first_row[k] = first_row;
-        pieces->n_rows[k] = step;
-        pieces->cell[k] = at->cell;
-        pieces->offset[k] = at->offset;
+        pieces->piece[pieces->k++] = (step_piece){item, first_row, step, at->offset};
         first_row += step;
         n_rows -= step;
         at->offset += step;
         if (step == left) {
-            at->offset = 0;
-            at->cell++;
+            enter(at, at->cell + 1);
         }
     }
 }
 
+/* Samples come in no order of memory: what the walk reads of them is fetched ahead, the items once
+ * it is known where they are. */
+static inline void fetch_ahead(const step_input *input, const int64_t *sample, const int64_t *end)
+{
+    enum { FAR = 16, NEAR = 8 };
+    if (end - sample > FAR) {
+        __builtin_prefetch(&input->item_start[sample[FAR]]);
+        __builtin_prefetch(&input->tokens[sample[FAR]]);
+        __builtin_prefetch(&input->item[input->item_start[sample[NEAR]]]);
+    }
+}
+
 /* A sample's text and items in order of position. */
-static void add_sample(step_pieces *pieces, const step_input *input, int64_t sample, walk *at)
+static void add_sample(walk *at, const step_input *input, int64_t sample)
 {
     int64_t token = 0, text_row = 0;
-    for (int64_t e = input->item_start[sample]; e < input->item_start[sample + 1]; e++) {
-        int64_t gap = input->item_position[e] - token, out = input->item_tokens[e];
-        add_run(&pieces[0], at, sample, text_row, gap);
-        add_run(&pieces[1 + input->item_phase[e]], at, input->item_index[e], 0, out);
+    const step_item *end = &input->item[input->item_start[sample + 1]];
+    for (const step_item *x = &input->item[input->item_start[sample]]; x < end; x++) {
+        int64_t gap = x->position - token;
+        add_run(at, 0, sample, gap, text_row);
+        add_run(at, 1 + x->phase, x->index, x->tokens, 0);
         text_row += gap;
-        token += gap + out;
+        token += gap + x->tokens;
     }
-    add_run(&pieces[0], at, sample, text_row, input->tokens[sample] - token);
+    add_run(at, 0, sample, input->tokens[sample] - token, text_row);
 }
 
 ovlm_status step_pieces_init(step_pieces **out, const step_input *input, const step_cells *cells,
@@ -143,17 +160,25 @@ ovlm_status step_pieces_init(step_pieces **out, const step_input *input, const s
     step_pieces *pieces = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pieces, problem->n_phases + 1, err));
     /* every end of a cell cuts at most one run */
-    int64_t runs = problem->n + input->n_items + cells->n_cells;
-    OVLM_TRY(room_for(&pieces[0], runs, arena, err));
+    int64_t n_cells = cells->n_cells, runs = problem->n + input->n_items + n_cells;
+    OVLM_TRY(room_for(&pieces[0], runs, n_cells, arena, err));
     for (int64_t p = 0; p < problem->n_phases; p++) {
-        OVLM_TRY(room_for(&pieces[1 + p], problem->phase[p].n + cells->n_cells, arena, err));
+        OVLM_TRY(room_for(&pieces[1 + p], problem->phase[p].n + n_cells, n_cells, arena, err));
     }
+    walk at = {pieces, problem->n_phases + 1, 0, 0, 0};
+    const int64_t *last = cells->sample + problem->n;
     for (int64_t g = 0; g < cells->n_groups; g++) {
-        walk at = {cells->cell_start[g], 0, cells->rows[g]};
+        at.rows = cells->rows[g];
+        enter(&at, cells->cell_start[g]);
         for (int64_t i = cells->sample_start[g]; i < cells->sample_start[g + 1]; i++) {
-            add_sample(pieces, input, cells->sample[i], &at);
+            fetch_ahead(input, &cells->sample[i], last);
+            add_sample(&at, input, cells->sample[i]);
+        }
+        while (at.cell < cells->cell_start[g + 1]) {
+            enter(&at, at.cell + 1);
         }
     }
+    enter(&at, n_cells);
     *out = pieces;
     return OVLM_OK;
 }

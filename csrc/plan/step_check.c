@@ -129,8 +129,8 @@ static int64_t token_of_text(const step_input *input, int64_t sample, int64_t ro
 {
     int64_t token = row;
     for (int64_t e = input->item_start[sample]; e < input->item_start[sample + 1]; e++) {
-        const ovlm_step_items *items = &input->problem->phase[input->item_phase[e]];
-        int64_t k = input->item_index[e];
+        const ovlm_step_items *items = &input->problem->phase[input->item[e].phase];
+        int64_t k = input->item[e].index;
         if (items->position[k] > token) {
             break;
         }
@@ -167,15 +167,16 @@ static ovlm_status check_places(const step_input *input, const token_map *map, i
     return OVLM_OK;
 }
 
-/* first_row of items at given ranks in ascending order of item. */
+/* first_row of items at given ranks in the order given (NULL: ascending). */
 static ovlm_status rows_before(int64_t n, int64_t n_ranks, const int64_t *rank,
-                               const int64_t *rows, int64_t **first_row, ovlm_arena *arena,
-                               ovlm_err *err)
+                               const int64_t *order, const int64_t *rows, int64_t **first_row,
+                               ovlm_arena *arena, ovlm_err *err)
 {
     int64_t *filled = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, first_row, n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &filled, n_ranks, err));
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t e = 0; e < n; e++) {
+        int64_t i = order != NULL ? order[e] : e;
         (*first_row)[i] = filled[rank[i]];
         filled[rank[i]] += rows[i];
     }
@@ -188,16 +189,18 @@ static ovlm_status check_encoder(const step_input *input, const ovlm_step_plan *
     const ovlm_step_items *items = &input->problem->phase[p];
     const int64_t *home = input->home[p], *encoder = plan->share[p].rank;
     int64_t n_ranks = plan->n_ranks, *raw = NULL, *in = NULL, *out = NULL, *back = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &in, items->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &out, items->n, err));
-    OVLM_TRY(rows_before(items->n, n_ranks, home, items->length, &raw, arena, err));
-    OVLM_TRY(step_encoder_rows(input, plan, p, items->length, NULL, in, arena, err));
-    OVLM_TRY(step_encoder_rows(input, plan, p, items->out_tokens, NULL, out, arena, err));
+    int64_t *order = NULL, *start = NULL;
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &order, items->n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &start, n_ranks + 1, err));
+    OVLM_TRY(step_encoder_order(input, plan, p, order, start, arena, err));
+    OVLM_TRY(rows_before(items->n, n_ranks, home, NULL, items->length, &raw, arena, err));
+    OVLM_TRY(rows_before(items->n, n_ranks, encoder, order, items->length, &in, arena, err));
+    OVLM_TRY(rows_before(items->n, n_ranks, encoder, order, items->out_tokens, &out, arena, err));
     expected want = {items->name, "raw", items->n, items->length, home, raw, encoder, in};
     OVLM_TRY(check_route(&plan->raw[p].route, &want, arena, err));
     want = (expected){items->name, "llm", items->n, items->out_tokens, encoder, out, NULL, NULL};
     if (!input->problem->compose) {
-        OVLM_TRY(rows_before(items->n, n_ranks, home, items->out_tokens, &back, arena, err));
+        OVLM_TRY(rows_before(items->n, n_ranks, home, NULL, items->out_tokens, &back, arena, err));
         want = (expected){items->name, "back", items->n, items->out_tokens, encoder, out, home,
                           back};
         OVLM_TRY(check_route(&plan->back[p].route, &want, arena, err));
@@ -216,8 +219,8 @@ static ovlm_status check_routes(const step_input *input, const ovlm_step_plan *p
     int64_t *send = NULL;
     OVLM_TRY(step_cells_init(&cells, input, plan, arena, err));
     OVLM_TRY(token_map_init(&map, input, &cells, arena, err));
-    OVLM_TRY(rows_before(problem->n, plan->n_ranks, problem->source_rank, problem->text_tokens,
-                         &send, arena, err));
+    OVLM_TRY(rows_before(problem->n, plan->n_ranks, problem->source_rank, NULL,
+                         problem->text_tokens, &send, arena, err));
     expected text = {"text", "llm", problem->n, problem->text_tokens, problem->source_rank, send,
                      NULL, NULL};
     OVLM_TRY(check_route(&plan->text.route, &text, arena, err));

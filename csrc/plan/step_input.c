@@ -175,15 +175,16 @@ static ovlm_status check_layout(const step_input *input, ovlm_err *err)
     for (int64_t i = 0; i < problem->n; i++) {
         int64_t end = 0;
         for (int64_t e = input->item_start[i]; e < input->item_start[i + 1]; e++) {
-            const ovlm_step_items *items = &problem->phase[input->item_phase[e]];
-            int64_t index = input->item_index[e], position = input->item_position[e];
+            const step_item *item = &input->item[e];
+            const ovlm_step_items *items = &problem->phase[item->phase];
+            int64_t index = item->index, position = item->position;
             if (position < end) {
                 return OVLM_FAIL(err, OVLM_E_ARG,
                                  "%s.position[%lld] = %lld overlaps another item of sample %lld, "
                                  "which ends at %lld", items->name, (long long)index,
                                  (long long)position, (long long)i, (long long)end);
             }
-            end = position + input->item_tokens[e];
+            end = position + item->tokens;
             if (end > input->tokens[i]) {
                 return OVLM_FAIL(err, OVLM_E_ARG,
                                  "%s item %lld ends at token %lld of sample %lld, which has %lld "
@@ -243,16 +244,17 @@ static ovlm_status reserve(step_input *input, ovlm_arena *arena, ovlm_err *err)
     OVLM_TRY(OVLM_ARENA_RAW(arena, &input->text_bytes, n, err));
     OVLM_TRY(OVLM_ARENA_RAW(arena, &input->llm_bytes, n, err));
     OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_start, n + 1, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_phase, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_index, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_position, input->n_items, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item_tokens, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->item, input->n_items, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &input->node, input->problem->n_ranks, err));
+    for (int64_t r = 0; r < input->problem->n_ranks; r++) {
+        input->node[r] = (int32_t)(r / input->problem->gpus_per_node);
+    }
     OVLM_TRY(OVLM_ARENA_NEW(arena, &input->order, n_phases, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &input->home, n_phases, err));
     return OVLM_ARENA_NEW(arena, &input->out_bytes, n_phases, err);
 }
 
-/* item_phase, item_index, item_position, item_tokens and order, from the items' common order. */
+/* item and order, from the items' common order. */
 static ovlm_status list_items(step_input *input, const int64_t *item, ovlm_arena *arena,
                               ovlm_err *err)
 {
@@ -269,10 +271,8 @@ static ovlm_status list_items(step_input *input, const int64_t *item, ovlm_arena
             p++;
         }
         int64_t index = item[e] - first[p];
-        input->item_phase[e] = p;
-        input->item_index[e] = index;
-        input->item_position[e] = problem->phase[p].position[index];
-        input->item_tokens[e] = problem->phase[p].out_tokens[index];
+        input->item[e] = (step_item){p, index, problem->phase[p].position[index],
+                                     problem->phase[p].out_tokens[index]};
         input->order[p][filled[p]++] = index;
     }
     return OVLM_OK;

@@ -45,7 +45,7 @@ ovlm_status step_work_init(step_work *work, const step_input *input, int64_t p, 
     if (room < 4e18) {
         work->capacity = (int64_t)room;
     }
-    for (int64_t i = 0; i < work->n; i++) {
+    for (int64_t i = 0; i < work->n && work->capacity < INT64_MAX; i++) {
         if (work->length[i] > work->capacity) {
             return OVLM_FAIL(err, OVLM_E_ARG,
                              "%s item %lld has length %lld, but one GPU holds %lld (memory of "
@@ -101,77 +101,85 @@ static double floor_bound(const step_work *work, int64_t n_ranks)
     return work->n > 0 ? bound * (1 - 1e-10) : 0;
 }
 
-typedef struct tally {
+/* Of the items of one rank in one micro-batch. */
+typedef struct mini_batch {
     int64_t n;
     double sum, sum_q, max;
-} tally;
+} mini_batch;
 
-ovlm_status step_share_measure(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
-                               ovlm_arena *arena, ovlm_err *err)
+/* loads[N] and *time of an assignment; micro NULL: one micro-batch. */
+static ovlm_status measure(const step_work *work, int64_t n_ranks, const int64_t *rank,
+                           const int64_t *micro, int64_t n_micro, double *loads, double *time,
+                           ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
-    tally *cell = NULL;
-    if (share->n_micro > INT64_MAX / 64 / n_ranks) {
+    mini_batch *cell = NULL;
+    if (n_micro > INT64_MAX / 64 / n_ranks) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "%s: %lld micro-batches", work->name,
-                         (long long)share->n_micro);
+                         (long long)n_micro);
     }
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &cell, share->n_micro * n_ranks, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &cell, n_micro * n_ranks, err));
     for (int64_t i = 0; i < work->n; i++) {
-        tally *t = &cell[share->micro[i] * n_ranks + share->rank[i]];
+        mini_batch *t = &cell[(micro != NULL ? micro[i] * n_ranks : 0) + rank[i]];
         double l = (double)work->length[i];
         t->n++;
         t->sum += l;
         t->sum_q += square_of(work, i);
         t->max = l > t->max ? l : t->max;
     }
-    share->time = 0;
-    memset(share->loads, 0, (size_t)n_ranks * sizeof *share->loads);
-    for (int64_t m = 0; m < share->n_micro; m++) {
+    *time = 0;
+    memset(loads, 0, (size_t)n_ranks * sizeof *loads);
+    for (int64_t m = 0; m < n_micro; m++) {
         double slowest = 0;
         for (int64_t r = 0; r < n_ranks; r++) {
-            const tally *t = &cell[m * n_ranks + r];
+            const mini_batch *t = &cell[m * n_ranks + r];
             double load = ovlm_batch_cost_eval(&work->cost, t->n, t->sum, t->sum_q, t->max);
-            share->loads[r] += load;
+            loads[r] += load;
             slowest = load > slowest ? load : slowest;
         }
-        share->time += slowest;
+        *time += slowest;
     }
     ovlm_arena_rewind(arena, mark);
-    return isfinite(share->time)
+    return isfinite(*time)
                ? OVLM_OK
                : OVLM_FAIL(err, OVLM_E_ARG, "costs[%s]: the cost of a rank overflows", work->name);
 }
 
+ovlm_status step_share_measure(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
+                               ovlm_arena *arena, ovlm_err *err)
+{
+    return measure(work, n_ranks, share->rank, share->n_micro > 1 ? share->micro : NULL,
+                   share->n_micro, share->loads, &share->time, arena, err);
+}
+
 ovlm_status step_share_sampled(const step_work *work, int64_t n_ranks, ovlm_step_share *share,
-                                   ovlm_arena *arena, ovlm_err *err)
+                               ovlm_arena *arena, ovlm_err *err)
 {
     ovlm_arena_mark mark = ovlm_arena_save(arena);
-    ovlm_step_share sampled = {.n = work->n, .n_micro = 1};
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &sampled.rank, work->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &sampled.micro, work->n, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &sampled.loads, n_ranks, err));
-    for (int64_t i = 0; i < work->n; i++) {
-        sampled.rank[i] = work->home[i];
-    }
-    OVLM_TRY(step_share_measure(work, n_ranks, &sampled, arena, err));
-    double sum = 0;
+    double *loads = NULL, sum = 0;
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &loads, n_ranks, err));
+    OVLM_TRY(measure(work, n_ranks, work->home, NULL, 1, loads, &share->sampled_time, arena,
+                     err));
     for (int64_t r = 0; r < n_ranks; r++) {
-        sum += sampled.loads[r];
+        sum += loads[r];
     }
-    share->sampled_time = sampled.time;
-    share->sampled_imbalance = sum > 0 ? sampled.time / (sum / (double)n_ranks) : 1;
+    share->sampled_imbalance = sum > 0 ? share->sampled_time / (sum / (double)n_ranks) : 1;
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }
 
-/* A step has several searches to pay for: above 10,000 items fewer steps each, as each takes
- * longer. With homes a search mostly moves few bytes, which needs its steps. */
-static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n, bool homes)
+/* A step has several searches to pay for: above 10,000 items each has fewer steps, as they take
+ * longer and gain less; and none where ranks hold so many items that longest-first is within 0.1 %
+ * without.  With homes a search mostly moves few bytes, which needs its steps. */
+static ovlm_budget balance_budget(const ovlm_budget *budget, int64_t n, int64_t n_ranks,
+                                  bool homes)
 {
+    enum { MANY = 32 };
     static const int64_t default_work = 6000000, homes_work = 3000000, large = 10000;
     ovlm_budget part = *budget;
     if (part.work_limit < 0) {
-        part.work_limit = homes ? homes_work : default_work / (1 + n / large);
+        int64_t times = 1 + n / large, work = default_work / times / times;
+        part.work_limit = homes ? homes_work : work < n && n / n_ranks >= MANY ? 0 : work;
     }
     return part;
 }
@@ -196,7 +204,7 @@ static ovlm_status balance(const step_input *input, const step_work *work, int64
         .size = capacity ? work->length : work->bytes, .capacity = capacity, .max_items = -1,
         .home = homes ? work->home : NULL, .node_size = problem->gpus_per_node,
         .slack = homes ? problem->slack : 0, .seed = problem->seed};
-    ovlm_budget part = balance_budget(budget, work->n, homes);
+    ovlm_budget part = balance_budget(budget, work->n, problem->n_ranks, homes);
     return ovlm_balance_solve(&balance_problem, &part, share->rank, share->loads, result, err);
 }
 

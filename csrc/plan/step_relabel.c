@@ -95,10 +95,12 @@ static ovlm_status rename_encoder(const step_input *input, const step_cells *cel
     flow_list exposed, hidden;
     OVLM_TRY(flows_init(&exposed, input->problem->compose ? pieces->k : items->n, arena, err));
     OVLM_TRY(flows_init(&hidden, items->n, arena, err));
-    for (int64_t k = 0; k < pieces->k && input->problem->compose; k++) {
-        double bytes = (double)pieces->n_rows[k] * items->out_bytes_per_token;
-        add_flow(&exposed, share->rank[pieces->item[k]], cells->rank[pieces->cell[k]],
-                 (int64_t)bytes);
+    for (int64_t c = 0; c < cells->n_cells && input->problem->compose; c++) {
+        for (int64_t k = pieces->cell_start[c]; k < pieces->cell_start[c + 1]; k++) {
+            const step_piece *x = &pieces->piece[k];
+            add_flow(&exposed, share->rank[x->item], cells->rank[c],
+                     (int64_t)((double)x->n_rows * items->out_bytes_per_token));
+        }
     }
     for (int64_t k = 0; k < items->n; k++) {
         if (!input->problem->compose) {
@@ -217,35 +219,41 @@ static ovlm_status swap_blocks(const sequence_flows *flows, block_set *set, ovlm
     return OVLM_OK;
 }
 
+/* Outputs of phase p in cell c, which is a shard of group g. */
+static void add_cell(const step_input *input, const ovlm_step_plan *plan,
+                     const step_pieces *pieces, int64_t p, int64_t g, int64_t c, int64_t shard,
+                     sequence_flows *flows)
+{
+    for (int64_t k = pieces->cell_start[c]; k < pieces->cell_start[c + 1]; k++) {
+        const step_piece *x = &pieces->piece[k];
+        int64_t f = flows->n++;
+        flows->group[f] = g;
+        flows->shard[f] = shard;
+        flows->rank[f] = sender(input, plan, p, x->item);
+        flows->bytes[f] = (int64_t)((double)x->n_rows *
+                                    input->problem->phase[p].out_bytes_per_token);
+    }
+}
+
 static ovlm_status gather_flows(const step_input *input, const ovlm_step_plan *plan,
                                 const step_cells *cells, const step_pieces *pieces,
                                 sequence_flows *flows, ovlm_arena *arena, ovlm_err *err)
 {
-    int64_t room = 0, *group_of = NULL;
+    int64_t room = 0;
     for (int64_t p = 0; p < plan->n_phases; p++) {
         room += pieces[1 + p].k;
     }
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &group_of, cells->n_cells, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->start, cells->n_groups + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->order, room, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->group, room, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &flows->shard, room, err));
     OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->rank, room, err));
     OVLM_TRY(OVLM_ARENA_RAW(arena, &flows->bytes, room, err));
-    for (int64_t g = 0; g < cells->n_groups; g++) {
-        for (int64_t c = cells->cell_start[g]; c < cells->cell_start[g + 1]; c++) {
-            group_of[c] = g;
-        }
-    }
     for (int64_t p = 0; p < plan->n_phases; p++) {
-        const step_pieces *x = &pieces[1 + p];
-        for (int64_t k = 0; k < x->k; k++) {
-            int64_t f = flows->n++, g = group_of[x->cell[k]];
-            flows->group[f] = g;
-            flows->shard[f] = x->cell[k] - cells->cell_start[g];
-            flows->rank[f] = sender(input, plan, p, x->item[k]);
-            flows->bytes[f] = (int64_t)((double)x->n_rows[k] *
-                                        input->problem->phase[p].out_bytes_per_token);
+        for (int64_t g = 0; g < cells->n_groups; g++) {
+            for (int64_t c = cells->cell_start[g]; c < cells->cell_start[g + 1]; c++) {
+                add_cell(input, plan, &pieces[1 + p], p, g, c, c - cells->cell_start[g], flows);
+            }
         }
     }
     route_group(flows->group, cells->n_groups, NULL, flows->n, flows->order, flows->start);

@@ -1,7 +1,7 @@
 """Times plan_step at the published scale: 2,560 ranks of 64 samples, three phases, one core.
 
 The least of the repeats is what the work takes, the median what a busy machine makes of it; CPU is
-the least processor time.
+the median of the processor time. The first call of a kind, whose memory is new, stands apart.
 
     python tests/bench/bench_step.py [--ranks 2560] [--samples 64] [--repeat 7]
 """
@@ -55,13 +55,13 @@ def main():
     cluster = orchvlm.Cluster(arguments.ranks // 8, 8, 80e9, 989e12, 450e9, 50e9)
     batch = batch_of(arguments.ranks, arguments.samples)
     print(f"{batch} on {cluster.n_gpus} ranks, nodes of 8, one core")
-    print(f"{'homes':>6} {'relabel':>8} {'min ms':>7} {'median':>7} {'CPU ms':>7} "
+    print(f"{'homes':>6} {'relabel':>8} {'first':>7} {'min ms':>7} {'median':>7} {'CPU ms':>7} "
           f"{'gap %':>7} {'crossing before':>16} {'after':>10} "
           f"{'worst before':>13} {'after':>10} {'gap %':>7}  exposed ms")
     for slack in (0.002, None):
         for relabel in (None, "sum", "minmax"):
             wall_ms, cpu_ms = [], []
-            for _ in range(arguments.repeat):
+            for _ in range(1 + arguments.repeat):
                 began, began_cpu = time.perf_counter(), time.process_time()
                 step = orchvlm.plan_step(batch, cluster, COSTS, relabel=relabel, slack=slack,
                                          time_limit=None)
@@ -72,7 +72,8 @@ def main():
             worst = [max(pair[i].worst_bytes for pair in exposed) for i in (0, 1)]
             names = max([r.gap for r in step.relabelling.values()], default=0)
             print(f"{'no' if slack is None else 'yes':>6} {str(relabel):>8} "
-                  f"{min(wall_ms):7.0f} {np.median(wall_ms):7.0f} {min(cpu_ms):7.0f} "
+                  f"{wall_ms[0]:7.0f} {min(wall_ms[1:]):7.0f} {np.median(wall_ms[1:]):7.0f} "
+                  f"{np.median(cpu_ms[1:]):7.0f} "
                   f"{100 * step.gap:7.3f} {crossing[0] / 1e9:13.1f} GB {crossing[1] / 1e9:7.1f} GB "
                   f"{worst[0] / 1e6:10.1f} MB {worst[1] / 1e6:7.1f} MB {100 * names:7.2f}  "
                   f"{1e3 * step.exposed:.2f}")

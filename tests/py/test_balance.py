@@ -150,6 +150,45 @@ def test_home_moves_little(rng):
     assert crossing <= 2 * surplus + 0.01
 
 
+def bytes_moved(lengths, home, rank, node):
+    """(between nodes, between ranks)"""
+    rank = np.asarray(rank)
+    return lengths[rank // node != home // node].sum(), lengths[rank != home].sum()
+
+
+def test_home_moves_least_bytes_by_brute_force(rng):
+    for _ in range(20):
+        n, n_ranks, node = rng.integers(2, 7), int(rng.integers(2, 5)), int(rng.integers(1, 3))
+        lengths, home = rng.integers(1, 40, n), rng.integers(0, n_ranks, n)
+        slack = float(rng.choice([0, 0.05, 0.3]))
+        plans = [(np.bincount(ranks, lengths, n_ranks).max(), ranks)
+                 for ranks in itertools.product(range(n_ranks), repeat=int(n))]
+        limit = min(load for load, _ in plans) * (1 + slack) * (1 + 1e-12)
+        least = min(bytes_moved(lengths, home, ranks, node) for load, ranks in plans
+                    if load <= limit)
+        p = balance(lengths, n_ranks, home=home, node_size=node, slack=slack).check()
+        assert p.loads.max() <= limit
+        assert bytes_moved(lengths, home, p.rank, node) == least
+
+
+def test_home_is_graceful_as_slack_falls(rng):
+    """What leaves a node beyond its surplus, which must, stays a few per cent down to slack 0."""
+    node, before = 8, None
+    n_ranks, each = int(rng.choice([16, 32, 64])), int(rng.integers(12, 33))
+    lengths = np.clip(np.exp(6.4 + rng.standard_normal(n_ranks * each)), 16, 8192).astype(np.int64)
+    home, total = np.repeat(np.arange(n_ranks), each), lengths.sum()
+    loads = np.bincount(home, lengths, n_ranks)
+    for slack in (0.05, 0.01, 0.003, 0.001, 3e-4, 1e-4, 0):
+        p = balance(lengths, n_ranks, home=home, node_size=node, slack=slack).check()
+        most = p.loads.max()
+        must_cross = np.maximum(loads.reshape(-1, node).sum(1) - node * most, 0).sum()
+        crossing, moved = bytes_moved(lengths, home, p.rank, node)
+        assert must_cross <= crossing * (1 + 1e-12) and crossing - must_cross < 0.08 * total
+        assert moved - np.maximum(loads - most, 0).sum() < 0.4 * total
+        assert before is None or crossing < before + 0.07 * total
+        before = crossing
+
+
 def test_home_already_balanced_moves_nothing():
     p = balance([5, 5, 5, 5], 2, home=[0, 0, 1, 1])
     assert p.rank.tolist() == [0, 0, 1, 1]

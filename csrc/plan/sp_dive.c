@@ -3,11 +3,10 @@
 
 #include <math.h>
 
-/* A level that is not given is this much above the work that the box gets. */
-#define SLACK 1.02
-
-ovlm_status sp_dive_init(sp_dive *dive, const sp_model *model, ovlm_arena *arena, ovlm_err *err)
+ovlm_status sp_dive_init(sp_dive *dive, const sp_model *model, int64_t n_boxes, ovlm_arena *arena,
+                         ovlm_err *err)
 {
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &dive->level, n_boxes, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &dive->item, model->n, err));
     for (int64_t k = 0; k < model->n; k++) {
         dive->item[k] = k;
@@ -33,7 +32,7 @@ static double level_of_share(const sp_pack *pack)
         work += least;
         tokens += pack->s[k];
     }
-    return fmax(work / (double)m->n_gpus * SLACK, longest * SLACK);
+    return fmax(work / (double)m->n_gpus, longest);
 }
 
 /* The longest item of the pool that some degree with free GPUs holds within tau; -1: none. */
@@ -46,12 +45,11 @@ static int64_t next_head(const sp_pack *pack)
     return sp_pack_pool_next(pack, first);
 }
 
-/* The frame's groups of one box, filled with the longest items that fit: beside an item that needs
- * a dear degree the fewest tokens should pay for it. */
+/* The frame's groups of one box, filled as the frame supposed: where a degree costs more than memory
+ * is worth, few long items beside the large ones pay for it. */
 static int64_t open_frame(sp_dive *dive, const sp_frame *frame, int64_t box)
 {
     sp_pack *pack = &dive->pack;
-    sp_fill_rule longest_first = {0};
     int64_t work = 0;
     for (int64_t g = 0; g < frame->n_groups; g++) {
         int64_t count = 0;
@@ -61,7 +59,9 @@ static int64_t open_frame(sp_dive *dive, const sp_frame *frame, int64_t box)
             }
         }
         if (count > 0) {
-            work += sp_pack_fill(pack, frame->group[g].j, dive->item, count, &longest_first);
+            int64_t j = frame->group[g].j;
+            sp_fill_rule rule = {.by_ratio = frame->price_s > frame->excess[j]};
+            work += sp_pack_fill(pack, j, dive->item, count, &rule);
             sp_pack_reopen(pack, &pack->fill);
         }
     }
@@ -90,14 +90,12 @@ static int64_t build_box(sp_dive *dive, const sp_aim *aim, int64_t box)
     pack->free_gpus = pack->model->n_gpus;
     pack->later_gpus = (aim->n_boxes - 1 - box) * pack->model->n_gpus;
     pack->fair_scale = aim->fill[box];
-    if (aim->level[box] <= 0) {
-        aim->level[box] = level_of_share(pack);
-    }
+    bool framed = box < aim->frame->n_boxes;
+    dive->level[box] = framed ? aim->stretch[box] * aim->frame->box[box].tau
+                              : aim->stretch[box] * aim->slack * level_of_share(pack);
     /* Items of other boxes may be too long for this one. */
-    (void)sp_pack_set_tau(pack, aim->level[box]);
-    if (aim->frame != NULL && box < aim->frame->n_boxes) {
-        work += open_frame(dive, aim->frame, box);
-    }
+    (void)sp_pack_set_tau(pack, dive->level[box]);
+    work += framed ? open_frame(dive, aim->frame, box) : 0;
     for (int64_t head = next_head(pack);
          head >= 0 && sp_pack_grow(pack, head, &rule, &work);) {
         head = next_head(pack);
@@ -114,10 +112,13 @@ int64_t sp_dive_build(sp_dive *dive, const sp_aim *aim, sp_draft *draft)
         pack->theta[j] = aim->theta;
     }
     /* Items of the frame are in the pool, but nobody else sees them. */
-    for (int64_t k = 0; aim->frame != NULL && k < aim->frame->n; k++) {
+    for (int64_t k = 0; k < aim->frame->n; k++) {
         sp_pool_unmark(pack, k);
     }
     sp_draft_begin(draft);
+    for (int64_t box = 0; box < aim->n_boxes; box++) {
+        dive->level[box] = 0;
+    }
     for (int64_t box = 0; box < aim->n_boxes && pack->pool_n > 0; box++) {
         work += build_box(dive, aim, box);
         append_box(pack, draft);

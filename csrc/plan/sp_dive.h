@@ -8,20 +8,22 @@
 
 typedef struct sp_dive {
     sp_pack pack;
-    int64_t *item; /* [n] scratch */
+    int64_t *item; /* [n] scratch                                                              */
+    double *level; /* [n_boxes] seconds that each box of the last build was meant to take       */
 } sp_dive;
 
 /* What a dive aims at. */
 typedef struct sp_aim {
     int64_t n_boxes;
-    double *level;         /* [n_boxes] seconds of a box; 0: what its share of the rest takes     */
-    double *fill;          /* [n_boxes] tokens of a box, over an even spread                      */
-    double theta;          /* price of time, over that of time and memory                         */
-    const sp_frame *frame; /* groups that the first boxes begin with; NULL: none                  */
+    const sp_frame *frame; /* groups that the first boxes begin with, and their makespans       */
+    double slack;          /* makespan of any other box, over its share of the work that is left */
+    double *stretch;       /* [n_boxes] factor on either                                        */
+    double *fill;          /* [n_boxes] tokens of a box, over its share of them                 */
+    double theta;          /* price of time, over that of time and memory                       */
 } sp_aim;
 
-OVLM_NODISCARD ovlm_status sp_dive_init(sp_dive *dive, const sp_model *model, ovlm_arena *arena,
-                                        ovlm_err *err);
+OVLM_NODISCARD ovlm_status sp_dive_init(sp_dive *dive, const sp_model *model, int64_t n_boxes,
+                                        ovlm_arena *arena, ovlm_err *err);
 
 /* Packs boxes one after the other, no group longer than its box's level, each from the longest item
  * left and with others whose time per token suits what the group has left; draft = those groups.

@@ -8,8 +8,10 @@
 
 /* From this factor over the cheapest degree's linear cost on, a degree is dear. */
 #define DEAR 1.2
-/* Threshold at the start, in seconds of the whole cluster. */
-#define HOT 0.025
+/* Threshold at the start, over the least GPU-seconds of the longest item. */
+#define HOT 0.2
+/* Share of moves that may make a box longer. */
+#define LIFTS 0.1
 /* First makespan of a box, over the least that the item which opens it needs: at random, because
  * annealing keeps near it; and at least this share of the box before.  How often more is tried. */
 #define LEAST_AMPLE 1.1
@@ -19,7 +21,8 @@ enum { STARTS = 6 };
 
 typedef struct annealing {
     sp_frame *f;
-    double heat; /* GPU-seconds */
+    double heat; /* GPU-seconds                                              */
+    bool lifts;  /* a box that is too short for a move becomes longer for it */
     ovlm_rng *rng;
 } annealing;
 
@@ -97,11 +100,16 @@ static double fluid_worth(const sp_frame *f, double tau)
     return most;
 }
 
+static double group_time(const sp_frame *f, const sp_frame_group *g)
+{
+    return f->model->quad[g->j] * g->sum_s2 + f->model->lin[g->j] * g->sum_s;
+}
+
 /* Worth of its GPUs less that of the fluid beside its items; HUGE_VAL when they do not fit. */
 static double group_cost(const sp_frame *f, const sp_frame_group *g, double tau, double worth)
 {
     const sp_model *m = f->model;
-    double time = tau - (m->quad[g->j] * g->sum_s2 + m->lin[g->j] * g->sum_s);
+    double time = tau - group_time(f, g);
     double tokens = (double)m->cap[g->j] - g->sum_s;
     if (time < 0 || tokens < 0) {
         return HUGE_VAL;
@@ -138,6 +146,38 @@ static bool accept(annealing *a, double delta)
     return delta < a->heat * u * u;
 }
 
+/* Cost of a box with its groups. */
+static double box_total(const sp_frame *f, int64_t b)
+{
+    double total = f->box[b].n_groups > 0 ? box_cost(f, &f->box[b]) : 0;
+    for (int64_t g = 0; g < f->n_groups; g++) {
+        total += f->group[g].box == b ? f->group[g].cost : 0;
+    }
+    return total;
+}
+
+/* A box as long as that; how much the cost changes. */
+static double set_tau(sp_frame *f, int64_t b, double tau)
+{
+    double before = box_total(f, b);
+    f->box[b].tau = tau;
+    f->box[b].worth = fluid_worth(f, tau);
+    for (int64_t g = 0; g < f->n_groups; g++) {
+        if (f->group[g].box == b) {
+            f->group[g].cost = group_cost(f, &f->group[g], tau, f->box[b].worth);
+        }
+    }
+    return box_total(f, b) - before;
+}
+
+/* The same when the group needs it and the move may. */
+static double lift(annealing *a, const sp_frame_group *g)
+{
+    double time = group_time(a->f, g);
+    bool needed = time > a->f->box[g->box].tau && g->sum_s <= (double)a->f->model->cap[g->j];
+    return needed && a->lifts ? set_tau(a->f, g->box, time) : 0;
+}
+
 /* A group on degree j in box `to` instead of nowhere (sign 1), or the other way round; the change
  * of the boxes' cost. */
 static double occupy(sp_frame *f, int64_t b, int64_t j, int64_t sign)
@@ -166,24 +206,25 @@ static void drop_group(sp_frame *f, int64_t g)
 static void try_move(annealing *a, int64_t k, int64_t to)
 {
     sp_frame *f = a->f;
-    int64_t from = f->where[k];
+    int64_t from = f->where[k], b = f->group[to].box;
     if (to == from) {
         return;
     }
     bool opens = to == f->n_groups;
-    sp_frame_group left = with(f, f->group[from], k, -1), joined = with(f, f->group[to], k, 1);
-    double delta = left.cost + joined.cost - f->group[from].cost - (opens ? 0 : f->group[to].cost);
-    if (!(delta < HUGE_VAL)) {
-        return;
-    }
-    delta += opens ? occupy(f, joined.box, joined.j, 1) : 0;
+    double tau = f->box[b].tau;
+    sp_frame_group joined = with(f, f->group[to], k, 1);
+    double delta = lift(a, &joined);
+    joined = with(f, f->group[to], k, 1);
+    sp_frame_group left = with(f, f->group[from], k, -1);
+    delta += left.cost + joined.cost - f->group[from].cost - (opens ? 0 : f->group[to].cost);
+    delta += opens ? occupy(f, b, joined.j, 1) : 0;
     delta += left.count == 0 ? occupy(f, left.box, left.j, -1) : 0;
-    if (f->box[joined.box].used > f->model->n_gpus || !accept(a, delta)) {
-        (void)(opens ? occupy(f, joined.box, joined.j, -1) : 0);
+    if (f->box[b].used > f->model->n_gpus || !accept(a, delta)) {
+        (void)(opens ? occupy(f, b, joined.j, -1) : 0);
         (void)(left.count == 0 ? occupy(f, left.box, left.j, 1) : 0);
+        (void)(f->box[b].tau > tau ? set_tau(f, b, tau) : 0);
         return;
     }
-    f->cost += delta;
     f->where[k] = to;
     f->n_groups += opens;
     f->group[to] = joined;
@@ -205,7 +246,6 @@ static void try_swap(annealing *a, int64_t k, int64_t l)
     second = with(f, with(f, second, l, -1), k, 1);
     double delta = first.cost + second.cost - f->group[g].cost - f->group[h].cost;
     if (accept(a, delta)) {
-        f->cost += delta;
         f->group[g] = first;
         f->group[h] = second;
         f->where[k] = h;
@@ -220,63 +260,37 @@ static void try_shift(annealing *a, int64_t g, int64_t j, int64_t b)
     sp_frame_group now = f->group[g], then = now;
     then.j = j;
     then.box = b;
-    then.cost = group_cost(f, &then, f->box[b].tau, f->box[b].worth);
-    double delta = then.cost - now.cost;
-    if ((b == now.box && j == now.j) || !(delta < HUGE_VAL)) {
+    if ((b == now.box && j == now.j) || then.sum_s > (double)f->model->cap[j]) {
         return;
     }
+    double tau = f->box[b].tau, delta = lift(a, &then);
+    then.cost = group_cost(f, &then, f->box[b].tau, f->box[b].worth);
+    delta += then.cost - f->group[g].cost;
     delta += occupy(f, b, j, 1);
     delta += occupy(f, now.box, now.j, -1);
     if (f->box[b].used > f->model->n_gpus || !accept(a, delta)) {
         (void)occupy(f, b, j, -1);
         (void)occupy(f, now.box, now.j, 1);
+        (void)(f->box[b].tau > tau ? set_tau(f, b, tau) : 0);
         return;
     }
-    f->cost += delta;
     f->group[g] = then;
-}
-
-/* Cost of a box with its groups, if it were as long as that. */
-static double box_total(const sp_frame *f, int64_t b, const sp_frame_box *box)
-{
-    double total = box->n_groups > 0 ? box_cost(f, box) : 0;
-    for (int64_t g = 0; g < f->n_groups; g++) {
-        if (f->group[g].box == b) {
-            total += group_cost(f, &f->group[g], box->tau, box->worth);
-        }
-    }
-    return total;
 }
 
 static double longest_group(const sp_frame *f, int64_t b)
 {
-    const sp_model *m = f->model;
     double longest = 0;
-    for (int64_t i = 0; i < f->n_groups; i++) {
-        const sp_frame_group *g = &f->group[i];
-        if (g->box == b) {
-            longest = fmax(longest, m->quad[g->j] * g->sum_s2 + m->lin[g->j] * g->sum_s);
-        }
+    for (int64_t g = 0; g < f->n_groups; g++) {
+        longest = f->group[g].box == b ? fmax(longest, group_time(f, &f->group[g])) : longest;
     }
     return longest;
 }
 
 static void try_tau(annealing *a, int64_t b, double tau)
 {
-    sp_frame *f = a->f;
-    sp_frame_box box = f->box[b];
-    box.tau = tau;
-    box.worth = fluid_worth(f, tau);
-    double delta = box_total(f, b, &box) - box_total(f, b, &f->box[b]);
+    double before = a->f->box[b].tau, delta = set_tau(a->f, b, tau);
     if (!accept(a, delta)) {
-        return;
-    }
-    f->cost += delta;
-    f->box[b] = box;
-    for (int64_t g = 0; g < f->n_groups; g++) {
-        if (f->group[g].box == b) {
-            f->group[g].cost = group_cost(f, &f->group[g], tau, box.worth);
-        }
+        (void)set_tau(a->f, b, before);
     }
 }
 
@@ -287,6 +301,7 @@ static void try_any(annealing *a)
     double kind = ovlm_rng_uniform(a->rng), spread = ovlm_rng_uniform(a->rng);
     int64_t k = ovlm_rng_below(a->rng, f->n), b = ovlm_rng_below(a->rng, f->n_boxes);
     int64_t j = m->min_j[k] + ovlm_rng_below(a->rng, m->D - m->min_j[k]);
+    a->lifts = spread < LIFTS;
     if (kind < 0.35) {
         try_move(a, k, ovlm_rng_below(a->rng, f->n_groups));
     } else if (kind < 0.55) {
@@ -331,7 +346,7 @@ static bool place_alone(sp_frame *f, int64_t k, int64_t most, double ample)
         for (int64_t j = m->min_j[k]; j < m->D; j++) {
             sp_frame_group g = with(f, (sp_frame_group){.j = j, .box = b}, k, 1);
             if (g.cost < HUGE_VAL && f->box[b].used + m->degree[j] <= m->n_gpus) {
-                f->cost += g.cost + occupy(f, b, j, 1);
+                (void)occupy(f, b, j, 1);
                 f->where[k] = f->n_groups;
                 f->group[f->n_groups++] = g;
                 return true;
@@ -371,7 +386,6 @@ static bool start(sp_frame *f, int64_t most, ovlm_rng *rng)
     for (int i = 0; i < STARTS; i++, ample *= 1.5) {
         bool placed = true;
         f->n_boxes = f->n_groups = 0;
-        f->cost = 0;
         for (int64_t k = 0; k < f->n && placed; k++) {
             placed = place_alone(f, k, most, ample);
         }
@@ -385,7 +399,10 @@ static bool start(sp_frame *f, int64_t most, ovlm_rng *rng)
 void sp_frame_arrange(sp_frame *f, int64_t most, double price_s, int64_t steps, ovlm_rng *rng)
 {
     annealing a = {.f = f, .rng = rng};
-    double hot = HOT * (double)f->model->n_gpus;
+    double hot = HUGE_VAL;
+    for (int64_t j = f->n > 0 ? f->model->min_j[0] : f->model->D; j < f->model->D; j++) {
+        hot = fmin(hot, HOT * sp_item_work(f->model, 0, j));
+    }
     most = most < SP_FRAME_BOXES ? most : SP_FRAME_BOXES;
     f->price_s = price_s;
     if (!start(f, most, rng)) {
@@ -403,4 +420,8 @@ void sp_frame_arrange(sp_frame *f, int64_t most, double price_s, int64_t steps, 
         try_any(&a);
     }
     sort_boxes(f);
+    f->cost = 0;
+    for (int64_t b = 0; b < f->n_boxes; b++) {
+        f->cost += box_total(f, b);
+    }
 }

@@ -15,20 +15,26 @@
 
 /* Builds of a new frame before it is dropped, and of the best one between two new ones; annealing
  * steps of a frame per large item. */
-enum { FIRST_BUILDS = 8, MORE_BUILDS = 24, FRAME_STEPS = 3000, MOST_CHANGED = 3 };
+enum { SLACKS = 5, FIRST_BUILDS = 8, MORE_BUILDS = 24, FRAME_STEPS = 3000, MOST_CHANGED = 3 };
 
-/* Prices of memory, in shares of the mean GPU-seconds per token: the tighter memory is, the more of
- * the first ones' frames leave too little of it. */
-static const double prices[] = {0.15, 0.4, 0.06, 1.2};
+/* Price of memory in shares of the mean GPU-seconds per token: PRICE over the share of memory that
+ * stays empty, times each of these. */
+#define PRICE 0.03
+static const double prices[] = {1, 0.6, 1.6};
 enum { PRICES = sizeof prices / sizeof *prices };
+
+/* Levels that are not searched for start at this factor over the work of a box. */
+#define SLACK 1.02
 
 static const sp_taste taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blink = 0.02};
 
 /* A frame, with the best targets known for it. */
 typedef struct attempt {
     sp_frame frame;
-    sp_aim aim;      /* aim.level: the times of its best build                               */
+    sp_aim aim;      /* of its best build                                                    */
+    sp_draft *draft; /* that build; time HUGE_VAL while items are left                       */
     int64_t builds;
+    double slack, step; /* the next build's, and its change after that                        */
     double cost;     /* of that build, with a penalty for items left; HUGE_VAL before it     */
 } attempt;
 
@@ -36,12 +42,12 @@ typedef struct levels {
     const sp_model *model;
     sp_step step;
     sp_dive dive;
-    attempt now, best;
+    attempt now, best, second;
     sp_aim trial;
-    sp_draft built;
-    sp_draft *draft;     /* the best build                                                   */
+    sp_draft built, scratch;
     int64_t least, most; /* numbers of micro-batches                                         */
     double price_s;      /* mean GPU-seconds per token                                       */
+    double tokens;       /* of all items, in micro-batches' memories                         */
     int64_t *item;       /* [n] scratch                                                      */
     ovlm_rng rng;
 } levels;
@@ -50,14 +56,16 @@ typedef struct levels {
 
 static ovlm_status aim_init(sp_aim *aim, int64_t n_boxes, ovlm_arena *arena, ovlm_err *err)
 {
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &aim->level, n_boxes, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &aim->stretch, n_boxes, err));
     return OVLM_ARENA_NEW(arena, &aim->fill, n_boxes, err);
 }
 
 static ovlm_status attempt_init(attempt *a, const sp_model *model, int64_t n_boxes,
-                                ovlm_arena *arena, ovlm_err *err)
+                                sp_draft *draft, ovlm_arena *arena, ovlm_err *err)
 {
     a->cost = HUGE_VAL;
+    a->draft = draft;
+    OVLM_TRY(sp_draft_init(draft, model->n, arena, err));
     OVLM_TRY(sp_frame_init(&a->frame, model, arena, err));
     return aim_init(&a->aim, n_boxes, arena, err);
 }
@@ -80,30 +88,27 @@ static ovlm_status levels_init(levels *l, const sp_model *model, sp_draft *into,
                                ovlm_arena *arena, ovlm_err *err)
 {
     l->model = model;
-    l->draft = into;
     l->price_s = mean_price(model);
     ovlm_rng_init(&l->rng, seed);
-    OVLM_TRY(sp_draft_init(into, model->n, arena, err));
     OVLM_TRY(sp_draft_init(&l->built, model->n, arena, err));
-    OVLM_TRY(attempt_init(&l->now, model, l->most, arena, err));
-    OVLM_TRY(attempt_init(&l->best, model, l->most, arena, err));
+    OVLM_TRY(attempt_init(&l->now, model, l->most, &l->scratch, arena, err));
+    OVLM_TRY(attempt_init(&l->best, model, l->most, &into[0], arena, err));
+    OVLM_TRY(attempt_init(&l->second, model, l->most, &into[1], arena, err));
     OVLM_TRY(aim_init(&l->trial, l->most, arena, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &l->item, model->n, err));
-    OVLM_TRY(sp_dive_init(&l->dive, model, arena, err));
+    OVLM_TRY(sp_dive_init(&l->dive, model, l->most, arena, err));
     return sp_step_init(&l->step, model, l->most, arena, err);
 }
 
-/* Fewest micro-batches that could hold all tokens. */
-static int64_t least_boxes(const sp_model *model)
+/* All tokens over those that one micro-batch can hold. */
+static double count_boxes(const sp_model *model)
 {
     double per_gpu = 0;
     for (int64_t j = 0; j < model->D; j++) {
         double tokens = (double)model->cap[j] / (double)model->degree[j];
         per_gpu = tokens > per_gpu ? tokens : per_gpu;
     }
-    double least = model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
-    int64_t whole = least < (double)model->n ? (int64_t)least : model->n;
-    return whole < least ? whole + 1 : whole;
+    return model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
 }
 
 /* ------------------------------------------------------------------ builds --------------- */
@@ -112,9 +117,9 @@ static void copy_aim(sp_aim *to, const sp_aim *from, int64_t n_boxes)
 {
     to->n_boxes = from->n_boxes;
     to->theta = from->theta;
-    to->frame = from->frame;
-    for (int64_t box = 0; box < n_boxes; box++) {
-        to->level[box] = from->level[box];
+    to->slack = from->slack;
+      for (int64_t box = 0; box < n_boxes; box++) {
+        to->stretch[box] = from->stretch[box];
         to->fill[box] = from->fill[box];
     }
 }
@@ -125,23 +130,26 @@ static double nudge(levels *l, double value, double width, double above)
     return value * (1 + width * (ovlm_rng_uniform(&l->rng) - above));
 }
 
-/* The attempt's own aim at first, then a few targets changed. */
+/* At first only the slack, towards the least with which everything finds a place; then a little of
+ * everything. */
 static void propose(levels *l, const attempt *a)
 {
     sp_aim *trial = &l->trial;
     copy_aim(trial, &a->aim, l->most);
-    trial->frame = a->frame.n > 0 ? &a->frame : NULL;
-    if (a->builds == 0) {
+    trial->frame = &a->frame;
+    if (a->builds < SLACKS) {
+        trial->slack = a->slack;
         return;
     }
-    double width = ovlm_rng_uniform(&l->rng) < 0.5 ? 0.05 : 0.2;
+    double width = ovlm_rng_uniform(&l->rng) < 0.5 ? 0.03 : 0.1;
     for (int64_t left = 1 + ovlm_rng_below(&l->rng, MOST_CHANGED); left > 0; left--) {
         int64_t box = ovlm_rng_below(&l->rng, trial->n_boxes);
-        trial->level[box] = nudge(l, trial->level[box], width, 0.55);
+        double stretch = nudge(l, trial->stretch[box], width, 0.5);
+        bool held = box < a->frame.n_boxes && stretch < 1;
+        trial->stretch[box] = held ? 1 : stretch;
     }
+    trial->slack = nudge(l, trial->slack, 0.01, 0.5);
     for (int64_t box = 0; box < trial->n_boxes; box++) {
-        bool held = box < a->frame.n_boxes && trial->level[box] < a->frame.box[box].tau;
-        trial->level[box] = held ? a->frame.box[box].tau : trial->level[box];
         if (ovlm_rng_uniform(&l->rng) < 0.15) {
             trial->fill[box] = nudge(l, trial->fill[box], 0.1, 0.5);
         }
@@ -167,12 +175,14 @@ static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err
     OVLM_TRY(sp_step_load(step, &l->built, err));
     OVLM_TRY(sp_step_reserve(step, 2 * l->model->n + step->n_boxes, err));
     int64_t left = step->n_pool;
+    a->slack += left > 0 ? a->step : -a->step;
+    a->step *= 0.6;
     for (int64_t i = 0; i < left; i++) {
         l->item[i] = step->pool[i];
     }
     qsort(l->item, (size_t)left, sizeof *l->item, compare_i64);
     sp_taste to = taste;
-    to.floor_s = l->trial.level;
+    to.floor_s = l->dive.level;
     work += sp_repair(step, l->item, left, &to, &l->rng) / 8;
     double cost = sp_step_cost(step);
     sp_step_commit(step);
@@ -180,12 +190,7 @@ static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err
     if (cost < a->cost) {
         a->cost = cost;
         copy_aim(&a->aim, &l->trial, l->most);
-        for (int64_t box = 0; box < l->trial.n_boxes; box++) {
-            a->aim.level[box] = step->tau[box] > 0 ? step->tau[box] : l->trial.level[box];
-        }
-    }
-    if (step->n_pool == 0 && cost < l->draft->time_s) {
-        sp_step_store(step, l->draft);
+        sp_step_store(step, a->draft);
     }
     (void)ovlm_meter_spend(meter, 1 + work);
     return OVLM_OK;
@@ -206,7 +211,8 @@ static void arrange(levels *l, int64_t round, ovlm_meter *meter)
 {
     attempt *a = &l->now;
     int64_t counts = l->most - l->least + 1, n_boxes = l->least + round % counts;
-    double price = prices[round / counts % PRICES] * l->price_s;
+    double full = l->tokens / (double)n_boxes;
+    double price = PRICE * prices[round / counts % PRICES] / fmax(1 - full, PRICE) * l->price_s;
     if (round >= counts * PRICES && round % 4 != 0 && l->best.cost < HUGE_VAL) {
         n_boxes = l->best.aim.n_boxes;
         price = nudge(l, l->best.frame.price_s, 0.8, 0.5);
@@ -218,10 +224,46 @@ static void arrange(levels *l, int64_t round, ovlm_meter *meter)
     a->builds = 0;
     a->aim.n_boxes = n_boxes;
     a->aim.theta = 0.5;
+    a->slack = SLACK;
+    a->step = SLACK - 1;
     for (int64_t box = 0; box < l->most; box++) {
-        bool framed = box < a->frame.n_boxes && a->frame.cost < HUGE_VAL;
-        a->aim.level[box] = framed ? a->frame.box[box].tau : 0;
+        a->aim.stretch[box] = 1;
         a->aim.fill[box] = 1;
+    }
+}
+
+/* Whether the frames are one and the same, as far as times tell. */
+static bool alike(const attempt *a, const attempt *b)
+{
+    bool same = a->frame.n_boxes == b->frame.n_boxes && a->aim.n_boxes == b->aim.n_boxes;
+    for (int64_t box = 0; same && box < a->frame.n_boxes; box++) {
+        same = fabs(a->frame.box[box].tau - b->frame.box[box].tau) < 1e-3 * b->frame.box[box].tau;
+    }
+    return same;
+}
+
+static void swap(attempt *a, attempt *b)
+{
+    attempt other = *a;
+    *a = *b;
+    *b = other;
+}
+
+/* The new attempt takes its place among the best two, which differ. */
+static void rank(levels *l)
+{
+    bool better = l->now.cost < l->best.cost;
+    if (alike(&l->now, &l->best) && l->best.cost < HUGE_VAL) {
+        if (better) {
+            swap(&l->now, &l->best);
+        }
+        return;
+    }
+    if (better) {
+        swap(&l->now, &l->best);
+    }
+    if (l->now.cost < l->second.cost) {
+        swap(&l->now, &l->second);
     }
 }
 
@@ -231,15 +273,12 @@ static ovlm_status run(levels *l, ovlm_meter *meter, ovlm_err *err)
         arrange(l, round, meter);
         if (l->now.frame.cost < HUGE_VAL) {
             OVLM_TRY(climb(l, &l->now, FIRST_BUILDS, meter, err));
+            rank(l);
         }
-        if (l->now.cost < l->best.cost) {
-            sp_frame_copy(&l->best.frame, &l->now.frame);
-            copy_aim(&l->best.aim, &l->now.aim, l->most);
-            l->best.cost = l->now.cost;
-            l->best.builds = l->now.builds;
-        }
-        if (l->best.cost < HUGE_VAL) {
-            OVLM_TRY(climb(l, &l->best, MORE_BUILDS, meter, err));
+        OVLM_TRY(climb(l, &l->best, l->best.cost < HUGE_VAL ? MORE_BUILDS : 0, meter, err));
+        OVLM_TRY(climb(l, &l->second, l->second.cost < HUGE_VAL ? FIRST_BUILDS : 0, meter, err));
+        if (l->second.cost < l->best.cost) {
+            swap(&l->second, &l->best);
         }
     }
     return OVLM_OK;
@@ -250,19 +289,26 @@ ovlm_status sp_levels_improve(const sp_model *model, sp_chunked *starts, int64_t
                               ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
-    levels l = {0};
+    levels l = {.model = model};
     /* Built groups are placed only where any set of them can be. */
     if (starts->n_drafts == 0 || !model->buddy || starts->draft[starts->best].n_micro < 2) {
         return OVLM_OK;
     }
-    l.least = n_micro > 0 ? n_micro : least_boxes(model);
-    l.least = l.least < 2 ? 2 : l.least;
+    l.tokens = count_boxes(model);
+    double least = fmin(ceil(l.tokens), (double)model->n);
+    l.least = n_micro > 0 ? n_micro : least < 2 ? 2 : (int64_t)least;
     l.most = n_micro > 0 ? n_micro : l.least + 1;
     OVLM_GOTO(done, levels_init(&l, model, &starts->draft[starts->n_drafts], seed, arena, err));
     ovlm_meter part = sp_purse_part(purse, share);
     status = run(&l, &part, err);
     (void)sp_purse_absorb(purse, &part);
-    starts->n_drafts += l.draft->time_s < HUGE_VAL;
+    /* They changed places while ranked: those without a plan last. */
+    sp_draft drafts[2] = {*l.best.draft, *l.second.draft};
+    for (int i = 0; i < 2; i++) {
+        if (drafts[i].time_s < HUGE_VAL) {
+            starts->draft[starts->n_drafts++] = drafts[i];
+        }
+    }
     int64_t order[SP_DRAFTS];
     sp_policy_order(starts, order);
 done:

@@ -1,148 +1,287 @@
 /* sp_levels.c - whole steps built from nothing, towards a target time of each micro-batch.
  *
  * A micro-batch is as long as its longest group.  With hundreds of groups in each, no small change
- * shortens it: all of its longest groups would have to shrink at once.  So the search is over the
- * few target times instead.  For each vector of targets every item, longest first, goes where it
- * wastes least while using up to the targets costs nothing; what does not fit makes some
- * micro-batch longer than asked for, and the times that come out are the next vector's start. */
+ * shortens it: all of its longest groups would have to shrink at once.  So the search is over what
+ * decides a build: the groups of the large items (a frame), and the target times.  For each frame
+ * and targets the rest is packed group by group; what does not fit goes where it costs least, and
+ * the times that come out are the next targets' start. */
 #include "plan/sp_levels.h"
 
+#include <math.h>
+#include <stdlib.h>
+
+#include "plan/sp_dive.h"
 #include "plan/sp_repair.h"
 
-enum { CLIMBS = 2, MOST_CHANGED = 3 };
+/* Builds of a new frame before it is dropped, and of the best one between two new ones; annealing
+ * steps of a frame per large item. */
+enum { SLACKS = 5, FIRST_BUILDS = 8, MORE_BUILDS = 24, FRAME_STEPS = 3000, MOST_CHANGED = 3 };
 
-static const sp_taste first_taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blink = 0.02};
+/* Price of memory in shares of the mean GPU-seconds per token: PRICE over the share of memory that
+ * stays empty, times each of these. */
+#define PRICE 0.03
+static const double prices[] = {1, 0.6, 1.6};
+enum { PRICES = sizeof prices / sizeof *prices };
 
-/* A hill climb over the targets of a fixed number of micro-batches. */
-typedef struct climb {
+/* Levels that are not searched for start at this factor over the work of a box. */
+#define SLACK 1.02
+
+static const sp_taste taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blink = 0.02};
+
+/* A frame, with the best targets known for it. */
+typedef struct attempt {
+    sp_frame frame;
+    sp_aim aim;      /* of its best build                                                    */
+    sp_draft *draft; /* that build; time HUGE_VAL while items are left                       */
+    int64_t builds;
+    double slack, step; /* the next build's, and its change after that                        */
+    double cost;     /* of that build, with a penalty for items left; HUGE_VAL before it     */
+} attempt;
+
+typedef struct levels {
     const sp_model *model;
     sp_step step;
-    sp_draft *best;
-    double best_cost;  /* HUGE_VAL before the first build; with a penalty where items are left  */
-    double *level;     /* [n_boxes] seconds: the best build's                                   */
-    double *trial;     /* [n_boxes] targets now                                                 */
-    int64_t *item;     /* [n] 0..n-1                                                            */
-    sp_taste taste;    /* the best build's                                                      */
+    sp_dive dive;
+    attempt now, best, second;
+    sp_aim trial;
+    sp_draft built, scratch;
+    int64_t least, most; /* numbers of micro-batches                                         */
+    double price_s;      /* mean GPU-seconds per token                                       */
+    double tokens;       /* of all items, in micro-batches' memories                         */
+    int64_t *item;       /* [n] scratch                                                      */
     ovlm_rng rng;
-} climb;
+} levels;
 
-/* Makespans of the draft without fixed, descending, the `count` longest; 0 beyond the draft's. */
-static void draft_levels(const sp_model *model, const sp_draft *draft, int64_t count,
-                         double *level)
+/* ------------------------------------------------------------------ set-up --------------- */
+
+static ovlm_status aim_init(sp_aim *aim, int64_t n_boxes, ovlm_arena *arena, ovlm_err *err)
 {
-    for (int64_t m = 0; m < draft->n_micro; m++) {
-        double makespan = 0;
-        for (int64_t g = draft->micro_start[m]; g < draft->micro_start[m + 1]; g++) {
-            double time = 0;
-            for (int64_t i = draft->start[g]; i < draft->start[g + 1]; i++) {
-                time += sp_item_time(model, draft->item[i], draft->j[g]);
-            }
-            makespan = time > makespan ? time : makespan;
-        }
-        int64_t at = m < count ? m : count;
-        for (; at > 0 && level[at - 1] < makespan; at--) {
-            if (at < count) {
-                level[at] = level[at - 1];
-            }
-        }
-        if (at < count) {
-            level[at] = makespan;
-        }
-    }
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &aim->stretch, n_boxes, err));
+    return OVLM_ARENA_NEW(arena, &aim->fill, n_boxes, err);
 }
 
-static ovlm_status climb_init(climb *c, const sp_model *model, const sp_draft *from,
-                              int64_t n_boxes, sp_draft *into, uint64_t seed, ovlm_arena *arena,
-                              ovlm_err *err)
+static ovlm_status attempt_init(attempt *a, const sp_model *model, int64_t n_boxes,
+                                sp_draft *draft, ovlm_arena *arena, ovlm_err *err)
 {
-    *c = (climb){.model = model, .best = into, .best_cost = HUGE_VAL, .taste = first_taste};
-    ovlm_rng_init(&c->rng, seed);
-    OVLM_TRY(sp_draft_init(into, model->n, arena, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &c->level, n_boxes, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &c->trial, n_boxes, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &c->item, model->n, err));
+    a->cost = HUGE_VAL;
+    a->draft = draft;
+    OVLM_TRY(sp_draft_init(draft, model->n, arena, err));
+    OVLM_TRY(sp_frame_init(&a->frame, model, arena, err));
+    return aim_init(&a->aim, n_boxes, arena, err);
+}
+
+static double mean_price(const sp_model *model)
+{
+    double work = 0;
     for (int64_t k = 0; k < model->n; k++) {
-        c->item[k] = k;
-    }
-    draft_levels(model, from, n_boxes, c->level);
-    return sp_step_init(&c->step, model, n_boxes, arena, err);
-}
-
-/* value times 1 - width*above .. 1 + width*(1 - above). */
-static double nudge(climb *c, double value, double width, double above)
-{
-    return value * (1 + width * (ovlm_rng_uniform(&c->rng) - above));
-}
-
-/* A few targets changed, rather downwards: builds overshoot.  Sometimes another taste. */
-static sp_taste propose(climb *c)
-{
-    int64_t n_boxes = c->step.n_boxes;
-    sp_taste taste = c->taste;
-    for (int64_t box = 0; box < n_boxes; box++) {
-        c->trial[box] = c->level[box];
-    }
-    taste.floor_s = c->trial;
-    if (!isfinite(c->best_cost)) {
-        return taste;
-    }
-    double width = ovlm_rng_uniform(&c->rng) < 0.5 ? 0.05 : 0.2;
-    for (int64_t left = 1 + ovlm_rng_below(&c->rng, MOST_CHANGED); left > 0; left--) {
-        int64_t box = ovlm_rng_below(&c->rng, n_boxes);
-        c->trial[box] = nudge(c, c->trial[box], width, 0.55);
-    }
-    double *part[] = {&taste.excess, &taste.balance, &taste.fit, &taste.blink};
-    for (int i = 0; i < 4; i++) {
-        if (ovlm_rng_uniform(&c->rng) < 0.3) {
-            *part[i] = nudge(c, *part[i], 0.8, 0.5);
+        double least = HUGE_VAL;
+        for (int64_t j = model->min_j[k]; j < model->D; j++) {
+            double own = sp_item_work(model, k, j);
+            least = own < least ? own : least;
         }
+        work += least;
     }
-    return taste;
+    return work / model->sum_s[model->n];
 }
 
-/* One build; keeps it when it is the best. */
-static ovlm_status build(climb *c, int64_t *looked, ovlm_err *err)
+static ovlm_status levels_init(levels *l, const sp_model *model, sp_draft *into, uint64_t seed,
+                               ovlm_arena *arena, ovlm_err *err)
 {
-    sp_step *step = &c->step;
-    sp_draft nothing = {.time_s = HUGE_VAL};
-    sp_taste taste = propose(c);
-    OVLM_TRY(sp_step_load(step, &nothing, err));
-    OVLM_TRY(sp_step_reserve(step, 2 * c->model->n + step->n_boxes, err));
-    *looked = sp_repair(step, c->item, c->model->n, &taste, &c->rng);
-    double cost = sp_step_cost(step);
-    sp_step_commit(step);
-    if (cost < c->best_cost) {
-        c->best_cost = cost;
-        c->taste = taste;
-        for (int64_t box = 0; box < step->n_boxes; box++) {
-            c->level[box] = step->tau[box];
-        }
-        sp_step_store(step, c->best);
-    }
-    return OVLM_OK;
+    l->model = model;
+    l->price_s = mean_price(model);
+    ovlm_rng_init(&l->rng, seed);
+    OVLM_TRY(sp_draft_init(&l->built, model->n, arena, err));
+    OVLM_TRY(attempt_init(&l->now, model, l->most, &l->scratch, arena, err));
+    OVLM_TRY(attempt_init(&l->best, model, l->most, &into[0], arena, err));
+    OVLM_TRY(attempt_init(&l->second, model, l->most, &into[1], arena, err));
+    OVLM_TRY(aim_init(&l->trial, l->most, arena, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &l->item, model->n, err));
+    OVLM_TRY(sp_dive_init(&l->dive, model, l->most, arena, err));
+    return sp_step_init(&l->step, model, l->most, arena, err);
 }
 
-static ovlm_status run(climb *c, double share, sp_purse *purse, ovlm_err *err)
-{
-    ovlm_meter part = sp_purse_part(purse, share);
-    ovlm_status status = OVLM_OK;
-    int64_t looked = 0;
-    while (status == OVLM_OK && !ovlm_meter_spend(&part, 1 + looked / 128)) {
-        status = build(c, &looked, err);
-    }
-    (void)sp_purse_absorb(purse, &part);
-    return status;
-}
-
-/* Whether n_boxes micro-batches could hold all tokens. */
-static bool holds(const sp_model *model, int64_t n_boxes)
+/* All tokens over those that one micro-batch can hold. */
+static double count_boxes(const sp_model *model)
 {
     double per_gpu = 0;
     for (int64_t j = 0; j < model->D; j++) {
         double tokens = (double)model->cap[j] / (double)model->degree[j];
         per_gpu = tokens > per_gpu ? tokens : per_gpu;
     }
-    return model->sum_s[model->n] <= per_gpu * (double)model->n_gpus * (double)n_boxes;
+    return model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
+}
+
+/* ------------------------------------------------------------------ builds --------------- */
+
+static void copy_aim(sp_aim *to, const sp_aim *from, int64_t n_boxes)
+{
+    to->n_boxes = from->n_boxes;
+    to->theta = from->theta;
+    to->slack = from->slack;
+      for (int64_t box = 0; box < n_boxes; box++) {
+        to->stretch[box] = from->stretch[box];
+        to->fill[box] = from->fill[box];
+    }
+}
+
+/* value times 1 - width*above .. 1 + width*(1 - above). */
+static double nudge(levels *l, double value, double width, double above)
+{
+    return value * (1 + width * (ovlm_rng_uniform(&l->rng) - above));
+}
+
+/* At first only the slack, towards the least with which everything finds a place; then a little of
+ * everything. */
+static void propose(levels *l, const attempt *a)
+{
+    sp_aim *trial = &l->trial;
+    copy_aim(trial, &a->aim, l->most);
+    trial->frame = &a->frame;
+    if (a->builds < SLACKS) {
+        trial->slack = a->slack;
+        return;
+    }
+    double width = ovlm_rng_uniform(&l->rng) < 0.5 ? 0.03 : 0.1;
+    for (int64_t left = 1 + ovlm_rng_below(&l->rng, MOST_CHANGED); left > 0; left--) {
+        int64_t box = ovlm_rng_below(&l->rng, trial->n_boxes);
+        double stretch = nudge(l, trial->stretch[box], width, 0.5);
+        bool held = box < a->frame.n_boxes && stretch < 1;
+        trial->stretch[box] = held ? 1 : stretch;
+    }
+    trial->slack = nudge(l, trial->slack, 0.01, 0.5);
+    for (int64_t box = 0; box < trial->n_boxes; box++) {
+        if (ovlm_rng_uniform(&l->rng) < 0.15) {
+            trial->fill[box] = nudge(l, trial->fill[box], 0.1, 0.5);
+        }
+    }
+    if (ovlm_rng_uniform(&l->rng) < 0.3) {
+        double theta = trial->theta + 0.5 * (ovlm_rng_uniform(&l->rng) - 0.5);
+        trial->theta = theta < 0 ? 0 : theta > 1 ? 1 : theta;
+    }
+}
+
+static int compare_i64(const void *left, const void *right)
+{
+    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
+    return (a > b) - (a < b);
+}
+
+/* One build; the attempt keeps it when it is its best. */
+static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err)
+{
+    sp_step *step = &l->step;
+    propose(l, a);
+    int64_t work = sp_dive_build(&l->dive, &l->trial, &l->built);
+    OVLM_TRY(sp_step_load(step, &l->built, err));
+    OVLM_TRY(sp_step_reserve(step, 2 * l->model->n + step->n_boxes, err));
+    int64_t left = step->n_pool;
+    a->slack += left > 0 ? a->step : -a->step;
+    a->step *= 0.6;
+    for (int64_t i = 0; i < left; i++) {
+        l->item[i] = step->pool[i];
+    }
+    qsort(l->item, (size_t)left, sizeof *l->item, compare_i64);
+    sp_taste to = taste;
+    to.floor_s = l->dive.level;
+    work += sp_repair(step, l->item, left, &to, &l->rng) / 8;
+    double cost = sp_step_cost(step);
+    sp_step_commit(step);
+    a->builds++;
+    if (cost < a->cost) {
+        a->cost = cost;
+        copy_aim(&a->aim, &l->trial, l->most);
+        sp_step_store(step, a->draft);
+    }
+    (void)ovlm_meter_spend(meter, 1 + work);
+    return OVLM_OK;
+}
+
+static ovlm_status climb(levels *l, attempt *a, int64_t builds, ovlm_meter *meter, ovlm_err *err)
+{
+    for (int64_t i = 0; i < builds && !ovlm_meter_look(meter); i++) {
+        OVLM_TRY(build(l, a, meter, err));
+    }
+    return OVLM_OK;
+}
+
+/* ------------------------------------------------------------------ attempts ------------- */
+
+/* Another frame: each number of micro-batches and price in turn, then those around the best's. */
+static void arrange(levels *l, int64_t round, ovlm_meter *meter)
+{
+    attempt *a = &l->now;
+    int64_t counts = l->most - l->least + 1, n_boxes = l->least + round % counts;
+    double full = l->tokens / (double)n_boxes;
+    double price = PRICE * prices[round / counts % PRICES] / fmax(1 - full, PRICE) * l->price_s;
+    if (round >= counts * PRICES && round % 4 != 0 && l->best.cost < HUGE_VAL) {
+        n_boxes = l->best.aim.n_boxes;
+        price = nudge(l, l->best.frame.price_s, 0.8, 0.5);
+    }
+    int64_t steps = FRAME_STEPS * a->frame.n;
+    sp_frame_arrange(&a->frame, n_boxes, price, steps, &l->rng);
+    (void)ovlm_meter_spend(meter, steps);
+    a->cost = HUGE_VAL;
+    a->builds = 0;
+    a->aim.n_boxes = n_boxes;
+    a->aim.theta = 0.5;
+    a->slack = SLACK;
+    a->step = SLACK - 1;
+    for (int64_t box = 0; box < l->most; box++) {
+        a->aim.stretch[box] = 1;
+        a->aim.fill[box] = 1;
+    }
+}
+
+/* Whether the frames are one and the same, as far as times tell. */
+static bool alike(const attempt *a, const attempt *b)
+{
+    bool same = a->frame.n_boxes == b->frame.n_boxes && a->aim.n_boxes == b->aim.n_boxes;
+    for (int64_t box = 0; same && box < a->frame.n_boxes; box++) {
+        same = fabs(a->frame.box[box].tau - b->frame.box[box].tau) < 1e-3 * b->frame.box[box].tau;
+    }
+    return same;
+}
+
+static void swap(attempt *a, attempt *b)
+{
+    attempt other = *a;
+    *a = *b;
+    *b = other;
+}
+
+/* The new attempt takes its place among the best two, which differ. */
+static void rank(levels *l)
+{
+    bool better = l->now.cost < l->best.cost;
+    if (alike(&l->now, &l->best) && l->best.cost < HUGE_VAL) {
+        if (better) {
+            swap(&l->now, &l->best);
+        }
+        return;
+    }
+    if (better) {
+        swap(&l->now, &l->best);
+    }
+    if (l->now.cost < l->second.cost) {
+        swap(&l->now, &l->second);
+    }
+}
+
+static ovlm_status run(levels *l, ovlm_meter *meter, ovlm_err *err)
+{
+    for (int64_t round = 0; !ovlm_meter_look(meter); round++) {
+        arrange(l, round, meter);
+        if (l->now.frame.cost < HUGE_VAL) {
+            OVLM_TRY(climb(l, &l->now, FIRST_BUILDS, meter, err));
+            rank(l);
+        }
+        OVLM_TRY(climb(l, &l->best, l->best.cost < HUGE_VAL ? MORE_BUILDS : 0, meter, err));
+        OVLM_TRY(climb(l, &l->second, l->second.cost < HUGE_VAL ? FIRST_BUILDS : 0, meter, err));
+        if (l->second.cost < l->best.cost) {
+            swap(&l->second, &l->best);
+        }
+    }
+    return OVLM_OK;
 }
 
 ovlm_status sp_levels_improve(const sp_model *model, sp_chunked *starts, int64_t n_micro,
@@ -150,37 +289,29 @@ ovlm_status sp_levels_improve(const sp_model *model, sp_chunked *starts, int64_t
                               ovlm_err *err)
 {
     ovlm_status status = OVLM_OK;
-    climb climbs[CLIMBS];
-    int64_t count = 0;
+    levels l = {.model = model};
     /* Built groups are placed only where any set of them can be. */
     if (starts->n_drafts == 0 || !model->buddy || starts->draft[starts->best].n_micro < 2) {
         return OVLM_OK;
     }
-    const sp_draft *from = &starts->draft[starts->best];
-    for (int64_t fewer = 0; fewer < (n_micro > 0 ? 1 : CLIMBS); fewer++) {
-        int64_t n_boxes = from->n_micro - fewer;
-        if (n_boxes > 1 && holds(model, n_boxes)) {
-            OVLM_GOTO(done, climb_init(&climbs[count], model, from, n_boxes,
-                                       &starts->draft[starts->n_drafts + count],
-                                       seed + (uint64_t)fewer, arena, err));
-            count++;
+    l.tokens = count_boxes(model);
+    double least = fmin(ceil(l.tokens), (double)model->n);
+    l.least = n_micro > 0 ? n_micro : least < 2 ? 2 : (int64_t)least;
+    l.most = n_micro > 0 ? n_micro : l.least + 1;
+    OVLM_GOTO(done, levels_init(&l, model, &starts->draft[starts->n_drafts], seed, arena, err));
+    ovlm_meter part = sp_purse_part(purse, share);
+    status = run(&l, &part, err);
+    (void)sp_purse_absorb(purse, &part);
+    /* They changed places while ranked: those without a plan last. */
+    sp_draft drafts[2] = {*l.best.draft, *l.second.draft};
+    for (int i = 0; i < 2; i++) {
+        if (drafts[i].time_s < HUGE_VAL) {
+            starts->draft[starts->n_drafts++] = drafts[i];
         }
     }
-    /* A quarter for each number of micro-batches, and the rest for the better one. */
-    double used = 0;
-    for (int64_t i = 0; count > 1 && i < count; i++, used += 0.25) {
-        OVLM_GOTO(done, run(&climbs[i], 0.25 * share / (1 - used * share), purse, err));
-    }
-    int64_t better = count > 1 && climbs[1].best_cost < climbs[0].best_cost;
-    if (count > 0) {
-        OVLM_GOTO(done, run(&climbs[better], (1 - used) * share / (1 - used * share), purse, err));
-    }
-    starts->n_drafts += count;
     int64_t order[SP_DRAFTS];
     sp_policy_order(starts, order);
 done:
-    for (int64_t i = 0; i < count; i++) {
-        sp_step_release(&climbs[i].step);
-    }
+    sp_step_release(&l.step);
     return status;
 }

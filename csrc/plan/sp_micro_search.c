@@ -122,7 +122,7 @@ static void move(search *s)
     rule.by_ratio = ovlm_rng_below(s->rng, 4) > 0;
     rule.jitter = ovlm_rng_uniform(s->rng);
     rule.noise = ovlm_rng_below(s->rng, 8) == 0 ? 1.0 : 0.1 * ovlm_rng_uniform(s->rng);
-    while (pack->pool_n > 0 && sp_pack_grow(pack, &rule, &work)) {
+    while (pack->pool_n > 0 && sp_pack_grow(pack, sp_pack_pool_next(pack, 0), &rule, &work)) {
         ;
     }
     int64_t absorbed = sp_pack_absorb(pack, ABSORB, s->into, &work);

@@ -17,7 +17,8 @@ ovlm_status sp_pack_init(sp_pack *pack, const sp_model *model, const int64_t *k,
                          ovlm_arena *arena, ovlm_err *err)
 {
     int64_t most = model->n_gpus / model->degree[0];
-    *pack = (sp_pack){.model = model, .n = n, .max_groups = most < n ? most : n};
+    *pack = (sp_pack){.model = model, .n = n, .max_groups = most < n ? most : n,
+                      .fair_scale = 1};
     pack->words = (n + 63) / 64;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &pack->s, 2 * n, err));
     pack->value = pack->s + n;

@@ -44,6 +44,8 @@ typedef struct sp_pack {
 
     sp_group *group; /* [max_groups] */
     int64_t n_groups, max_groups, free_gpus;
+    int64_t later_gpus; /* of micro-batches that the pool is shared with, packed after this one  */
+    double fair_scale;  /* tokens of a group, relative to an even spread over all these GPUs     */
 
     uint64_t *pool, *pool_top; /* bit i: item i is in the pool; bit w: word w is not 0      */
     int64_t pool_n, words;
@@ -130,18 +132,26 @@ double sp_pack_makespan(const sp_pack *pack);
 typedef struct sp_fill_rule {
     bool by_ratio;  /* next item: the one whose time per token is what the group has left of both;
                        else the longest that fits */
+    int64_t degrees; /* how many a head tries at most; 0: the usual number */
     double jitter;  /* the wished length is off by up to this share                      */
     double noise;   /* the degrees' merits are off by up to this share                   */
     ovlm_rng *rng;  /* needed where jitter or noise > 0                                  */
 } sp_fill_rule;
 
-/* pack->fill = a group of degree index j with head `head` filled from the pool.  The pool is the
- * same afterwards.  Returns the steps it took. */
-int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule);
+/* pack->fill = a group of degree index j around the items head[0..heads-1], which it holds, filled
+ * from the pool.  The pool is the same afterwards.  Returns the steps it took. */
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, const int64_t *head, int64_t heads,
+                     const sp_fill_rule *rule);
 
-/* Opens the best group around the pool's longest item, by value per GPU; false when none can be.
- * The pool must not be empty.  `work` counts the items looked at. */
-bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work);
+/* Opens the best group around item `head` of the pool, by value per GPU; false when none can be.
+ * `work` counts the items looked at. */
+bool sp_pack_grow(sp_pack *pack, int64_t head, const sp_fill_rule *rule, int64_t *work);
+
+/* Tokens per GPU when the pool is spread evenly over the GPUs that are left for it. */
+static inline double sp_pack_even_tokens(const sp_pack *pack)
+{
+    return pack->pool_s / (double)(pack->free_gpus + pack->later_gpus);
+}
 
 /* Up to `most` pool items, longest first, into groups that have room; into[a], if given, is the
  * group of the a-th one absorbed.  Returns how many; `work` counts the items looked at, and groups

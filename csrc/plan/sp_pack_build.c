@@ -19,7 +19,7 @@ static void keep_best(sp_pack *pack)
 static void try_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule, double *best,
                      int64_t *work)
 {
-    *work += sp_pack_fill(pack, j, head, rule);
+    *work += sp_pack_fill(pack, j, &head, 1, rule);
     double score = pack->fill.value / (double)pack->model->degree[j];
     if (rule->noise > 0) {
         score *= 1 + rule->noise * ovlm_rng_uniform(rule->rng);
@@ -37,19 +37,18 @@ static bool head_is_dear(const sp_pack *pack, int64_t j, int64_t head, const sp_
 {
     const sp_model *m = pack->model;
     double d = (double)m->degree[j], s = pack->s[head];
-    double fair = (double)pack->free_gpus / pack->pool_s;
-    if (d * s * (m->quad[j] * s + m->lin[j]) <= pack->tau * s * fair) {
+    if (d * s * (m->quad[j] * s + m->lin[j]) * sp_pack_even_tokens(pack) <= pack->tau * s) {
         return false;
     }
     return (rule->noise > 0 && ovlm_rng_uniform(rule->rng) < 0.5) ||
            d * m->lin[j] > DEAR * (double)m->degree[0] * m->lin[0];
 }
 
-bool sp_pack_grow(sp_pack *pack, const sp_fill_rule *rule, int64_t *work)
+bool sp_pack_grow(sp_pack *pack, int64_t head, const sp_fill_rule *rule, int64_t *work)
 {
     const sp_model *m = pack->model;
-    int64_t head = sp_pack_pool_next(pack, 0), tried = 0;
-    int64_t most = m->buddy ? CANDIDATES : DENSE_CANDIDATES;
+    int64_t tried = 0, most = m->buddy ? CANDIDATES : DENSE_CANDIDATES;
+    most = rule->degrees > 0 ? rule->degrees : most;
     double best = -HUGE_VAL;
     for (int64_t j = pack->need_j[head]; j < m->D && tried < most; j++) {
         if (m->degree[j] > pack->free_gpus) {
@@ -113,7 +112,7 @@ bool sp_pack_build(sp_pack *pack, double tau, const sp_fill_rule *rule, int64_t 
     if (!sp_pack_set_tau(pack, tau)) {
         return false;
     }
-    while (pack->pool_n > 0 && sp_pack_grow(pack, rule, work)) {
+    while (pack->pool_n > 0 && sp_pack_grow(pack, sp_pack_pool_next(pack, 0), rule, work)) {
         ;
     }
     /* A plan that misses many items is no use: only the last few are worth a look around. */

@@ -144,15 +144,15 @@ static int64_t fill_skip(const sp_pack *pack, int64_t i)
     return i;
 }
 
-/* Exchanges one item for a longer one of the pool that uses what is left; the most valuable such
- * exchange, or false. */
-static bool top_up(sp_pack *pack)
+/* Exchanges one item after the first `heads` for a longer one of the pool that uses what is left;
+ * the most valuable such exchange, or false. */
+static bool top_up(sp_pack *pack, int64_t heads)
 {
     sp_fill *f = &pack->fill;
     const sp_model *m = pack->model;
     double quad = m->quad[f->j], lin = m->lin[f->j], cap = (double)m->cap[f->j], best = 0;
     int64_t best_a = -1, best_i = -1;
-    for (int64_t a = 1; a < f->count; a++) {
+    for (int64_t a = heads; a < f->count; a++) {
         double s = pack->s[f->item[a]], sum_s = f->sum_s - s, sum_s2 = f->sum_s2 - s * s;
         double time_left = pack->tau - (quad * sum_s2 + lin * sum_s);
         double longest = fmin(sp_pack_longest_within(quad, lin, time_left), cap - sum_s);
@@ -178,7 +178,8 @@ static bool top_up(sp_pack *pack)
     return true;
 }
 
-int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule *rule)
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, const int64_t *head, int64_t heads,
+                     const sp_fill_rule *rule)
 {
     const sp_model *m = pack->model;
     sp_fill *f = &pack->fill;
@@ -186,11 +187,13 @@ int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule 
     double fair = cap;
     if (rule->by_ratio) {
         /* Tokens per free GPU still to be placed, for d GPUs: what keeps the rest balanced. */
-        fair = d * pack->pool_s / (double)pack->free_gpus;
+        fair = d * pack->fair_scale * sp_pack_even_tokens(pack);
         fair = fair < cap ? fair : cap;
     }
     *f = (sp_fill){.j = j, .item = f->item};
-    fill_take(pack, head);
+    for (int64_t a = 0; a < heads; a++) {
+        fill_take(pack, head[a]);
+    }
     for (;;) {
         double time_left = pack->tau - (quad * f->sum_s2 + lin * f->sum_s);
         double longest = sp_pack_longest_within(quad, lin, time_left);
@@ -229,7 +232,7 @@ int64_t sp_pack_fill(sp_pack *pack, int64_t j, int64_t head, const sp_fill_rule 
     int turns = rule->noise > 0 ? TOP_UPS : 1; /* constructions are to be quick */
     for (int turn = 0; turn < turns && f->count <= TOP_UP_ITEMS; turn++) {
         work += f->count;
-        if (!top_up(pack)) {
+        if (!top_up(pack, heads)) {
             break;
         }
     }

@@ -21,6 +21,9 @@ enum { STRIDE = 16 };
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define LEVELS 0.4 /* where there are several micro-batches */
+#define LEVELS_OF_MANY 0.75
+/* Above this many sequences the levels have the larger share. */
+#define MANY 2048
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 /* Where one micro-batch is all there is, the group solver has done most of the search. */
@@ -128,8 +131,9 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
         return OVLM_OK; /* no search: not even what it would start from */
     }
-    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
-                               s->problem->seed, &s->purse, &s->arena, err));
+    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches,
+                               s->model.n <= MANY ? LEVELS : LEVELS_OF_MANY, s->problem->seed,
+                               &s->purse, &s->arena, err));
     OVLM_TRY(take_all(s, &starts, err));
     sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));

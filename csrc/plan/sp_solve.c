@@ -21,7 +21,7 @@ enum { STRIDE = 16 };
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
 #define LEVELS 0.4 /* where there are several */
-#define LEVELS_OF_MANY 0.75
+#define LEVELS_OF_MANY 0.75 /* a walk changes too little of them */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 

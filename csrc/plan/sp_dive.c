@@ -19,7 +19,8 @@ ovlm_status sp_dive_init(sp_dive *dive, const sp_model *model, int64_t n_boxes, 
 static double level_of_share(const sp_pack *pack)
 {
     const sp_model *m = pack->model;
-    double share = sp_pack_even_tokens(pack) * (double)m->n_gpus, tokens = 0, work = 0, longest = 0;
+    double share = sp_pack_even_tokens(pack) * (double)m->n_gpus;
+    double tokens = 0, work = 0, longest = 0;
     for (int64_t k = sp_pack_pool_next(pack, 0); k >= 0 && tokens < share;
          k = sp_pack_pool_next(pack, k + 1)) {
         double least = HUGE_VAL, time = HUGE_VAL;
@@ -45,8 +46,8 @@ static int64_t next_head(const sp_pack *pack)
     return sp_pack_pool_next(pack, first);
 }
 
-/* The frame's groups of one box, filled as the frame supposed: where a degree costs more than memory
- * is worth, few long items beside the large ones pay for it. */
+/* The frame's groups of one box, filled as the frame supposed: where a degree costs more than
+ * memory is worth, few long items beside the large ones pay for it. */
 static int64_t open_frame(sp_dive *dive, const sp_frame *frame, int64_t box)
 {
     sp_pack *pack = &dive->pack;

@@ -58,17 +58,6 @@ ovlm_status sp_frame_init(sp_frame *f, const sp_model *model, ovlm_arena *arena,
     return OVLM_ARENA_NEW(arena, &f->where, f->n + 1, err);
 }
 
-void sp_frame_copy(sp_frame *to, const sp_frame *from)
-{
-    sp_frame_group *group = to->group;
-    int64_t *where = to->where;
-    *to = *from;
-    to->group = group;
-    to->where = where;
-    memcpy(group, from->group, (size_t)from->n_groups * sizeof *group);
-    memcpy(where, from->where, (size_t)from->n * sizeof *where);
-}
-
 /* ------------------------------------------------------------------ costs ---------------- */
 
 /* What the fluid is worth in `time` and `tokens` left of a group: few long items where the degree
@@ -364,7 +353,8 @@ static void sort_boxes(sp_frame *f)
     for (int64_t b = 0; b < f->n_boxes; b++) {
         rank[b] = 0;
         for (int64_t c = 0; c < f->n_boxes; c++) {
-            bool before = f->box[c].tau > f->box[b].tau || (f->box[c].tau == f->box[b].tau && c < b);
+            bool longer = f->box[c].tau > f->box[b].tau;
+            bool before = longer || (f->box[c].tau == f->box[b].tau && c < b);
             rank[b] += f->box[c].n_groups > 0 && before;
         }
         if (f->box[b].n_groups > 0) {
@@ -396,28 +386,43 @@ static bool start(sp_frame *f, int64_t most, ovlm_rng *rng)
     return false;
 }
 
-void sp_frame_arrange(sp_frame *f, int64_t most, double price_s, int64_t steps, ovlm_rng *rng)
+/* Threshold at the start, GPU-seconds. */
+static double hottest(const sp_frame *f)
+{
+    double least = HUGE_VAL;
+    for (int64_t j = f->model->min_j[0]; j < f->model->D; j++) {
+        least = fmin(least, sp_item_work(f->model, 0, j));
+    }
+    return HOT * least;
+}
+
+static void run_annealing(sp_frame *f, int64_t steps, ovlm_meter *meter, ovlm_rng *rng)
 {
     annealing a = {.f = f, .rng = rng};
-    double hot = HUGE_VAL;
-    for (int64_t j = f->n > 0 ? f->model->min_j[0] : f->model->D; j < f->model->D; j++) {
-        hot = fmin(hot, HOT * sp_item_work(f->model, 0, j));
-    }
-    most = most < SP_FRAME_BOXES ? most : SP_FRAME_BOXES;
-    f->price_s = price_s;
-    if (!start(f, most, rng)) {
-        f->cost = HUGE_VAL;
-        return;
-    }
-    if (f->n_boxes > 0 && f->n_boxes < most) { /* one to spare */
-        f->box[f->n_boxes] = f->box[f->n_boxes - 1];
-        f->box[f->n_boxes].used = f->box[f->n_boxes].n_groups = 0;
-        f->n_boxes++;
-    }
-    for (int64_t i = 0; i < steps && f->n > 0; i++) {
+    double hot = hottest(f);
+    for (int64_t i = 0; i < steps && !ovlm_meter_spend(meter, 1); i++) {
         double left = 1 - (double)i / (double)steps;
         a.heat = hot * left * left * left;
         try_any(&a);
+    }
+}
+
+void sp_frame_arrange(sp_frame *f, int64_t most, double price_s, int64_t steps, ovlm_meter *meter,
+                      ovlm_rng *rng)
+{
+    most = most < SP_FRAME_BOXES ? most : SP_FRAME_BOXES;
+    f->price_s = price_s;
+    f->cost = HUGE_VAL;
+    if (!start(f, most, rng)) {
+        return;
+    }
+    if (f->n_boxes > 0 && f->n_boxes < most) { /* one to spare */
+        sp_frame_box spare = f->box[f->n_boxes - 1];
+        spare.used = spare.n_groups = 0;
+        f->box[f->n_boxes++] = spare;
+    }
+    if (f->n > 0) {
+        run_annealing(f, steps, meter, rng);
     }
     sort_boxes(f);
     f->cost = 0;

@@ -42,11 +42,11 @@ typedef struct sp_frame {
 /* Finds the large items, at most SP_FRAME_ITEMS; nothing is arranged yet. */
 OVLM_NODISCARD ovlm_status sp_frame_init(sp_frame *frame, const sp_model *model, ovlm_arena *arena,
                                          ovlm_err *err);
-void sp_frame_copy(sp_frame *to, const sp_frame *from); /* of the same model */
 
 /* From nothing: groups of the large items in at most `most` micro-batches, then `steps` of
- * annealing.  frame->cost is HUGE_VAL when none were found.  Boxes come out longest first, those
- * without groups not at all. */
-void sp_frame_arrange(sp_frame *frame, int64_t most, double price_s, int64_t steps, ovlm_rng *rng);
+ * annealing, or fewer when the meter says so.  frame->cost is HUGE_VAL when no groups were found.
+ * Boxes come out longest first, those without groups not at all. */
+void sp_frame_arrange(sp_frame *frame, int64_t most, double price_s, int64_t steps,
+                      ovlm_meter *meter, ovlm_rng *rng);
 
 #endif

@@ -1,10 +1,10 @@
 /* sp_levels.c - whole steps built from nothing, towards a target time of each micro-batch.
  *
  * A micro-batch is as long as its longest group.  With hundreds of groups in each, no small change
- * shortens it: all of its longest groups would have to shrink at once.  So the search is over what
- * decides a build: the groups of the large items (a frame), and the target times.  For each frame
- * and targets the rest is packed group by group; what does not fit goes where it costs least, and
- * the times that come out are the next targets' start. */
+ * shortens it: all of its longest groups would have to shrink at once.  So the search is over the
+ * little that decides a build: the groups of the large items (a frame), and how long each
+ * micro-batch is to take.  The rest is then packed group by group, and what finds no place goes
+ * where it costs least. */
 #include "plan/sp_levels.h"
 
 #include <math.h>
@@ -13,17 +13,20 @@
 #include "plan/sp_dive.h"
 #include "plan/sp_repair.h"
 
-/* Builds of a new frame before it is dropped, and of the best one between two new ones; annealing
- * steps of a frame per large item. */
-enum { SLACKS = 5, FIRST_BUILDS = 8, MORE_BUILDS = 24, FRAME_STEPS = 3000, MOST_CHANGED = 3 };
+/* Builds of a new frame before it is judged, the first ones for its slack alone; builds of the best
+ * frame between two new ones; annealing steps of a frame per large item. */
+enum { SLACK_BUILDS = 5, FIRST_BUILDS = 8, MORE_BUILDS = 24, FRAME_STEPS = 3000 };
+enum { MOST_CHANGED = 3 }; /* targets in one build */
+/* New frames tried before the search is given up for want of a plan. */
+enum { MOST_FAILED = 12 };
 
 /* Price of memory in shares of the mean GPU-seconds per token: PRICE over the share of memory that
- * stays empty, times each of these. */
+ * stays empty, times each of these in turn. */
 #define PRICE 0.03
 static const double prices[] = {1, 0.6, 1.6};
 enum { PRICES = sizeof prices / sizeof *prices };
 
-/* Levels that are not searched for start at this factor over the work of a box. */
+/* First slack, and the first change of it is as large as its excess over 1. */
 #define SLACK 1.02
 
 static const sp_taste taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blink = 0.02};
@@ -31,11 +34,11 @@ static const sp_taste taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blin
 /* A frame, with the best targets known for it. */
 typedef struct attempt {
     sp_frame frame;
-    sp_aim aim;      /* of its best build                                                    */
-    sp_draft *draft; /* that build; time HUGE_VAL while items are left                       */
+    sp_aim aim;         /* of its best build; its frame is not used                          */
+    sp_draft *draft;    /* that build; time HUGE_VAL while items are left                    */
+    double cost;        /* of that build, with a penalty for items left; HUGE_VAL before it  */
     int64_t builds;
-    double slack, step; /* the next build's, and its change after that                        */
-    double cost;     /* of that build, with a penalty for items left; HUGE_VAL before it     */
+    double slack, step; /* the next build's, and its change after that                       */
 } attempt;
 
 typedef struct levels {
@@ -118,16 +121,16 @@ static void copy_aim(sp_aim *to, const sp_aim *from, int64_t n_boxes)
     to->n_boxes = from->n_boxes;
     to->theta = from->theta;
     to->slack = from->slack;
-      for (int64_t box = 0; box < n_boxes; box++) {
+    for (int64_t box = 0; box < n_boxes; box++) {
         to->stretch[box] = from->stretch[box];
         to->fill[box] = from->fill[box];
     }
 }
 
-/* value times 1 - width*above .. 1 + width*(1 - above). */
-static double nudge(levels *l, double value, double width, double above)
+/* value times 1 - width/2 .. 1 + width/2. */
+static double nudge(levels *l, double value, double width)
 {
-    return value * (1 + width * (ovlm_rng_uniform(&l->rng) - above));
+    return value * (1 + width * (ovlm_rng_uniform(&l->rng) - 0.5));
 }
 
 /* At first only the slack, towards the least with which everything finds a place; then a little of
@@ -137,21 +140,21 @@ static void propose(levels *l, const attempt *a)
     sp_aim *trial = &l->trial;
     copy_aim(trial, &a->aim, l->most);
     trial->frame = &a->frame;
-    if (a->builds < SLACKS) {
+    if (a->builds < SLACK_BUILDS) {
         trial->slack = a->slack;
         return;
     }
     double width = ovlm_rng_uniform(&l->rng) < 0.5 ? 0.03 : 0.1;
     for (int64_t left = 1 + ovlm_rng_below(&l->rng, MOST_CHANGED); left > 0; left--) {
         int64_t box = ovlm_rng_below(&l->rng, trial->n_boxes);
-        double stretch = nudge(l, trial->stretch[box], width, 0.5);
+        double stretch = nudge(l, trial->stretch[box], width);
         bool held = box < a->frame.n_boxes && stretch < 1;
         trial->stretch[box] = held ? 1 : stretch;
     }
-    trial->slack = nudge(l, trial->slack, 0.01, 0.5);
+    trial->slack = nudge(l, trial->slack, 0.01);
     for (int64_t box = 0; box < trial->n_boxes; box++) {
         if (ovlm_rng_uniform(&l->rng) < 0.15) {
-            trial->fill[box] = nudge(l, trial->fill[box], 0.1, 0.5);
+            trial->fill[box] = nudge(l, trial->fill[box], 0.1);
         }
     }
     if (ovlm_rng_uniform(&l->rng) < 0.3) {
@@ -176,7 +179,7 @@ static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err
     OVLM_TRY(sp_step_reserve(step, 2 * l->model->n + step->n_boxes, err));
     int64_t left = step->n_pool;
     a->slack += left > 0 ? a->step : -a->step;
-    a->step *= 0.6;
+    a->step *= 0.6; /* a noisy test, so not by halves */
     for (int64_t i = 0; i < left; i++) {
         l->item[i] = step->pool[i];
     }
@@ -215,11 +218,11 @@ static void arrange(levels *l, int64_t round, ovlm_meter *meter)
     double price = PRICE * prices[round / counts % PRICES] / fmax(1 - full, PRICE) * l->price_s;
     if (round >= counts * PRICES && round % 4 != 0 && l->best.cost < HUGE_VAL) {
         n_boxes = l->best.aim.n_boxes;
-        price = nudge(l, l->best.frame.price_s, 0.8, 0.5);
+        price = nudge(l, l->best.frame.price_s, 0.8);
     }
     int64_t steps = FRAME_STEPS * a->frame.n;
-    sp_frame_arrange(&a->frame, n_boxes, price, steps, &l->rng);
-    (void)ovlm_meter_spend(meter, steps);
+    sp_frame_arrange(&a->frame, n_boxes, price, steps, meter, &l->rng);
+    (void)ovlm_meter_spend(meter, 1); /* so that it ends where there is nothing to arrange */
     a->cost = HUGE_VAL;
     a->builds = 0;
     a->aim.n_boxes = n_boxes;
@@ -270,6 +273,9 @@ static void rank(levels *l)
 static ovlm_status run(levels *l, ovlm_meter *meter, ovlm_err *err)
 {
     for (int64_t round = 0; !ovlm_meter_look(meter); round++) {
+        if (round == MOST_FAILED && l->best.cost == HUGE_VAL) {
+            return OVLM_OK;
+        }
         arrange(l, round, meter);
         if (l->now.frame.cost < HUGE_VAL) {
             OVLM_TRY(climb(l, &l->now, FIRST_BUILDS, meter, err));

@@ -21,9 +21,9 @@ enum { STRIDE = 16 };
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define LEVELS 0.4 /* where there are several micro-batches */
-#define LEVELS_OF_MANY 0.75
-/* Above this many sequences the levels have the larger share. */
+/* Above this many sequences the levels have more: a walk changes too little of them. */
 #define MANY 2048
+#define LEVELS_OF_MANY 0.75
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 /* Where one micro-batch is all there is, the group solver has done most of the search. */

@@ -34,8 +34,8 @@ static bool settled(sp_exact *exact, sp_lift *lift, double hint, ovlm_meter *met
     return true;
 }
 
-/* From what takes microseconds, and is done in any case, to what takes seconds: few items searched, prices raised one after
- * the other, prices from a linear program. */
+/* From what takes microseconds, and is done in any case, to what takes seconds: few items searched,
+ * prices raised one after the other, prices from a linear program. */
 static ovlm_status raise_micro(const sp_model *model, const int64_t *k, int64_t n_items,
                                double hint, ovlm_meter *meter, double *low, ovlm_arena *arena,
                                ovlm_err *err)

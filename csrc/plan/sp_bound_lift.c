@@ -5,7 +5,8 @@
 #include <string.h>
 
 /* Below 1/SMALL of its cheapest group an item counts as filling; work per search step. */
-enum { ROUNDS = 9, UNLIFTED = 4, MANNERS = 3, SMALL = 16, OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
+enum { ROUNDS = 9, UNLIFTED = 4, MANNERS = 3, SMALL = 16 };
+enum { OPERATIONS_PER_STEP = 1024, CELLS = SP_LIFT_CELLS };
 #define MARGIN 1e-9    /* relative; covers the rounding of sums of at most 1e6 terms */
 #define TOLERANCE 3e-4 /* bisection on T stops here                                  */
 

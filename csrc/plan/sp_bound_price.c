@@ -108,7 +108,7 @@ static int64_t collect(sp_pricer *pricer, const double *pi, int64_t first, doubl
     return passes;
 }
 
-/* Also built for 256-bit vectors where the loader can choose: the same sums, three times as fast. */
+/* Also built for 256-bit vectors where the loader can choose: the same sums, far sooner. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("avx2", "default")))

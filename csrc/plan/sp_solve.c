@@ -13,8 +13,8 @@ enum { STRIDE = 16 };
 #define DEFAULT_WORK 4000000
 #define OPTIMAL_GAP 1e-9
 
-/* Seconds per sequence to write a plan down, check it and hand it over; at most half of the limit is
- * set aside for that. */
+/* Seconds per sequence to write a plan down, check it and hand it over; at most half of the limit
+ * is set aside for that. */
 #define FINISH_S 1e-6
 
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each

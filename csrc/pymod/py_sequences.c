@@ -2,6 +2,7 @@
 #include "args.h"
 
 #include <limits.h>
+#include <stddef.h>
 
 /* The problem's arguments, the same for every call: lengths, n_gpus, gpus_per_node, cost, pad_to,
  * micro_batches. */
@@ -37,41 +38,60 @@ static int parse_problem(PyObject *const *args, problem_views *views, ovlm_sp_pr
 
 /* ------------------------------------------------------------------ plans ---------------- */
 
+/* The integer arrays of a plan in the order of its tuple; group_time and the rest follow. */
+enum { ARRAYS = 5, AT_TIME = 5 };
+typedef enum length_rule { ANY, GROUPS, GROUPS_AND_END } length_rule;
+
+static const struct {
+    const char *name;
+    length_rule length;
+    size_t view, array; /* offsets in ovlm_sp_plan_view and in ovlm_sp_plan */
+} plan_array[ARRAYS] = {
+#define ARRAY(name, length) \
+    {#name, length, offsetof(ovlm_sp_plan_view, name), offsetof(ovlm_sp_plan, name)}
+    ARRAY(micro_start, ANY),
+    ARRAY(degree, ANY),
+    ARRAY(first_gpu, GROUPS),
+    ARRAY(group_start, GROUPS_AND_END),
+    ARRAY(item, ANY),
+#undef ARRAY
+};
+
+static ovlm_i64_view *view_of(ovlm_sp_plan_view *views, int i)
+{
+    return (ovlm_i64_view *)(void *)((char *)views + plan_array[i].view);
+}
+
 void ovlm_sp_plan_release(ovlm_sp_plan_view *views)
 {
-    Py_CLEAR(views->micro_start.owner);
-    Py_CLEAR(views->degree.owner);
-    Py_CLEAR(views->first_gpu.owner);
-    Py_CLEAR(views->group_start.owner);
-    Py_CLEAR(views->item.owner);
+    for (int i = 0; i < ARRAYS; i++) {
+        Py_CLEAR(view_of(views, i)->owner);
+    }
     Py_CLEAR(views->group_time.owner);
 }
 
+/* The check only reads; the struct owns its arrays elsewhere. */
 static int parse_arrays(PyObject *tuple, ovlm_sp_plan_view *views)
 {
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != PLAN_ARGS) {
-        PyErr_SetString(PyExc_TypeError, "a plan is a tuple of 11 fields");
-        return -1;
+    for (int i = 0; i < ARRAYS; i++) {
+        length_rule rule = plan_array[i].length;
+        int64_t length = rule == ANY ? -1 : views->degree.n + (rule == GROUPS_AND_END);
+        ovlm_i64_view *view = view_of(views, i);
+        if (ovlm_arg_i64(PyTuple_GET_ITEM(tuple, i), plan_array[i].name, length, false, view) < 0) {
+            return -1;
+        }
+        int64_t **array = (int64_t **)(void *)((char *)&views->plan + plan_array[i].array);
+        *array = (int64_t *)(uintptr_t)view->data;
     }
-    if (ovlm_arg_i64(PyTuple_GET_ITEM(tuple, 0), "micro_start", -1, false,
-                     &views->micro_start) < 0 ||
-        ovlm_arg_i64(PyTuple_GET_ITEM(tuple, 1), "degree", -1, false, &views->degree) < 0) {
-        return -1;
-    }
-    int64_t n_groups = views->degree.n;
     if (views->micro_start.n < 1) {
         PyErr_SetString(PyExc_ValueError, "micro_start must have at least one element");
         return -1;
     }
-    if (ovlm_arg_i64(PyTuple_GET_ITEM(tuple, 2), "first_gpu", n_groups, false,
-                     &views->first_gpu) < 0 ||
-        ovlm_arg_i64(PyTuple_GET_ITEM(tuple, 3), "group_start", n_groups + 1, false,
-                     &views->group_start) < 0 ||
-        ovlm_arg_i64(PyTuple_GET_ITEM(tuple, 4), "item", -1, false, &views->item) < 0 ||
-        ovlm_arg_f64(PyTuple_GET_ITEM(tuple, 5), "group_time", n_groups, false, true,
+    if (ovlm_arg_f64(PyTuple_GET_ITEM(tuple, AT_TIME), "group_time", views->degree.n, false, true,
                      &views->group_time) < 0) {
         return -1;
     }
+    views->plan.group_time = (double *)(uintptr_t)views->group_time.data;
     return 0;
 }
 
@@ -79,6 +99,10 @@ int ovlm_arg_sp_plan(PyObject *tuple, ovlm_sp_plan_view *views)
 {
     int64_t status = 0;
     ovlm_sp_plan *plan = &views->plan;
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != PLAN_ARGS) {
+        PyErr_SetString(PyExc_TypeError, "a plan is a tuple of 11 fields");
+        return -1;
+    }
     if (parse_arrays(tuple, views) < 0 ||
         ovlm_arg_double(PyTuple_GET_ITEM(tuple, 6), "time", &plan->time) < 0 ||
         ovlm_arg_double(PyTuple_GET_ITEM(tuple, 7), "bound", &plan->bound) < 0 ||
@@ -93,13 +117,6 @@ int ovlm_arg_sp_plan(PyObject *tuple, ovlm_sp_plan_view *views)
     plan->n = views->item.n;
     plan->n_micro = views->micro_start.n - 1;
     plan->n_groups = views->degree.n;
-    /* The check only reads; the struct owns its arrays elsewhere. */
-    plan->micro_start = (int64_t *)(uintptr_t)views->micro_start.data;
-    plan->degree = (int64_t *)(uintptr_t)views->degree.data;
-    plan->first_gpu = (int64_t *)(uintptr_t)views->first_gpu.data;
-    plan->group_start = (int64_t *)(uintptr_t)views->group_start.data;
-    plan->item = (int64_t *)(uintptr_t)views->item.data;
-    plan->group_time = (double *)(uintptr_t)views->group_time.data;
     return 0;
 }
 

@@ -158,6 +158,54 @@ _FLEXSP = {
 _FLEXSP_BANDWIDTH = {2: 119.5, 4: 104.1, 8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}
 
 
+_FLEXSP_DOC = """FlexSP's published constants of GPT-{name} on A100-40GB.
+
+        {layers} layers of width {hidden:,} with 64 heads, 192K positions; nodes of 8 GPUs;
+        activations partly recomputed, as in the paper.  Model states (16 bytes per parameter) are
+        spread over all GPUs and 28 GiB of each GPU are usable.
+
+        Parameters
+        ----------
+        n_gpus : int
+            GPUs N in all; degrees above N are left out.
+
+        Returns
+        -------
+        SequenceCost
+            Degrees 1, 2, 4, ..., min(64, N).
+
+        Raises
+        ------
+        TypeError
+            ``n_gpus`` that is not an integer.
+        ValueError
+            ``n_gpus`` below 1.
+
+        References
+        ----------
+        FlexSP, arXiv 2412.01523, and the constants of its released code (64 A100, 8 per node).
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> list(orchvlm.SequenceCost.flexsp_gpt{size}(n_gpus=8).comm)
+        [1, 2, 4, 8]
+        """
+
+
+def _flexsp_constructor(size):
+    """A class method of SequenceCost for a size that FlexSP measured."""
+    def constructor(cls, n_gpus=64):
+        return cls._flexsp(size, n_gpus)
+
+    layers, hidden = _FLEXSP[size][:2]
+    constructor.__name__ = f"flexsp_gpt{size}"
+    constructor.__qualname__ = f"SequenceCost.{constructor.__name__}"
+    constructor.__doc__ = _FLEXSP_DOC.format(name=size.upper(), size=size, layers=layers,
+                                             hidden=hidden)
+    return classmethod(constructor)
+
+
 @dataclass(frozen=True)
 class SequenceCost:
     """Cost of a set of sequences S on a sequence-parallel group of d GPUs, in seconds.
@@ -316,116 +364,9 @@ class SequenceCost:
                    memory_per_token=memory * 2**20, memory_fixed=16 * params / n_gpus,
                    memory_limit=28 * 2**30, heads=64)
 
-    @classmethod
-    def flexsp_gpt7b(cls, n_gpus=64):
-        """FlexSP's published constants of GPT-7B on A100-40GB.
-
-        32 layers of width 4,096 with 64 heads, 192K positions; nodes of 8 GPUs; activations
-        partly recomputed, as in the paper.  Model states (16 bytes per parameter) are spread over
-        all GPUs and 28 GiB of each GPU are usable.
-
-        Parameters
-        ----------
-        n_gpus : int
-            GPUs N in all; degrees above N are left out.
-
-        Returns
-        -------
-        SequenceCost
-            Degrees 1, 2, 4, ..., min(64, N).
-
-        Raises
-        ------
-        TypeError
-            ``n_gpus`` that is not an integer.
-        ValueError
-            ``n_gpus`` below 1.
-
-        References
-        ----------
-        FlexSP, arXiv 2412.01523, and the constants of its released code (64 A100, 8 per node).
-
-        Examples
-        --------
-        >>> import orchvlm
-        >>> list(orchvlm.SequenceCost.flexsp_gpt7b(n_gpus=8).comm)
-        [1, 2, 4, 8]
-        """
-        return cls._flexsp("7b", n_gpus)
-
-    @classmethod
-    def flexsp_gpt13b(cls, n_gpus=64):
-        """FlexSP's published constants of GPT-13B on A100-40GB.
-
-        40 layers of width 5,120 with 64 heads, 192K positions; nodes of 8 GPUs; activations
-        partly recomputed, as in the paper.  Model states (16 bytes per parameter) are spread over
-        all GPUs and 28 GiB of each GPU are usable.
-
-        Parameters
-        ----------
-        n_gpus : int
-            GPUs N in all; degrees above N are left out.
-
-        Returns
-        -------
-        SequenceCost
-            Degrees 1, 2, 4, ..., min(64, N).
-
-        Raises
-        ------
-        TypeError
-            ``n_gpus`` that is not an integer.
-        ValueError
-            ``n_gpus`` below 1.
-
-        References
-        ----------
-        FlexSP, arXiv 2412.01523, and the constants of its released code (64 A100, 8 per node).
-
-        Examples
-        --------
-        >>> import orchvlm
-        >>> list(orchvlm.SequenceCost.flexsp_gpt13b(n_gpus=8).comm)
-        [1, 2, 4, 8]
-        """
-        return cls._flexsp("13b", n_gpus)
-
-    @classmethod
-    def flexsp_gpt30b(cls, n_gpus=64):
-        """FlexSP's published constants of GPT-30B on A100-40GB.
-
-        60 layers of width 6,656 with 64 heads, 192K positions; nodes of 8 GPUs; activations
-        partly recomputed, as in the paper.  Model states (16 bytes per parameter) are spread over
-        all GPUs and 28 GiB of each GPU are usable.
-
-        Parameters
-        ----------
-        n_gpus : int
-            GPUs N in all; degrees above N are left out.
-
-        Returns
-        -------
-        SequenceCost
-            Degrees 1, 2, 4, ..., min(64, N).
-
-        Raises
-        ------
-        TypeError
-            ``n_gpus`` that is not an integer.
-        ValueError
-            ``n_gpus`` below 1.
-
-        References
-        ----------
-        FlexSP, arXiv 2412.01523, and the constants of its released code (64 A100, 8 per node).
-
-        Examples
-        --------
-        >>> import orchvlm
-        >>> list(orchvlm.SequenceCost.flexsp_gpt30b(n_gpus=8).comm)
-        [1, 2, 4, 8]
-        """
-        return cls._flexsp("30b", n_gpus)
+    flexsp_gpt7b = _flexsp_constructor("7b")
+    flexsp_gpt13b = _flexsp_constructor("13b")
+    flexsp_gpt30b = _flexsp_constructor("30b")
 
 
 # name: memory bytes, dense bf16 FLOP/s, bytes/s per GPU and direction inside a node, between nodes.

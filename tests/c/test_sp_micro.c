@@ -189,8 +189,8 @@ static void test_optima(bool powers, int64_t node)
         }
         ovlm_arena_free(&t.arena);
     }
-    printf("  %lld of %lld small instances at the optimum (%s degrees, nodes of %lld), the others at"
-           " most %.2f %% above\n", (long long)optimal, (long long)solved,
+    printf("  %lld of %lld small instances at the optimum (%s degrees, nodes of %lld), the others "
+           "at most %.2f %% above\n", (long long)optimal, (long long)solved,
            powers ? "chained" : "any", (long long)node, 100 * worst);
     CHECK(optimal * 100 >= solved * 96, "%lld of %lld", (long long)optimal, (long long)solved);
 }

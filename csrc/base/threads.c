@@ -1,5 +1,5 @@
-/* threads.c - the pool: workers sleep on a condition until there is a job, then draw pieces from one
- * counter until it runs out.
+/* threads.c - the pool: workers sleep on a condition until there is a job, then draw pieces from
+ * one counter until it runs out.
  *
  * The caller waits for pieces that were begun, never for a worker to wake up: where cores are
  * shared, a worker that is not scheduled costs nothing, since the caller does its pieces.  Nobody

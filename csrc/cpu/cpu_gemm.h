@@ -1,10 +1,10 @@
 /* cpu_gemm.h - matrix products on the CPU: y = act(a b^T + bias) + add, with float32 sums.
  *
- * y is cut into tiles; a tile is computed whole by one thread.  Along K the sum goes in blocks whose
- * sizes depend on K alone: inside a block one chain of multiply-adds in ascending order, then the
- * blocks' sums in ascending order.  Every path (packed or direct operands, full or partial tiles,
- * either operand broadcast) computes exactly this, so an element of y depends on its row of a, its
- * row of b and K, and on nothing else, to the last bit. */
+ * y is cut into tiles; a tile is computed whole by one thread.  Along K the sum goes in blocks
+ * whose sizes depend on K alone: inside a block one chain of multiply-adds in ascending order, then
+ * the blocks' sums in ascending order.  Every path (packed or direct operands, full or partial
+ * tiles, either operand broadcast) computes exactly this, so an element of y depends on its row of
+ * a, its row of b and K, and on nothing else, to the last bit. */
 #ifndef OVLM_CPU_CPU_GEMM_H
 #define OVLM_CPU_CPU_GEMM_H
 
@@ -14,12 +14,12 @@ enum {
     OVLM_GEMM_K = 256,        /* most of K in a block                                       */
     OVLM_GEMM_COLS = 1024,    /* most columns of a tile                                     */
     OVLM_GEMM_AREA = 1 << 19, /* most sums of a tile in scratch                             */
-    OVLM_GEMM_LEFT = 144,     /* rows of a that are packed at a time, about; they stay in L2 */
+    OVLM_GEMM_LEFT = 144,     /* rows of a packed at a time, about; L2 holds them           */
     OVLM_GEMM_LEFT_MOST = OVLM_GEMM_LEFT + 16
 };
 
 /* An operand.  Along K its rows are rows of a tensor: element (o, k) is data[at(o) * stride + k];
- * across, they are its columns: data[at(k) * stride + o].  at(i) is index[i], or i without index. */
+ * across, its columns: data[at(k) * stride + o].  at(i) is index[i], or i without index. */
 typedef struct ovlm_gemm_side {
     const void *data;
     ovlm_dtype dtype; /* OVLM_F32 or OVLM_BF16 */

@@ -68,7 +68,10 @@ typedef struct piece {
     int64_t first, count;              /* rows                                      */
     int64_t q_step, o_step;
     float *q, *o, *most, *sum;         /* [count][q_step], [count][o_step], [count] */
-    float *key_rows, *key, *value;     /* [KEYS][q_step], [d][SCORE_STEP], [KEYS][o_step] */
+    float *key_rows, *key;             /* [KEYS][q_step], [d][SCORE_STEP]           */
+    float *value_rows;                 /* [KEYS][o_step]                            */
+    const float *value;                /* the present tile: value_rows, or v itself */
+    int64_t value_step;
     float *score;                      /* [BLOCK][SCORE_STEP]                       */
 } piece;
 
@@ -81,8 +84,8 @@ static void piece_place(piece *w, float *scratch, int64_t rows)
     w->o = w->q + rows * w->q_step;
     w->key_rows = w->o + rows * w->o_step;
     w->key = w->key_rows + KEYS * w->q_step;
-    w->value = w->key + d * SCORE_STEP;
-    w->score = w->value + KEYS * w->o_step;
+    w->value_rows = w->key + d * SCORE_STEP;
+    w->score = w->value_rows + KEYS * w->o_step;
     w->most = w->score + BLOCK * SCORE_STEP;
     w->sum = w->most + (rows + 15) / 16 * 16;
 }
@@ -162,7 +165,7 @@ static void block_tile(const piece *w, const ovlm_tile_code *code, int64_t block
     }
     ovlm_tile values = {.c = w->o + block * w->o_step, .a = w->score, .b = w->value, .m = count,
                         .n = ovlm_tile_round(w->p.dv), .k = n, .c_step = w->o_step,
-                        .a_row = SCORE_STEP, .a_k = 1, .b_step = w->o_step, .add = true};
+                        .a_row = SCORE_STEP, .a_k = 1, .b_step = w->value_step, .add = true};
     code->mul(&values);
 }
 
@@ -192,26 +195,40 @@ static void piece_end(const piece *w)
     }
 }
 
-static int64_t segment_of(const pieces *all, int64_t index)
+/* The keys of a tile go across, so that a vector holds one element of several keys.  Whole tiles
+ * of float32 are read where they are: keys always, values where so few rows meet them that a copy
+ * would not pay. */
+static void tile_load(piece *w, const ovlm_tile_code *code, int64_t tile)
 {
-    int64_t low = 0, high = all->a->query.n;
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (all->start[middle] <= index) {
-            low = middle;
-        } else {
-            high = middle;
-        }
+    const ovlm_tensor *k = &w->p.a->k, *v = &w->p.a->v;
+    int64_t d = w->p.d, dv = w->p.dv, first = w->p.k0 + tile;
+    bool whole = w->p.nk - tile >= KEYS;
+    const float *key = w->key_rows;
+    int64_t key_step = w->q_step;
+    if (whole && k->dtype == OVLM_F32 && d % 8 == 0) {
+        key = ovlm_cpu_at(k, first, w->p.group * d);
+        key_step = k->stride;
+    } else {
+        ovlm_attention_load_keys(&w->p, k, d, tile, KEYS, w->key_rows, w->q_step);
     }
-    return low;
+    code->transpose(w->key, SCORE_STEP, key, key_step, KEYS, ovlm_tile_round(d));
+    if (whole && v->dtype == OVLM_F32 && dv % 8 == 0 && w->count <= BLOCK) {
+        w->value = ovlm_cpu_at(v, first, w->p.group * dv);
+        w->value_step = v->stride;
+    } else {
+        ovlm_attention_load_keys(&w->p, v, dv, tile, KEYS, w->value_rows, w->o_step);
+        w->value = w->value_rows;
+        w->value_step = w->o_step;
+    }
 }
 
 static void run_piece(void *context, int64_t index, int64_t thread)
 {
     const pieces *all = context;
     const ovlm_attention *a = all->a;
-    index = all->start[a->query.n] - 1 - index; /* causal: the last rows see most, so they go first */
-    int64_t segment = segment_of(all, index), number = index - all->start[segment];
+    index = all->start[a->query.n] - 1 - index; /* causal: the last rows see most; they go first */
+    int64_t segment = ovlm_cpu_find(all->start, a->query.n, index);
+    int64_t number = index - all->start[segment];
     piece w = {.p = ovlm_attention_part_of(a, segment, number % a->kv_heads)};
     w.first = number / a->kv_heads * all->most;
     w.count = w.p.rows - w.first < all->most ? w.p.rows - w.first : all->most;
@@ -219,10 +236,7 @@ static void run_piece(void *context, int64_t index, int64_t thread)
     piece_begin(&w);
     int64_t seen = ovlm_attention_seen(&w.p, w.first + w.count - 1);
     for (int64_t tile = 0; tile < seen; tile += KEYS) {
-        ovlm_attention_load_keys(&w.p, &a->k, w.p.d, tile, KEYS, w.key_rows, w.q_step);
-        all->code->transpose(w.key, SCORE_STEP, w.key_rows, w.q_step, KEYS,
-                             ovlm_tile_round(w.p.d));
-        ovlm_attention_load_keys(&w.p, &a->v, w.p.dv, tile, KEYS, w.value, w.o_step);
+        tile_load(&w, all->code, tile);
         for (int64_t block = 0; block < w.count; block += BLOCK) {
             block_tile(&w, all->code, block, tile);
         }

@@ -212,18 +212,10 @@ static void dq_end(const bench *w, int64_t first, int64_t count)
 /* The piece's segment and head, and its number among theirs. */
 static int64_t bench_of(bench *w, const job *j, int64_t index, int64_t thread)
 {
-    int64_t low = 0, high = j->a->query.n;
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (j->start[middle] <= index) {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    int64_t number = index - j->start[low];
+    int64_t segment = ovlm_cpu_find(j->start, j->a->query.n, index);
+    int64_t number = index - j->start[segment];
     w->j = j;
-    w->p = ovlm_attention_part_of(j->a, low, number % j->a->kv_heads);
+    w->p = ovlm_attention_part_of(j->a, segment, number % j->a->kv_heads);
     bench_place(w, ovlm_cpu_scratch(j->cpu, thread));
     return number / j->a->kv_heads;
 }

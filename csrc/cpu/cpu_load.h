@@ -164,6 +164,21 @@ enum { OVLM_CPU_PIECE = 1 << 15 };
 void ovlm_cpu_rows(ovlm_cpu *cpu, int64_t rows, int64_t row_elements, ovlm_cpu_rows_body body,
                    const void *ctx);
 
+/* The last i < n with start[i] <= index: whose piece number `index` is. */
+static inline int64_t ovlm_cpu_find(const int64_t *start, int64_t n, int64_t index)
+{
+    int64_t low = 0, high = n;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (start[middle] <= index) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 /* Every element to 0. */
 void ovlm_cpu_clear(ovlm_cpu *cpu, const ovlm_tensor *tensor);
 

@@ -84,34 +84,38 @@ OVLM_CPU_INLINE float row_most(const float *l, int64_t n)
     return most;
 }
 
-OVLM_CPU_INLINE void row_sums_of_body(const float *l, int64_t n, row_sums *r)
+/* sum_l only with `spread`. */
+OVLM_CPU_INLINE void row_sums_of_body(const float *l, int64_t n, bool spread, row_sums *r)
 {
-    float most = r->most = row_most(l, n), e[SUM_BLOCK], x[SUM_BLOCK];
+    float most = r->most = row_most(l, n), e[SUM_BLOCK] = {0}, x[SUM_BLOCK] = {0};
     r->sum = r->sum_l = 0;
     for (int64_t i = 0; i < n; i += SUM_BLOCK) {
         int64_t count = n - i < SUM_BLOCK ? n - i : SUM_BLOCK;
         for (int64_t j = 0; j < count; j++) {
-            x[j] = l[i + j] - most;
-            e[j] = ovlm_math_exp(x[j]);
-            x[j] *= e[j];
+            e[j] = ovlm_math_exp(l[i + j] - most);
         }
-        /* e^-inf is 0, and 0 times -inf would not be. */
-        for (int64_t j = 0; j < count; j++) {
-            x[j] = e[j] > 0 ? x[j] : 0;
+        for (int64_t j = 0; spread && j < count; j++) {
+            x[j] = e[j] > 0 ? (l[i + j] - most) * e[j] : 0; /* -inf times 0 is not meant */
         }
-        for (int64_t j = count; j < (count + 7) / 8 * 8; j++) {
-            x[j] = e[j] = 0;
+        memset(e + count, 0, (size_t)(SUM_BLOCK - count) * sizeof *e);
+        memset(x + count, 0, (size_t)(SUM_BLOCK - count) * sizeof *x);
+        ovlm_f8 sum[2] = {{0}, {0}}, sum_l[2] = {{0}, {0}};
+        for (int64_t j = 0; j < SUM_BLOCK; j += 16) {
+            sum[0] += ovlm_f8_load(e + j);
+            sum[1] += ovlm_f8_load(e + j + 8);
         }
-        ovlm_f8 sum = {0}, sum_l = {0};
-        for (int64_t j = 0; j < count; j += 8) {
-            sum += ovlm_f8_load(e + j);
-            sum_l += ovlm_f8_load(x + j);
+        for (int64_t j = 0; spread && j < SUM_BLOCK; j += 16) {
+            sum_l[0] += ovlm_f8_load(x + j);
+            sum_l[1] += ovlm_f8_load(x + j + 8);
         }
-        r->sum += (double)ovlm_f8_sum(&sum);
-        r->sum_l += (double)ovlm_f8_sum(&sum_l);
+        sum[0] += sum[1];
+        sum_l[0] += sum_l[1];
+        r->sum += (double)ovlm_f8_sum(&sum[0]);
+        r->sum_l += (double)ovlm_f8_sum(&sum_l[0]);
     }
 }
-OVLM_CPU_KERNEL(row_sums_of, (const float *l, int64_t n, row_sums *r), (l, n, r))
+OVLM_CPU_KERNEL(row_sums_of, (const float *l, int64_t n, bool spread, row_sums *r),
+                (l, n, spread, r))
 
 /* l to dl: p_j (-dlogp - dentropy (logp_j + H)); the label's own part is added by the caller. */
 OVLM_CPU_INLINE void row_slopes_body(float *l, int64_t n, float shift, float dlogp, float dentropy,
@@ -177,7 +181,7 @@ static void chunk_row_sums(const void *context, int64_t first, int64_t count, fl
         int64_t t = job->row[i];
         float *l = job->logits + i * vocabulary;
         row_sums r;
-        row_sums_of(l, vocabulary, &r);
+        row_sums_of(l, vocabulary, a->entropy != NULL || a->dentropy != NULL, &r);
         double log_sum = log(r.sum), entropy = log_sum - r.sum_l / r.sum;
         float shift = (float)((double)r.most + log_sum);
         if (job->outputs) {

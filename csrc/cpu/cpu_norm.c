@@ -1,7 +1,7 @@
 /* cpu_norm.c - LayerNorm and RMSNorm over parts of a row.
  *
- *   y = (x - mean)/sqrt(var + eps) w + bias            (LayerNorm; Ba, Kiros, Hinton 2016, eq. 3, 4)
- *   y = x/sqrt(mean(x^2) + eps) w                      (RMSNorm; Zhang, Sennrich 2019, eq. 4)
+ *   y = (x - mean)/sqrt(var + eps) w + bias       (LayerNorm; Ba, Kiros, Hinton 2016, eq. 3, 4)
+ *   y = x/sqrt(mean(x^2) + eps) w                 (RMSNorm; Zhang, Sennrich 2019, eq. 4)
  *
  * Parallel over rows.  Saved for the backward: mean and 1/sqrt of each part.  Gradients of the
  * weight are summed in fixed chunks of rows. */

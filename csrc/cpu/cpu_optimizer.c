@@ -34,21 +34,6 @@ static bool is_dense(const ovlm_tensor *t)
     return t->stride == t->cols || t->rows <= 1;
 }
 
-/* The tensor that piece number `index` belongs to: start[] ascends from 0. */
-static int64_t tensor_of(const int64_t *start, int64_t n, int64_t index)
-{
-    int64_t low = 0, high = n;
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (start[middle] <= index) {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
 /* ---- grad_norm ---- */
 
 typedef struct piece_sum {
@@ -96,7 +81,7 @@ static void norm_piece(void *context, int64_t index, int64_t thread)
 {
     (void)thread;
     const norm_job *job = context;
-    int64_t tensor = tensor_of(job->start, job->a->n, index), row, col, n;
+    int64_t tensor = ovlm_cpu_find(job->start, job->a->n, index), row, col, n;
     const ovlm_tensor *t = &job->a->grad[tensor];
     piece_get(t, is_dense(t), index - job->start[tensor], &row, &col, &n);
     sum_squares(ovlm_cpu_at(t, row, col), n, &job->sum[index]);
@@ -182,7 +167,7 @@ static void adam_one(void *context, int64_t index, int64_t thread)
     (void)thread;
     const adam_job *job = context;
     const ovlm_adamw *a = job->a;
-    int64_t number = tensor_of(job->start, a->n, index), row, col, n;
+    int64_t number = ovlm_cpu_find(job->start, a->n, index), row, col, n;
     const ovlm_adamw_part *p = &a->part[number];
     const ovlm_tensor *master = master_of(p);
     piece_get(&p->w, part_is_dense(p), index - job->start[number], &row, &col, &n);

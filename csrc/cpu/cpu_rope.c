@@ -17,7 +17,7 @@ ovlm_status ovlm_cpu_rope_table_measure(ovlm_backend *backend, const ovlm_rope_t
     return OVLM_OK;
 }
 
-/* The C library's: exact for large positions too, and a table is made once a step for all layers. */
+/* The C library's: exact for large positions too; one table serves all layers of a step. */
 static void table_rows(const void *context, int64_t first, int64_t count, float *scratch)
 {
     (void)scratch;

@@ -1,4 +1,5 @@
-/* cpu_tile_avx512.c - products of small matrices for AVX-512: 12 x 32 sums in 24 of 32 registers. */
+/* cpu_tile_avx512.c - products of small matrices for AVX-512: 12 x 32 sums in 24 of 32
+ * registers. */
 #include "cpu/cpu_tile.h"
 
 #if defined(__x86_64__)

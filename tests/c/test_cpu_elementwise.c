@@ -77,7 +77,8 @@ static void scale_case(rig *r)
     int64_t rows = rig_below(40), n = 1 + rig_below(rig_below(4) == 0 ? 5000 : 90);
     ovlm_scale a = {.alpha = rig_normal(), .beta = rig_below(2) ? rig_normal() : 0,
                     .x = drawn(rows, n, x_type), .y = rig_random(rows, n, y_type),
-                    .dy = rig_random(rows, n, y_type), .dx = rig_random(rows, n, from[rig_below(3)]),
+                    .dy = rig_random(rows, n, y_type),
+                    .dx = rig_random(rows, n, from[rig_below(3)]),
                     .dx_beta = (float)rig_below(2)};
     if (rig_below(2)) {
         a.scale = rig_random(1, n, OVLM_F32);

@@ -87,7 +87,8 @@ static void unfold_case(rig *r, ovlm_dtype dtype)
                      .stride = 1 + rig_below(3), .padding = rig_below(3)};
     int64_t shorter = a.height < a.width ? a.height : a.width;
     a.kernel = 1 + rig_below(shorter + 2 * a.padding);
-    int64_t k = a.kernel, n = 1 + rig_below(6), out_h = (a.height + 2 * a.padding - k) / a.stride + 1;
+    int64_t k = a.kernel, n = 1 + rig_below(6);
+    int64_t out_h = (a.height + 2 * a.padding - k) / a.stride + 1;
     int64_t out_w = (a.width + 2 * a.padding - k) / a.stride + 1;
     int64_t pixels = a.images * a.height * a.width, patches = a.images * out_h * out_w;
     a.x = rig_random(pixels, n, dtype);

@@ -22,7 +22,8 @@ static void targets_case(rig *r)
     CHECK(total == sum, "total %g, not %g", total, sum);
     CHECK(count == 5 + labelled, "count");
     for (int64_t t = 0; t < n; t++) {
-        double want = label[t] == -100 || sum == 0 ? 0 : weighted ? (double)weight[t] / sum : 1 / sum;
+        double want = weighted ? (double)weight[t] / sum : 1 / sum;
+        want = label[t] == -100 || sum == 0 ? 0 : want;
         CHECK(fabs((double)dlogp[t] + want) <= 1e-7 * want, "dlogp");
     }
 }

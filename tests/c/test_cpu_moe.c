@@ -352,7 +352,8 @@ static void balance_case(rig *r, bool empty)
     CHECK(fabs(loss - want) <= 1e-12, "loss %g, not %g", loss, want);
     for (int64_t e = 0; e < n; e++) {
         double s = empty ? 0 : 0.01 * (double)n * (double)count[e] / rows / rows;
-        double gap = (double)total - (double)(count[e] * n), step = gap > 0 ? 0.125 : gap < 0 ? -0.125 : 0;
+        double gap = (double)total - (double)(count[e] * n);
+        double step = gap > 0 ? 0.125 : gap < 0 ? -0.125 : 0;
         CHECK(fabs((double)slope[e] - s) <= 1e-7 * s, "slope");
         CHECK(fabs(rig_get(&a.bias, 0, e) - rig_get(&before, 0, e) - step) < 1e-6, "bias");
     }

@@ -29,7 +29,8 @@ static void norm_case(rig *one, rig *many)
         for (int64_t k = 0; k < 3 && grad[i].rows > 0; k++) {
             int64_t row = rig_below(grad[i].rows), col = rig_below(grad[i].cols);
             bad += isfinite(rig_get(&grad[i], row, col)) != 0;
-            rig_set(&grad[i], row, col, k == 0 ? (double)NAN : k == 1 ? (double)INFINITY : -(double)INFINITY);
+            static const float strange[3] = {NAN, INFINITY, -INFINITY};
+            rig_set(&grad[i], row, col, (double)strange[k]);
         }
     }
     other.non_finite = 0;

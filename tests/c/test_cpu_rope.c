@@ -46,7 +46,8 @@ static double turn(const ovlm_rope *a, int64_t t, int64_t to, int64_t from)
         return to == from;
     }
     int64_t pair_to = a->interleaved ? to / 2 : to % r, pair = a->interleaved ? from / 2 : from % r;
-    bool second_to = a->interleaved ? to % 2 : to / r, second = a->interleaved ? from % 2 : from / r;
+    bool second_to = a->interleaved ? to % 2 : to / r;
+    bool second = a->interleaved ? from % 2 : from / r;
     if (pair_to != pair) {
         return 0;
     }

@@ -75,6 +75,27 @@ typedef struct ovlm_op_schema {
 
 extern const ovlm_op_schema *const ovlm_op_schemas[OVLM_OP_COUNT];
 
+/* OVLM_OPS in two parts: operations with a backward, and without. */
+#define OVLM_OPS_BOTH(X)                  \
+    X(linear, ovlm_linear)                \
+    X(grouped_linear, ovlm_grouped_linear)\
+    X(gated, ovlm_gated)                  \
+    X(norm, ovlm_norm)                    \
+    X(rope, ovlm_rope)                    \
+    X(attention, ovlm_attention)          \
+    X(gather, ovlm_gather)                \
+    X(scale, ovlm_scale)                  \
+    X(unfold, ovlm_unfold)                \
+    X(router, ovlm_router)                \
+    X(combine, ovlm_combine)              \
+    X(head, ovlm_head)
+#define OVLM_OPS_FORWARD(X)               \
+    X(rope_table, ovlm_rope_table)        \
+    X(balance_loss, ovlm_balance_loss)    \
+    X(targets, ovlm_targets)              \
+    X(grad_norm, ovlm_grad_norm)          \
+    X(adamw, ovlm_adamw)
+
 /* What this call does with the member. */
 ovlm_role ovlm_member_role(const ovlm_member *member, const void *args, ovlm_pass pass);
 

@@ -527,17 +527,20 @@ static void async_free(ovlm_backend *backend, void *memory)
     static ovlm_status async_##op##_fwd(ovlm_queue *queue, const type *a, ovlm_err *err)        \
     {                                                                                           \
         return put_op(queue, OVLM_OP_##op, OVLM_PASS_FWD, a, err);                              \
-    }                                                                                           \
-    static inline ovlm_status async_##op##_bwd(ovlm_queue *queue, const type *a, ovlm_err *err) \
-    {                                                                                           \
-        return put_op(queue, OVLM_OP_##op, OVLM_PASS_BWD, a, err);                              \
     }
 OVLM_OPS(ASYNC_WRAP)
 
-#define ASYNC_PAIR(op) \
-    .op = {async_##op##_measure, async_##op##_prepare, async_##op##_fwd, async_##op##_bwd}
-#define ASYNC_FORWARD(op) \
-    .op = {async_##op##_measure, async_##op##_prepare, async_##op##_fwd, NULL}
+#define ASYNC_WRAP_BACKWARD(op, type)                                                           \
+    static ovlm_status async_##op##_bwd(ovlm_queue *queue, const type *a, ovlm_err *err)        \
+    {                                                                                           \
+        return put_op(queue, OVLM_OP_##op, OVLM_PASS_BWD, a, err);                              \
+    }
+OVLM_OPS_BOTH(ASYNC_WRAP_BACKWARD)
+
+#define ASYNC_BOTH(op, type) \
+    .op = {async_##op##_measure, async_##op##_prepare, async_##op##_fwd, async_##op##_bwd},
+#define ASYNC_FORWARD(op, type) \
+    .op = {async_##op##_measure, async_##op##_prepare, async_##op##_fwd, NULL},
 
 const ovlm_ops ovlm_async_ops = {
     .abi = OVLM_BACKEND_ABI,
@@ -562,21 +565,6 @@ const ovlm_ops ovlm_async_ops = {
     .event_done = async_event_done,
     .copy = async_copy,
     .fill = async_fill,
-    ASYNC_PAIR(linear),
-    ASYNC_PAIR(grouped_linear),
-    ASYNC_PAIR(gated),
-    ASYNC_PAIR(norm),
-    ASYNC_FORWARD(rope_table),
-    ASYNC_PAIR(rope),
-    ASYNC_PAIR(attention),
-    ASYNC_PAIR(gather),
-    ASYNC_PAIR(scale),
-    ASYNC_PAIR(unfold),
-    ASYNC_PAIR(router),
-    ASYNC_PAIR(combine),
-    ASYNC_FORWARD(balance_loss),
-    ASYNC_FORWARD(targets),
-    ASYNC_PAIR(head),
-    ASYNC_FORWARD(grad_norm),
-    ASYNC_FORWARD(adamw),
+    OVLM_OPS_BOTH(ASYNC_BOTH)
+    OVLM_OPS_FORWARD(ASYNC_FORWARD)
 };

@@ -234,17 +234,20 @@ static ovlm_status check_fill(ovlm_queue *queue, void *to, uint8_t byte, int64_t
     static ovlm_status check_##op##_fwd(ovlm_queue *queue, const type *a, ovlm_err *err)        \
     {                                                                                           \
         return check_op(queue, OVLM_OP_##op, OVLM_PASS_FWD, a, err);                            \
-    }                                                                                           \
-    static inline ovlm_status check_##op##_bwd(ovlm_queue *queue, const type *a, ovlm_err *err) \
-    {                                                                                           \
-        return check_op(queue, OVLM_OP_##op, OVLM_PASS_BWD, a, err);                            \
     }
 OVLM_OPS(CHECK_WRAP)
 
-#define CHECK_PAIR(op) \
-    .op = {check_##op##_measure, check_##op##_prepare, check_##op##_fwd, check_##op##_bwd}
-#define CHECK_FORWARD(op) \
-    .op = {check_##op##_measure, check_##op##_prepare, check_##op##_fwd, NULL}
+#define CHECK_WRAP_BACKWARD(op, type)                                                           \
+    static ovlm_status check_##op##_bwd(ovlm_queue *queue, const type *a, ovlm_err *err)        \
+    {                                                                                           \
+        return check_op(queue, OVLM_OP_##op, OVLM_PASS_BWD, a, err);                              \
+    }
+OVLM_OPS_BOTH(CHECK_WRAP_BACKWARD)
+
+#define CHECK_BOTH(op, type) \
+    .op = {check_##op##_measure, check_##op##_prepare, check_##op##_fwd, check_##op##_bwd},
+#define CHECK_FORWARD(op, type) \
+    .op = {check_##op##_measure, check_##op##_prepare, check_##op##_fwd, NULL},
 
 const ovlm_ops ovlm_check_ops = {
     .abi = OVLM_BACKEND_ABI,
@@ -269,21 +272,6 @@ const ovlm_ops ovlm_check_ops = {
     .event_done = check_event_done,
     .copy = check_copy,
     .fill = check_fill,
-    CHECK_PAIR(linear),
-    CHECK_PAIR(grouped_linear),
-    CHECK_PAIR(gated),
-    CHECK_PAIR(norm),
-    CHECK_FORWARD(rope_table),
-    CHECK_PAIR(rope),
-    CHECK_PAIR(attention),
-    CHECK_PAIR(gather),
-    CHECK_PAIR(scale),
-    CHECK_PAIR(unfold),
-    CHECK_PAIR(router),
-    CHECK_PAIR(combine),
-    CHECK_FORWARD(balance_loss),
-    CHECK_FORWARD(targets),
-    CHECK_PAIR(head),
-    CHECK_FORWARD(grad_norm),
-    CHECK_FORWARD(adamw),
+    OVLM_OPS_BOTH(CHECK_BOTH)
+    OVLM_OPS_FORWARD(CHECK_FORWARD)
 };

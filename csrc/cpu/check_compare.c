@@ -74,8 +74,8 @@ ovlm_status ovlm_check_compare(const char *op, ovlm_pass pass, const ovlm_check_
     for (int64_t i = 0; i < slot->rows * slot->cols; i++) {
         int64_t row = i / slot->cols, col = i % slot->cols;
         double tested = element_at(slot->raw, slot->type, row * slot->stride + col);
-        double reference = element_at(slot->reference.data, slot->reference.dtype, i);
-        double scale = element_at(slot->scale.data, slot->scale.dtype, i);
+        double reference = element_at(slot->reference.data, (int)slot->reference.dtype, i);
+        double scale = element_at(slot->scale.data, (int)slot->scale.dtype, i);
         double tolerance = stored_eps(slot->type) * fabs(reference) +
                            factor * (fabs(scale) + fabs(reference)) +
                            (is_integer(slot->type) ? 0 : 0x1p-126); /* underflow */

@@ -1,6 +1,7 @@
 /* ref_ops.c - the table of the reference backend. */
 #include "cpu/ref.h"
 
+#include "backend/op_schema.h"
 #include "base/arena.h"
 
 #include <stdio.h>
@@ -41,11 +42,11 @@ static void ref_close(ovlm_backend *backend)
     }
 OVLM_OPS(REF_PREPARE)
 
-#define REF_PAIR(op)                                                        \
+#define REF_BOTH(op, type)                                                   \
     .op = {ovlm_ref_##op##_measure, ref_##op##_prepare, ovlm_ref_##op##_fwd, \
-           ovlm_ref_##op##_bwd}
-#define REF_FORWARD(op) \
-    .op = {ovlm_ref_##op##_measure, ref_##op##_prepare, ovlm_ref_##op##_fwd, NULL}
+           ovlm_ref_##op##_bwd},
+#define REF_FORWARD(op, type) \
+    .op = {ovlm_ref_##op##_measure, ref_##op##_prepare, ovlm_ref_##op##_fwd, NULL},
 
 const ovlm_ops ovlm_ref_ops = {
     .abi = OVLM_BACKEND_ABI,
@@ -59,21 +60,6 @@ const ovlm_ops ovlm_ref_ops = {
     .host_alloc = ovlm_host_alloc,
     .host_free = ovlm_host_free,
     OVLM_HOST_LIFE,
-    REF_PAIR(linear),
-    REF_PAIR(grouped_linear),
-    REF_PAIR(gated),
-    REF_PAIR(norm),
-    REF_FORWARD(rope_table),
-    REF_PAIR(rope),
-    REF_PAIR(attention),
-    REF_PAIR(gather),
-    REF_PAIR(scale),
-    REF_PAIR(unfold),
-    REF_PAIR(router),
-    REF_PAIR(combine),
-    REF_FORWARD(balance_loss),
-    REF_FORWARD(targets),
-    REF_PAIR(head),
-    REF_FORWARD(grad_norm),
-    REF_FORWARD(adamw),
+    OVLM_OPS_BOTH(REF_BOTH)
+    OVLM_OPS_FORWARD(REF_FORWARD)
 };

@@ -557,8 +557,9 @@ void op_case_free(op_case *c)
 
 bool op_has_backward(ovlm_op op)
 {
-    return op != OVLM_OP_rope_table && op != OVLM_OP_balance_loss && op != OVLM_OP_targets &&
-           op != OVLM_OP_grad_norm && op != OVLM_OP_adamw;
+#define HAS_BACKWARD(name, type) || op == OVLM_OP_##name
+    return false OVLM_OPS_BOTH(HAS_BACKWARD);
+#undef HAS_BACKWARD
 }
 
 const ovlm_member *op_member(ovlm_op op, const char *name)

@@ -17,9 +17,11 @@ enum {
     SINGLES = 32,  /* ... so many go alone and in pairs, ...                                    */
     TRIPLED = 14,  /* ... and the smallest in triples; at the first try ...                     */
     FEW = 20,      /* ... only so many, alone and in pairs                                      */
-    PARCELS = 1 + SINGLES + SINGLES * (SINGLES - 1) / 2 + TRIPLED * (TRIPLED - 1) * (TRIPLED - 2) / 6,
-    PARTNERS = 4,  /* ranks, or nodes, that are tried as partners                               */
-    HAND_OVERS = 32,
+    PAIRS = SINGLES * (SINGLES - 1) / 2,
+    PARCELS = 1 + SINGLES + PAIRS + TRIPLED * (TRIPLED - 1) * (TRIPLED - 2) / 6,
+    PARTNERS = 8,  /* ranks, or nodes, that are tried as partners                               */
+    GIVERS = 3,    /* of the fullest ranks of a node                                            */
+    HAND_OVERS = 32, /* of what stays in a node, in all                                         */
     PASSES = 4,    /* over the nodes, and over the ranks of each                                */
     LOOKS = 65536, /* pairs of parcels that one search looks at                                 */
     SORT_WORK = 8, /* search steps that a parcel is worth until it is in order                  */
@@ -79,8 +81,8 @@ static parcel with_unit(const bal_model *model, parcel p, int64_t u, int64_t r, 
     return p;
 }
 
-/* Units that r may give, ascending by cost, at most `most`: the smaller half of them as they are, as
- * they make the exact sums, then larger ones evenly, which carry much.  Returns how many. */
+/* Units that r may give, ascending by cost, at most `most`: the smaller half of them as they are,
+ * since they make the exact sums, then larger ones evenly, which carry much.  Returns how many. */
 static int64_t pick_units(const exchange *x, int64_t r, int64_t most, int64_t *unit)
 {
     const homing *h = x->h;
@@ -261,23 +263,30 @@ static bool close_ranks(exchange *x, int64_t from, int64_t to)
     }
 }
 
-/* Ends the excess of node k by an exchange of its fullest rank with one of node q. */
+/* Ends the excess of node k by an exchange of one of its fullest ranks with one of node q. */
 static bool pass_on(exchange *x, int64_t k, int64_t q, int64_t shares)
 {
-    const bal_model *model = x->h->search->model;
-    int64_t c = model->node_size, N = model->n_ranks, fullest = k * c;
+    int64_t c = x->h->search->model->node_size, N = x->h->search->model->n_ranks;
     double excess = -x->spare[k], most = most_given(x, excess, x->spare[q], shares);
-    for (int64_t r = k * c; r < (k + 1) * c && r < N; r++) {
-        fullest = spare_of(x, r) < spare_of(x, fullest) ? r : fullest;
+    int64_t full[GIVERS], n_full = order_ranks(x, k * c, (k + 1) * c < N ? (k + 1) * c : N, -1,
+                                               false);
+    int64_t skip = n_full > GIVERS ? n_full - GIVERS : 0;
+    for (int64_t i = 0; i < n_full - skip; i++) {
+        full[i] = x->rank[n_full - 1 - i];
     }
+    n_full -= skip;
     int64_t n = order_ranks(x, q * c, (q + 1) * c < N ? (q + 1) * c : N, -1, false);
-    double before = x->h->plan->add[fullest];
-    for (int64_t j = 0; j < n && j < PARTNERS; j++) {
+    for (int64_t i = 0; i < n_full * n; i++) {
+        int64_t r = full[i / n], s = x->rank[i % n];
+        double before = x->h->plan->add[r];
+        if (i % n >= PARTNERS) {
+            continue;
+        }
         if (ovlm_meter_spend(x->h->search->meter, 1)) {
             return false;
         }
-        if (make_exchange(x, fullest, x->rank[j], excess, most)) {
-            double given = before - x->h->plan->add[fullest];
+        if (make_exchange(x, r, s, excess, most)) {
+            double given = before - x->h->plan->add[r];
             x->spare[k] += given;
             x->spare[q] -= given;
             return true;
@@ -374,20 +383,28 @@ static void hand_over(exchange *x, int64_t nodes)
     }
 }
 
+/* Room for the arrays. */
+static ovlm_status exchange_init(exchange *x, homing *h, ovlm_err *err)
+{
+    ovlm_arena *arena = h->search->arena;
+    int64_t N = h->search->model->n_ranks, nodes = (N - 1) / h->search->model->node_size + 1;
+    *x = (exchange){.h = h};
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->give, PARCELS, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->take, PARCELS, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->rank, N, err));
+    OVLM_TRY(OVLM_ARENA_RAW(arena, &x->node, nodes, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &x->spare, nodes, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &x->closed_rank, N, err));
+    return OVLM_ARENA_NEW(arena, &x->closed_node, nodes, err);
+}
+
 ovlm_status homing_exchange(homing *h, ovlm_err *err)
 {
     const bal_model *model = h->search->model;
-    ovlm_arena *arena = h->search->arena;
-    ovlm_arena_mark mark = ovlm_arena_save(arena);
+    ovlm_arena_mark mark = ovlm_arena_save(h->search->arena);
     int64_t c = model->node_size, N = model->n_ranks, nodes = (N - 1) / c + 1;
-    exchange x = {.h = h};
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &x.give, PARCELS, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &x.take, PARCELS, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &x.rank, N, err));
-    OVLM_TRY(OVLM_ARENA_RAW(arena, &x.node, nodes, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &x.spare, nodes, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &x.closed_rank, N, err));
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &x.closed_node, nodes, err));
+    exchange x;
+    OVLM_TRY(exchange_init(&x, h, err));
     for (int64_t r = 0; r < N; r++) {
         x.spare[r / c] += spare_of(&x, r);
     }
@@ -397,6 +414,6 @@ ovlm_status homing_exchange(homing *h, ovlm_err *err)
         close_inside(&x, k);
     }
     hand_over(&x, nodes);
-    ovlm_arena_rewind(arena, mark);
+    ovlm_arena_rewind(h->search->arena, mark);
     return OVLM_OK;
 }

@@ -56,6 +56,27 @@ int ovlm_arg_tuple(PyObject *tuple, const char *format, ...)
     return ok;
 }
 
+/* A mask would be ignored.  Of subclasses only, so that plain arrays cost nothing. */
+static int refuse_masked(PyArrayObject *array, const char *name)
+{
+    if (PyArray_CheckExact((PyObject *)array)) {
+        return 0;
+    }
+    PyObject *mask = PyObject_GetAttrString((PyObject *)array, "mask");
+    if (mask == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+        return 0;
+    }
+    Py_DECREF(mask);
+    PyErr_Format(PyExc_TypeError,
+                 "%s is a masked array, whose mask would be ignored; pass its compressed() or "
+                 "filled() values", name);
+    return -1;
+}
+
 static int check_shape(PyArrayObject *array, const char *name, int64_t expected_n)
 {
     if (PyArray_NDIM(array) != 1) {
@@ -107,6 +128,10 @@ int ovlm_arg_i64(PyObject *object, const char *name, int64_t expected_n, bool op
         name_error(name, "an array of integers");
         return -1;
     }
+    if (refuse_masked(array, name) < 0) {
+        Py_DECREF(array);
+        return -1;
+    }
     int empty = PyArray_SIZE(array) == 0; /* [] has dtype float64 */
     if (!empty && !PyArray_ISINTEGER(array)) {
         PyErr_Format(PyExc_TypeError, "%s must hold integers; got dtype %S", name,
@@ -139,6 +164,10 @@ int ovlm_arg_f64(PyObject *object, const char *name, int64_t expected_n, bool op
     PyArrayObject *array = (PyArrayObject *)PyArray_FROM_O(object);
     if (array == NULL) {
         name_error(name, "an array of real numbers");
+        return -1;
+    }
+    if (refuse_masked(array, name) < 0) {
+        Py_DECREF(array);
         return -1;
     }
     if (!PyArray_ISINTEGER(array) && !PyArray_ISFLOAT(array)) {

@@ -5,6 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
+from .batch import refuse_masked
 from .cost import BatchCost, _count
 
 _STATUS = ("feasible", "optimal")
@@ -140,7 +141,7 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
 
 
 def _one_per_rank(capacity, n_ranks):
-    array = np.asarray(capacity)
+    array = np.asarray(refuse_masked(capacity, "capacity"))
     if array.dtype.kind not in "iu":
         raise TypeError(f"capacity must be an integer or one per rank; got {capacity!r}")
     return np.full(_count("balance", "n_ranks", n_ranks, most=_MOST_RANKS), array)
@@ -222,8 +223,8 @@ class Partition:
 
         Raises
         ------
-        orchvlm.Error
-            The first thing that does not hold.
+        ValueError
+            The first thing that does not hold, as from every ``check()``.
 
         Examples
         --------
@@ -295,7 +296,7 @@ def _check(p, min_items, max_items, size, capacity, keep_together, pinned, group
            **load_arguments):
     def hold(condition, message):
         if not condition:
-            raise _core.Error(f"this partition fails its own check: {message}; please report this")
+            raise ValueError(f"this partition fails its own check: {message}")
 
     n, n_ranks = len(np.asarray(load_arguments["lengths"])), len(p.loads)
     hold(p.rank.shape == (n,) and np.all((p.rank >= 0) & (p.rank < n_ranks)), "a rank is missing")

@@ -10,9 +10,17 @@ ITEM_COLUMNS = ("sample", "position", "length", "out_tokens", "bytes")
 BATCH_COLUMNS = ("text_tokens", "target_tokens", "source_rank")
 
 
+def refuse_masked(value, name):
+    """The value; a masked array is refused, as nothing here would look at its mask."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass its "
+                        "compressed() or filled() values")
+    return value
+
+
 def integers(value, name, n=None):
     """A read-only int64 array of one dimension (and n elements)."""
-    array = np.asarray(value)
+    array = np.asarray(refuse_masked(value, name))
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}")
     if array.ndim != 1:
@@ -112,7 +120,7 @@ class Items:
             n = len(column)
             object.__setattr__(self, name, column)
         if self.squares is not None:
-            squares = np.asarray(self.squares)
+            squares = np.asarray(refuse_masked(self.squares, "Items.squares"))
             if squares.size and squares.dtype.kind not in "iuf":
                 raise TypeError(f"Items.squares must hold numbers; got dtype {squares.dtype}")
             squares = squares.astype(np.float64)

@@ -185,12 +185,20 @@ def make_parser():
     return parser
 
 
+_OF_A_FILE = ("column", "field", "chars_per_token", "seconds_to_tokens", "pixels_per_token",
+              "batch_size")
+
+
 def _run(arguments):
     from . import commands
     if arguments.command == "doctor":
         return commands.doctor()
     if arguments.demo == (arguments.file is not None):
         raise CommandError("give either a FILE of lengths or --demo")
+    for option in _OF_A_FILE if arguments.demo else ():
+        if getattr(arguments, option) is not None:
+            raise CommandError(f"--{option.replace('_', '-')} is for a FILE of lengths; "
+                               "leave it out with --demo")
     return getattr(commands, arguments.command)(arguments)
 
 

@@ -254,8 +254,8 @@ def _others_text(lengths, cluster, made, arguments):
 
 def _plot_demo(path, batch, step, costs, cluster, made):
     from .plots import plot_plans
-    from .policies import language_lengths, load_per_rank, squares_of
-    source, tokens = np.asarray(batch.source_rank), language_lengths(batch)
+    from .policies import load_per_rank, squares_of
+    source, tokens = np.asarray(batch.source_rank), batch.language_lengths
     work = {phase: (items.length, squares_of(items), source[items.sample],
                     step.phases[phase].rank, step.phases[phase].bound)
             for phase, items in batch.phases.items()}

@@ -4,6 +4,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
+from .batch import refuse_masked
 from .cost import _MAX_DEGREES, BatchCost, SequenceCost, _count
 
 _TERMS = tuple(BatchCost.__dataclass_fields__)
@@ -133,6 +134,7 @@ def _rows(measurements):
 
 
 def _lengths(value, row):
+    refuse_masked(value, f"measurements[{row}]: lengths")
     try:
         array = np.asarray(value)
     except ValueError:

@@ -204,14 +204,6 @@ def squares_of(items):
     return np.asarray(items.squares, float)
 
 
-def language_lengths(batch):
-    """int64[n]: text plus encoder output tokens of each sample."""
-    total = np.array(batch.text_tokens, np.int64)
-    for items in batch.phases.values():
-        np.add.at(total, items.sample, items.out_tokens)
-    return total
-
-
 def _tokens_that_fit(phase, cluster, bytes_per_token, fixed_bytes):
     """Most tokens of a phase on one GPU at a time; None without a limit."""
     room = cluster.memory_bytes - fixed_bytes
@@ -232,7 +224,7 @@ class Placer:
         self.search = {"seed": seed, "work_limit": work_limit, "time_limit": time_limit}
         self.n_ranks = cluster.n_gpus
         self.source = np.asarray(batch.source_rank, np.int64)
-        self.tokens = language_lengths(batch)
+        self.tokens = batch.language_lengths
         self._step = None
 
     def step_plan(self):

@@ -4,6 +4,7 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
+from .batch import refuse_masked
 from .cost import _count
 from .tables import html_table
 
@@ -210,10 +211,13 @@ class Route:
 
         Raises
         ------
+        TypeError
+            A masked array.
         ValueError
             The number of arrays, of their rows, or their other dimensions or dtypes are wrong.
         """
-        arrays = [np.asarray(array) for array in arrays]
+        arrays = [np.asarray(refuse_masked(array, f"arrays[{rank}]"))
+                  for rank, array in enumerate(arrays)]
         if len(arrays) != self.n_ranks:
             raise ValueError(f"arrays must be one per rank, {self.n_ranks}; got {len(arrays)}")
         for rank, (array, rows) in enumerate(zip(arrays, self.source_rows)):

@@ -6,7 +6,7 @@ import numpy as np
 
 from .batch import ITEM_COLUMNS, amount, checked_memory
 from .cost import BatchCost, Cluster, SequenceCost
-from .policies import POLICIES, Placer, language_lengths, squares_of
+from .policies import POLICIES, Placer, squares_of
 from .sequences import _integer
 from .step_graph import Options, account, build_step, measure_traffic, parameter_seconds
 from .tables import (format_bytes, format_count, format_percent, format_seconds, html_table,
@@ -201,7 +201,7 @@ class Simulation:
 def _useful_flops(batch, flops):
     """FLOPs of a batch, whatever the policy: per patch, frame and token, true lengths."""
     total = 0.0
-    tokens = language_lengths(batch).astype(float)
+    tokens = batch.language_lengths.astype(float)
     for phase, cost in flops.items():
         if phase == "llm":
             length, squares = tokens, tokens**2
@@ -247,7 +247,7 @@ def _simulate_policy(name, placers, cluster, options, flops, report):
 
 def _as_batches(batches, n_ranks):
     """A list of batches; plain lengths become text samples dealt out in turn."""
-    from .batch import Batch
+    from .batch import Batch, refuse_masked
     if not isinstance(batches, (list, tuple)):
         batches = [batches]
     if len(batches) == 0:
@@ -255,7 +255,7 @@ def _as_batches(batches, n_ranks):
     made = []
     for i, batch in enumerate(batches):
         if not isinstance(batch, Batch):
-            lengths = np.asarray(batch)
+            lengths = np.asarray(refuse_masked(batch, f"batches[{i}]"))
             if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
                 raise TypeError(f"batches[{i}] must be a Batch or a one-dimensional array of "
                                 f"integers; got {type(batch).__name__} of dtype {lengths.dtype}")
@@ -460,7 +460,7 @@ def simulate(batches, cluster, costs, *, policies=None, flops=None, memory=None,
     for i, batch in enumerate(batches):
         _check_batch(f"batches[{i}]", batch, cluster.n_gpus)
     options = Options(backward, bool(sharded), parameter_seconds(parameters, cluster), planning_s)
-    longest = max(int(language_lengths(batch).max(initial=1)) for batch in batches)
+    longest = max(int(batch.language_lengths.max(initial=1)) for batch in batches)
     if context is not None:
         context = _integer(context, "context")
         if context < longest:

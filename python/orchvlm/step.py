@@ -66,7 +66,8 @@ class PhasePlan:
         return float(self.loads.max() / mean) if mean > 0 else 1.0
 
     def __repr__(self):
-        return (f"<PhasePlan {self.name}: {len(self.rank)} items on {len(self.loads)} ranks, "
+        return (f"<PhasePlan {self.name}: {len(self.rank)} item{'s' * (len(self.rank) != 1)} on "
+                f"{len(self.loads)} rank{'s' * (len(self.loads) != 1)}, "
                 f"{self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)}, "
                 f"{self.time:.4g} s, gap {100 * self.gap:.2g} %>")
 

@@ -261,6 +261,14 @@ def test_demos(tmp_path):
     assert "as sampled" in done.stdout and "1.00x" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("option, value", [
+    ("--column", "x"), ("--field", "x"), ("--batch-size", 4), ("--chars-per-token", 4),
+    ("--seconds-to-tokens", 25), ("--pixels-per-token", 784)])
+def test_demo_refuses_what_is_for_files(refuse, command, option, value):
+    assert option in refuse(command, "--demo", option, value)
+
+
 def test_simulate_file(lengths):
     pytest.importorskip("matplotlib", reason="plots are optional")
     folder, _ = lengths

@@ -397,7 +397,7 @@ def test_outputs_reach_their_shards(rng):
     cost = SequenceCost(quadratic=1e-4, linear=1.0, comm={1: 0, 2: .1, 4: .2, 8: .3},
                         memory_per_token=1.0, memory_limit=200.0)
     batch = small_batch(rng, ranks=8, samples=4)
-    tokens = policies.language_lengths(batch)
+    tokens = batch.language_lengths
     plan = orchvlm.plan_sequences(tokens, 8, cost, gpus_per_node=4)
     gpu_of = {}
     for micro in plan.micro_batches:
@@ -444,7 +444,7 @@ def test_demo_follows_its_quantiles():
 
 def test_demo_batch_is_consistent():
     batch = demo.batch(8, 16, seed=1)
-    tokens = policies.language_lengths(batch)
+    tokens = batch.language_lengths
     used = np.array(batch.text_tokens)
     for items in batch.phases.values():
         assert (items.position >= 0).all() and (items.length > 0).all()

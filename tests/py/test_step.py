@@ -377,3 +377,10 @@ def test_report_says_before_and_after():
     assert "between nodes<br>after" in step._repr_html_()
     for thing in (step.batch, step.llm, step.routes["text"], *step.batch.phases.values()):
         assert repr(thing).startswith("<")
+
+
+def test_repr_counts_in_english():
+    cluster = orchvlm.Cluster(1, 1, 80e9, 1e15, 300e9, 25e9)
+    step = orchvlm.plan_step(orchvlm.Batch([2], [2], [0]), cluster,
+                             {"llm": orchvlm.BatchCost(linear=1.0)})
+    assert "1 item on 1 rank, 1 micro-batch, " in repr(step.llm)

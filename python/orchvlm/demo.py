@@ -420,7 +420,8 @@ def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):
         raise ValueError(f"n_ranks = {n_ranks} times samples_per_rank = {samples_per_rank} are "
                          f"more than {_MOST_SAMPLES} samples; draw several batches")
     rng = np.random.default_rng(_count("batch", "seed", seed, least=0, most=2**64 - 1))
-    kinds = rng.choice(list(MIXTURE), size=n, p=list(MIXTURE.values()))
+    # As a list: making a NumPy string out of an array's element can swallow a Ctrl-C.
+    kinds = rng.choice(list(MIXTURE), size=n, p=list(MIXTURE.values())).tolist()
     pools = {name: _pool(name, rng) for name in ("coin", *QUANTILES)}
     vision, audio = _Collector(), _Collector()
     text = np.array([_add_sample(kind, i, vision, audio, pools)

@@ -456,6 +456,15 @@ def test_demo_batch_is_consistent():
     assert (again.text_tokens == batch.text_tokens).all()
 
 
+def test_demo_makes_no_numpy_strings(monkeypatch):
+    """Making one swallows a KeyboardInterrupt that arrives at that moment."""
+    kinds, add = [], demo._add_sample
+    monkeypatch.setattr(demo, "_add_sample", lambda kind, *rest: kinds.append(kind) or add(
+        kind, *rest))
+    demo.batch(4, 2)
+    assert len(kinds) == 8 and all(type(kind) is str for kind in kinds)
+
+
 def test_demo_refuses_sizes_before_any_work():
     rng = np.random.default_rng(0)
     for call, error, words in (

@@ -174,7 +174,7 @@ def run_case(case, threads, repeats, compiled):
     real = sum(len(s[0]) for s in samples)
     print(f"{case}: {len(state)} tensors, {sum(a.size for a in state.values()) / 1e6:.1f}M "
           f"parameters, {real} tokens, {sum(len(p) for p in pixels)} patches, {threads} threads")
-    print(f"  orchvlm            {ours * 1e3:8.1f} ms  {real / ours:8.0f} tokens/s  loss {loss:.6f}")
+    print(f"  {'orchvlm':18} {ours * 1e3:8.1f} ms  {real / ours:8.0f} tokens/s  loss {loss:.6f}")
     best, eager = np.inf, np.inf
     for experts in (("eager", "batched_mm", "grouped_mm") if "moe" in case else (None,)):
         for attention in ("eager", "sdpa"):

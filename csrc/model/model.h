@@ -67,6 +67,9 @@ typedef struct ovlm_pass_options {
 OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                               const ovlm_pass_options *options, ovlm_err *err);
 
+/* Tokens of the last forward, or 0 when what it kept is gone: the T of the calls below. */
+int64_t ovlm_model_token_count(const ovlm_model *model);
+
 /* Waits.  logp and entropy [T] (or NULL) belong to the token at which they were predicted: entry t
  * is of token t's label, 0 at the start of a segment. */
 OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
@@ -107,6 +110,10 @@ OVLM_NODISCARD ovlm_status ovlm_model_adamw_step(ovlm_model *model,
  * when missing. */
 OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
                                               ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err);
+
+/* To be called after a weight was written: a master that exists takes its value.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter,
+                                                   ovlm_err *err);
 
 /* ------------------------------------------------------------ generation */
 

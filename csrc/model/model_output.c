@@ -32,6 +32,11 @@ static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *de
     return OVLM_OK;
 }
 
+int64_t ovlm_model_token_count(const ovlm_model *model)
+{
+    return model->has_hidden ? model->decoder.tokens.T : 0;
+}
+
 ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output, float *logp,
                                    float *entropy, ovlm_err *err)
 {
@@ -115,6 +120,21 @@ ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t row
 
 /* ---------------------------------------------------------------- optimizer */
 
+ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter, ovlm_err *err)
+{
+    ovlm_tensor m = {0}, v = {0}, master = {0};
+    if (model->moments.data == NULL || model->dtype == model->exact) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(ovlm_model_moments(model, parameter, &m, &v, &master, err));
+    if (!ovlm_tensor_given(&master)) {
+        return OVLM_OK;
+    }
+    ovlm_scale cast = {.alpha = 1, .x = model->params.param[parameter].w, .y = master};
+    OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
+    return model->backend->ops->queue_wait(model->queue, err);
+}
+
 /* m, v and, for models in bfloat16, the float32 master: each laid out as the gradients are. */
 static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
 {
@@ -125,12 +145,7 @@ static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
     int64_t bytes = model->params.grad_elements * ovlm_dtype_bytes(model->exact);
     OVLM_TRY(ovlm_device_block_need(model, &model->moments, bytes * (master ? 3 : 2), true, err));
     for (int64_t i = 0; master && i < model->params.n; i++) {
-        ovlm_tensor m = {0}, v = {0}, copy = {0};
-        OVLM_TRY(ovlm_model_moments(model, i, &m, &v, &copy, err));
-        if (ovlm_tensor_given(&copy)) {
-            ovlm_scale cast = {.alpha = 1, .x = model->params.param[i].w, .y = copy};
-            OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
-        }
+        OVLM_TRY(ovlm_model_renew_master(model, i, err));
     }
     return OVLM_OK;
 }

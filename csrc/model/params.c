@@ -5,10 +5,14 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Sizes below this, with padding and eight bytes each, fit 64 bits. */
+#define COUNT_MOST ((int64_t)1 << 56)
+
 /* The list is walked twice: first to count (param NULL), then to fill. */
 typedef struct builder {
     ovlm_params *params;
     int64_t n, fused, offset, buffer_offset, count;
+    bool too_large;
 } builder;
 
 static int64_t round_up(int64_t value, int64_t unit)
@@ -33,7 +37,15 @@ static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n
 {
     int64_t total = 1;
     for (int64_t i = 0; i < n_dims; i++) {
+        if (total > COUNT_MOST / dims[i]) {
+            b->too_large = true;
+            return;
+        }
         total *= dims[i];
+    }
+    b->too_large = b->too_large || b->count > COUNT_MOST - total;
+    if (b->too_large) {
+        return; /* nothing is listed after the first walk said so */
     }
     int64_t *offset = kind == OVLM_PARAM_BUFFER ? &b->buffer_offset : &b->offset;
     if (b->params->param != NULL) {
@@ -265,6 +277,9 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
     OVLM_TRY(ovlm_model_config_check(config, err));
     builder count = {.params = params};
     add_all(&count);
+    if (count.too_large) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the model would have more than 2^56 parameters");
+    }
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->param, count.n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->vision, config->vision.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->decoder, config->decoder.depth, err));

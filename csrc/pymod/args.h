@@ -86,6 +86,7 @@ extern PyMethodDef ovlm_step_methods[];
 extern PyMethodDef ovlm_simulate_methods[];
 extern PyMethodDef ovlm_cost_methods[];
 extern PyMethodDef ovlm_backend_methods[];
+extern PyMethodDef ovlm_model_functions[];
 
 /* Adds the type Model. */
 int ovlm_add_model_type(PyObject *module);

@@ -154,23 +154,27 @@ static void model_dealloc(PyObject *object)
 
 /* ---------------------------------------------------------------- weights */
 
-/* [(name, kind, dims, trainable), ...] */
-static PyObject *model_parameters(PyObject *object, PyObject *ignored)
+static PyObject *new_dims(const ovlm_param *one)
 {
-    (void)ignored;
-    const ovlm_params *p = ovlm_model_params(((model_object *)object)->model);
+    PyObject *dims = PyTuple_New((Py_ssize_t)one->n_dims);
+    for (int64_t d = 0; dims != NULL && d < one->n_dims; d++) {
+        PyObject *size = PyLong_FromLongLong((long long)one->dims[d]);
+        if (size == NULL) {
+            Py_CLEAR(dims);
+            break;
+        }
+        PyTuple_SET_ITEM(dims, (Py_ssize_t)d, size);
+    }
+    return dims;
+}
+
+/* [(name, kind, dims, trainable), ...] */
+static PyObject *new_list(const ovlm_params *p)
+{
     PyObject *list = PyList_New(0);
     for (int64_t i = 0; list != NULL && i < p->n; i++) {
         const ovlm_param *one = &p->param[i];
-        PyObject *dims = PyTuple_New((Py_ssize_t)one->n_dims);
-        for (int64_t d = 0; dims != NULL && d < one->n_dims; d++) {
-            PyObject *size = PyLong_FromLongLong((long long)one->dims[d]);
-            if (size == NULL) {
-                Py_CLEAR(dims);
-                break;
-            }
-            PyTuple_SET_ITEM(dims, (Py_ssize_t)d, size);
-        }
+        PyObject *dims = new_dims(one);
         PyObject *row = dims == NULL ? NULL
                                      : Py_BuildValue("(siNO)", one->name, (int)one->kind, dims,
                                                      one->trainable ? Py_True : Py_False);
@@ -181,6 +185,36 @@ static PyObject *model_parameters(PyObject *object, PyObject *ignored)
     }
     return list;
 }
+
+static PyObject *model_parameters(PyObject *object, PyObject *ignored)
+{
+    (void)ignored;
+    return new_list(ovlm_model_params(((model_object *)object)->model));
+}
+
+/* model_parameters(config ints, config floats): the list of a model that is not made. */
+static PyObject *list_parameters(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const void *i = NULL, *f = NULL;
+    if (ovlm_arg_count("model_parameters", nargs, 2) < 0 ||
+        ovlm_arg_exact(args[0], "ints", NPY_INT64, CONFIG_INTS, false, &i, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "floats", NPY_FLOAT64, CONFIG_FLOATS, false, &f, NULL) < 0) {
+        return NULL;
+    }
+    const ovlm_model_config config = config_of(i, f);
+    ovlm_arena arena = {0};
+    ovlm_params params = {0};
+    ovlm_err err = {0};
+    ovlm_status status = ovlm_params_init(&params, &config, &arena, &err);
+    PyObject *list = status == OVLM_OK ? new_list(&params) : ovlm_raise(module, &err);
+    ovlm_arena_free(&arena);
+    return list;
+}
+
+PyMethodDef ovlm_model_functions[] = {
+    {"model_parameters", (PyCFunction)(void (*)(void))list_parameters, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
 
 enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER };
 
@@ -343,6 +377,9 @@ static OVLM_MODEL_METHOD(model_write)
     if (status == OVLM_OK) {
         Py_BEGIN_ALLOW_THREADS
         status = ovlm_model_write(self->model, &tensor, data, &err);
+        if (status == OVLM_OK && which == WEIGHT) {
+            status = ovlm_model_renew_master(self->model, parameter, &err);
+        }
         Py_END_ALLOW_THREADS
     }
     return ovlm_model_leave(self, type, status, &err);

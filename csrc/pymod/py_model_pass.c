@@ -122,18 +122,18 @@ static PyObject *new_rows(npy_intp n)
     return PyArray_ZEROS(1, &n, NPY_FLOAT32, 0);
 }
 
-/* output(T, logp wanted, entropy wanted) -> (loss, aux, weight sum, targets, logp, entropy) */
+/* output(logp wanted, entropy wanted) -> (loss, aux, weight sum, targets, logp, entropy) */
 PyObject *ovlm_py_model_output(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                Py_ssize_t nargs, PyObject *kwnames)
 {
     (void)kwnames;
     model_object *self = (model_object *)object;
-    int64_t T = 0;
     int want[2] = {0, 0};
-    if (ovlm_arg_count("output", nargs, 3) < 0 || ovlm_arg_int(args[0], "T", &T) < 0 ||
-        (want[0] = PyObject_IsTrue(args[1])) < 0 || (want[1] = PyObject_IsTrue(args[2])) < 0) {
+    if (ovlm_arg_count("output", nargs, 2) < 0 || (want[0] = PyObject_IsTrue(args[0])) < 0 ||
+        (want[1] = PyObject_IsTrue(args[1])) < 0) {
         return NULL;
     }
+    const int64_t T = ovlm_model_token_count(self->model);
     PyObject *rows[2] = {Py_NewRef(Py_None), Py_NewRef(Py_None)}, *answer = NULL;
     float *data[2] = {NULL, NULL};
     for (int i = 0; i < 2; i++) {
@@ -204,9 +204,10 @@ PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject 
     (void)kwnames;
     model_object *self = (model_object *)object;
     const void *dlogp = NULL, *dentropy = NULL;
+    const int64_t T = ovlm_model_token_count(self->model);
     if (ovlm_arg_count("backward", nargs, 2) < 0 ||
-        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, -1, true, &dlogp, NULL) < 0 ||
-        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, -1, true, &dentropy, NULL) < 0 ||
+        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, T, true, &dlogp, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, T, true, &dentropy, NULL) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }

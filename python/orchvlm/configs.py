@@ -1,10 +1,14 @@
 """Configurations of models: from and to Hugging Face's ``config.json``, and presets."""
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from . import _core
+from ._files import write_whole
 
 _ACTS = {"gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3, "silu": 4}
 _MERGERS = {"norm_concat": 0, "pool": 2}
@@ -40,6 +44,11 @@ _IGNORED = {
     "task_specific_params",
     "experts_implementation", "_experts_implementation",
 }
+
+
+def count_elements(shapes):
+    """Elements of tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 class ConfigError(ValueError):
@@ -100,6 +109,8 @@ class ModelConfig:
     >>> config = orchvlm.preset("tiny")
     >>> config.family, config.text["hidden_size"], config.vision["patch_size"]
     ('seed1_5_vl', 192, 14)
+    >>> orchvlm.preset("seed1.5-vl").n_parameters // 10**9
+    199
     """
 
     values: dict
@@ -228,7 +239,18 @@ class ModelConfig:
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
 
     def numbers(self):
-        """(int64[51], float64[6]): the sizes and switches in the C core's order."""
+        """The sizes and switches in the C core's order.
+
+        Returns
+        -------
+        ints : int64[51]
+        floats : float64[6]
+
+        Raises
+        ------
+        ValueError
+            A size that is no number, a switch that is not computed here.
+        """
         vision_ints, vision_floats = self._vision_numbers()
         text_ints, text_floats = self._text_numbers()
         try:
@@ -237,14 +259,56 @@ class ModelConfig:
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"config: a size is not a number: {error}") from None
 
+    def parameters(self):
+        """What a model of this configuration holds, without making it.
+
+        Returns
+        -------
+        dict
+            {name on the hub: shape}, in the order in which layers use them.
+
+        Raises
+        ------
+        ValueError
+            Sizes that make no model.
+        """
+        return {name: shape for name, _, shape, _ in _core.model_parameters(*self.numbers())}
+
+    @property
+    def n_parameters(self):
+        """int : number of weights, and of the routers' corrections."""
+        return count_elements(self.parameters().values())
+
     def save(self, folder):
-        """Writes ``config.json`` into a folder."""
+        """Writes ``config.json``, whole or not at all.
+
+        Parameters
+        ----------
+        folder : path-like
+            It must be there.
+        """
         text = json.dumps(self.values, indent=2, sort_keys=True) + "\n"
-        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        write_whole(Path(folder, "config.json"), lambda stream: stream.write(text.encode()))
 
     @classmethod
     def load(cls, folder):
-        """Reads ``config.json`` of a folder; ValueError when it is none or not understood."""
+        """Reads ``config.json``.
+
+        Parameters
+        ----------
+        folder : path-like
+
+        Returns
+        -------
+        ModelConfig
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        ValueError
+            It is no JSON, or not understood.
+        """
         path = Path(folder, "config.json")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -304,8 +368,8 @@ _PRESETS = {
 def preset(name):
     """A configuration by name.
 
-    ``tiny`` and ``tiny-moe`` (about 5M parameters) train on a laptop in minutes, ``small`` (about
-    75M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about 20B
+    ``tiny`` and ``tiny-moe`` (4M and 7M parameters) train on a laptop in minutes, ``small``
+    (90M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about 20B
     active and 200B total parameters, whose shape the report does not state and which is a choice.
 
     Parameters

@@ -2,6 +2,7 @@
 import numpy as np
 
 from .inputs import Inputs
+from .optim import finite_number
 
 
 def _next_positions(inputs):
@@ -31,11 +32,12 @@ def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
     """
     if temperature == 0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):  # -inf has probability 0
+        scaled = (logits.astype(np.float64) - float(logits.max())) / temperature
     order = np.argsort(-scaled, kind="stable")
     if top_k is not None:
         order = order[:top_k]
-    p = np.exp(scaled[order] - scaled[order[0]])
+    p = np.exp(scaled[order])
     p /= p.sum()
     if top_p is not None:
         keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1
@@ -43,16 +45,25 @@ def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
     return int(order[rng.choice(len(order), p=p)])
 
 
-def _check(max_new_tokens, temperature, top_k, top_p):
-    if isinstance(max_new_tokens, bool) or int(max_new_tokens) != max_new_tokens or \
-            max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number >= 1; got {max_new_tokens!r}")
-    if not (np.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be >= 0 and finite; got {temperature!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1]; got {top_p!r}")
+def _whole(value, name, least):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
+            not least <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number >= {least}; got {value!r}")
+    return int(value)
+
+
+def _check(max_new_tokens, temperature, top_k, top_p, seed, stop, callback):
+    """The set of stop tokens, when all of this is in range."""
+    _whole(max_new_tokens, "max_new_tokens", 1)
+    finite_number(temperature, "temperature", 0)
+    _whole(seed, "seed", 0)
+    if top_k is not None:
+        _whole(top_k, "top_k", 1)
+    if top_p is not None and finite_number(top_p, "top_p", 0, 1) == 0:
+        raise ValueError(f"top_p must be above 0; got {top_p!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable; got {type(callback).__name__}")
+    return {_whole(token, "stop", 0) for token in stop}
 
 
 def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None,
@@ -86,14 +97,15 @@ def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, t
     ValueError
         A setting out of range, an empty prompt.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
+    if not isinstance(inputs, Inputs):
+        raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
+    stop = _check(max_new_tokens, temperature, top_k, top_p, seed, stop, callback)
     lengths = np.diff(inputs.cu_seqlens)
     n = len(lengths)
     if n == 0:
         return []
     if lengths.min() == 0:
         raise ValueError(f"sample {int(lengths.argmin())} is empty: a prompt needs a token")
-    stop = {int(token) for token in stop}
     rngs = [np.random.default_rng([int(seed), b]) for b in range(n)]
     position = _next_positions(inputs)
     said, active = [[] for _ in range(n)], list(range(n))

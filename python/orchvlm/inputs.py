@@ -19,7 +19,7 @@ def _column(value, name, length, dtype):
     return _frozen(array.astype(dtype))
 
 
-def _floats(value, name, shape):
+def floats(value, name, shape):
     """A read-only float32 array of this shape, where None stands for any length."""
     array = np.asarray(value)
     if array.size and array.dtype.kind not in "iuf":
@@ -49,7 +49,7 @@ def _pixel_rows(value):
         return _frozen(array)
     if array.dtype.kind in "iu":  # whole numbers are raw pixels, and those are bytes
         raise TypeError(f"Inputs.pixels must be uint8 or float32; got {array.dtype}")
-    return _floats(array, "Inputs.pixels", (None, None))
+    return floats(array, "Inputs.pixels", (None, None))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,7 +145,7 @@ class Inputs:
         if places is None:
             places = np.arange(len(ids)) - np.repeat(ends[:-1], np.diff(ends))
             places = np.broadcast_to(places, (3, len(ids)))
-        self._set("position_ids", _floats(places, "Inputs.position_ids", (3, len(ids))))
+        self._set("position_ids", floats(places, "Inputs.position_ids", (3, len(ids))))
         labels = np.full(len(ids), IGNORED) if self.labels is None else self.labels
         labels = _column(labels, "Inputs.labels", len(ids), np.int32)
         wrong = labels[(labels < 0) & (labels != IGNORED)]
@@ -153,7 +153,7 @@ class Inputs:
             raise ValueError(f"Inputs.labels must be tokens or {IGNORED}; got {wrong[0]}")
         self._set("labels", labels)
         if self.weights is not None:
-            weights = _floats(self.weights, "Inputs.weights", (len(ids),))
+            weights = floats(self.weights, "Inputs.weights", (len(ids),))
             if weights.size and weights.min() < 0:
                 raise ValueError(f"Inputs.weights must be >= 0; the least is {weights.min()}")
             self._set("weights", weights)
@@ -187,7 +187,7 @@ class Inputs:
             if self.mel_sample is not None:
                 raise ValueError("Inputs.mel_sample needs mel_lengths")
             return
-        self._set("mel", _floats(self.mel, "Inputs.mel", (None, None)))
+        self._set("mel", floats(self.mel, "Inputs.mel", (None, None)))
         lengths = _column(self.mel_lengths, "Inputs.mel_lengths", None, np.int32)
         if lengths.size and lengths.min() < 1:
             raise ValueError(f"Inputs.mel_lengths must be >= 1; the least is {lengths.min()}")

@@ -1,13 +1,14 @@
 """AdamW on a model's gradients, and schedules of its rate."""
 import math
-from fnmatch import fnmatchcase
-
 import numpy as np
+
+from .weights import Weights, matching
 
 _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
 
 
-def _number(value, name, low, high=math.inf):
+def finite_number(value, name, low, high=math.inf):
+    """The float, or ValueError with the argument's name."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
             not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r}")
@@ -30,6 +31,13 @@ class AdamW:
     groups : list of dict
         ``{"match": "model.visual.*", "lr": ..., "weight_decay": ...}``: other settings for the
         parameters that match; the last match counts.
+
+    Raises
+    ------
+    TypeError
+        ``model`` is none, or a group is no dict.
+    ValueError
+        A figure out of range, a group that matches nothing.
 
     Notes
     -----
@@ -55,14 +63,16 @@ class AdamW:
 
     def __init__(self, model, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                  max_grad_norm=1.0, groups=()):
+        if not isinstance(model, Weights):
+            raise TypeError(f"model must be an orchvlm.Model; got {type(model).__name__}")
         self.model = model
-        self.lr = _number(lr, "lr", 0)
-        self.betas = tuple(_number(b, "betas", 0, 1 - 1e-12) for b in betas)
-        if len(self.betas) != 2:
+        self.lr = finite_number(lr, "lr", 0)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers; got {betas!r}")
-        self.eps = _number(eps, "eps", 0)
-        self.weight_decay = _number(weight_decay, "weight_decay", 0)
-        self.max_grad_norm = 0.0 if max_grad_norm is None else _number(
+        self.betas = tuple(finite_number(b, "betas", 0, 1 - 1e-12) for b in betas)
+        self.eps = finite_number(eps, "eps", 0)
+        self.weight_decay = finite_number(weight_decay, "weight_decay", 0)
+        self.max_grad_norm = 0.0 if max_grad_norm is None else finite_number(
             max_grad_norm, "max_grad_norm", 0)
         self.step_count = 0
         self._scale, self._decay = self._resolve(groups)
@@ -73,16 +83,16 @@ class AdamW:
         scale = np.ones(len(rows))
         decay = np.array([self.weight_decay if row[1] == 0 else 0.0 for row in rows])
         for group in groups:
+            if not isinstance(group, dict):
+                raise TypeError(f"a group is a dict; got {type(group).__name__}")
             unknown = set(group) - {"match", "lr", "weight_decay"}
             if unknown or "match" not in group:
                 raise ValueError(f"a group has 'match', 'lr' and 'weight_decay'; got {group!r}")
-            hits = [i for i, row in enumerate(rows) if fnmatchcase(row[0], group["match"])]
-            if not hits:
-                raise ValueError(f"{group['match']!r} matches no parameter")
+            hits = matching(self.model, group["match"])
             if "lr" in group:
-                scale[hits] = _number(group["lr"], "lr", 0) / self.lr if self.lr else 0.0
+                scale[hits] = finite_number(group["lr"], "lr", 0) / self.lr if self.lr else 0.0
             if "weight_decay" in group:
-                decay[hits] = _number(group["weight_decay"], "weight_decay", 0)
+                decay[hits] = finite_number(group["weight_decay"], "weight_decay", 0)
         return scale, decay
 
     def step(self, lr=None):
@@ -98,7 +108,7 @@ class AdamW:
         dict
             ``grad_norm`` before clipping, ``clip`` (factor), ``skipped`` (bool).
         """
-        rate = self.lr if lr is None else _number(lr, "lr", 0)
+        rate = self.lr if lr is None else finite_number(lr, "lr", 0)
         norm, clip, bad = self.model._core.adamw(rate * self._scale, self._decay, *self.betas,
                                                  self.eps, self.max_grad_norm,
                                                  self.step_count + 1)
@@ -107,7 +117,14 @@ class AdamW:
         return {"grad_norm": norm, "clip": clip, "skipped": bool(bad)}
 
     def state_dict(self):
-        """{"step": int, "parameter/exp_avg": array, ...}: copies."""
+        """All that a step depends on, beside weights and gradients.
+
+        Returns
+        -------
+        dict
+            ``step`` and, for each trained parameter, copies as ``NAME/exp_avg``,
+            ``NAME/exp_avg_sq`` and, for bfloat16 models, ``NAME/master``.
+        """
         state = {"step": np.int64(self.step_count)}
         for name, i in self.model._index.items():
             for which, label in _STATE.items():
@@ -117,21 +134,34 @@ class AdamW:
         return state
 
     def load_state_dict(self, state):
-        """Sets what :meth:`state_dict` gave; ValueError names what does not fit."""
+        """Sets what :meth:`state_dict` gave; all of it or, when it does not fit, nothing.
+
+        Parameters
+        ----------
+        state : mapping
+
+        Raises
+        ------
+        ValueError
+            What is missing, surplus or mis-shaped, by name.
+        """
         wanted = self.state_dict()
         if set(wanted) != set(state):
             odd = sorted(set(wanted) ^ set(state))
             raise ValueError(f"optimizer state: {odd[0]} is missing or surplus ({len(odd)} such)")
+        step, arrays = state["step"], {}
+        for key, have in wanted.items():
+            arrays[key] = np.ascontiguousarray(state[key], np.asarray(have).dtype)
+            if arrays[key].shape != np.shape(have):
+                raise ValueError(f"optimizer state: {key} has shape {arrays[key].shape}; "
+                                 f"needed {np.shape(have)}")
+        if not 0 <= int(step) < 2**62:
+            raise ValueError(f"optimizer state: step must be >= 0; got {step}")
         for name, i in self.model._index.items():
             for which, label in _STATE.items():
-                key = f"{name}/{label}"
-                if key in wanted:
-                    value = np.ascontiguousarray(state[key], wanted[key].dtype)
-                    if value.shape != wanted[key].shape:
-                        raise ValueError(f"optimizer state: {key} has shape {value.shape}; "
-                                         f"needed {wanted[key].shape}")
-                    self.model._core.write(i, which, value)
-        self.step_count = int(state["step"])
+                if f"{name}/{label}" in wanted:
+                    self.model._core.write(i, which, arrays[f"{name}/{label}"])
+        self.step_count = int(step)
 
 
 def schedule(kind, peak, steps, warmup=0, floor=0.0):
@@ -151,6 +181,11 @@ def schedule(kind, peak, steps, warmup=0, floor=0.0):
     -------
     callable
 
+    Raises
+    ------
+    ValueError
+        Another kind, a rate that is negative or infinite, steps below 1 or below the warm-up.
+
     Examples
     --------
     >>> import orchvlm
@@ -160,7 +195,9 @@ def schedule(kind, peak, steps, warmup=0, floor=0.0):
     """
     if kind not in ("constant", "linear", "cosine"):
         raise ValueError(f"kind must be 'constant', 'linear' or 'cosine'; got {kind!r}")
-    peak, floor = _number(peak, "peak", 0), _number(floor, "floor", 0)
+    peak, floor = finite_number(peak, "peak", 0), finite_number(floor, "floor", 0)
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in (steps, warmup)):
+        raise TypeError(f"steps and warmup must be whole numbers; got {steps!r}, {warmup!r}")
     if steps < 1 or not 0 <= warmup <= steps:
         raise ValueError(f"steps must be >= 1 and warmup in [0, steps]; got {steps}, {warmup}")
 

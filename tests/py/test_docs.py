@@ -47,7 +47,8 @@ def documented(export):
         yield name, value
         if not inspect.isclass(value) or issubclass(value, Exception):
             continue
-        for key, member in vars(value).items():
+        own = [base for base in value.__mro__ if base.__module__.startswith("orchvlm.")]
+        for key, member in {k: v for base in reversed(own) for k, v in vars(base).items()}.items():
             if key.startswith("_") and key != "__call__":
                 continue
             if isinstance(member, (classmethod, staticmethod)):

@@ -18,6 +18,7 @@ import pytest
 import orchvlm
 from orchvlm import Batch, BatchCost, Cluster, Items, Route, SequenceCost, _core, demo
 from orchvlm.policies import POLICIES
+from model_cases import draw_config, draw_model
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**32))
 EXAMPLES = int(os.environ.get("ORCHVLM_FUZZ_EXAMPLES", "1000"))
@@ -149,6 +150,12 @@ def by_phase(draw):
 
 
 # A good value for each parameter name: junk in one argument should meet sense in the others.
+MODEL = draw_model(0, draw_config(np.random.default_rng(5), True), threads=1)
+PATCH_VALUES = int(np.prod(MODEL.parameters["model.visual.patch_embed.proj.weight"].shape[1:]))
+INPUTS = [orchvlm.Inputs(input_ids=[7, 8, 9], labels=[7, 8, 9]), orchvlm.Inputs(input_ids=[]),
+          orchvlm.Inputs(input_ids=[1, 3, 5], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
+                         labels=[1, -100, 5], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
+          orchvlm.Inputs(input_ids=[9, 300], labels=[9, 400])]
 GOOD = {
     "lengths": lambda r: some(r, lambda q: q.randint(1, 3000), 12),
     "seqlen_list": lambda r: [r.randint(1, 3000) for _ in range(r.randint(6, 12))],
@@ -166,12 +173,18 @@ GOOD = {
     "model": lambda r: COUNTED, "scheduler": scheduler, "measurements": measurements,
     "sample_id_seqlens": lambda r: [(i, r.randint(1, 999)) for i in range(r.randint(0, 6))],
     "name": lambda r: r.choice(["h100", "code_bytes"]), "degree": lambda r: 1,
+    "inputs": lambda r: r.choice(INPUTS), "normalizer": lambda r: r.uniform(1, 9),
+    "checkpoint": lambda r: r.choice(["none", "selective", "full"]),
+    "rows": lambda r: some(r, lambda q: q.randint(0, 2), 3), "stop": lambda r: [3],
+    "top_k": lambda r: r.randint(1, 99), "top_p": lambda r: r.uniform(0.01, 1),
+    "temperature": lambda r: r.uniform(0, 2), "router_counts": lambda r: ([1] * MODEL.config.text["num_experts"], 16),
     "rng": lambda r: np.random.default_rng(0), "samples_per_rank": lambda r: r.randint(1, 4),
 }
 # What bounds the work stays small or invalid: a valid 2^31 ranks, or 40 s, are only slow.
 BOUNDED = {"work_limit": 100, "time_limit": 0.1, "n_ranks": 100, "n_gpus": 100,
-           "k_partitions": 100, "n": 100}
-SLOW = {"plan_sequences_milp": 20, "demo.batch": 10}  # so many times fewer calls
+           "k_partitions": 100, "n": 100, "max_new_tokens": 3}
+SLOW = {"plan_sequences_milp": 20, "demo.batch": 10, "Model().generate": 10,
+        "Model().forward": 5, "Model().logprobs": 5, "Model().backward": 2}  # so many times fewer calls
 
 
 def bounded(rng, most):
@@ -190,6 +203,11 @@ SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
 METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCost(1.0, 2.0),
+           **{f"Model().{name}": getattr(MODEL, name)
+              for name in ("forward", "logprobs", "backward", "logits", "generate",
+                           "load_state_dict", "freeze")},
+           "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,
+           "AdamW().load_state_dict": orchvlm.AdamW(MODEL, 1e-3).load_state_dict,
            **{f"Route.{name}": getattr(ROUTE, name)
               for name in ("compose", "apply", "send_counts", "receive_counts")}}
 

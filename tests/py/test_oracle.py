@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch", reason="the oracle needs torch and transfor
 pytest.importorskip("transformers", reason="the oracle needs torch and transformers")
 
 import orchvlm  # noqa: E402
-from oracle_cases import build, draw_batch, draw_config, grads_of, state_of  # noqa: E402
+from model_cases import draw_config  # noqa: E402
+from oracle_cases import build, draw_batch, grads_of, state_of  # noqa: E402
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 DRAWS = int(os.environ.get("ORCHVLM_ORACLE_DRAWS", "3"))

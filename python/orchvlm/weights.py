@@ -1,0 +1,350 @@
+"""The weights of a model: made at random or from files, seen as arrays, saved, frozen."""
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from . import _core
+from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
+from .configs import ModelConfig, count_elements
+
+_KIND_WEIGHT, _KIND_NORM, _KIND_BIAS, _KIND_BUFFER = range(4)
+_WEIGHT, _GRAD, _MOMENT1, _MOMENT2, _MASTER = range(5)
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_DEVICES = ("cpu", "ref", "async", "check")
+
+
+def _threads(threads):
+    """OMP_NUM_THREADS, or one per core that this process may use."""
+    if threads is None:
+        text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        if text.isdigit() and int(text) > 0:
+            return min(int(text), 1024)
+        try:
+            return max(1, len(os.sched_getaffinity(0)))
+        except AttributeError:  # not on this system
+            return os.cpu_count() or 1
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or \
+            not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be a whole number in [1, 1024]; got {threads!r}")
+    return int(threads)
+
+
+def _backend(device):
+    """(what the core opens, device number) of "cpu", "cuda", "cuda:1", ..."""
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a string such as 'cpu'; got {device!r}")
+    name, _, number = device.partition(":")
+    if name in _DEVICES and not number:
+        return name, 0
+    if name == "cuda" and (number.isdigit() or not number):
+        return str(Path(__file__).with_name("_cuda.so")), int(number or 0)
+    raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {device!r}")
+
+
+def _seed(seed):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or \
+            not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number in [0, 2^63); got {seed!r}")
+    return int(seed)
+
+
+def _deviation(std):
+    if isinstance(std, bool) or not isinstance(std, (int, float, np.number)) or \
+            not 0 <= std < 1e30:
+        raise ValueError(f"std must be a number in [0, 1e30); got {std!r}")
+    return float(std)
+
+
+def matching(model, pattern):
+    """Places of the parameters whose names match a shell pattern; ValueError without any."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"a pattern is a string such as 'model.visual.*'; got {pattern!r}")
+    hits = [i for name, i in model._index.items() if fnmatchcase(name, pattern)]
+    if not hits:
+        raise ValueError(f"{pattern!r} matches no parameter")
+    return hits
+
+
+class _Arrays(Mapping):
+    """Weights or gradients by name."""
+
+    def __init__(self, model, which):
+        self._model, self._which = model, which
+
+    def __getitem__(self, name):
+        return self._model._array(name, self._which, view=True)
+
+    def __iter__(self):
+        return (name for name in self._model._index if self._which == _WEIGHT
+                or self._model.trainable(name))
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __repr__(self):
+        return f"<{len(self)} arrays of {self._model!r}>"
+
+
+class Weights:
+    """What :class:`orchvlm.Model` is beside its passes."""
+
+    def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
+        if isinstance(config, dict):
+            config = ModelConfig(config)
+        if not isinstance(config, ModelConfig):
+            raise TypeError("config must be a ModelConfig, e.g. orchvlm.preset('tiny'); got "
+                            f"{type(config).__name__}")
+        backend, number = _backend(device)
+        self.config, self.device, self.dtype = config, device, dtype
+        self._core = _core.Model(*config.numbers(), backend, number, _threads(threads), dtype)
+        self._list = self._core.parameters()
+        self._index = {row[0]: i for i, row in enumerate(self._list)}
+        self.parameters = _Arrays(self, _WEIGHT)
+        self.grads = _Arrays(self, _GRAD)
+
+    # ------------------------------------------------------------ making
+
+    @classmethod
+    def from_config(cls, config, seed=0, *, device="cpu", dtype="float32", threads=None,
+                    std=0.02):
+        """A model with random weights.
+
+        Weights are normal with deviation ``std``, norms 1, biases 0; each parameter draws from a
+        stream of its own, so that a model does not depend on the order of its layers.
+
+        Parameters
+        ----------
+        config : ModelConfig or dict
+        seed : int
+        device : str
+            ``"cpu"``; ``"cuda"`` or ``"cuda:N"`` where that backend was built.
+        dtype : {"float32", "bfloat16"}
+            Of weights and activations; gradients and optimizer state are float32.
+        threads : int, optional
+            By default OMP_NUM_THREADS, or one per core of this process.
+        std : float
+
+        Returns
+        -------
+        Model
+
+        Raises
+        ------
+        ValueError
+            A configuration that makes no model, or an unknown device or dtype.
+        orchvlm.BackendError
+            The device is not there.
+        """
+        seed, std = _seed(seed), _deviation(std)
+        model = cls(config, device=device, dtype=dtype, threads=threads)
+        for i, (_, kind, shape, _) in enumerate(model._list):
+            if kind == _KIND_NORM:
+                values = np.ones(shape, np.float32)
+            elif kind == _KIND_WEIGHT:
+                rng = np.random.Generator(np.random.Philox(key=[seed, i]))
+                values = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+            else:
+                values = np.zeros(shape, np.float32)
+            model._write(i, _WEIGHT, values)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder, *, device="cpu", dtype="float32", threads=None):
+        """A model from a Hugging Face folder.
+
+        Parameters
+        ----------
+        folder : path-like
+            With ``config.json`` and ``model.safetensors`` or its sharded index; float32,
+            bfloat16 or float16.
+        device : str
+            As in :meth:`from_config`.
+        dtype : {"float32", "bfloat16"}
+        threads : int, optional
+
+        Returns
+        -------
+        Model
+
+        Raises
+        ------
+        FileNotFoundError
+            A file is missing.
+        ValueError
+            A configuration or file that is not understood; a missing, surplus, mis-shaped or
+            non-finite tensor, by name.
+        """
+        model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
+        files = open_folder(folder)
+        recent = str(model.config.values.get("transformers_version", "")).startswith("5")
+        model._load(files.keys(), lambda name: files[name].read(name), Path(folder),
+                    flips="always" if recent and model._square_experts() else "by shape")
+        return model
+
+    def _square_experts(self):
+        """Whether a file's shapes cannot tell the two layouts of experts apart: transformers 5
+        writes [E, out, in], the hub's files hold [E, in, out]; either is read, by shape."""
+        text = self.config.text
+        width, hidden = text["hidden_size"], text.get("moe_intermediate_size")
+        return self.config.sparse and hidden is not None and width in (hidden, 2 * hidden)
+
+    def save_pretrained(self, folder, dtype=None):
+        """Writes ``config.json`` and ``model.safetensors`` (in shards above 5 GiB).
+
+        Parameters
+        ----------
+        folder : path-like
+            Made when missing.
+        dtype : {"float32", "bfloat16"}, optional
+            Of the file; by default the model's.
+
+        Raises
+        ------
+        ValueError
+            Another dtype.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        square = self._square_experts()
+
+        write_folder(folder, [self._entry(name, shape, square and name.endswith(_EXPERTS))
+                              for name, _, shape, _ in self._list], dtype)
+        config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
+            if square else self.config
+        config.save(folder)
+
+    def _entry(self, name, shape, turned):
+        """What write_folder takes."""
+        if turned:
+            return (name, (shape[0], shape[2], shape[1]),
+                    lambda: self._array(name, _WEIGHT, view=True).transpose(0, 2, 1))
+        return name, shape, lambda: self._array(name, _WEIGHT, view=True)
+
+    def state_dict(self):
+        """All weights.
+
+        Returns
+        -------
+        dict
+            {name: float32 copy}.
+        """
+        return {name: np.array(self._array(name, _WEIGHT, view=True)) for name in self._index}
+
+    def load_state_dict(self, state):
+        """Sets all weights; the optimizer's float32 masters follow.
+
+        Parameters
+        ----------
+        state : mapping
+            Arrays by name, as :meth:`state_dict` gives them.
+
+        Raises
+        ------
+        ValueError
+            A missing, surplus, mis-shaped or non-finite tensor, by name.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays; got "
+                            f"{type(state).__name__}")
+        self._load(state.keys(), lambda name: np.asarray(state[name]), "state")
+
+    def _load(self, names, get, where, flips=None):
+        surplus = sorted(set(names) - set(self._index))
+        missing = [name for name in self._index if name not in names]
+        if self.config.tied and surplus == ["lm_head.weight"]:
+            surplus = []  # some files keep the tied head as well
+        if missing or surplus:
+            raise CheckpointError(
+                f"{where}: missing {', '.join(missing[:3]) or 'nothing'}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; surplus "
+                f"{', '.join(surplus[:3]) or 'nothing'}"
+                f"{f' and {len(surplus) - 3} more' if len(surplus) > 3 else ''}")
+        for name, i in self._index.items():
+            values = get(name)
+            if flips and name.endswith(_EXPERTS) and (
+                    values.shape != self._list[i][2] or flips == "always"):
+                values = values.transpose(0, 2, 1)
+            if values.shape != self._list[i][2]:
+                raise CheckpointError(f"{where}: {name} has shape {values.shape}; the "
+                                      f"configuration says {self._list[i][2]}")
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"{where}: {name} is not finite")
+            self._write(i, _WEIGHT, values)
+
+    # ------------------------------------------------------------ arrays
+
+    def _place(self, name):
+        try:
+            return self._index[name]
+        except KeyError:
+            raise KeyError(f"no parameter {name!r}") from None
+
+    def _array(self, name, which, view):
+        array = self._core.array(self._place(name), which, view)
+        return widened(array) if array is not None and array.dtype == np.uint16 else array
+
+    def _write(self, i, which, values):
+        exact = which != _WEIGHT or self._list[i][1] == _KIND_BUFFER
+        if self.dtype == "bfloat16" and not exact:
+            values = narrowed(np.asarray(values, np.float32))
+        kind = np.float64 if self.dtype == "float64" else np.float32
+        if values.dtype != np.uint16:
+            values = np.ascontiguousarray(values, kind)
+        self._core.write(i, which, values)
+
+    @property
+    def n_parameters(self):
+        """int : number of weights, and of the routers' corrections."""
+        return count_elements(shape for _, _, shape, _ in self._list)
+
+    def trainable(self, name):
+        """Whether a parameter is trained.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        bool
+        """
+        return self._core.parameters()[self._place(name)][3]
+
+    def freeze(self, *patterns):
+        """Stops training what matches; it holds no gradient or optimizer memory from then on.
+
+        Parameters
+        ----------
+        *patterns : str
+            As ``"model.visual.*"``; shell wildcards over the parameters' names.
+
+        Raises
+        ------
+        ValueError
+            A pattern that matches nothing, or a part of one product's weights (q, k and v; gate
+            and up), which are trained together or not at all.
+        RuntimeError
+            Arrays of gradients are still in use.
+        """
+        self._train(patterns, False)
+
+    def unfreeze(self, *patterns):
+        """Trains what matches again; as :meth:`freeze`.
+
+        Parameters
+        ----------
+        *patterns : str
+        """
+        self._train(patterns, True)
+
+    def _train(self, patterns, value):
+        mask = np.array([row[3] for row in self._core.parameters()])
+        for pattern in patterns:
+            mask[matching(self, pattern)] = value
+        self._core.train_only(mask)

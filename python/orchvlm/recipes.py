@@ -40,3 +40,28 @@ def recipe(stage):
     if stage not in stages:
         raise ValueError(f"stage must be one of {', '.join(stages)}; got {stage!r}")
     return TrainingConfig(**stages[stage])
+
+
+#: The embedded tasks as the small presets learn them: easy drawings of at most 112 pixels.
+TASKS = {"kinds": ["colour", "count", "point"], "difficulty": 0.1, "max_side": 112}
+
+_STARTS = {"tiny": {"lr": 1.5e-3, "tokens": 2048, "minutes": 10.0},
+           "tiny-moe": {"lr": 1.5e-3, "tokens": 2048, "minutes": 10.0},
+           "small": {"lr": 6e-4, "tokens": 4096, "minutes": 120.0}}
+_OTHERS = {"lr": 1e-4, "tokens": 4096, "minutes": 60.0}
+
+
+def starting_point(preset=None):
+    """Where ``orchvlm train`` starts from when nothing else is said.
+
+    Parameters
+    ----------
+    preset : str, optional
+        Name of a preset; None for a model that is trained further.
+
+    Returns
+    -------
+    dict
+        ``lr``, ``tokens`` per step and ``minutes``.
+    """
+    return dict(_STARTS.get(preset, _OTHERS))

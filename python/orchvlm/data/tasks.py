@@ -28,23 +28,19 @@ class Tasks:
         0 to 1: how long texts are, how many shapes, bars, cells and buttons there can be.
     max_side : int
         Pixels of the longer side at most, 56 to 2,048.
-    turns : int
-        Questions about one picture at most, 1 to 16, as turns of one conversation, where there is
-        so much to ask: more answers to learn from per token.
 
     Raises
     ------
     TypeError
-        A seed or turns that are no integer, a difficulty that is no number.
+        A seed that is no integer, a difficulty that is no number.
     ValueError
         An unknown kind or split, a figure out of range.
 
     Notes
     -----
-    Sample ``i`` depends on seed, split, kinds, difficulty, size and i alone, and its first
-    question not on turns.  It is what :func:`read_messages` takes, with ``kind``, ``check``,
-    ``answer`` and, where a place is asked for, ``region`` of the last turn, as :func:`score` wants
-    them.  Half the pictures have sides below 80 pixels and
+    Sample ``i`` depends on seed, split, kinds, difficulty and i alone.  It is what
+    :func:`read_messages` takes, with ``kind``, ``check``, ``answer`` and, where a place is asked
+    for, ``region``, as :func:`score` wants them.  Half the pictures have sides below 80 pixels and
     a few are as large as allowed, and so with the length of texts and the number of things.
 
     Text is drawn with Pillow's built-in font, so that another version of it can give other pixels.
@@ -58,15 +54,13 @@ class Tasks:
     ('How many shapes?', '4')
     """
 
-    def __init__(self, seed=0, kinds=None, split="train", difficulty=0.3, max_side=LARGE,
-                 turns=1):
+    def __init__(self, seed=0, kinds=None, split="train", difficulty=0.3, max_side=LARGE):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer; got {type(seed).__name__}")
         if isinstance(difficulty, bool) or not isinstance(difficulty, (int, float)):
             raise TypeError(f"difficulty must be a number; got {type(difficulty).__name__}")
-        for name, value in (("max_side", max_side), ("turns", turns)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+        if isinstance(max_side, bool) or not isinstance(max_side, int):
+            raise TypeError(f"max_side must be an integer; got {type(max_side).__name__}")
         kinds = list(KINDS) if kinds is None else kinds
         if not isinstance(kinds, (list, tuple)) or not kinds or not all(
                 isinstance(kind, str) and kind in KINDS for kind in kinds):
@@ -77,10 +71,8 @@ class Tasks:
             raise ValueError(f"difficulty must be in 0 .. 1; got {difficulty}")
         if not SMALL <= max_side <= 2048:
             raise ValueError(f"max_side must be in {SMALL} .. 2048; got {max_side}")
-        if not 1 <= turns <= 16:
-            raise ValueError(f"turns must be in 1 .. 16; got {turns}")
         self.seed, self.kinds, self.split = seed, tuple(kinds), split
-        self.difficulty, self.max_side, self.turns = float(difficulty), max_side, turns
+        self.difficulty, self.max_side = float(difficulty), max_side
 
     def __getitem__(self, index):
         if isinstance(index, bool) or not isinstance(index, int):
@@ -92,16 +84,11 @@ class Tasks:
         text = f"{name}/{','.join(self.kinds)}/{self.difficulty}/{self.max_side}"
         rng = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
         kind = rng.choice(self.kinds)  # no cycle: kinds must not follow ranks
-        picture, asked = KINDS[kind](rng, self.difficulty, self.max_side)
-        messages = []
-        for question, answer, more in asked[:self.turns]:
-            parts = [{"type": "text", "text": question}]
-            if not messages:
-                parts.insert(0, {"type": "image", "image": picture})
-            messages += [{"role": "user", "content": parts},
-                         {"role": "assistant", "content": answer}]
+        picture, question, answer, more = KINDS[kind](rng, self.difficulty, self.max_side)
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         return {"id": name, "kind": kind, "answer": answer, "check": "exact", **more,
-                "messages": messages}
+                "messages": [{"role": "user", "content": parts},
+                             {"role": "assistant", "content": answer}]}
 
     def __repr__(self):
         return f"<Tasks: {', '.join(self.kinds)}; {self.split}, seed {self.seed}>"

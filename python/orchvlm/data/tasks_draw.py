@@ -1,5 +1,5 @@
-"""How each kind of task is drawn: ``draw(rng, difficulty, max_side)`` returns the picture and what
-can be asked about it: questions, answers and what else the verifier needs."""
+"""How each kind of task is drawn: ``draw(rng, difficulty, max_side)`` returns the picture, the
+question, the answer and what else the verifier needs."""
 import math
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 96, 200),
@@ -155,7 +155,7 @@ def read(rng, difficulty, max_side):
     ink = COLOURS[rng.choice([name for name in COLOURS if name != "yellow"])]
     canvas.text(canvas.width / 2 + rng.uniform(-spare_x, spare_x),
                 canvas.height / 2 + rng.uniform(-spare_y, spare_y), words, size, ink)
-    return canvas.done(), [("What does it say?", words, {})]
+    return canvas.done(), "What does it say?", words, {}
 
 
 def colour(rng, difficulty, max_side):
@@ -166,7 +166,7 @@ def colour(rng, difficulty, max_side):
     things = [(shape, rng.choice(list(COLOURS))) for shape in shapes]
     for (shape, name), (x, y, r) in zip(things, _cells(rng, canvas, n)):
         canvas.shape(shape, x, y, r, COLOURS[name])
-    return canvas.done(), [(f"What colour is the {shape}?", name, {}) for shape, name in things]
+    return canvas.done(), f"What colour is the {things[0][0]}?", things[0][1], {}
 
 
 def count(rng, difficulty, max_side):
@@ -177,13 +177,10 @@ def count(rng, difficulty, max_side):
     for (shape, name), (x, y, r) in zip(things, _cells(rng, canvas, n)):
         canvas.shape(shape, x, y, r, COLOURS[name])
     asked_shape, asked_colour = rng.choice(things)
-    first = rng.choice(("shapes", f"{asked_colour} shapes", _plural(asked_shape)))
-    asked = {first: 0}
-    for shape, name in things:
-        for what in ("shapes", f"{name} shapes", _plural(shape)):
-            asked[what] = asked.get(what, 0) + 1
-    return canvas.done(), [(f"How many {what}?", str(found), {"check": "number"})
-                           for what, found in asked.items()]
+    what = rng.choice(("shapes", f"{asked_colour} shapes", _plural(asked_shape)))
+    found = sum(what == "shapes" or what == f"{name} shapes" or what == _plural(shape)
+                for shape, name in things)
+    return canvas.done(), f"How many {what}?", str(found), {"check": "number"}
 
 
 def _plural(shape):
@@ -191,30 +188,31 @@ def _plural(shape):
 
 
 def _find(rng, difficulty, max_side):
-    """A canvas with distinct things on it; each one's name and the smallest box about it."""
+    """A canvas with distinct things on it, and one of them."""
     n = _many(rng, 1, 10, difficulty)
     canvas = _canvas(rng, max_side, 56 if n < 5 else 84)
-    found = []
-    for (shape, name), (x, y, r) in zip(_things(rng, n, distinct=True), _cells(rng, canvas, n)):
+    things = _things(rng, n, distinct=True)
+    cells = _cells(rng, canvas, n)
+    for (shape, name), (x, y, r) in zip(things, cells):
         canvas.shape(shape, x, y, r, COLOURS[name])
-        found.append((f"{name} {shape}", canvas.place(x, y),
-                      canvas.region(*_edges(shape, x, y, r))))
-    return canvas, found
+    return canvas, f"{things[0][1]} {things[0][0]}", cells[0], things[0][0]
 
 
 def point(rng, difficulty, max_side):
     """Point to the ...: any place inside is right."""
-    canvas, found = _find(rng, difficulty, max_side)
-    return canvas.done(), [(f"Point to the {what}.", " ".join(map(str, place)),
-                            {"check": "point", "region": region})
-                           for what, place, region in found]
+    canvas, what, (x, y, r), shape = _find(rng, difficulty, max_side)
+    edges = _edges(shape, x, y, r)
+    answer = " ".join(map(str, canvas.place(x, y)))
+    return canvas.done(), f"Point to the {what}.", answer, {
+        "check": "point", "region": canvas.region(*edges)}
 
 
 def box(rng, difficulty, max_side):
     """Box the ...: intersection over union counts."""
-    canvas, found = _find(rng, difficulty, max_side)
-    return canvas.done(), [(f"Box the {what}.", " ".join(map(str, region)),
-                            {"check": "box", "region": region}) for what, _, region in found]
+    canvas, what, (x, y, r), shape = _find(rng, difficulty, max_side)
+    region = canvas.region(*_edges(shape, x, y, r))
+    return canvas.done(), f"Box the {what}.", " ".join(map(str, region)), {
+        "check": "box", "region": region}
 
 
 def _edges(shape, x, y, r):
@@ -251,15 +249,10 @@ def chart(rng, difficulty, max_side):
                    bottom, ink)
         canvas.text(x, canvas.height - 7, name, 10, (20, 20, 20))
     canvas.box(left - 2, bottom, canvas.width - 2, bottom, outline=(20, 20, 20))
-    highest = []
-    if values.count(max(values)) == 1:
-        highest = [("Which bar is highest?", names[values.index(max(values))], {})]
-    which = rng.random() < 0.4
-    order = [rng.randrange(n)]
-    order += [k for k in range(n) if k != order[0]]
-    heights = [(f"How high is bar {names[k]}?", str(values[k]), {"check": "number"})
-               for k in order]
-    return canvas.done(), highest + heights if which else heights + highest
+    if values.count(max(values)) == 1 and rng.random() < 0.4:
+        return canvas.done(), "Which bar is highest?", names[values.index(max(values))], {}
+    k = rng.randrange(n)
+    return canvas.done(), f"How high is bar {names[k]}?", str(values[k]), {"check": "number"}
 
 
 def puzzle(rng, difficulty, max_side):
@@ -280,7 +273,7 @@ def puzzle(rng, difficulty, max_side):
                          0.4 * min(wide, high),
                          COLOURS[other_name if this and not by_shape else name])
     answer = f"{odd[0] + 1} {odd[1] + 1}"
-    return canvas.done(), [("Odd one: row, column?", answer, {})]
+    return canvas.done(), "Odd one: row, column?", answer, {}
 
 
 def screen(rng, difficulty, max_side):
@@ -297,7 +290,7 @@ def screen(rng, difficulty, max_side):
         canvas.circle(7 + 9 * k, 6.5, 2.6, (255, 255, 255))
     words = rng.sample(WORDS, n)
     wide, high = width / columns, (height - 14) / rows
-    asked = []
+    regions = []
     for k, word in enumerate(words):
         across = min(wide - 6, max(canvas.text_width(word, 11) + 10, rng.uniform(0.5, 0.9) * wide))
         down = min(high - 4, rng.uniform(18, 24))
@@ -307,9 +300,11 @@ def screen(rng, difficulty, max_side):
         ink, fill = rng.choice((((20, 20, 20), (255, 255, 255)), ((255, 255, 255), bar)))
         canvas.box(*edges, fill, (120, 120, 120), radius=3)
         canvas.text(x, y, word, 11, ink)
-        asked.append((f"Click {word}.", " ".join(map(str, canvas.place(x, y))),
-                      {"check": "point", "region": canvas.region(*edges)}))
-    return canvas.done(), asked
+        regions.append((edges, (x, y)))
+    edges, middle = regions[0]
+    answer = " ".join(map(str, canvas.place(*middle)))
+    return canvas.done(), f"Click {words[0]}.", answer, {
+        "check": "point", "region": canvas.region(*edges)}
 
 
 KINDS = {"read": read, "colour": colour, "count": count, "point": point, "box": box,

@@ -75,7 +75,7 @@ def _settings(arguments):
     made |= given
     if not made.get("data"):
         made = {"kinds": TASKS["kinds"], "difficulty": TASKS["difficulty"], **made}
-    return out, made
+    return out, {key: made[key] for key in _KEPT if key in made}
 
 
 # ---------------------------------------------------------------- train

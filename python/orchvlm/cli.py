@@ -1,4 +1,4 @@
-"""The ``orchvlm`` command: plan, simulate, doctor."""
+"""The ``orchvlm`` command: train, generate, eval, inspect; plan, simulate; doctor."""
 import argparse
 import os
 import sys
@@ -6,6 +6,9 @@ import threading
 import time
 
 _EXAMPLES = """examples:
+  orchvlm train --preset tiny                     a small model, trained and evaluated in minutes
+  orchvlm generate run-tiny --image shapes.png "How many shapes?"
+  orchvlm inspect seed1.5-vl                      parameters, FLOPs, memory
   orchvlm plan --demo                             a batch of three modalities, planned and proved
   orchvlm plan lengths.csv --nodes 8 --preset a100_40g --batch-size 512
   orchvlm plan sounds.csv --column seconds --seconds-to-tokens 25 --items
@@ -148,10 +151,13 @@ def make_parser():
     from . import __version__
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="orchvlm", formatter_class=raw, epilog=_EXAMPLES,
-                     description="Plans balanced training steps of multimodal models, with proofs.")
+                     description="Trains vision-language models, and plans balanced training steps "
+                                 "with proofs.")
     parser.add_argument("--version", action="version", version=f"orchvlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=_Parser)
+    from .cli_model import add_model_commands
+    add_model_commands(commands, raw)
     plan = commands.add_parser("plan", formatter_class=raw, epilog=_PLAN_EXAMPLES,
                                help="plan one step from lengths",
                                description="Plans one training step and proves how good it is.")
@@ -193,6 +199,10 @@ def _run(arguments):
     from . import commands
     if arguments.command == "doctor":
         return commands.doctor()
+    if arguments.command in ("train", "generate", "eval", "inspect"):
+        from . import commands_model
+        name = "evaluate" if arguments.command == "eval" else arguments.command
+        return getattr(commands_model, name)(arguments)
     if arguments.demo == (arguments.file is not None):
         raise CommandError("give either a FILE of lengths or --demo")
     for option in _OF_A_FILE if arguments.demo else ():

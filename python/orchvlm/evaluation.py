@@ -12,12 +12,31 @@ class Evaluation:
     ----------
     rows : list of (dict, str, float)
         Sample, what the model said, score in [0, 1].
+
+    Raises
+    ------
+    TypeError
+        No rows are given.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> rows = [({"kind": "count"}, "3", 1.0), ({"kind": "count"}, "4", 0.0)]
+    >>> orchvlm.Evaluation(rows).by_kind()["count"]
+    (0.5, 1, 2)
     """
 
     rows: list
 
     def by_kind(self):
-        """{kind: (mean score, exact answers, samples)}, and "all"."""
+        """A line of the table for each kind of task.
+
+        Returns
+        -------
+        dict of str to (float, int, int)
+            Mean score, exact answers (score 1) and samples of each kind; those of all as "all",
+            last.
+        """
         kinds = {}
         for sample, _, value in self.rows:
             for kind in (sample.get("kind", "sample"), "all"):
@@ -37,10 +56,13 @@ def evaluate(model, samples, processor, *, max_new_tokens=32, batch=32, progress
     Parameters
     ----------
     model : Model
+        Is asked.
     samples : sequence of dict
         With ``answer`` and ``check``, as :class:`orchvlm.data.Tasks` gives them.
     processor : Processor
+        Of the model's configuration.
     max_new_tokens : int
+        An answer is cut there.
     batch : int
         Samples that are continued together; it changes nothing but speed.
     progress : callable, optional

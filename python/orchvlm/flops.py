@@ -41,13 +41,21 @@ def model_flops(config, inputs, training=True):
     Parameters
     ----------
     config : ModelConfig
+        Of the model.
     inputs : Inputs
+        What it computes.
     training : bool
         Forward and backward: three times the forward.
 
     Returns
     -------
     float
+        Additions and multiplications count one each.
+
+    Raises
+    ------
+    AttributeError
+        Something else than a configuration and inputs.
 
     Notes
     -----

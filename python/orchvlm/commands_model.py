@@ -1,0 +1,309 @@
+"""What ``orchvlm train``, ``generate``, ``eval`` and ``inspect`` do."""
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from ._files import write_whole
+from .cli import CommandError
+from .configs import ModelConfig, preset
+from .recipes import TASKS, starting_point
+from .sources import held_out, training_source
+from .tables import format_bytes, text_table
+from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
+
+_SETTINGS = "run.json"
+_KEPT = ("preset", "model", "data", "kinds", "difficulty", "steps", "minutes", "lr", "tokens",
+         "seed")
+_SAVE_EVERY, _KEEP = 200, 2  # steps between checkpoints, and how many stay
+_ENDLESS = 1_000_000         # steps of a run that the clock ends
+
+
+# ---------------------------------------------------------------- models and settings
+
+
+def model_folder(path):
+    """The folder with ``config.json``: itself, or a run's latest checkpoint."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        return path
+    if path.is_dir() and checkpoints(path):
+        return latest_checkpoint(path)
+    raise CommandError(f"{path}: neither a model (config.json) nor a run (checkpoint-N)")
+
+
+def _open(path, threads=None):
+    """(model, processor) of a folder."""
+    from .data import Processor
+    from .model import Model
+    folder = model_folder(path)
+    return Model.from_pretrained(folder, threads=threads), Processor.from_pretrained(folder)
+
+
+def _stored(folder):
+    """Settings of the run that a folder is or belongs to; {} for a model from elsewhere."""
+    for place in (Path(folder), Path(folder).parent):
+        if (place / _SETTINGS).exists():
+            try:
+                return json.loads((place / _SETTINGS).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CommandError(f"{place / _SETTINGS}: not JSON ({error})") from None
+    return {}
+
+
+def _settings(arguments):
+    """(folder of the run, its settings): as asked, else as stored, else as the recipe says."""
+    given = {key: getattr(arguments, key) for key in _KEPT if getattr(arguments, key) is not None}
+    if "kinds" in given:
+        given["kinds"] = given["kinds"].split(",")
+    name = given.get("preset") or (Path(given["model"]).name if "model" in given else "tiny")
+    out = Path(arguments.out or f"run-{name}")
+    stored = {}
+    if arguments.resume:
+        stored = _stored(out) if (out / _SETTINGS).exists() else None
+        if stored is None or not checkpoints(out):
+            raise CommandError(f"{out}: no run to resume; leave out --resume, or name its folder "
+                               "with --out")
+    elif checkpoints(out):
+        raise CommandError(f"{out} holds a run: --resume goes on with it, --out DIR starts another")
+    elif "model" not in given:
+        given.setdefault("preset", "tiny")
+    made = {**starting_point(stored.get("preset") or given.get("preset")), "seed": 0, **stored}
+    if "steps" in given and "minutes" not in given:
+        made.pop("minutes", None)
+    made |= given
+    if not made.get("data"):
+        made = {"kinds": TASKS["kinds"], "difficulty": TASKS["difficulty"], **made}
+    return out, {key: made[key] for key in _KEPT if key in made}
+
+
+# ---------------------------------------------------------------- train
+
+
+class _Line:
+    """Progress of a run: on a terminal one line that is rewritten, in a log a line now and then."""
+
+    def __init__(self, trainer, wait_s=30.0):
+        self._trainer, self._terminal = trainer, sys.stderr.isatty()
+        self._wait_s = 0.2 if self._terminal else wait_s
+        self._next, self._loss = 0.0, None
+
+    def show(self, row):
+        loss = row["loss"]
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        done, now = self._trainer.done, time.monotonic()
+        if now < self._next and done < 1:
+            return
+        self._next = now + self._wait_s
+        left_s = row["elapsed_s"] * (1 - done) / done
+        text = (f"step {row['step']:,}  {100 * done:3.0f} %  loss {self._loss:.3f}  "
+                f"{row['tokens_per_s']:,.0f} tokens/s  {1e3 * row['tflops']:.0f} GFLOP/s  "
+                f"{left_s // 60:.0f}:{left_s % 60:02.0f} left")
+        print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n",
+              file=sys.stderr, flush=True)
+
+    def end(self):
+        if self._terminal:
+            print(file=sys.stderr)
+
+
+def _board(folder):
+    """``write(row)`` for TensorBoard where it is installed, else nothing."""
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        return lambda row: None, lambda: None
+    writer = Writer(str(folder / "tensorboard"))
+
+    def write(row):
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops"):
+            writer.add_scalar(key, float(row[key]), row["step"])
+    return write, writer.close
+
+
+def _start(settings, threads):
+    from .data import Processor
+    from .model import Model
+    if "model" in settings:
+        return _open(settings["model"], threads)
+    model = Model.from_config(preset(settings["preset"]), seed=settings["seed"], threads=threads)
+    return model, Processor.from_config(model.config.values)
+
+
+def train(arguments):
+    """``orchvlm train``"""
+    from .data import Loader
+    out, settings = _settings(arguments)
+    model, processor = _start(settings, arguments.threads)
+    source = training_source(settings)
+    loader = Loader(source, processor, settings["tokens"], too_long="skip")
+    lr = settings["lr"]
+    steps = settings.get("steps")
+    config = TrainingConfig(steps=steps or _ENDLESS, minutes=settings.get("minutes"), lr=lr,
+                            min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP)
+    trainer = Trainer(model, loader, config, out)
+    if arguments.resume:
+        trainer.resume()
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / _SETTINGS, lambda stream: stream.write(
+        (json.dumps(settings, indent=1) + "\n").encode()))
+    print(f"{model!r}; {settings['tokens']:,} tokens a step; "
+          f"{f'{steps:,} steps' if steps else str(settings['minutes']) + ' minutes'}; {out}/")
+    _steps(trainer, out)
+    return _finish(trainer, processor, settings, arguments, out)
+
+
+def _steps(trainer, out):
+    line, (write, close) = _Line(trainer), _board(out)
+    try:
+        for row in trainer.run():
+            line.show(row)
+            write(row)
+    except KeyboardInterrupt:
+        line.end()
+        print(f"stopped at step {trainer.step}; {out} holds it, --resume goes on",
+              file=sys.stderr)
+        raise
+    finally:
+        close()
+    line.end()
+
+
+def _finish(trainer, processor, settings, arguments, out):
+    """Evaluation and report."""
+    from .evaluation import evaluate
+    samples, seen = held_out(settings, "val", arguments.samples), None
+    if samples:
+        seen = evaluate(trainer.model, samples, processor, progress=_counted)
+        print(seen)
+        table = {kind: {"score": mean, "exact": exact, "samples": n}
+                 for kind, (mean, exact, n) in seen.by_kind().items()}
+        write_whole(out / "evaluation.json",
+                    lambda stream: stream.write((json.dumps(table, indent=1) + "\n").encode()))
+    for path in _reports(trainer, seen, settings, _repeated(settings), out):
+        print(f"wrote {path}")
+    return 0
+
+
+def _repeated(settings):
+    """The command that trains the same."""
+    words = ["orchvlm", "train"]
+    for key, value in settings.items():
+        if value is not None:
+            words.append(f"--{key}")
+            words += [",".join(value)] if key == "kinds" else map(str, value) if isinstance(
+                value, list) else [str(value)]
+    return shlex.join(words)
+
+
+def _counted(done, whole):
+    if sys.stderr.isatty():
+        print(f"\rasking held-out questions, {done} of {whole}\x1b[K"
+              if done < whole else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _reports(trainer, seen, settings, command, out):
+    """Writes them; their paths, one by one."""
+    from .training_report import plot_training, write_report
+    rows = read_metrics(out / "metrics.jsonl")
+    model, tokens = trainer.model, sum(row["tokens"] for row in rows)
+    facts = [("model", repr(model).strip("<>")), ("steps", f"{trainer.step:,}"),
+             ("time in steps", f"{trainer.elapsed_s / 60:.1f} minutes"),
+             ("tokens", f"{tokens:,}"),
+             ("mean speed", f"{tokens / trainer.elapsed_s:,.0f} tokens/s"
+              if trainer.elapsed_s else "")]
+    facts += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+              for key, value in settings.items() if key not in ("preset", "model")]
+    title = f"Training {settings.get('preset') or settings['model']}"
+    write_report(out / "report.html", rows, seen, title=title, facts=facts,
+                 command=command)
+    yield out / "report.html"
+    try:
+        plot_training(rows, out / "curves.png", seen)
+        yield out / "curves.png"
+    except ImportError:  # the report has the curves too
+        return
+
+
+# ---------------------------------------------------------------- generate, eval, inspect
+
+
+def generate(arguments):
+    """``orchvlm generate``"""
+    model, processor = _open(arguments.model, arguments.threads)
+    parts = [{"type": "image", "image": str(path)} for path in arguments.image]
+    for path in arguments.image:
+        if not Path(path).exists():
+            raise CommandError(f"{path}: no such file")
+    parts.append({"type": "text", "text": arguments.question})
+    inputs = processor({"messages": [{"role": "user", "content": parts}]}, prompt=True)
+    (said,) = model.generate(inputs, arguments.max_new_tokens, seed=arguments.seed,
+                             temperature=arguments.temperature, stop=processor.tokenizer.stop)
+    print(processor.tokenizer.decode(said))
+    return 0
+
+
+def evaluate(arguments):
+    """``orchvlm eval``"""
+    from .evaluation import evaluate as ask
+    model, processor = _open(arguments.model, arguments.threads)
+    settings = _stored(model_folder(arguments.model))
+    for key in ("data", "kinds", "difficulty"):
+        value = getattr(arguments, key)
+        if value is not None:
+            settings[key] = value.split(",") if key == "kinds" else value
+    samples = held_out(settings, arguments.split, arguments.samples)
+    if not samples:
+        raise CommandError("these data have no held-out samples with answers")
+    seen = ask(model, samples, processor, progress=_counted)
+    if arguments.report:
+        from .training_report import write_report
+        write_report(arguments.report, [], seen, title=f"Evaluation of {arguments.model}")
+    if arguments.json:
+        print(json.dumps({kind: {"score": mean, "exact": exact, "samples": n}
+                          for kind, (mean, exact, n) in seen.by_kind().items()}, indent=1))
+    else:
+        print(seen)
+    return 0
+
+
+def _config(name):
+    if not Path(name).exists():
+        try:
+            return preset(name)
+        except ValueError as error:
+            raise CommandError(f"{name}: no such folder; {error}") from None
+    return ModelConfig.load(model_folder(name))
+
+
+def _size(text):
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise CommandError(f"--image must be WIDTHxHEIGHT in pixels, e.g. 448x448; got {text}")
+    return int(height), int(width)
+
+
+def inspect(arguments):
+    """``orchvlm inspect``"""
+    from .parts import count_parameters, plan_memory, sample_flops
+    config, size = _config(arguments.model), _size(arguments.image)
+    parts = count_parameters(config)
+    total = sum(count for count, _ in parts.values())
+    tower = sum(parts.get(name, (0, 0))[0] for name in ("patch embedding", "position table",
+                                                        "vision blocks"))
+    rows = [(name, f"{count:,}", f"{used:,}") for name, (count, used) in parts.items()]
+    rows.append(("all", f"{total:,}", f"{sum(used for _, used in parts.values()):,}"))
+    print(text_table(["part", "parameters", "used per token"], rows,
+                     f"{arguments.model}: {config.family}, vision tower {tower:,}"))
+    tokens, forward = sample_flops(config, size, arguments.text_tokens, training=False)
+    print(f"\nOne picture of {arguments.image} and {arguments.text_tokens} text tokens: {tokens} "
+          f"tokens, {forward / 1e9:,.4g} GFLOP forward, {3 * forward / 1e9:,.4g} to train on.")
+    memory = plan_memory(config, arguments.dtype)
+    each = memory.pop("kept per token")
+    print(text_table(["memory", "bytes"], [(k, format_bytes(v)) for k, v in memory.items()] + [
+        ("all that no batch changes", format_bytes(sum(memory.values())))],
+        f"\n{arguments.dtype} weights, float32 gradients and AdamW state:"))
+    print(f"With checkpoint='full', {format_bytes(each)} more per token of a batch, and one "
+          "layer's activations.")
+    return 0

@@ -1,0 +1,148 @@
+"""What a configuration makes, counted without making it: parameters, FLOPs and memory by part."""
+from types import SimpleNamespace
+
+import numpy as np
+
+from .flops import model_flops
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _vision(config):
+    """{part: parameters} of the tower and what joins it to the decoder."""
+    v, text = config.vision, config.text
+    d, hidden, merge = v["hidden_size"], v["intermediate_size"], v["spatial_merge_size"]
+    patch = v.get("in_channels", 3) * v.get("temporal_patch_size", 1) * v["patch_size"] ** 2
+    seed = config.family == "seed1_5_vl"
+    block = 4 * d + (4 * d * d + 4 * d) + (2 * d * hidden + hidden + d)  # norms, attention, MLP
+    merged = d if seed else d * merge * merge
+    middle = v.get("adapter_hidden_size", d * merge * merge)
+    out = v.get("out_hidden_size", text["hidden_size"])
+    project = merged * middle + middle + middle * out + out
+    taps = len(v.get("deepstack_visual_indexes") or [])
+    # The seed family normalises behind the last block; Qwen's mergers do it, the main one by patch
+    # and those of DeepStack by the merged row.
+    return {"patch embedding": patch * d + (0 if seed else d),
+            "position table": (v.get("num_position_embeddings") or 0) * d,
+            "vision blocks": v["depth"] * block + (2 * d if seed else 0),
+            "adapter": project + (0 if seed else 2 * d),
+            "DeepStack adapters": taps * (project + 2 * merged)}
+
+
+def _layers(config):
+    """How many decoder layers have experts."""
+    text = config.text
+    if not config.sparse:
+        return 0
+    dense = max(len(text.get("mlp_only_layers") or []), text.get("first_k_dense_replace") or 0)
+    every = text.get("decoder_sparse_step") or 1
+    return sum(i >= dense and (i + 1) % every == 0 for i in range(text["num_hidden_layers"]))
+
+
+def _language(config):
+    """{part: (parameters, those that one token uses)} of the decoder."""
+    t = config.text
+    width, head, layers = t["hidden_size"], t["head_dim"], t["num_hidden_layers"]
+    heads, kv = t["num_attention_heads"], t["num_key_value_heads"]
+    attention = 2 * width * head * (heads + kv) + 2 * head
+    if t.get("attention_bias"):
+        attention += head * (heads + 2 * kv) + width
+    sparse, table = _layers(config), t["vocab_size"] * width
+    dense = (layers - sparse) * 3 * width * t["intermediate_size"]
+    parts = {"embedding": (table, width), "attention": (layers * attention,) * 2,
+             "dense MLPs": (dense, dense)}
+    if sparse:
+        expert = 3 * width * t["moe_intermediate_size"]
+        shared = t.get("shared_expert_intermediate_size") or 0
+        bias = t["num_experts"] if t.get("scoring_func") == "sigmoid" else 0
+        parts["experts"] = (sparse * t["num_experts"] * expert,
+                            sparse * t["num_experts_per_tok"] * expert)
+        parts["shared experts"] = (sparse * 3 * width * shared,) * 2
+        parts["routers"] = (sparse * (t["num_experts"] * width + bias),) * 2
+    parts["norms"] = ((2 * layers + 1) * width,) * 2
+    # A tied head is the embedding table; it is used whole for every token that is predicted.
+    parts["head"] = (0 if config.tied else table, table)
+    return parts
+
+
+def count_parameters(config):
+    """Parameters by part.
+
+    Parameters
+    ----------
+    config : ModelConfig
+
+    Returns
+    -------
+    dict of str to (int, int)
+        Parameters of each part that has any, and those that one token (of a part of the vision
+        tower: one patch) uses.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> from orchvlm.parts import count_parameters
+    >>> parts = count_parameters(orchvlm.preset("seed1.5-vl"))
+    >>> sum(parts[name][0] for name in ("patch embedding", "vision blocks"))
+    532046080
+    """
+    parts = {name: (count, count) for name, count in _vision(config).items()}
+    parts |= _language(config)
+    return {name: (int(all_), int(used)) for name, (all_, used) in parts.items() if used}
+
+
+def sample_flops(config, image=(448, 448), text_tokens=128, training=True):
+    """FLOPs of one sample: a picture and some text.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    image : (int, int)
+        Height and width in pixels, rounded to whole tokens.
+    text_tokens : int
+        Of which all count as targets.
+    training : bool
+        Forward and backward.
+
+    Returns
+    -------
+    tokens : int
+        In the decoder.
+    flops : float
+    """
+    vision = config.vision
+    merge = vision["spatial_merge_size"]
+    rows, columns = (max(1, round(side / vision["patch_size"] / merge)) for side in image)
+    tokens = rows * columns + text_tokens
+    sample = SimpleNamespace(cu_seqlens=np.array([0, tokens]), n_target_tokens=text_tokens,
+                             grid_thw=np.array([[1, rows * merge, columns * merge]]))
+    return tokens, model_flops(config, sample, training)
+
+
+def plan_memory(config, dtype="float32"):
+    """Bytes that do not depend on the batch.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    dtype : {"float32", "bfloat16"}
+        Of weights; gradients and both moments are float32, with a float32 master of bfloat16.
+
+    Returns
+    -------
+    dict of str to int
+        ``weights``, ``gradients``, ``optimizer``, and ``kept per token``: what one decoder layer
+        keeps of a token where all else is computed again, over all layers.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> from orchvlm.parts import plan_memory
+    >>> plan_memory(orchvlm.preset("tiny"))["weights"]
+    17524992
+    """
+    total = sum(count for count, _ in count_parameters(config).values())
+    size = _BYTES[dtype]
+    return {"weights": size * total, "gradients": 4 * total,
+            "optimizer": (8 if size == 4 else 12) * total,
+            "kept per token": size * config.text["hidden_size"] * config.text["num_hidden_layers"]}

@@ -1,0 +1,67 @@
+"""Recipes: how the paper's model and the presets are trained."""
+from .training import TrainingConfig
+
+
+def recipe(stage):
+    """The training stages of Seed1.5-VL.
+
+    Parameters
+    ----------
+    stage : {"stage0", "stage1", "stage2", "sft"}
+        Adapter alignment, pre-training on 32,768 tokens, on 131,072, supervised fine-tuning.
+
+    Returns
+    -------
+    TrainingConfig
+        Steps follow from the report's tokens and batches.
+
+    Raises
+    ------
+    ValueError
+        No such stage.
+
+    References
+    ----------
+    Seed1.5-VL Technical Report, tables 4 and section 4.1.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> orchvlm.recipe("stage0").lr
+    0.000252
+    """
+    frozen = ("model.visual.patch_embed.*", "model.visual.blocks.*", "model.visual.ln.*",
+              "model.language_model.*", "lm_head.*")
+    stages = {
+        "stage0": dict(steps=1907, lr=2.52e-4, min_lr=4.50e-5, warmup=100, freeze=frozen),
+        "stage1": dict(steps=42074, lr=5.22e-5, min_lr=5.22e-6, warmup=500),
+        "stage2": dict(steps=3366, lr=5.22e-6, min_lr=5.22e-6, warmup=0, schedule="constant"),
+        "sft": dict(steps=6250, lr=2e-5, min_lr=2e-6, warmup=625, freeze=frozen[:3])}
+    if stage not in stages:
+        raise ValueError(f"stage must be one of {', '.join(stages)}; got {stage!r}")
+    return TrainingConfig(**stages[stage])
+
+
+#: The embedded tasks as the small presets learn them: easy drawings of at most 112 pixels.
+TASKS = {"kinds": ["colour", "count", "point"], "difficulty": 0.1, "max_side": 112}
+
+_STARTS = {"tiny": {"lr": 1.5e-3, "tokens": 2048, "minutes": 10.0},
+           "tiny-moe": {"lr": 1.5e-3, "tokens": 2048, "minutes": 10.0},
+           "small": {"lr": 6e-4, "tokens": 4096, "minutes": 120.0}}
+_OTHERS = {"lr": 1e-4, "tokens": 4096, "minutes": 60.0}
+
+
+def starting_point(preset=None):
+    """Where ``orchvlm train`` starts from when nothing else is said.
+
+    Parameters
+    ----------
+    preset : str, optional
+        Name of a preset; None for a model that is trained further.
+
+    Returns
+    -------
+    dict
+        ``lr``, ``tokens`` per step and ``minutes``.
+    """
+    return dict(_STARTS.get(preset, _OTHERS))

@@ -1,0 +1,124 @@
+"""Files and embedded tasks as training data and held-out samples, as the command line names them.
+"""
+from pathlib import Path
+
+from .cli import CommandError
+from .recipes import TASKS
+
+_SUFFIXES = (".jsonl", ".tar", ".zip")
+_HELD_SEED = 1  # of the embedded tasks; their splits share no drawing anyway
+
+
+def _tasks(settings, split, seed):
+    from .data import Tasks
+    fields = dict(TASKS)
+    for key in ("kinds", "difficulty"):
+        if settings.get(key) is not None:
+            fields[key] = settings[key]
+    return Tasks(seed=seed, split=split, **fields)
+
+
+def _files(paths):
+    """The files that are meant: themselves, and those in folders."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+            if not inside:
+                raise CommandError(f"{path}: no {', '.join(_SUFFIXES)} in this folder")
+            found += inside
+        elif not path.exists():
+            raise CommandError(f"{path}: no such file or folder")
+        elif path.suffix not in _SUFFIXES:
+            raise CommandError(f"{path}: data are {', '.join(_SUFFIXES)} files or folders of them")
+        else:
+            found.append(path)
+    return found
+
+
+def _pack(path, split):
+    """A zip's records of a split; of known packs as questions, else as samples."""
+    from .data import DataError, ZipPack, load_pack
+    plain = None
+    try:
+        plain = ZipPack(path)
+        record = plain.record(0) if len(plain) else {}
+        if "messages" in record or "conversations" in record:
+            return ZipPack(path, split=split) if "split" in record else plain
+        if "caption" in record:
+            return load_pack(path, "captions", split)
+    except DataError:
+        if plain is not None:
+            raise
+    for kind in ("nlvr", "digits"):  # packs whose records lie in a folder of their own
+        try:
+            return load_pack(path, kind, split)
+        except DataError:
+            continue
+    raise CommandError(f"{path}: no records.jsonl with messages or captions in this zip file")
+
+
+def training_source(settings):
+    """What is trained on.
+
+    Parameters
+    ----------
+    settings : dict
+        ``data`` (paths) or, without it, ``kinds`` and ``difficulty`` of the embedded tasks;
+        ``seed``.
+
+    Returns
+    -------
+    orchvlm.data.Mixture
+
+    Raises
+    ------
+    CommandError
+        A path that holds no data.
+    """
+    from .data import JsonLines, Mixture, TarShards
+    seed = settings.get("seed", 0)
+    if not settings.get("data"):
+        return Mixture([_tasks(settings, "train", seed)], seed=seed)
+    files = _files(settings["data"])
+    sets = [JsonLines(p) if p.suffix == ".jsonl" else _pack(p, "train") for p in files
+            if p.suffix != ".tar"]
+    shards = [p for p in files if p.suffix == ".tar"]
+    if shards:
+        sets.append(TarShards(shards))
+    return Mixture(sets, seed=seed)
+
+
+def held_out(settings, split, samples):
+    """Samples with answers that were not trained on.
+
+    Parameters
+    ----------
+    settings : dict
+        As for :func:`training_source`.
+    split : str
+        ``val`` or ``test``.
+    samples : int
+        Of each kind of task, or of each pack, at most.
+
+    Returns
+    -------
+    list of dict
+        Empty where the data have no such split.
+    """
+    from .data import DataError
+    if not settings.get("data"):
+        kinds = settings.get("kinds") or TASKS["kinds"]
+        tasks = [_tasks({**settings, "kinds": [kind]}, split, _HELD_SEED)
+                 for kind in kinds]
+        return [some[i] for some in tasks for i in range(samples)]
+    found = []
+    for path in _files(settings["data"]):
+        if path.suffix == ".zip":
+            try:
+                pack = _pack(path, split)
+            except (DataError, CommandError):  # no such split
+                continue
+            rows = [pack[i] for i in range(min(samples, len(pack)))]
+            found += [row for row in rows if "answer" in row and "check" in row]
+    return found

@@ -1,0 +1,231 @@
+"""``orchvlm train``, ``generate``, ``eval`` and ``inspect``: files they write, lines they refuse."""
+import json
+import re
+import sys
+import types
+import zipfile
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from oracle_cases import draw_config
+
+import orchvlm
+from orchvlm import data
+from orchvlm.cli import main
+from orchvlm.parts import count_parameters, sample_flops
+from orchvlm.training import checkpoints, read_metrics
+from orchvlm.training_report import smoothed, svg_curve, write_report
+
+pytest.importorskip("PIL")
+FEW = ["--tokens", "200", "--samples", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Runs the command; the one line of its refusal."""
+    def call(*arguments):
+        assert main(list(map(str, arguments))) == 2
+        out, err = capsys.readouterr()
+        lines = err.strip().splitlines()
+        assert out == "" and len(lines) == 1 and lines[0].startswith("orchvlm: "), err
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "--preset", "tiny", "--steps", "3", "--out", str(folder), *FEW]) == 0
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags and what they refer to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+
+def test_train_leaves_a_model_and_a_report(trained):
+    assert [step for step, _ in checkpoints(trained)] == [3]
+    assert [row["step"] for row in read_metrics(trained / "metrics.jsonl")] == [1, 2, 3]
+    table = json.loads((trained / "evaluation.json").read_text())
+    assert table["colour"]["samples"] == 2 and set(table) == {"colour", "count", "point", "all"}
+    text = (trained / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 4 and page.tags.count("figure") == 6
+    assert page.sources and all(s.startswith("data:image/png") for s in page.sources)
+    assert "orchvlm train --preset tiny --kinds colour,count,point" in text
+    if sys.modules.get("matplotlib"):
+        assert (trained / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_resume(trained, capsys):
+    assert main(["train", "--resume", "--out", str(trained), "--steps", "5", *FEW[2:]]) == 0
+    out, err = capsys.readouterr()
+    assert "5 steps" in out and re.search(r"^step 5 +100 %  loss [\d.]+  [\d,]+ tokens/s", err,
+                                          re.MULTILINE)
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["tokens"] <= 200 for row in rows)  # as the run began
+
+
+def test_eval_and_generate(trained, tmp_path, capsys):
+    assert main(["eval", str(trained), "--samples", "2", "--kinds", "screen,count", "--json",
+                 "--report", str(tmp_path / "seen.html")]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert {kind: row["samples"] for kind, row in seen.items()} == {"screen": 2, "count": 2,
+                                                                    "all": 4}
+    assert "<figure>" in (tmp_path / "seen.html").read_text()
+    from PIL import Image
+    Image.new("RGB", (70, 50), (200, 30, 30)).save(tmp_path / "red.png")
+    command = ["generate", str(trained), "What colour?", "--image", str(tmp_path / "red.png"),
+               "--max-new-tokens", "3", "--temperature", "5", "--seed", "7"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0 and capsys.readouterr().out == first
+
+
+def test_data_from_files(tmp_path, capsys):
+    rows = [{"split": split, "messages": [{"role": "user", "content": "1 + 1?"},
+                                          {"role": "assistant", "content": "2"}],
+             "answer": "2", "check": "exact"} for split in ("train", "train", "val")]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with zipfile.ZipFile(folder / "b.zip", "w") as pack:
+        pack.writestr("records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["train", "--data", str(folder), "--steps", "2", "--out", str(tmp_path / "run"),
+                 *FEW]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--split", "val", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["all"]["samples"] == 1
+    assert main(["train", "--model", str(tmp_path / "run"), "--steps", "1", "--data",
+                 str(folder / "a.jsonl"), "--out", str(tmp_path / "more"), *FEW]) == 0
+    assert not (tmp_path / "more" / "evaluation.json").exists()  # nothing was held out
+
+
+def test_refusals(refuse, trained, tmp_path):
+    assert "holds a run" in refuse("train", "--out", trained)
+    assert "no run to resume" in refuse("train", "--resume", "--out", tmp_path / "none")
+    assert "no such file" in refuse("train", "--data", tmp_path / "no.jsonl", "--out",
+                                    tmp_path / "x")
+    (tmp_path / "a.txt").write_text("words")
+    assert ".jsonl" in refuse("train", "--data", tmp_path / "a.txt", "--out", tmp_path / "x")
+    (tmp_path / "a.zip").write_text("words")
+    assert "a.zip" in refuse("train", "--data", tmp_path / "a.zip", "--out", tmp_path / "x")
+    assert "preset must be" in refuse("train", "--preset", "huge", "--out", tmp_path / "x")
+    assert "kinds must be" in refuse("train", "--kinds", "dance", "--out", tmp_path / "x")
+    assert "--lr" in refuse("train", "--lr", "0")
+    assert "--difficulty" in refuse("train", "--difficulty", "2")
+    assert "neither a model" in refuse("generate", tmp_path, "What?")
+    assert "no such file" in refuse("generate", trained, "What?", "--image", tmp_path / "no.png")
+    assert "no such folder" in refuse("inspect", "nothing")
+    assert "WIDTHxHEIGHT" in refuse("inspect", "tiny", "--image", "12")
+    assert not (tmp_path / "x").exists()
+
+
+def test_tensorboard_gets_the_curves(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, tag, value, step):
+            seen.append((tag, step))
+
+        def close(self):
+            seen.append("closed")
+    module = types.ModuleType("tensorboard.summary")
+    module.Writer = Writer
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
+    assert main(["train", "--steps", "1", "--out", str(tmp_path / "run"), *FEW]) == 0
+    assert ("loss", 1) in seen and seen[-1] == "closed"
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def test_inspect_counts_without_making(capsys):
+    assert main(["inspect", "seed1.5-vl", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "vision tower 532,046,080" in out and "199,964,414,208" in out
+
+
+def made_parameters(config):
+    model = orchvlm.Model(config, threads=1)
+    return model.n_parameters
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_parameters_are_those_of_the_model(sparse):
+    seed = np.random.SeedSequence().entropy % 2**32
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        config = orchvlm.ModelConfig(draw_config(rng, sparse))
+        counted = sum(count for count, _ in count_parameters(config).values())
+        assert counted == made_parameters(config), config.values
+
+
+@pytest.mark.parametrize("change", [{}, {"num_experts": 4, "num_experts_per_tok": 2,
+                                         "moe_intermediate_size": 24, "decoder_sparse_step": 2},
+                                    {"num_experts": 4, "num_experts_per_tok": 1,
+                                     "moe_intermediate_size": 24, "scoring_func": "sigmoid",
+                                     "shared_expert_intermediate_size": 40,
+                                     "first_k_dense_replace": 1}])
+def test_parameters_of_the_seed_family(change):
+    values = orchvlm.preset("tiny").values
+    values["text_config"] |= change
+    for tied in (False, True):
+        config = orchvlm.ModelConfig({**values, "tie_word_embeddings": tied})
+        counted = sum(count for count, _ in count_parameters(config).values())
+        assert counted == made_parameters(config)
+
+
+def test_flops_of_a_sample_are_those_of_the_batch():
+    config = orchvlm.preset("tiny")
+    picture = np.zeros((112, 84, 3), np.uint8)
+    sample = {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}]},
+                           {"role": "assistant", "content": "yes"}]}
+    inputs = data.Processor.from_config(config.values).one(sample)
+    text = inputs.n_tokens - 12
+    tokens, flops = sample_flops(config, (112, 84), text)
+    head = 6 * (text - inputs.n_target_tokens) * config.text["hidden_size"] * 272
+    assert tokens == inputs.n_tokens
+    assert flops - head == pytest.approx(orchvlm.model_flops(config, inputs))
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_curves():
+    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    rows = [{"step": k, "loss": None if k == 3 else 5.0 / k} for k in range(1, 40)]
+    curve = svg_curve(rows, "loss", "a < b", smooth=True)
+    assert curve.count("<polyline") == 2 and "a &lt; b" in curve
+    points = re.search(r'points="([^"]+)"', curve)[1].split()
+    assert len(points) == 38 and not re.search("nan|inf", curve)
+    assert svg_curve(rows, "lr", "rate") == ""
+    assert "<svg" in svg_curve([{"step": 1, "lr": 0.0}], "lr", "rate")
+
+
+def test_a_report_escapes_what_it_shows(tmp_path):
+    evil = "<script>alert(1)</script>"
+    sample = {"kind": evil, "answer": evil, "check": "exact",
+              "messages": [{"role": "user", "content": evil},
+                           {"role": "assistant", "content": evil}]}
+    write_report(tmp_path / "r.html", [], orchvlm.Evaluation([(sample, evil, 0.0)]), title=evil,
+                 facts=[(evil, evil)], command=evil)
+    text = (tmp_path / "r.html").read_text()
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 7

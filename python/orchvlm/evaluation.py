@@ -87,7 +87,14 @@ def evaluate(model, samples, processor, *, max_new_tokens=32, batch=32, progress
     >>> len(seen.rows)
     2
     """
-    from .data import score
+    from .data import Processor, score
+    from .model import Model
+    if not isinstance(model, Model) or not isinstance(processor, Processor):
+        raise TypeError("evaluate takes a Model, samples and a Processor; got "
+                        f"{type(model).__name__} and {type(processor).__name__}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {value!r:.40}")
     tokenizer = processor.tokenizer
     samples, rows = list(samples), []
     for first in range(0, len(samples), batch):

@@ -2,6 +2,9 @@
 by the true lengths of segments.  Recomputation is not counted."""
 import numpy as np
 
+from .configs import ModelConfig
+from .inputs import Inputs
+
 
 def _vision_flops(config, grid):
     """Forward FLOPs of the tower and its mergers."""
@@ -54,7 +57,7 @@ def model_flops(config, inputs, training=True):
 
     Raises
     ------
-    AttributeError
+    TypeError
         Something else than a configuration and inputs.
 
     Notes
@@ -69,6 +72,9 @@ def model_flops(config, inputs, training=True):
     >>> orchvlm.model_flops(orchvlm.preset("tiny"), inputs) > 1e7
     True
     """
+    if not isinstance(config, ModelConfig) or not isinstance(inputs, Inputs):
+        raise TypeError("model_flops takes a ModelConfig and Inputs; got "
+                        f"{type(config).__name__} and {type(inputs).__name__}")
     text = config.text
     lengths = np.diff(inputs.cu_seqlens).astype(float)
     per_token = sum(_active_layer(text, i, config) for i in range(text["num_hidden_layers"]))

@@ -203,6 +203,12 @@ class Trainer:
     """
 
     def __init__(self, model, loader, config, folder):
+        if not isinstance(model, Model) or not isinstance(config, TrainingConfig):
+            raise TypeError("Trainer takes a Model, a loader and a TrainingConfig; got "
+                            f"{type(model).__name__} and {type(config).__name__}")
+        for name in ("__next__", "state_dict", "load_state_dict"):
+            if not hasattr(loader, name):
+                raise TypeError(f"loader must have {name}; got {type(loader).__name__}")
         self.model, self.loader, self.config = model, loader, config
         self.folder = Path(folder)
         patterns = [p for p in config.freeze

@@ -151,7 +151,7 @@ class AdamW:
             raise ValueError(f"optimizer state: {odd[0]} is missing or surplus ({len(odd)} such)")
         step, arrays = state["step"], {}
         for key, have in wanted.items():
-            arrays[key] = np.ascontiguousarray(state[key], np.asarray(have).dtype)
+            arrays[key] = np.asarray(state[key], np.asarray(have).dtype, order="C")
             if arrays[key].shape != np.shape(have):
                 raise ValueError(f"optimizer state: {key} has shape {arrays[key].shape}; "
                                  f"needed {np.shape(have)}")

@@ -9,7 +9,7 @@
 
 #include "plan/sp_repair.h"
 
-enum { CLIMBS = 2, MOST_CHANGED = 3 };
+enum { CLIMBS = 2, MOST_CHANGED = 3, MOST_LOOKED = 32 };
 
 static const sp_taste first_taste = {.excess = 0.6, .balance = 0.3, .fit = 0.05, .blink = 0.02};
 
@@ -122,12 +122,26 @@ static ovlm_status build(climb *c, int64_t *looked, ovlm_err *err)
     return OVLM_OK;
 }
 
+/* Seconds that one build takes, by the groups that it looks at: up to MOST_LOOKED in each box. */
+static double build_s(const climb *c)
+{
+    int64_t looked = c->step.box_slots < MOST_LOOKED ? c->step.box_slots : MOST_LOOKED;
+    return 1.5e-9 * (double)c->model->n * (double)c->step.n_boxes * (double)looked;
+}
+
 static ovlm_status run(climb *c, double share, sp_purse *purse, ovlm_err *err)
 {
     ovlm_meter part = sp_purse_part(purse, share);
     ovlm_status status = OVLM_OK;
     int64_t looked = 0;
     while (status == OVLM_OK && !ovlm_meter_spend(&part, 1 + looked / 128)) {
+        /* A build does not mind the clock; the first one is worth most of what is left. */
+        double left_s = isfinite(c->best_cost) ? ovlm_meter_left_s(&part)
+                                               : 0.7 * ovlm_meter_left_s(&purse->meter);
+        if (build_s(c) > left_s) {
+            part.cut_short = true;
+            break;
+        }
         status = build(c, &looked, err);
     }
     (void)sp_purse_absorb(purse, &part);

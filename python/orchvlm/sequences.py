@@ -369,8 +369,8 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
         ``"static"``: one degree for the whole step, the best one.  ``"homogeneous"``: the best
         degree per micro-batch of sorted chunks, longest first onto the least loaded group.
         ``"chunked"`` (FlexSP): sorted chunks, mixed groups in each, for the first feasible M to
-        M + 4.  ``"flex"``: micro-batches and groups chosen together; never worse than the others'
-        constructions.
+        M + 4.  ``"flex"``: micro-batches and groups chosen together, after all that the others do:
+        with the same ``work_limit`` never worse than they.
     work_limit : int, optional
         Search steps; 0: construction only.  The same limit gives the same plan on every machine.
     time_limit : float, optional

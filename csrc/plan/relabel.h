@@ -47,7 +47,13 @@ OVLM_NODISCARD ovlm_status relabel_minmax(const relabel_model *model, ovlm_meter
                                           int64_t *node_of, double *value, ovlm_arena *arena,
                                           ovlm_err *err);
 
-/* Certified lower bound for min-max; sum_bound is one for the sum of bytes between nodes. */
+/* Certified lower bound for min-max; sum_bound is one for the sum of bytes between nodes.
+ *
+ * It looks at one label, one rank or one node at a time, and lets each node have the labels that it
+ * likes best.  It is met, or nearly, where one label decides, as in language phases.  Where the
+ * encoders of a step send their outputs over the whole cluster, many nodes like the same labels and
+ * only one gets each, which the bound does not see: it stays tens of per cent below what is found.
+ */
 OVLM_NODISCARD ovlm_status relabel_minmax_bound(const relabel_model *model, double sum_bound,
                                                 double *bound, ovlm_arena *arena, ovlm_err *err);
 

@@ -1,4 +1,4 @@
-/* relabel_minmax.c - least largest traffic of any rank between nodes: swaps, and bounds.
+/* relabel_minmax.c - least largest traffic of any rank between nodes, by swaps.
  *
  * With labels on nodes, rank i exchanges sum_j V_ij over the labels outside its node, and label j
  * (wherever it goes inside its node) sum_i V_ij over the ranks outside: 2N loads.  The search takes
@@ -260,68 +260,6 @@ ovlm_status relabel_minmax(const relabel_model *model, ovlm_meter *meter, int64_
         apply(&s, best.a, best.b);
     }
     *value = s.load[1];
-    ovlm_arena_rewind(arena, mark);
-    return OVLM_OK;
-}
-
-/* Sum of the `room` largest of n values; top[room] is scratch. */
-static double sum_of_largest(const int64_t *value, int64_t n, int64_t room, int64_t *top)
-{
-    int64_t kept = 0;
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (kept == room && value[i] <= top[kept - 1]) {
-            continue;
-        }
-        int64_t at = kept < room ? kept++ : kept - 1;
-        for (; at > 0 && top[at - 1] < value[i]; at--) {
-            top[at] = top[at - 1];
-        }
-        top[at] = value[i];
-    }
-    for (int64_t i = 0; i < kept; i++) {
-        sum += (double)top[i];
-    }
-    return sum;
-}
-
-/* The most that label j shares with any node. */
-static double best_share(const relabel_model *model, int64_t j)
-{
-    const relabel_flows *flows = &model->flows;
-    double most = 0;
-    for (int64_t e = flows->start[j]; e < flows->start[j + 1];) {
-        int64_t node = flows->rank[e] / model->node_size;
-        double shared = 0;
-        for (; e < flows->start[j + 1] && flows->rank[e] / model->node_size == node; e++) {
-            shared += (double)flows->bytes[e];
-        }
-        most = shared > most ? shared : most;
-    }
-    return most;
-}
-
-/* Whatever the labels' nodes, label j keeps at most its best node's share, and rank i at most its
- * largest flows to as many labels as its node has room for; and nobody is below the average. */
-ovlm_status relabel_minmax_bound(const relabel_model *model, double sum_bound, double *bound,
-                                 ovlm_arena *arena, ovlm_err *err)
-{
-    ovlm_arena_mark mark = ovlm_arena_save(arena);
-    const relabel_flows *flows = &model->flows;
-    int64_t *top = NULL;
-    OVLM_TRY(OVLM_ARENA_NEW(arena, &top, model->node_size, err));
-    *bound = sum_bound / (double)model->N * (1 - 1e-12);
-    for (int64_t j = 0; j < model->N; j++) {
-        double least = flows->label_total[j] - best_share(model, j);
-        *bound = least > *bound ? least : *bound;
-    }
-    for (int64_t i = 0; i < model->N; i++) {
-        int64_t first = flows->rank_start[i], n = flows->rank_start[i + 1] - first;
-        double least = flows->rank_total[i] -
-                       sum_of_largest(flows->rank_bytes + first, n,
-                                      relabel_node_room(model, i / model->node_size), top);
-        *bound = least > *bound ? least : *bound;
-    }
     ovlm_arena_rewind(arena, mark);
     return OVLM_OK;
 }

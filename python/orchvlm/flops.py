@@ -75,14 +75,19 @@ def model_flops(config, inputs, training=True):
     if not isinstance(config, ModelConfig) or not isinstance(inputs, Inputs):
         raise TypeError("model_flops takes a ModelConfig and Inputs; got "
                         f"{type(config).__name__} and {type(inputs).__name__}")
+    return count_flops(config, inputs.cu_seqlens, inputs.n_target_tokens, inputs.grid_thw, training)
+
+
+def count_flops(config, cu_seqlens, n_targets, grid_thw, training):
+    """The same from what of the inputs matters: segments, targets, grids (or None)."""
     text = config.text
-    lengths = np.diff(inputs.cu_seqlens).astype(float)
+    lengths = np.diff(cu_seqlens).astype(float)
     per_token = sum(_active_layer(text, i, config) for i in range(text["num_hidden_layers"]))
     pairs = float((lengths * (lengths + 1) / 2).sum())
     attention = 2 * pairs * text["num_attention_heads"] * text["head_dim"] * \
         text["num_hidden_layers"]
-    head = inputs.n_target_tokens * text["hidden_size"] * text["vocab_size"]
+    head = n_targets * text["hidden_size"] * text["vocab_size"]
     total = 2 * (lengths.sum() * per_token + attention + head)
-    if inputs.grid_thw is not None and len(inputs.grid_thw):
-        total += _vision_flops(config, np.asarray(inputs.grid_thw))
+    if grid_thw is not None and len(grid_thw):
+        total += _vision_flops(config, np.asarray(grid_thw))
     return float(total * (3 if training else 1))

@@ -9,10 +9,14 @@ _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
 
 def finite_number(value, name, low, high=math.inf):
     """The float, or ValueError with the argument's name."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
-            not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r}")
-    return float(value)
+    fair = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    try:
+        number = float(value) if fair else math.nan
+    except (OverflowError, TypeError):  # an integer beyond floats, a complex number
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
+    return number
 
 
 class AdamW:

@@ -1,9 +1,7 @@
 """What a configuration makes, counted without making it: parameters, FLOPs and memory by part."""
-from types import SimpleNamespace
 
-import numpy as np
 
-from .flops import model_flops
+from .flops import count_flops
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -114,9 +112,8 @@ def sample_flops(config, image=(448, 448), text_tokens=128, training=True):
     merge = vision["spatial_merge_size"]
     rows, columns = (max(1, round(side / vision["patch_size"] / merge)) for side in image)
     tokens = rows * columns + text_tokens
-    sample = SimpleNamespace(cu_seqlens=np.array([0, tokens]), n_target_tokens=text_tokens,
-                             grid_thw=np.array([[1, rows * merge, columns * merge]]))
-    return tokens, model_flops(config, sample, training)
+    grid = [[1, rows * merge, columns * merge]]
+    return tokens, count_flops(config, [0, tokens], text_tokens, grid, training)
 
 
 def plan_memory(config, dtype="float32"):

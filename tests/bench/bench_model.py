@@ -71,14 +71,14 @@ def batch(values, tokens, seed=0):
 
 
 def ours_step(values, samples, pixels, state, threads):
-    from oracle_cases import _positions
+    from model_cases import positions
     model = orchvlm.Model(values, threads=threads)
     model.load_state_dict(state)
     opt = orchvlm.AdamW(model, lr=1e-4)
     ids = np.concatenate([s[0] for s in samples])
     inputs = orchvlm.Inputs(
         input_ids=ids, cu_seqlens=np.cumsum([0] + [len(s[0]) for s in samples]),
-        position_ids=np.concatenate([_positions(s[0], [(IMAGE, *s[1])]) for s in samples], axis=1),
+        position_ids=np.concatenate([positions(s[0], [(IMAGE, *s[1])]) for s in samples], axis=1),
         labels=np.where(ids >= 6, ids, -100), pixels=np.concatenate(pixels),
         grid_thw=[s[1] for s in samples])
 

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -303,7 +304,7 @@ def test_help_shows_examples(capsys):
 def test_examples_of_the_help_parse():
     for line in make_parser().epilog.splitlines()[1:]:
         words = line.split("   ")[0].strip() if "   " in line.strip() else line.strip()
-        make_parser().parse_args(words.split()[1:])
+        make_parser().parse_args(shlex.split(words)[1:])
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -1,4 +1,4 @@
-"""``orchvlm train``, ``generate``, ``eval`` and ``inspect``: files they write, lines they refuse."""
+"""``orchvlm train``, ``generate``, ``eval``, ``inspect``: what they write and what they refuse."""
 import json
 import re
 import sys

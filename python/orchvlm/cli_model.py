@@ -46,7 +46,7 @@ def _add_tasks(parser):
     group.add_argument("--data", nargs="+", metavar="PATH",
                        help=".jsonl, .tar or .zip files, or folders of them")
     group.add_argument("--kinds", metavar="A,B,...",
-                       help="embedded tasks: read, colour, count, point, box, chart, puzzle, "
+                       help="of embedded tasks: read, colour, count, point, box, chart, puzzle, "
                             "screen")
     group.add_argument("--difficulty", type=_share, metavar="D", help="of embedded tasks, 0 to 1")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ._files import write_whole
 from .cli import CommandError
 from .configs import ModelConfig, preset
-from .recipes import TASKS, starting_point
+from .recipes import FIRST_STD, TASKS, starting_point
 from .sources import held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
@@ -127,7 +127,9 @@ def _start(settings, threads):
     from .model import Model
     if "model" in settings:
         return _open(settings["model"], threads)
-    model = Model.from_config(preset(settings["preset"]), seed=settings["seed"], threads=threads)
+    name = settings["preset"]
+    model = Model.from_config(preset(name), seed=settings["seed"], threads=threads,
+                              std=FIRST_STD.get(name, 0.02))
     return model, Processor.from_config(model.config.values)
 
 

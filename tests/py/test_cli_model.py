@@ -1,4 +1,4 @@
-"""``orchvlm train``, ``generate``, ``eval``, ``inspect``: what they write, what they refuse."""
+"""``orchvlm train``, ``generate``, ``eval``, ``inspect``: what they write and what they refuse."""
 import json
 import re
 import sys
@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from model_cases import draw_config
+from oracle_cases import draw_config
 
 import orchvlm
 from orchvlm import data

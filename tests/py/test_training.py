@@ -1,4 +1,4 @@
-"""Runs that go on where they stopped, whatever stopped them: to the bit, no step twice."""
+"""Runs that go on where they stopped, whatever stopped them: to the bit, nothing told twice."""
 import json
 import signal
 

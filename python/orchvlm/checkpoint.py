@@ -108,8 +108,10 @@ class SafeTensors:
         first, last, kind, shape = self.tensors[name]
         raw = np.frombuffer(self._map, dtype=_DTYPES[kind], offset=self._start + first,
                             count=(last - first) // _DTYPES[kind].itemsize).reshape(shape)
-        return widened(raw) if kind == "BF16" else (
-            raw.astype(np.float32) if kind in ("F16", "F64") else raw)
+        if kind == "BF16":
+            return widened(raw)
+        # After tensors of smaller numbers a tensor may stand at any address.
+        return raw.astype(np.float32) if kind in ("F16", "F64") else np.require(raw, None, "A")
 
 
 def widened(bits):

@@ -86,7 +86,7 @@ class SeedOracle:
         if inputs.grid_thw is None:
             return torch.zeros(0, self.adapter[2].out_features)
         grid = torch.from_numpy(inputs.grid_thw.astype(np.int64))
-        hidden = self.tower(torch.from_numpy(inputs.pixels), grid).last_hidden_state
+        hidden = self.tower(torch.from_numpy(inputs.pixels.copy()), grid).last_hidden_state
         pooled, at = [], 0
         for t, h, w in grid.tolist():
             blocks = hidden[at:at + t * h * w].view(t, h // 2, w // 2, 2, 2, -1)

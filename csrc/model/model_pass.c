@@ -80,6 +80,21 @@ ovlm_status ovlm_model_tokens_prepare(ovlm_model *model, const ovlm_model_inputs
     return OVLM_OK;
 }
 
+/* Before any work: on the device it would be found late, and the queue be lost. */
+static ovlm_status check_labels(const ovlm_model *model, const ovlm_model_inputs *inputs,
+                                ovlm_err *err)
+{
+    int64_t vocab = model->params.config.decoder.vocab;
+    for (int64_t t = 0; inputs->label != NULL && t < inputs->tokens.T; t++) {
+        int32_t label = inputs->label[t];
+        if (label != -100 && (label < 0 || label >= vocab)) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "labels[%lld] is %d; it must be -100 or in [0, %lld)",
+                             (long long)t, (int)label, (long long)vocab);
+        }
+    }
+    return OVLM_OK;
+}
+
 /* ---------------------------------------------------------------- loss */
 
 /* Row t of the head predicts token t+1 of its segment: labels and weights move up by one. */
@@ -284,6 +299,7 @@ ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *input
     ovlm_arena_free(&model->call);
     OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));
     OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, options, err));
+    OVLM_TRY(check_labels(model, inputs, err));
     if (options->training) {
         OVLM_TRY(ovlm_model_need_grads(model, err));
     }

@@ -4,6 +4,7 @@ Reading is by memory map and refuses what does not add up before any number is u
 to a temporary file that is renamed when it is complete.
 """
 import json
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -107,8 +108,10 @@ class SafeTensors:
         first, last, kind, shape = self.tensors[name]
         raw = np.frombuffer(self._map, dtype=_DTYPES[kind], offset=self._start + first,
                             count=(last - first) // _DTYPES[kind].itemsize).reshape(shape)
-        return widened(raw) if kind == "BF16" else (
-            raw.astype(np.float32) if kind in ("F16", "F64") else raw)
+        if kind == "BF16":
+            return widened(raw)
+        # After tensors of smaller numbers a tensor may stand at any address.
+        return raw.astype(np.float32) if kind in ("F16", "F64") else np.require(raw, None, "A")
 
 
 def widened(bits):
@@ -156,34 +159,42 @@ def open_folder(folder):
     return {name: opened[file] for name, file in names.items()}
 
 
+def _narrow(name, dtype):
+    """Whether a tensor is stored in bfloat16: the routers' corrections never are, as they decide
+    between scores that differ by less."""
+    return dtype == "bfloat16" and not name.endswith("e_score_correction_bias")
+
+
+def _tensor_bytes(name, shape, dtype):
+    return math.prod(shape) * (2 if _narrow(name, dtype) else 4)
+
+
 def _write_file(path, tensors, dtype):
     """tensors: [(name, shape, function that gives float32)], in order."""
-    size = {"float32": 4, "bfloat16": 2}[dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape, _ in tensors:
-        count = int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": {4: "F32", 2: "BF16"}[size], "shape": list(shape),
-                        "data_offsets": [offset, offset + count * size]}
-        offset += count * size
+        end = offset + _tensor_bytes(name, shape, dtype)
+        header[name] = {"dtype": "BF16" if _narrow(name, dtype) else "F32", "shape": list(shape),
+                        "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def write(stream):
         stream.write(struct.pack("<Q", len(text)) + text)
-        for _, _, get in tensors:
-            values = get()
-            values = narrowed(values) if size == 2 else np.ascontiguousarray(values, "<f4")
-            stream.write(values.tobytes())
+        for name, _, get in tensors:
+            values = narrowed(get()) if _narrow(name, dtype) else get()
+            kind = "<u2" if _narrow(name, dtype) else "<f4"
+            stream.write(np.ascontiguousarray(values, kind).tobytes())
     write_whole(path, write)
 
 
 def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
     """Writes tensors ``[(name, shape, get)]`` as one file, or as shards with an index."""
     folder = Path(folder)
-    size = {"float32": 4, "bfloat16": 2}[dtype]
     shards, used = [[]], 0
     for entry in tensors:
-        count = int(np.prod(entry[1], dtype=np.int64)) * size
+        count = _tensor_bytes(*entry[:2], dtype)
         if shards[-1] and used + count > shard_bytes:
             shards.append([])
             used = 0
@@ -199,7 +210,7 @@ def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
         _write_file(folder / file, shard, dtype)
         for name, shape, _ in shard:
             names[name] = file
-            total += int(np.prod(shape, dtype=np.int64)) * size
+            total += _tensor_bytes(name, shape, dtype)
     index = {"metadata": {"total_size": total}, "weight_map": names}
     write_whole(folder / "model.safetensors.index.json",
                 lambda stream: stream.write(json.dumps(index, indent=2).encode()))

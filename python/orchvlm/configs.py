@@ -32,6 +32,13 @@ _TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 _VISION = {"depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
            "spatial_merge_size"}
 
+# Sizes of either part; those that may be left out may be null.
+_WHOLE = _TEXT - {"rms_norm_eps"} | _VISION | {
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "mlp_only_layers", "n_group", "topk_group", "shared_expert_intermediate_size",
+    "first_k_dense_replace", "in_channels", "temporal_patch_size", "out_hidden_size",
+    "num_position_embeddings", "deepstack_visual_indexes", "adapter_hidden_size"}
+
 # Keys that change nothing that is computed here.
 _IGNORED = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
@@ -56,9 +63,19 @@ class ConfigError(ValueError):
 
 
 def _need(part, keys, where):
-    missing = sorted(keys - set(part))
+    missing = sorted(key for key in keys if part.get(key) is None)
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
+
+
+def _refuse_fractions(part, where):
+    """Sizes are whole numbers; lists of them too."""
+    for key in _WHOLE & set(part):
+        values = part[key] if isinstance(part[key], list) else [part[key]]
+        for value in values:
+            if value is not None and (isinstance(value, bool) or
+                                      not isinstance(value, (int, np.integer))):
+                raise ConfigError(f"{where}: {key} must be a whole number; got {value!r}")
 
 
 def _refuse_unknown(part, known, where):
@@ -178,6 +195,8 @@ class ModelConfig:
             "hidden_act", "in_channels", "temporal_patch_size", "out_hidden_size",
             "num_position_embeddings", "deepstack_visual_indexes", "rope_theta",
             "adapter_hidden_size", "adapter_act", "layer_norm_eps"}
+        _refuse_fractions(text, "text_config")
+        _refuse_fractions(vision, "vision_config")
         _refuse_unknown(text, known_text, "text_config")
         _refuse_unknown(vision, known_vision, "vision_config")
         _refuse_unknown(self.values, {"text_config", "vision_config", "tie_word_embeddings"},

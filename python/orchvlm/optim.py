@@ -1,5 +1,6 @@
 """AdamW on a model's gradients, and schedules of its rate."""
 import math
+import sys
 import numpy as np
 
 from .weights import Weights, matching
@@ -9,14 +10,10 @@ _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
 
 def finite_number(value, name, low, high=math.inf):
     """The float, or ValueError with the argument's name."""
-    fair = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    try:
-        number = float(value) if fair else math.nan
-    except (OverflowError, TypeError):  # an integer beyond floats, a complex number
-        number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
-    return number
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
+            not low <= value <= min(high, sys.float_info.max):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r}")
+    return float(value)
 
 
 class AdamW:
@@ -155,7 +152,7 @@ class AdamW:
             raise ValueError(f"optimizer state: {odd[0]} is missing or surplus ({len(odd)} such)")
         step, arrays = state["step"], {}
         for key, have in wanted.items():
-            arrays[key] = np.asarray(state[key], np.asarray(have).dtype, order="C")
+            arrays[key] = np.array(state[key], np.asarray(have).dtype, order="C")
             if arrays[key].shape != np.shape(have):
                 raise ValueError(f"optimizer state: {key} has shape {arrays[key].shape}; "
                                  f"needed {np.shape(have)}")

@@ -75,7 +75,10 @@ class _Arrays(Mapping):
         self._model, self._which = model, which
 
     def __getitem__(self, name):
-        return self._model._array(name, self._which, view=True)
+        array = self._model._array(name, self._which, view=True)
+        if array is None:
+            raise KeyError(f"{name!r} is not trained")
+        return array
 
     def __iter__(self):
         return (name for name in self._model._index if self._which == _WEIGHT
@@ -178,10 +181,7 @@ class Weights:
             non-finite tensor, by name.
         """
         model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
-        files = open_folder(folder)
-        recent = str(model.config.values.get("transformers_version", "")).startswith("5")
-        model._load(files.keys(), lambda name: files[name].read(name), Path(folder),
-                    flips="always" if recent and model._square_experts() else "by shape")
+        model._read_files(Path(folder))
         return model
 
     def _square_experts(self):
@@ -252,9 +252,14 @@ class Weights:
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping of names to arrays; got "
                             f"{type(state).__name__}")
-        self._load(state.keys(), lambda name: np.asarray(state[name]), "state")
+        arrays = {name: np.asarray(value) for name, value in state.items()}
+        self._check_names(arrays.keys(), "state")
+        for name, i in self._index.items():  # all of it, before any is written
+            self._check_values(i, arrays[name], "state")
+        for name, i in self._index.items():
+            self._write(i, _WEIGHT, arrays[name])
 
-    def _load(self, names, get, where, flips=None):
+    def _check_names(self, names, where):
         surplus = sorted(set(names) - set(self._index))
         missing = [name for name in self._index if name not in names]
         if self.config.tied and surplus == ["lm_head.weight"]:
@@ -265,16 +270,28 @@ class Weights:
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; surplus "
                 f"{', '.join(surplus[:3]) or 'nothing'}"
                 f"{f' and {len(surplus) - 3} more' if len(surplus) > 3 else ''}")
+
+    def _check_values(self, i, values, where):
+        name, _, shape, _ = self._list[i]
+        if values.dtype.kind not in "fiu":
+            raise CheckpointError(f"{where}: {name} holds no numbers, but {values.dtype}")
+        if values.shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {values.shape}; the configuration "
+                                  f"says {shape}")
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{where}: {name} is not finite")
+
+    def _read_files(self, folder):
+        files = open_folder(folder)
+        self._check_names(files.keys(), folder)
+        recent = str(self.config.values.get("transformers_version", "")).startswith("5")
+        always = recent and self._square_experts()
         for name, i in self._index.items():
-            values = get(name)
-            if flips and name.endswith(_EXPERTS) and (
-                    values.shape != self._list[i][2] or flips == "always"):
+            values = files[name].read(name)
+            if name.endswith(_EXPERTS) and values.ndim == 3 and (
+                    always or values.shape != self._list[i][2]):
                 values = values.transpose(0, 2, 1)
-            if values.shape != self._list[i][2]:
-                raise CheckpointError(f"{where}: {name} has shape {values.shape}; the "
-                                      f"configuration says {self._list[i][2]}")
-            if not np.isfinite(values).all():
-                raise CheckpointError(f"{where}: {name} is not finite")
+            self._check_values(i, values, folder)
             self._write(i, _WEIGHT, values)
 
     # ------------------------------------------------------------ arrays

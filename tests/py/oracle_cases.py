@@ -68,3 +68,14 @@ def draw_batch(rng, config, samples=3, targets=True):
     if config["model_type"] == "qwen3_vl_moe":
         theirs["output_router_logits"] = True
     return pack(drawn), theirs, mask.astype(bool)
+
+
+def compare_grads(ours, theirs):
+    """||dg|| <= 1e-5 ||g|| + 1e-8 ||all g||, and the worst element <= 1e-4 of the largest."""
+    total = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in theirs.values()))
+    for name, wanted in theirs.items():
+        error = ours[name].astype(np.float64) - wanted
+        norm = np.linalg.norm(wanted)
+        assert np.linalg.norm(error) <= 1e-5 * norm + 1e-8 * total, (
+            name, np.linalg.norm(error), norm, total)
+        assert np.abs(error).max() <= 1e-4 * np.abs(wanted).max() + 1e-8 * total, name

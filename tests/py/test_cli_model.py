@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from oracle_cases import draw_config
+from model_cases import draw_config
 
 import orchvlm
 from orchvlm import data

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="the oracle needs torch and transform
 
 import orchvlm  # noqa: E402
 from model_cases import draw_config  # noqa: E402
-from oracle_cases import build, draw_batch, grads_of, state_of  # noqa: E402
+from oracle_cases import build, compare_grads, draw_batch, grads_of, state_of  # noqa: E402
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 DRAWS = int(os.environ.get("ORCHVLM_ORACLE_DRAWS", "3"))
@@ -42,17 +42,6 @@ def draw(seed, sparse, **options):
         if not sparse or margin(model, theirs) >= 1e-4:
             return config, model, inputs, theirs, mask
     raise AssertionError("no draw with a clear routing")
-
-
-def compare_grads(ours, theirs):
-    """||dg|| <= 1e-5 ||g|| + 1e-8 ||all g||, and the worst element <= 1e-4 of the largest."""
-    total = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in theirs.values()))
-    for name, wanted in theirs.items():
-        error = ours[name].astype(np.float64) - wanted
-        norm = np.linalg.norm(wanted)
-        assert np.linalg.norm(error) <= 1e-5 * norm + 1e-8 * total, (
-            name, np.linalg.norm(error), norm, total)
-        assert np.abs(error).max() <= 1e-4 * np.abs(wanted).max() + 1e-8 * total, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -20,8 +20,7 @@ enum { STRIDE = 16 };
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define POLISH 0.1
 #define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
-#define LEVELS 0.4 /* where there are several */
-#define LEVELS_OF_MANY 0.75 /* a walk changes too little of them */
+#define LEVELS 0.6 /* where there are several */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 
@@ -109,9 +108,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
                                    err));
         take_best(s, &starts);
     }
-    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches,
-                               s->model.n <= MANY ? LEVELS : LEVELS_OF_MANY, s->problem->seed,
-                               &s->purse, &s->arena, err));
+    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
+                               s->problem->seed, &s->purse, &s->arena, err));
     take_best(s, &starts);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {

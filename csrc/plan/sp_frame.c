@@ -348,13 +348,12 @@ static bool place_alone(sp_frame *f, int64_t k, int64_t most, double ample)
 /* Longest first, without those that have no groups. */
 static void sort_boxes(sp_frame *f)
 {
-    int64_t rank[SP_FRAME_BOXES], count = 0;
+    int64_t rank[SP_FRAME_BOXES] = {0}, count = 0;
     sp_frame_box sorted[SP_FRAME_BOXES];
     for (int64_t b = 0; b < f->n_boxes; b++) {
-        rank[b] = 0;
         for (int64_t c = 0; c < f->n_boxes; c++) {
             bool longer = f->box[c].tau > f->box[b].tau;
-            bool before = longer || (f->box[c].tau == f->box[b].tau && c < b);
+            bool before = longer || (c < b && f->box[c].tau == f->box[b].tau);
             rank[b] += f->box[c].n_groups > 0 && before;
         }
         if (f->box[b].n_groups > 0) {

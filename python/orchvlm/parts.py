@@ -1,6 +1,4 @@
 """What a configuration makes, counted without making it: parameters, FLOPs and memory by part."""
-
-
 from .flops import count_flops
 
 _BYTES = {"float32": 4, "bfloat16": 2}

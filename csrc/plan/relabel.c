@@ -10,6 +10,7 @@
 static const int64_t MAX_TABLE = (int64_t)1 << 26;
 /* Integers up to here are exact as doubles, with room for the sums of a path. */
 static const double EXACT = 4503599627370496.0; /* 2^52 */
+static const int64_t MOST_BYTES = (int64_t)1 << 52;
 
 enum { WORK_STRIDE = 100 };
 static const int64_t DEFAULT_WORK = 1000000;
@@ -25,10 +26,11 @@ static ovlm_status check_flows(const char *kind, int64_t n, int64_t n_ranks, con
                              "0..%lld", kind, (long long)f, (long long)label[f],
                              (long long)rank[f], (long long)n_ranks - 1);
         }
-        if (bytes[f] < 0 || bytes[f] > INT64_MAX / 2 - total) {
+        /* Sums of bytes are taken in doubles, and bounds rest on their being exact. */
+        if (bytes[f] < 0 || bytes[f] > MOST_BYTES - total) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "relabel: %s %lld has %lld bytes; they must be >= 0 and sum to less "
-                             "than 2^62", kind, (long long)f, (long long)bytes[f]);
+                             "relabel: %s %lld has %lld bytes; they must be >= 0 and sum to at "
+                             "most 2^52", kind, (long long)f, (long long)bytes[f]);
         }
         total += bytes[f];
     }

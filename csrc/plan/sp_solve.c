@@ -20,16 +20,7 @@ enum { STRIDE = 16 };
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
-<<<<<<< HEAD
-#define LEVELS 0.4 /* where there are several micro-batches */
-/* Above this many sequences the levels have more: a walk changes too little of them. */
-#define MANY 2048
-#define LEVELS_OF_MANY 0.75
-=======
-#define POLISH 0.1
-#define POLISH_ALONE 0.5 /* where one micro-batch is all there is */
-#define LEVELS 0.6 /* where there are several */
->>>>>>> x-h1
+#define LEVELS 0.6 /* where there are several micro-batches */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
 /* Where one micro-batch is all there is, the group solver has done most of the search. */
@@ -137,17 +128,10 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
         return OVLM_OK; /* no search: not even what it would start from */
     }
-<<<<<<< HEAD
-    OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches,
-                               s->model.n <= MANY ? LEVELS : LEVELS_OF_MANY, s->problem->seed,
-                               &s->purse, &s->arena, err));
-    OVLM_TRY(take_all(s, &starts, err));
-    sp_draft_copy(&found, &s->best);
-=======
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
-    take_best(s, &starts);
->>>>>>> x-h1
+    OVLM_TRY(take_all(s, &starts, err));
+    sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
     bool alone = s->best.n_micro == 1;
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {

@@ -210,9 +210,9 @@ def _reports(trainer, seen, settings, command, out):
     from .training_report import plot_training, write_report
     rows = read_metrics(out / "metrics.jsonl")
     model, tokens = trainer.model, sum(row["tokens"] for row in rows)
-    facts = [("model", repr(model).strip("<>")), ("steps", f"{trainer.step:,}"),
+    facts = [("model", repr(model).strip("<>")), ("steps taken", f"{trainer.step:,}"),
              ("time in steps", f"{trainer.elapsed_s / 60:.1f} minutes"),
-             ("tokens", f"{tokens:,}"),
+             ("tokens in all", f"{tokens:,}"),
              ("mean speed", f"{tokens / trainer.elapsed_s:,.0f} tokens/s"
               if trainer.elapsed_s else "")]
     facts += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -1,4 +1,5 @@
 """How often a model answers right: greedy answers, each task's own verifier, a table per kind."""
+from collections import Counter
 from dataclasses import dataclass
 
 from .tables import text_table
@@ -44,10 +45,43 @@ class Evaluation:
         return {kind: (sum(v) / len(v), sum(x >= 1 for x in v), len(v))
                 for kind, v in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0]))}
 
+    def blind(self):
+        """What answers without a look at the picture would reach.
+
+        Returns
+        -------
+        dict of str to float
+            Of each kind, the share that is exact when every answer is the commonest one, or, where
+            a place is asked for, the middle; NaN for samples without an answer.
+        """
+        from .data import score
+        kinds = {}
+        for sample, _, _ in self.rows:
+            kinds.setdefault(sample.get("kind", "sample"), []).append(sample)
+        found, whole = {}, 0.0
+        for kind, samples in kinds.items():
+            answers = Counter(s["answer"] for s in samples if "answer" in s and "check" in s)
+            guesses = [guess for guess, _ in answers.most_common(1)] + ["500 500"] * bool(answers)
+            right = max((sum(score(s, guess) >= 1 for s in samples) for guess in guesses),
+                        default=float("nan"))
+            found[kind], whole = right / len(samples), whole + right
+        return {**found, "all": whole / max(1, len(self.rows))}
+
+    def table(self):
+        """Header and rows for people.
+
+        Returns
+        -------
+        (list of str, list of tuple)
+            Samples, exact answers, what is exact without a look, mean score; by kind.
+        """
+        blind = self.blind()
+        return (["task", "samples", "exact %", "blind %", "mean score"],
+                [(kind, n, f"{100 * exact / n:.1f}", f"{100 * blind[kind]:.1f}", f"{mean:.3f}")
+                 for kind, (mean, exact, n) in self.by_kind().items()])
+
     def __str__(self):
-        return text_table(["task", "samples", "exact %", "mean score"],
-                          [(kind, n, f"{100 * exact / n:.1f}", f"{mean:.3f}")
-                           for kind, (mean, exact, n) in self.by_kind().items()])
+        return text_table(*self.table())
 
 
 def evaluate(model, samples, processor, *, max_new_tokens=32, batch=32, progress=None):

@@ -264,10 +264,8 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
     if facts:
         parts.append(html_table(["", ""], facts))
     if evaluation is not None:
-        table = [(kind, n, f"{100 * exact / n:.1f}", f"{mean:.3f}")
-                 for kind, (mean, exact, n) in evaluation.by_kind().items()]
-        parts += ["<h2>Held-out samples</h2>",
-                  html_table(["task", "samples", "exact %", "mean score"], table)]
+        parts += ["<h2>Held-out samples</h2>", html_table(*evaluation.table()),
+                  "<p class=small>Blind: the commonest answer, or the middle, every time.</p>"]
     curves = [svg_curve(rows, *curve) for curve in _CURVES]
     if any(curves):
         parts += ["<h2>Curves</h2><div class=curves>", *curves, "</div>"]

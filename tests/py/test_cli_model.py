@@ -222,10 +222,21 @@ def test_curves():
 
 def test_a_report_escapes_what_it_shows(tmp_path):
     evil = "<script>alert(1)</script>"
-    sample = {"kind": evil, "answer": evil, "check": "exact",
+    sample = {"kind": evil, "answer": evil, "check": "exact",  # as data from elsewhere may be
               "messages": [{"role": "user", "content": evil},
                            {"role": "assistant", "content": evil}]}
     write_report(tmp_path / "r.html", [], orchvlm.Evaluation([(sample, evil, 0.0)]), title=evil,
                  facts=[(evil, evil)], command=evil)
     text = (tmp_path / "r.html").read_text()
     assert "<script" not in text and text.count("&lt;script&gt;") >= 7
+
+
+def test_what_the_blind_reach():
+    rows = [({"kind": "count", "check": "number", "answer": answer}, "2", 0.0)
+            for answer in ("1", "1", "1", "2")]
+    rows += [({"kind": "point", "check": "point", "answer": answer, "region": region}, "", 0.0)
+             for answer, region in (("100 100", [0, 0, 200, 200]), ("450 450", [0, 0, 600, 600]),
+                                    ("600 600", [400, 400, 800, 800]))]
+    seen = orchvlm.Evaluation(rows)
+    assert seen.blind() == pytest.approx({"count": 3 / 4, "point": 2 / 3, "all": 5 / 7})
+    assert "blind %" in str(seen)

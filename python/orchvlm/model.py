@@ -159,7 +159,8 @@ class Model(Weights):
             raise TypeError("router_counts must be a pair (counts per expert, rows); got "
                             f"{type(given).__name__}")
         counts = integers(given[0], "router_counts", self.config.text["num_experts"])
-        return np.ascontiguousarray(counts, np.int64), finite_number(given[1], "router_counts' rows", 1)
+        rows = finite_number(given[1], "router_counts' rows", 1)
+        return np.ascontiguousarray(counts, np.int64), rows
 
     def _output(self, inputs, loss, aux, weight_sum, targets):
         counts = self._core.router_counts() if self.config.sparse else None

@@ -82,8 +82,8 @@ def test_strangers_read_what_we_write(tmp_path):
     assert raw[8 + length:] == struct.pack("<2f", 1.5, -2) and (8 + length) % 8 == 0
 
 
-@pytest.mark.parametrize("kind, pack, values", (("F16", "<3e", (1.5, -2, 0)), ("F64", "<1d", (7.5,)),
-                                                ("BF16", "<2H", (0x3FC0, 0xC000))))
+@pytest.mark.parametrize("kind, pack, values", (
+    ("F16", "<3e", (1.5, -2, 0)), ("F64", "<1d", (7.5,)), ("BF16", "<2H", (0x3FC0, 0xC000))))
 def test_other_numbers(kind, pack, values, tmp_path):
     n = len(values)
     raw = struct.pack(pack, *values)

@@ -60,22 +60,20 @@ def same(one, two):
 @families
 def test_gradients_are_the_slopes_of_the_loss(family):
     """In double precision, along a random direction in each parameter."""
-    model, samples, rng = draw(family, device="ref", dtype="float64", samples=2)
+    model, samples, rng = draw(family, device="ref", dtype="float64", samples=1)
     inputs = pack(samples)
     out, grads = step(model, inputs)
-    assert out.n_target_tokens > 0
     total = np.sqrt(sum(float((g ** 2).sum()) for g in grads.values()))
     for name, gradient in grads.items():
         weight, start = model.parameters[name], np.array(model.parameters[name])
         direction = rng.standard_normal(start.shape)
         direction /= np.linalg.norm(direction)
         values = []
-        for h in (2e-4, -2e-4, 1e-4, -1e-4):
+        for h in (1e-5, -1e-5):
             weight[...] = start + h * direction
             values.append(model.forward(inputs, training=False).loss)
         weight[...] = start
-        # Richardson: the error is of order h^4
-        slope = (8 * (values[2] - values[3]) - (values[0] - values[1])) / (12 * 1e-4)
+        slope = (values[0] - values[1]) / 2e-5
         wanted = float((gradient * direction).sum())
         assert abs(slope - wanted) <= 1e-6 * np.linalg.norm(gradient) + 1e-7 * total, (
             name, slope, wanted)

@@ -349,7 +349,7 @@ static bool place_alone(sp_frame *f, int64_t k, int64_t most, double ample)
 static void sort_boxes(sp_frame *f)
 {
     int64_t rank[SP_FRAME_BOXES] = {0}, count = 0;
-    sp_frame_box sorted[SP_FRAME_BOXES];
+    sp_frame_box sorted[SP_FRAME_BOXES] = {{0}};
     for (int64_t b = 0; b < f->n_boxes; b++) {
         for (int64_t c = 0; c < f->n_boxes; c++) {
             bool longer = f->box[c].tau > f->box[b].tau;

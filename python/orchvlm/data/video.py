@@ -72,6 +72,7 @@ def sample_frames(n_frames, duration_s, fps=1.0, budget=BUDGET, levels=LEVELS, l
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
         if isinstance(value, (complex, np.complexfloating)) or not 0 <= value <= 1e9:
             raise ValueError(f"{name} must be in 0 .. 1e9; got {value}")
+    n_frames, budget, least = int(n_frames), int(budget), int(least)  # whatever their width
     if fps == 0:
         raise ValueError("fps must be above 0")
     levels = _levels(levels)

@@ -177,7 +177,9 @@ static void test_bad_input(void)
     CHECK(ovlm_relabel_solve(&problem, NULL, rank_of, &result, &err) == OVLM_E_ARG, "bytes");
     x.bytes[0] = INT64_MAX;
     CHECK(ovlm_relabel_solve(&problem, NULL, rank_of, &result, &err) == OVLM_E_ARG, "overflow");
-    x.bytes[0] = INT64_MAX / 4;
+    x.bytes[0] = ((int64_t)1 << 52) + 1; /* doubles would round, and a bound with them */
+    CHECK(ovlm_relabel_solve(&problem, NULL, rank_of, &result, &err) == OVLM_E_ARG, "inexact");
+    x.bytes[0] = (int64_t)1 << 52;
     CHECK(ovlm_relabel_solve(&problem, NULL, rank_of, &result, &err) == OVLM_OK, "%s", err.message);
     problem.node_size = 0;
     CHECK(ovlm_relabel_solve(&problem, NULL, rank_of, &result, &err) == OVLM_E_ARG, "node_size");

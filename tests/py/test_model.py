@@ -302,12 +302,13 @@ def test_bad_input_is_refused():
     make = orchvlm.Inputs
     text = make(input_ids=[7, 8], labels=[7, 8])
     rows = np.zeros((4, 3), np.float32)
+    patch = np.zeros((1, model.parameters["model.visual.patch_embed.proj.weight"][0].size), "f4")
     for inputs, words in ((make(input_ids=[vocab]), "id"), (make(input_ids=[IMAGE]), "image"),
                           (make(input_ids=[7], labels=[vocab]), "label"),
                           (make(input_ids=[7, 8], labels=[7, vocab]), "label"),
                           (make(input_ids=[7], pixels=rows, grid_thw=[[1, 2, 2]]), "features"),
                           (make(input_ids=[IMAGE], pixels=rows, grid_thw=[[1, 2, 2]]), "pixels"),
-                          (make(input_ids=[IMAGE], pixels=rows[:1], grid_thw=[[1, 1, 1]]), ""),
+                          (make(input_ids=[7], pixels=patch, grid_thw=[[1, 1, 1]]), "multiples"),
                           (make(input_ids=[7], mel=rows, mel_lengths=[4]), "audio")):
         with pytest.raises(ValueError, match=words):
             model.forward(inputs)

@@ -112,12 +112,10 @@ def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, t
     core = model._core
     core.cache_open(n, int(lengths.max()) + max_new_tokens)
     try:
-        visual = list(model.config.visual_tokens)
         logits = core.extend(*model._arguments(inputs))
         for _ in range(max_new_tokens):
             fresh = {}
             for b in active:
-                logits[b, visual] = -np.inf  # features stand there, which nobody can say
                 token = sample(logits[b], rngs[b], temperature, top_k, top_p)
                 if token in stop:
                     continue

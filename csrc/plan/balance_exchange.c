@@ -87,7 +87,7 @@ static int64_t pick_units(const exchange *x, int64_t r, int64_t most, int64_t *u
 {
     const homing *h = x->h;
     const bal_model *model = h->search->model;
-    int64_t sorted[LOOKED_AT], n = 0;
+    int64_t sorted[LOOKED_AT] = {0}, n = 0;
     for (int64_t u = h->head[r]; u >= 0; u = h->next[u]) {
         if (bal_is_pinned(model, u) || bal_count(model, u) != 1 ||
             (n == LOOKED_AT && model->a[u] >= model->a[sorted[n - 1]])) {
@@ -268,7 +268,7 @@ static bool pass_on(exchange *x, int64_t k, int64_t q, int64_t shares)
 {
     int64_t c = x->h->search->model->node_size, N = x->h->search->model->n_ranks;
     double excess = -x->spare[k], most = most_given(x, excess, x->spare[q], shares);
-    int64_t full[GIVERS], n_full = order_ranks(x, k * c, (k + 1) * c < N ? (k + 1) * c : N, -1,
+    int64_t full[GIVERS] = {0}, n_full = order_ranks(x, k * c, (k + 1) * c < N ? (k + 1) * c : N, -1,
                                                false);
     int64_t skip = n_full > GIVERS ? n_full - GIVERS : 0;
     for (int64_t i = 0; i < n_full - skip; i++) {

@@ -352,8 +352,8 @@ static void sort_boxes(sp_frame *f)
     sp_frame_box sorted[SP_FRAME_BOXES] = {{0}};
     for (int64_t b = 0; b < f->n_boxes; b++) {
         for (int64_t c = 0; c < f->n_boxes; c++) {
-            bool longer = f->box[c].tau > f->box[b].tau;
-            bool before = longer || (c < b && f->box[c].tau == f->box[b].tau);
+            double tau = f->box[c].tau;
+            bool before = tau > f->box[b].tau || (tau == f->box[b].tau && c < b);
             rank[b] += f->box[c].n_groups > 0 && before;
         }
         if (f->box[b].n_groups > 0) {

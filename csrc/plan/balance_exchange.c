@@ -268,7 +268,8 @@ static bool pass_on(exchange *x, int64_t k, int64_t q, int64_t shares)
 {
     int64_t c = x->h->search->model->node_size, N = x->h->search->model->n_ranks;
     double excess = -x->spare[k], most = most_given(x, excess, x->spare[q], shares);
-    int64_t full[GIVERS] = {0}, n_full = order_ranks(x, k * c, (k + 1) * c < N ? (k + 1) * c : N, -1,
+    int64_t full[GIVERS] = {0};
+    int64_t n_full = order_ranks(x, k * c, (k + 1) * c < N ? (k + 1) * c : N, -1,
                                                false);
     int64_t skip = n_full > GIVERS ? n_full - GIVERS : 0;
     for (int64_t i = 0; i < n_full - skip; i++) {

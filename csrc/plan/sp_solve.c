@@ -128,6 +128,9 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
         return OVLM_OK; /* no search: not even what it would start from */
     }
+    if (s->problem->micro_batches > s->model.n) {
+        return OVLM_OK; /* some stay empty: the searches take every micro-batch to be used */
+    }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
     OVLM_TRY(take_all(s, &starts, err));

@@ -131,8 +131,8 @@ def test_places_by_pixels(kind):
 
 
 def test_puzzles_by_pixels():
-    """The cell that differs most from the others' mean is the answer, nearly always: the grid itself
-    is guessed."""
+    """The cell that differs most from the others' mean is the answer, nearly always: the grid
+    itself is guessed."""
     tasks = data.Tasks(SEED, ["puzzle"], difficulty=0.6)
     checked = wrong = 0
     for k in range(80):

@@ -175,7 +175,7 @@ def _part(part, where, waiting):
 
 
 def encode_bytes(messages, tokenizer, markups, prompt=False):
-    """Tokens of a conversation in ChatML, for tokenizers without a template.
+    """Tokens of a conversation, each turn between its role's token and ``<|im_end|>``.
 
     Parameters
     ----------
@@ -199,11 +199,10 @@ def encode_bytes(messages, tokenizer, markups, prompt=False):
         ids.extend(tokens)
         weights.extend([weight] * len(tokens))
 
-    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
-    newline = tokenizer.encode("\n")
+    end = tokenizer.special["<|im_end|>"]
     for message in messages:
         weight = _label_weight(message)
-        add([start] + tokenizer.encode(message.role) + newline)
+        add([tokenizer.special[f"<|{message.role}|>"]])
         for part in message.parts:
             if part[0] == "text":
                 add(tokenizer.encode(part[1]), weight)
@@ -211,10 +210,9 @@ def encode_bytes(messages, tokenizer, markups, prompt=False):
             for mark in next(media):
                 add(tokenizer.encode(mark) if isinstance(mark, str)
                     else [tokenizer.special[mark[0]]] * mark[1])
-        add([end], weight)  # where to stop is learned, the newline behind it is not
-        add(newline)
+        add([end], weight)  # where to stop is learned
     if prompt:
-        add([start] + tokenizer.encode("assistant") + newline)
+        add([tokenizer.special["<|assistant|>"]])
     return ids, weights
 
 

@@ -75,7 +75,7 @@ class Processor:
     ...                                  {"type": "text", "text": "What?"}]},
     ...     {"role": "assistant", "content": "Black"}]}
     >>> processor([sample])
-    <Inputs: 1 sample, 39 tokens, 6 targets, 1 image of 24 patches>
+    <Inputs: 1 sample, 22 tokens, 6 targets, 1 image of 24 patches>
     """
 
     def __init__(self, tokenizer=None, family="qwen3_vl", images=None, videos=None, mel_bins=128,

@@ -8,15 +8,18 @@ from .assets import DataError, need, read_file
 SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
            "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>",
            "<|audio_pad|>")
+# A name for each role would cost as many bytes as a short question has.
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and eleven special ones behind them.
+    """One token per byte of UTF-8, and fifteen special ones behind them.
 
     Ids 0 to 255 are bytes; then come, in this order, ``<|pad|>`` (256), ``<|endoftext|>``,
     ``<|im_start|>``, ``<|im_end|>`` (259), ``<|vision_start|>``, ``<|vision_end|>``,
-    ``<|image_pad|>`` (262), ``<|video_pad|>``, ``<|audio_start|>``, ``<|audio_end|>`` and
-    ``<|audio_pad|>`` (266).  The vocabulary is rounded up to 272.
+    ``<|image_pad|>`` (262), ``<|video_pad|>``, ``<|audio_start|>``, ``<|audio_end|>``,
+    ``<|audio_pad|>`` (266), and one for each role, from ``<|system|>`` to ``<|tool|>`` (270), which
+    opens its turn; ``<|im_end|>`` closes it.  The vocabulary is rounded up to 272.
 
     Raises
     ------
@@ -34,7 +37,7 @@ class ByteTokenizer:
     vocab_size = 272
 
     def __init__(self):
-        self.special = {name: 256 + k for k, name in enumerate(SPECIAL)}
+        self.special = {name: 256 + k for k, name in enumerate(SPECIAL + ROLE_TOKENS)}
         self.stop = (self.special["<|im_end|>"], self.special["<|endoftext|>"])
         self.template = None
 

@@ -45,9 +45,9 @@ class Varied:
     Examples
     --------
     >>> import numpy as np, orchvlm
+    >>> picture = np.zeros((32, 32, 3), np.uint8)
     >>> cat = {"messages": [
-    def __init__(self, dataset, seed=0, *, shift=0.1, zoom=0.2, turn=12.0, tint=0.3,
-                 grey=0.1):
+    ...     {"role": "user", "content": [{"type": "image", "image": picture},
     ...                                  {"type": "text", "text": "What is this?"}]},
     ...     {"role": "assistant", "content": "cat"}]}
     >>> varied = orchvlm.data.Varied([cat], seed=1)

@@ -5,23 +5,17 @@ from functools import cached_property
 
 import numpy as np
 
+from ._numbers import real, reals, refuse_masked
+
 _RESERVED = ("llm", "text", "source")
 ITEM_COLUMNS = ("sample", "position", "length", "out_tokens", "bytes")
 BATCH_COLUMNS = ("text_tokens", "target_tokens", "source_rank")
 
 
-def refuse_masked(value, name):
-    """The value; a masked array is refused, as nothing here would look at its mask."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass its "
-                        "compressed() or filled() values")
-    return value
-
-
 def integers(value, name, n=None):
     """A read-only int64 array of one dimension (and n elements)."""
     array = np.asarray(refuse_masked(value, name))
-    if array.size and array.dtype.kind not in "iu":
+    if array.dtype.kind not in ("iu" if array.size else "iuf"):  # [] is an array of floats
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional; got shape {array.shape}")
@@ -36,12 +30,7 @@ def integers(value, name, n=None):
 
 def amount(value, name):
     """A finite float >= 0."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    try:
-        value = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite; got an integer above 1e308") from None
+    value = real(value, name)
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {value}")
     return value
@@ -120,10 +109,7 @@ class Items:
             n = len(column)
             object.__setattr__(self, name, column)
         if self.squares is not None:
-            squares = np.asarray(refuse_masked(self.squares, "Items.squares"))
-            if squares.size and squares.dtype.kind not in "iuf":
-                raise TypeError(f"Items.squares must hold numbers; got dtype {squares.dtype}")
-            squares = squares.astype(np.float64)
+            squares = reals(self.squares, "Items.squares")
             if squares.shape != (n,) or not np.all(np.isfinite(squares) & (squares >= 0)):
                 raise ValueError(f"Items.squares must be {n} finite values >= 0")
             squares.flags.writeable = False

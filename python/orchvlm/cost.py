@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import _core
+from ._numbers import real
 
 #: Degrees that one SequenceCost can hold, as in csrc/plan/sp_model.h.
 _MAX_DEGREES = 64
 
 
 def _coefficient(owner, name, value, least=0.0, infinite=False):
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{owner}.{name} must be a number; got {type(value).__name__}")
-    try:
-        value = float(value)
-    except OverflowError:
-        raise ValueError(f"{owner}.{name} must be finite; got an integer above 1e308") from None
+    value = real(value, f"{owner}.{name}")
     if math.isnan(value) or value < least or math.isinf(value) and not infinite:
         kind = ">= 0" if infinite else "finite and >= 0"
         raise ValueError(f"{owner}.{name} must be {kind}; got {value}")

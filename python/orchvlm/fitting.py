@@ -4,7 +4,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
-from .batch import refuse_masked
+from ._numbers import real, refuse_masked
 from .cost import _MAX_DEGREES, BatchCost, SequenceCost, _count
 
 _TERMS = tuple(BatchCost.__dataclass_fields__)
@@ -149,15 +149,8 @@ def _lengths(value, row):
 
 
 def _column(rows, index, name):
-    column = [row[index] for row in rows]
-    for i, value in enumerate(column):
-        if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-            raise TypeError(f"measurements[{i}]: {name} must be a number; "
-                            f"got {type(value).__name__}")
-    try:
-        return np.array([float(value) for value in column])
-    except OverflowError:
-        raise ValueError(f"measurements: {name} must be finite") from None
+    return np.array([real(row[index], f"measurements[{i}]: {name}")
+                     for i, row in enumerate(rows)])
 
 
 def _term_bits(terms):

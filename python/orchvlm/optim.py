@@ -1,8 +1,10 @@
 """AdamW on a model's gradients, and schedules of its rate."""
 import math
 import sys
+
 import numpy as np
 
+from ._numbers import real
 from .weights import Weights, matching
 
 _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
@@ -11,9 +13,10 @@ _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
 def finite_number(value, name, low, high=math.inf):
     """The float, or ValueError with the argument's name."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
-            not low <= value <= min(high, sys.float_info.max):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r}")
-    return float(value)
+            np.iscomplexobj(value) or not low <= (number := real(value, name)) <= \
+            min(high, sys.float_info.max):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
+    return number
 
 
 class AdamW:

@@ -4,7 +4,7 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
-from .batch import refuse_masked
+from ._numbers import refuse_masked
 from .cost import _count
 from .tables import html_table
 

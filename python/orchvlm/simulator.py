@@ -247,7 +247,8 @@ def _simulate_policy(name, placers, cluster, options, flops, report):
 
 def _as_batches(batches, n_ranks):
     """A list of batches; plain lengths become text samples dealt out in turn."""
-    from .batch import Batch, refuse_masked
+    from ._numbers import refuse_masked
+    from .batch import Batch
     if not isinstance(batches, (list, tuple)):
         batches = [batches]
     if len(batches) == 0:

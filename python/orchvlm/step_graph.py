@@ -66,12 +66,17 @@ def measure_traffic(exchange, cluster):
     source, target, size = (a[moved] for a in (exchange.source, exchange.target, exchange.size))
     inter = source // per_node != target // per_node
     seconds, total = np.zeros(n), []
-    for far, bandwidth in ((False, cluster.intra_bandwidth), (True, cluster.inter_bandwidth)):
-        chosen = inter == far
-        for end in (source, target):
-            load = np.bincount(end[chosen], weights=size[chosen], minlength=n)
-            seconds = np.maximum(seconds, load / bandwidth)
-        total.append(float(size[chosen].sum()))
+    with np.errstate(over="ignore"):  # refused below
+        for far, bandwidth in ((False, cluster.intra_bandwidth), (True, cluster.inter_bandwidth)):
+            chosen = inter == far
+            for end in (source, target):
+                load = np.bincount(end[chosen], weights=size[chosen], minlength=n)
+                seconds = np.maximum(seconds, load / bandwidth)
+            total.append(float(size[chosen].sum()))
+    if not np.isfinite([seconds.max(initial=0.0), *total]).all():
+        raise ValueError(f"{exchange.name}: its bytes over the cluster's bandwidths are more "
+                         "seconds than a float holds; check intra_bandwidth, inter_bandwidth and "
+                         "bytes per token")
     return Traffic(seconds, *total)
 
 

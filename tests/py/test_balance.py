@@ -172,22 +172,29 @@ def test_home_moves_least_bytes_by_brute_force(rng):
 
 
 def test_home_is_graceful_as_slack_falls(rng):
-    """What leaves a node beyond its surplus, which must, is mostly a few per cent, down to slack 0,
-    and never most of everything, as in a plan without homes."""
-    node, before = 8, None
-    n_ranks, each = int(rng.choice([16, 32, 64])), int(rng.integers(12, 33))
-    lengths = np.clip(np.exp(6.4 + rng.standard_normal(n_ranks * each)), 16, 8192).astype(np.int64)
-    home, total = np.repeat(np.arange(n_ranks), each), lengths.sum()
-    loads = np.bincount(home, lengths, n_ranks)
-    for slack in (0.05, 0.01, 0.003, 0.001, 3e-4, 1e-4, 0):
-        p = balance(lengths, n_ranks, home=home, node_size=node, slack=slack).check()
-        most = p.loads.max()
-        must_cross = np.maximum(loads.reshape(-1, node).sum(1) - node * most, 0).sum()
-        crossing, moved = bytes_moved(lengths, home, p.rank, node)
-        assert must_cross <= crossing * (1 + 1e-12) and crossing - must_cross < 0.25 * total
-        assert moved - np.maximum(loads - most, 0).sum() < 0.6 * total
-        assert before is None or crossing < before + 0.2 * total
-        before = crossing
+    """What leaves a node beyond its surplus, which must, is mostly a few per cent, down to slack 0.
+
+    The median of some draws: about one draw in 500 has no exact plan that the search from the homes
+    finds, and then the plan without homes, its ranks renamed, is all there is at slack 0."""
+    node, draws = 8, 7
+    slacks = (0.05, 0.01, 0.003, 0.001, 3e-4, 1e-4, 0)
+    beyond = np.empty((draws, len(slacks), 2))  # between nodes, between ranks; of all bytes
+    for d in range(draws):
+        n_ranks, each = int(rng.choice([16, 32, 64])), int(rng.integers(12, 33))
+        lengths = np.clip(np.exp(6.4 + rng.standard_normal(n_ranks * each)), 16, 8192)
+        lengths, home = lengths.astype(np.int64), np.repeat(np.arange(n_ranks), each)
+        loads = np.bincount(home, lengths, n_ranks)
+        for s, slack in enumerate(slacks):
+            p = balance(lengths, n_ranks, home=home, node_size=node, slack=slack).check()
+            most = p.loads.max()
+            must = (np.maximum(loads.reshape(-1, node).sum(1) - node * most, 0).sum(),
+                    np.maximum(loads - most, 0).sum())
+            moved = bytes_moved(lengths, home, p.rank, node)
+            assert must[0] <= moved[0] * (1 + 1e-12) and must[1] <= moved[1] * (1 + 1e-12)
+            beyond[d, s] = np.subtract(moved, must) / lengths.sum()
+    crossing, moved = np.median(beyond, axis=0).T
+    assert crossing.max() < 0.1 and moved.max() < 0.4
+    assert np.all(np.diff(crossing) < 0.05)
 
 
 def test_home_already_balanced_moves_nothing():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import orchvlm
-from orchvlm import Batch, BatchCost, Cluster, Items, SequenceCost, demo
+from orchvlm import Batch, BatchCost, Cluster, Items, SequenceCost, data, demo
+from orchvlm.data.video import open_video
 from orchvlm.reading import read_lengths
 from orchvlm.tables import format_bytes
 
@@ -66,10 +67,33 @@ REFUSED = [
     (partial(NO_ROUTE.receive_counts, 0.5), TypeError, "rank"),
     (partial(read_lengths, "lengths.csv", per_unit=float("nan")), ValueError, "per_unit"),
     (partial(read_lengths, "lengths.csv", per_unit=-1), ValueError, "per_unit"),
+    *((partial(data.ImageRule, std=std), error, "std") for std, error in (
+        (10**400, ValueError), ((1, 10**400, 1), ValueError), ((1, 2, 1j), TypeError),
+        (np.ones(3, complex), TypeError), (np.ma.array([1., 2, 3]), TypeError),
+        (("a", "b", "c"), TypeError), ([1, [2, 3]], TypeError))),
+    (partial(data.Clip, [np.zeros((2, 2, 3), np.uint8)], np.zeros(1, complex)), data.DataError,
+     "times"),
+    (partial(open_video, [], 10**400), ValueError, "fps"),
+    *((partial(data.Mixture, [["a"], ["b"]], weights), error, "weights") for weights, error in (
+        (np.ones(2, complex), TypeError), ([1, 10**400], ValueError))),
+    (partial(BatchCost, np.complex128(1)), TypeError, "BatchCost.linear"),
+    (partial(BatchCost, np.ones(1)), TypeError, "BatchCost.linear"),
+    (partial(Items, *[np.zeros(0, complex)] * 5), TypeError, "Items.sample"),
+    (partial(Items, *[[]] * 5, squares=np.zeros(0, complex)), TypeError, "Items.squares"),
+    (partial(Items, *[[]] * 5, out_bytes_per_token=np.complex64(1)), TypeError,
+     "out_bytes_per_token"),
+    (partial(orchvlm.fit, [([1, 2], np.complex64(1))]), TypeError, r"measurements\[0\]"),
+    (partial(orchvlm.fit, [([1, 2], 10**400)]), ValueError, r"measurements\[0\]"),
+    *((partial(orchvlm.schedule, "linear", peak, 5), ValueError, "peak") for peak in (
+        np.complex64(1), np.float16("inf"), 10**400)),
+    (partial(simulate, Batch([5, 5], [5, 5], [0, 0], {"vision": Items(
+        [0, 1], [0, 0], [4, 4], [2, 2], [9, 9], out_bytes_per_token=1e300)}), cluster=Cluster(
+            1, 2, 1e9, 1e9, 5e-324, 5e-324), policies=("veomni",)), ValueError, "bandwidth"),
 ]
 
 
 @pytest.mark.parametrize("call, error, word", REFUSED)
+@pytest.mark.filterwarnings("error")
 def test_refused_before_any_work(call, error, word):
     with pytest.raises(error, match=word):
         call()

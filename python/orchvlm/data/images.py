@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .._numbers import reals
 from .assets import DataError, as_asset, need
 
 MOST_PIXELS = 1 << 26        # of a file before it is decoded; more is taken for a bomb
@@ -270,12 +271,12 @@ class ImageRule:
             raise ValueError(f"ImageRule.min_pixels must be at most max_pixels, {self.max_pixels};"
                              f" got {self.min_pixels}")
         for name in ("mean", "std"):
-            values = np.asarray(getattr(self, name), float)
+            values = reals(getattr(self, name), f"ImageRule.{name}")
             if values.shape != (3,) or not np.isfinite(values).all() or (
                     name == "std" and values.min() <= 0):
                 raise ValueError(f"ImageRule.{name} must be three finite numbers"
                                  f"{' above 0' if name == 'std' else ''}; got "
-                                 f"{getattr(self, name)!r}")
+                                 f"{getattr(self, name)!r:.60}")
             object.__setattr__(self, name, tuple(values.tolist()))
 
     @classmethod

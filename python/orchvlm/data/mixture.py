@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from .._numbers import real
 from ..inputs import Inputs
 from .assets import DataError
 
@@ -137,8 +138,8 @@ class Mixture:
             sizes = [part.size for part in self._parts]
             weights = [1] * len(sizes) if None in sizes else sizes
         try:
-            self.weights = [float(weight) for weight in weights]
-        except (TypeError, ValueError, OverflowError):
+            self.weights = [real(weight, "weights") for weight in weights]
+        except TypeError:
             raise TypeError(f"weights must be numbers; got {weights!r:.60}") from None
         if len(self.weights) != len(datasets) or not all(
                 0 < weight < math.inf for weight in self.weights):

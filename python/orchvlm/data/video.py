@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._numbers import real, reals
 from .assets import DataError, as_asset, need
 from .images import MOST_PIXELS, load_image, open_image, to_rgb
 
@@ -123,8 +124,8 @@ class Clip:
     def __post_init__(self):
         try:
             frames = [np.asarray(frame) for frame in self.frames]
-            times = np.asarray(self.times_s, np.float64)
-        except (TypeError, ValueError, OverflowError):
+            times = reals(self.times_s, "times_s")
+        except (TypeError, ValueError):
             raise DataError("Clip: frames must be arrays and times numbers") from None
         if not frames or times.shape != (len(frames),) or not np.isfinite(times).all():
             raise DataError(f"Clip: {len(frames)} frames need as many finite times; got "
@@ -172,7 +173,7 @@ def open_video(source, fps=None, name="video"):
     DataError
         A file that is broken, too long or of an unknown kind; a folder without pictures.
     """
-    rate = 1.0 if fps is None else float(fps)
+    rate = 1.0 if fps is None else real(fps, f"{name}: fps")
     if not 0 < rate <= 1e6:
         raise DataError(f"{name}: fps must be in 0 .. 1e6; got {rate}")
     if isinstance(source, Clip):
@@ -291,7 +292,7 @@ def pair_times(times_s, size):
     float64[n]
         One time per group.
     """
-    times = np.asarray(times_s, np.float64)
+    times = reals(times_s, "times_s")
     times = np.concatenate([times, np.repeat(times[-1:], -len(times) % size)])
     return (times[::size] + times[size - 1::size]) / 2
 

@@ -76,6 +76,13 @@ REFUSED = [
     (partial(open_video, [], 10**400), ValueError, "fps"),
     *((partial(data.Mixture, [["a"], ["b"]], weights), error, "weights") for weights, error in (
         (np.ones(2, complex), TypeError), ([1, 10**400], ValueError))),
+    (partial(orchvlm.balance, [2**64, 5], 2), ValueError, "lengths holds a value above 2\\^63"),
+    (partial(orchvlm.balance, [5, "a"], 2), TypeError, "lengths must hold integers"),
+    (partial(orchvlm.balance, [2**64, None], 2), TypeError, "lengths must hold integers"),
+    (partial(orchvlm.balance, np.zeros(0, complex), 2), TypeError, "lengths"),
+    (partial(orchvlm.balance, [5], 2, slack=np.complex64(1)), TypeError, "slack"),
+    (partial(orchvlm.balance, [5], 2, slack=np.array(1j)), TypeError, "slack"),
+    (partial(Batch, [2**70], [5], [0]), ValueError, "text_tokens holds a value above 2\\^63"),
     (partial(BatchCost, np.complex128(1)), TypeError, "BatchCost.linear"),
     (partial(BatchCost, np.ones(1)), TypeError, "BatchCost.linear"),
     (partial(Items, *[np.zeros(0, complex)] * 5), TypeError, "Items.sample"),

@@ -471,3 +471,14 @@ def test_dps_refuse_bad_input():
             function([1], 1.0)
     assert orchvlm.bucket_lengths([], 3)[0].shape == (0,)
     assert orchvlm.blast_lengths(np.zeros(0, np.int64), 3).shape == (0,)
+
+
+def test_a_large_gap_that_the_clock_left_gets_advice():
+    """The bound alone is turned down, as a machine of any speed would leave it."""
+    plan = orchvlm.plan_sequences([30, 20, 10], 4, orchvlm.SequenceCost(0.0, 1e-3))
+    assert plan.advice == ""
+    plan.cut_short, plan.bound = True, plan.time / 1.63
+    assert "63 %" in plan.advice and "time_limit" in plan.advice
+    assert plan.advice in plan._repr_html_() and "cut short" in repr(plan)
+    plan.bound = plan.time
+    assert plan.advice == ""

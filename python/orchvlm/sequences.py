@@ -364,10 +364,12 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     pad_to : int
         Each GPU's shard is padded to a multiple of this many tokens, which counts as memory.
     micro_batches : int, optional
-        Exactly this many, at most 2^20, the last ones empty if need be.  Default: as many as pay.
+        The plan has exactly this many, at most 2^20; no more of them than pay are used, and the
+        last ones are empty.  Default: as many as pay.
     policy : {"flex", "chunked", "homogeneous", "static"}
-        ``"static"``: one degree for the whole step, the best one.  ``"homogeneous"``: the best
-        degree per micro-batch of sorted chunks, longest first onto the least loaded group.
+        ``"static"``: one degree for the whole step, the best one with its best M.
+        ``"homogeneous"``: the best degree per micro-batch of sorted chunks, longest first onto the
+        least loaded group, for the first feasible M to M + 4 and the best M of each degree.
         ``"chunked"`` (FlexSP): sorted chunks, mixed groups in each, for the first feasible M to
         M + 4.  ``"flex"``: micro-batches and groups chosen together, after all that the others do:
         with the same ``work_limit`` never worse than they.

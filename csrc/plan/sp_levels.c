@@ -302,8 +302,9 @@ ovlm_status sp_levels_improve(const sp_model *model, sp_chunked *starts, int64_t
     }
     l.tokens = count_boxes(model);
     double least = fmin(ceil(l.tokens), (double)model->n);
-    l.least = n_micro > 0 ? n_micro : least < 2 ? 2 : (int64_t)least;
-    l.most = n_micro > 0 ? n_micro : l.least + 1;
+    l.least = least < 2 ? 2 : (int64_t)least;
+    l.most = n_micro > 0 && n_micro <= l.least ? n_micro : l.least + 1;
+    l.least = l.least < l.most ? l.least : l.most;
     OVLM_GOTO(done, levels_init(&l, model, &starts->draft[starts->n_drafts], seed, arena, err));
     ovlm_meter part = sp_purse_part(purse, share);
     status = run(&l, &part, err);

@@ -84,6 +84,20 @@ static ovlm_status start(solving *s, ovlm_sp_policy policy, sp_chunked *chunked,
     return take_all(s, chunked, err);
 }
 
+/* As many micro-batches as are best for some degree; the best such step also joins the drafts. */
+static ovlm_status start_by_degrees(solving *s, ovlm_sp_policy policy, sp_chunked *drafts,
+                                    ovlm_err *err)
+{
+    sp_draft *draft = &drafts->draft[drafts->n_drafts];
+    int64_t order[SP_DRAFTS];
+    OVLM_TRY(sp_draft_init(draft, s->model.n, &s->arena, err));
+    OVLM_TRY(sp_policy_degrees(&s->model, policy, s->problem->micro_batches, draft, &s->purse,
+                               &s->arena, err));
+    drafts->n_drafts += isfinite(draft->time_s);
+    sp_policy_order(drafts, order);
+    return take(s, draft, err);
+}
+
 /* Sorted chunks, and the group solver in each: a policy, and what flex does first. */
 static ovlm_status search_chunks(solving *s, sp_chunked *chunked, ovlm_err *err)
 {
@@ -101,7 +115,7 @@ static ovlm_status solve_chunked(solving *s, ovlm_err *err)
 
 /* All that the other policies do, so that flex is never worse than they (of what the clock leaves
  * time for); chunks of one degree each are the homogeneous ones, unless that policy has to use more
- * micro-batches. */
+ * micro-batches, and those are no worse than the static ones. */
 static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
 {
     sp_chunked other;
@@ -109,7 +123,8 @@ static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
     if (starts->mixed && !sp_purse_expired(&s->purse)) {
         OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
     }
-    return sp_purse_expired(&s->purse) ? OVLM_OK : start(s, OVLM_SP_STATIC, &other, err);
+    return sp_purse_expired(&s->purse) ? OVLM_OK
+                                       : start_by_degrees(s, OVLM_SP_HOMOGENEOUS, starts, err);
 }
 
 static ovlm_status solve_flex(solving *s, ovlm_err *err)
@@ -127,9 +142,6 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(take(s, &warm, err));
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
         return OVLM_OK; /* no search: not even what it would start from */
-    }
-    if (s->problem->micro_batches > s->model.n) {
-        return OVLM_OK; /* some stay empty: the searches take every micro-batch to be used */
     }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
@@ -200,7 +212,7 @@ static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
 
 static ovlm_status search(solving *s, ovlm_err *err)
 {
-    sp_chunked chunked;
+    sp_chunked chunked = {0};
     OVLM_TRY(raise_bound(s, FIRST_BOUND, err));
     if (!isfinite(s->bound)) {
         return fail_without_plan(s, err);
@@ -208,7 +220,10 @@ static ovlm_status search(solving *s, ovlm_err *err)
     switch (s->problem->policy) {
     case OVLM_SP_STATIC:
     case OVLM_SP_HOMOGENEOUS:
-        OVLM_TRY(start(s, s->problem->policy, &chunked, err));
+        if (s->problem->policy == OVLM_SP_HOMOGENEOUS) {
+            OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &chunked, err));
+        }
+        OVLM_TRY(start_by_degrees(s, s->problem->policy, &chunked, err));
         OVLM_TRY(raise_bound(s, 1, err));
         break;
     case OVLM_SP_CHUNKED: OVLM_TRY(solve_chunked(s, err)); break;

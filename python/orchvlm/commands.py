@@ -138,9 +138,9 @@ def _plan_items(arguments, found, cluster):
         plot_loads({"tokens": drawn}, {"tokens": part.loads}, arguments.plot,
                    {"tokens": part.bound})
     if arguments.json:
-        _print_json({"row": found.row, "rank": part.rank, "loads": part.loads, "bound": part.bound, "gap": part.gap,
-                     "imbalance": part.imbalance, "status": part.status,
-                     "cut_short": part.cut_short})
+        _print_json({"row": found.row, "rank": part.rank, "loads": part.loads,
+                     "bound": part.bound, "gap": part.gap, "imbalance": part.imbalance,
+                     "status": part.status, "cut_short": part.cut_short})
         return 0
     mean = drawn.mean()
     print(text_table(["", "largest", "mean", "max / mean"],
@@ -188,7 +188,7 @@ def _groups_json(plan_, row):
 
 def _proof(plan_):
     return (f"Step {plan_.time:.4f} s; no plan takes less than {plan_.bound:.4f} s: "
-            f"gap {format_percent(plan_.gap, 2)}.")
+            f"gap {format_percent(plan_.gap, 2)}." + "\n" * bool(plan_.advice) + plan_.advice)
 
 
 def _plan_groups(arguments, found, cluster):
@@ -230,7 +230,8 @@ def _plan_demo(arguments):
                               **_search(arguments))
         others = "" if arguments.json else _others_text(lengths, cluster, made, arguments)
     if arguments.plot:
-        _plot_demo(arguments.plot, batch, step, model.costs, cluster, made)
+        from .plots import plot_plans
+        plot_plans(*step._loads(), made, cluster.n_gpus, arguments.plot)
     if arguments.json:
         _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
                      "sequences": _groups_json(made, np.arange(len(lengths)))})
@@ -262,22 +263,6 @@ def _others_text(lengths, cluster, made, arguments):
                                gpus_per_node=cluster.gpus_per_node, **_search(arguments))
         parts.append(f"{words} {other.time:.4f} s ({other.time / made.time:.2f}x)")
     return "Other policies (and their time over this plan's): " + ", ".join(parts) + "."
-
-
-def _plot_demo(path, batch, step, costs, cluster, made):
-    from .plots import plot_plans
-    from .policies import load_per_rank, squares_of
-    source, tokens = np.asarray(batch.source_rank), batch.language_lengths
-    work = {phase: (items.length, squares_of(items), source[items.sample],
-                    step.phases[phase].rank, step.phases[phase].bound)
-            for phase, items in batch.phases.items()}
-    work["llm"] = (tokens, np.asarray(tokens, float)**2, source, step.llm.rank, step.llm.bound)
-    before, after, bounds = {}, {}, {}
-    for phase, (length, squares, home, rank, bound) in work.items():
-        before[phase], after[phase] = (load_per_rank(costs[phase], r, length, squares,
-                                                     cluster.n_gpus) for r in (home, rank))
-        bounds[phase] = bound
-    plot_plans(before, after, bounds, made, cluster.n_gpus, path)
 
 
 # ---------------------------------------------------------------- simulate

@@ -367,7 +367,8 @@ def test_a_refusal_of_the_process(tmp_path):
 def test_doctor():
     done = run("doctor")
     assert done.returncode in (0, 1)
-    for part in ("orchvlm", "core", "numpy", "cuda backend", "nvcc", "gpu"):
+    for part in ("orchvlm", "core", "numpy", "cuda backend", "nvcc", "gpu",
+                 "matplotlib", "pillow", "tokenizers", "jinja2", "av", "scipy"):
         assert part in done.stdout
 
 

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "base/sort.h"
 #include "plan/sp_bound.h"
 #include "plan/sp_dp.h"
 
@@ -145,11 +146,10 @@ static ovlm_status find_first(chunker *c, int64_t least, int64_t only, sp_draft 
     return OVLM_OK;
 }
 
-/* Fewest micro-batches whose memory could hold all tokens in groups of degree index j. */
-static int64_t least_micro(const sp_model *model, int64_t j)
+/* Fewest micro-batches of that many tokens each; at most one per sequence. */
+static int64_t least_micro(const sp_model *model, double tokens)
 {
-    double per_gpu = (double)model->cap[j] / (double)model->degree[j];
-    double least = model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
+    double least = model->sum_s[model->n] / tokens;
     int64_t whole = least < (double)model->n ? (int64_t)least : model->n;
     return whole < 1 ? 1 : whole;
 }
@@ -170,11 +170,8 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
     chunker c;
     OVLM_TRY(chunker_open(&c, model, policy, n_micro, purse, arena, err));
     *chunked = (sp_chunked){0};
-    int64_t first = c.most;
-    for (int64_t j = 0; j < model->D; j++) {
-        int64_t least = least_micro(model, j);
-        first = least < first ? least : first;
-    }
+    int64_t first = least_micro(model, sp_model_tokens(model));
+    first = first < c.most ? first : c.most;
     for (int64_t m = 0; chunked->n_drafts < SP_TRIES && m <= c.most; m++) {
         sp_draft *draft = &chunked->draft[chunked->n_drafts];
         bool fits = false;
@@ -199,7 +196,9 @@ ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_
  * micro-batches, 0: none. */
 static ovlm_status try_degree(chunker *c, int64_t j, sp_draft *to, int64_t *best)
 {
-    int64_t least = least_micro(c->model, j), first = 0;
+    const sp_model *model = c->model;
+    double per_gpu = (double)model->cap[j] / (double)model->degree[j];
+    int64_t least = least_micro(model, per_gpu * (double)model->n_gpus), first = 0;
     sp_draft *own = &c->own;
     bool fits;
     *best = 0;
@@ -260,12 +259,6 @@ void sp_policy_order(sp_chunked *chunked, int64_t *order)
 
 /* ------------------------------------------------------------------ improvement ---------- */
 
-static int compare_i64(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
-
 /* Micro-batch m of a draft as an sp_micro, and its items ascending in k. */
 static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, sp_micro *micro,
                        int64_t *k)
@@ -284,7 +277,7 @@ static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, 
         micro->makespan = time > micro->makespan ? time : micro->makespan;
     }
     micro->start[g1 - g0] = draft->start[g1] - i0;
-    qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, compare_i64);
+    qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, ovlm_compare_i64);
 }
 
 /* What the chunks of one draft are improved with. */

@@ -20,6 +20,7 @@ enum { STRIDE = 16 };
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
+#define BOUND_AT_LEAST 0.06 /* of all steps: what the shares below come to */
 #define LEVELS 0.6 /* where there are several micro-batches */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
@@ -33,6 +34,7 @@ typedef struct solving {
     sp_purse purse;
     sp_draft best;
     double bound;
+    int64_t reserved; /* steps of the bound, whatever the searches before it took beyond theirs */
     ovlm_arena arena;
 } solving;
 
@@ -45,6 +47,9 @@ static ovlm_status raise_bound(solving *s, double share, ovlm_err *err)
 {
     double bound = 0;
     ovlm_meter part = sp_purse_part(&s->purse, share);
+    if (share > 0 && part.work_limit < s->reserved) {
+        part.work_limit = s->reserved;
+    }
     OVLM_TRY(sp_bound_step(&s->model, s->problem->micro_batches, s->best.time_s, &part, &bound,
                            &s->arena, err));
     (void)sp_purse_absorb(&s->purse, &part);
@@ -141,7 +146,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(solve_others(s, &starts, err));
     OVLM_TRY(take(s, &warm, err));
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
-        return OVLM_OK; /* no search: not even what it would start from */
+        /* no search: not even what it would start from */
+        return is_optimal(s->best.time_s, s->bound) ? OVLM_OK : raise_bound(s, 1, err);
     }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
@@ -213,6 +219,7 @@ static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
 static ovlm_status search(solving *s, ovlm_err *err)
 {
     sp_chunked chunked = {0};
+    s->reserved = (int64_t)(BOUND_AT_LEAST * (double)s->purse.meter.work_limit);
     OVLM_TRY(raise_bound(s, FIRST_BOUND, err));
     if (!isfinite(s->bound)) {
         return fail_without_plan(s, err);

@@ -93,8 +93,9 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     Longest-first on a winner tree, O(n log N), then search until the bound is met: a few ranks at a
     time are taken apart and refilled exactly; differencing; for padded costs, bisection over cuts
     of the sorted list (an optimum when nothing else is charged) and trades with the fullest rank;
-    branch and bound up to 16 units. Never worse than longest-first, and more work is never
-    worse. Deterministic for the same arguments unless ``cut_short``. The bound is the largest of
+    branch and bound up to 16 units. Never worse than longest-first and, without `home`, more work
+    is never worse; with it, the best largest load and what then moves may each go either way by a
+    little. Deterministic for the same arguments unless ``cut_short``. The bound is the largest of
     the mean load, the largest item, pigeonhole sums, Martello and Toth's L2 and, for padded
     costs, the optimum over cuts and a Lagrangian of their sum; it is rounded down.
 

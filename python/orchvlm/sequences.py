@@ -449,6 +449,7 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     ``"flex"`` starts from sorted chunks and walks over whole steps: it takes sequences out of the
     longest groups of some micro-batches and puts them where they lengthen no micro-batch, several
     walks from different M, the best ones longest.  A step of that costs about 1 us per 100 groups.
+    A search is never worse than ``work_limit=0``; of two others, the longer one may by chance be.
     Unless ``cut_short`` is False everywhere, one rank plans and sends the bytes to the others.
 
     References

@@ -25,11 +25,11 @@ typedef struct entry {
 typedef struct kase {
     double bound;
     int64_t seen; /* pool entries tried                                         */
-    int64_t best; /* the entry that proves the bound                            */
-    int64_t slots;
-    bool more;    /* any number of micro-batches from `slots` on, all are free  */
-    bool solved;  /* no better prices were found: cut it                        */
-    int64_t cut_slot, cut_at;
+    int64_t best; /* the entry that proves the bound, or the one in its place   */
+    int64_t count, slots;     /* micro-batches; those with intervals of their own */
+    bool more;                /* or any number above, all free: one slot for all  */
+    bool solved;              /* no better prices were found: cut it              */
+    int64_t cut_slot, cut_at; /* there; slot -1: nowhere                          */
     uint8_t from[SLOTS], to[SLOTS];
 } kase;
 
@@ -44,7 +44,6 @@ typedef struct cases {
     const sp_model *model;
     sp_contents contents;
     sp_simplex lp;
-    int64_t n_slots; /* rows of the program after those of the nodes */
     double hint, low, longest_s;
     entry *pool; /* [POOL], the last ones */
     int64_t n_pool;
@@ -64,11 +63,11 @@ static const entry *entry_at(const cases *c, int64_t p)
 }
 
 /* Evaluates c->pi; a new entry of the pool. */
-static const entry *add_entry(cases *c)
+static void add_entry(cases *c)
 {
     sp_contents *x = &c->contents;
     entry *e = &c->pool[c->n_pool++ % POOL];
-    double least = HUGE_VAL, fixed = c->model->fixed, scale = 1;
+    double least = HUGE_VAL, fixed = c->model->fixed;
     memcpy(e->pi, c->pi, (size_t)x->nodes.rows * sizeof *e->pi);
     e->total = sp_contents_evaluate(x, c->pi);
     for (int64_t i = 0; i < x->n_intervals; i++) {
@@ -76,10 +75,9 @@ static const entry *add_entry(cases *c)
         least = fmin(least, e->phi[i]);
     }
     /* A micro-batch holds at most t + fixed - least: times that scale, at most t + fixed. */
-    scale = least < 0 ? fixed / (fixed - least) * (1 - 1e-12) : 1;
+    double scale = least < 0 ? fixed / (fixed - least) * (1 - 1e-12) : 1;
     e->free_total = scale * e->total;
     e->free_phi = fmax(least, 0);
-    return e;
 }
 
 /* What the prices prove in that case, rounded down. */
@@ -87,7 +85,7 @@ static double bound_by(const cases *c, const kase *k, const entry *e)
 {
     double margin = 1e-9 + 0x1.0p-50 * (double)c->model->n, sum = e->total, size = e->total;
     if (k->more) {
-        sum = e->free_total + (double)k->slots * e->free_phi;
+        sum = e->free_total + (double)k->count * e->free_phi;
         return sum - margin * sum;
     }
     double least = 0;
@@ -176,10 +174,10 @@ static void open_program(cases *c, const kase *k, const int64_t *row)
     for (int64_t r = 0; r < SLOTS; r++) {
         lp->demand[rows + r] = 0;
         lp->floor[rows + r] = k->more ? 0 : -HUGE_VAL;
-        lp->limit[rows + r] = (double)(k->slots + 1) * (c->longest_s + c->model->fixed);
+        lp->limit[rows + r] = (double)(k->count + 1) * (c->longest_s + c->model->fixed);
     }
     for (int64_t b = 0; b < k->slots; b++) {
-        lp->demand[rows + row[b]] += 1;
+        lp->demand[rows + row[b]] += k->more ? (double)k->count : 1;
     }
     int64_t p = c->n_proposals > FILLINGS ? c->n_proposals - FILLINGS : 0;
     for (; p < c->n_proposals; p++) {
@@ -197,46 +195,56 @@ static void set_box(cases *c, const entry *e)
     }
 }
 
-/* How far apart the makespans are that the program mixes for one slot; the widest is to be cut at
- * its mean. */
+/* How much of each interval the program has in the slots of a row. */
+static void weigh_intervals(const cases *c, int64_t row, double *mass)
+{
+    for (int64_t i = 0; i < INTERVALS; i++) {
+        mass[i] = 0;
+    }
+    for (int64_t r = 0; r < c->lp.rows; r++) {
+        int64_t column = c->lp.basis[r];
+        if (column >= 0 && c->column_row[column] == row) {
+            mass[c->column_interval[column]] += c->lp.x[r];
+        }
+    }
+}
+
+/* Takes one micro-batch from the mass, longest first; mean and variance of its interval. */
+static double take_slot(const kase *k, int64_t b, double *mass, double *mean)
+{
+    double want = 1, sum = 0, square = 0;
+    for (int64_t i = k->to[b]; i >= k->from[b] && want > 1e-9; i--) {
+        double part = fmin(mass[i], want);
+        sum += part * (double)i;
+        square += part * (double)(i * i);
+        want -= part;
+        mass[i] -= part;
+    }
+    double got = fmax(1 - want, 1e-9);
+    *mean = sum / got;
+    return square / got - *mean * *mean;
+}
+
+/* Makespans are whole, but the program mixes several for one slot: where they are the furthest
+ * apart, the case is to be cut at their mean. */
 static void choose_cut(const cases *c, kase *k, const int64_t *row)
 {
-    double worst = 1e-6;
+    double worst = 1e-6, mass[INTERVALS];
     k->cut_slot = -1;
-    for (int64_t b = 0; b < k->slots;) {
-        double mass[INTERVALS] = {0};
-        for (int64_t r = 0; r < c->lp.rows; r++) {
-            int64_t column = c->lp.basis[r];
-            if (column >= 0 && c->column_row[column] == row[b]) {
-                mass[c->column_interval[column]] += c->lp.x[r];
-            }
+    for (int64_t b = 0; b < k->slots; b++) {
+        if (b == 0 || row[b] != row[b - 1]) {
+            weigh_intervals(c, row[b], mass);
         }
-        int64_t i = k->to[b], end = b;
-        while (end < k->slots && row[end] == row[b]) {
-            double want = 1, sum = 0, square = 0, got = 0;
-            for (; i >= k->from[b]; i--) {
-                double part = fmin(mass[i], want);
-                sum += part * (double)i;
-                square += part * (double)(i * i);
-                got += part;
-                want -= part;
-                mass[i] -= part;
-                if (want < 1e-9) {
-                    break;
-                }
-            }
-            double mean = got > 0 ? sum / got : 0;
-            double spread = got > 0 ? square / got - mean * mean : 0;
-            spread *= c->contents.high[(int64_t)mean];
-            if (spread > worst && k->to[b] > k->from[b]) {
-                worst = spread;
-                k->cut_slot = end;
-                k->cut_at = (int64_t)mean < k->to[b] ? (int64_t)mean : k->to[b] - 1;
-                k->cut_at = k->cut_at > k->from[b] ? k->cut_at : k->from[b];
-            }
-            end++;
+        double mean, spread = take_slot(k, b, mass, &mean);
+        int64_t at = (int64_t)mean;
+        at = at < k->to[b] ? at : k->to[b] - 1;
+        at = at > k->from[b] ? at : k->from[b];
+        spread *= c->contents.high[at];
+        if (spread > worst && k->to[b] > k->from[b]) {
+            worst = spread;
+            k->cut_slot = b;
+            k->cut_at = at;
         }
-        b = end;
     }
 }
 
@@ -253,12 +261,13 @@ static void improve(cases *c, kase *k, double goal, ovlm_meter *meter)
         int64_t before = c->contents.visits;
         set_box(c, entry_at(c, k->best));
         double optimum = sp_simplex_solve(&c->lp, 100 + 2 * rows, &pivots);
-        k->solved = round == ROUNDS || (round > 0 && pivots == 0) || optimum < k->bound * (1 + CONVERGED);
+        k->solved = round == ROUNDS || (round > 0 && pivots == 0) ||
+                    optimum < k->bound * (1 + CONVERGED);
         for (int64_t r = 0; r < rows; r++) {
             double price = fmin(fmax(c->lp.price[r], c->lp.floor[r]), c->lp.limit[r]);
             c->pi[r] = entry_at(c, k->best)->pi[r] * (1 - STEP) + price * STEP;
         }
-        (void)add_entry(c);
+        add_entry(c);
         refresh(c, k);
         propose(c, k, row);
         int64_t visits = c->contents.visits - before +
@@ -299,15 +308,16 @@ static kase *worst_case(cases *c)
     return worst;
 }
 
-static void add_case(cases *c, int64_t slots, bool more)
+static void add_case(cases *c, int64_t count, bool more)
 {
     kase *k = &c->of[c->n++];
-    *k = (kase){.best = -1, .slots = slots, .more = more};
-    for (int64_t b = 0; b < slots; b++) {
+    *k = (kase){.best = -1, .count = count, .slots = more ? 1 : count, .more = more};
+    for (int64_t b = 0; b < k->slots; b++) {
         k->to[b] = (uint8_t)(c->contents.n_intervals - 1);
     }
 }
 
+/* The worst case alone limits the bound: prices first, then a cut. */
 static void run(cases *c, ovlm_meter *meter)
 {
     while (!ovlm_meter_look(meter)) {
@@ -368,12 +378,14 @@ ovlm_status sp_cases_raise(const sp_model *model, int64_t least, int64_t most, d
         return OVLM_OK;
     }
     OVLM_GOTO(done, init(&c, model, mean_s, arena, err));
-    (void)add_entry(&c);
-    if (least < SLOTS) {
+    add_entry(&c);
+    /* Beyond that many, makespans are too alike to tell apart. */
+    bool few = least <= SLOTS;
+    if (few) {
         add_case(&c, least, false);
     }
-    if (least >= SLOTS || most > least) {
-        add_case(&c, least < SLOTS ? least + 1 : least, true);
+    if (!few || most > least) {
+        add_case(&c, few ? least + 1 : least, true);
     }
     run(&c, meter);
     *low = fmin(fmax(*low, c.low), hint);

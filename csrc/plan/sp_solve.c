@@ -139,9 +139,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(take_all(s, &starts, err));
     sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
-    const shares *part = s->best.n_micro == 1           ? &alone
-                         : sp_bound_is_by_cases(&s->model) ? &told_apart
-                                                           : &usual;
+    const shares *part = sp_bound_is_by_cases(&s->model) ? &told_apart : &usual;
+    part = s->best.n_micro == 1 ? &alone : part;
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
         double share = turn ? 1 : part->search;
         OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), share, &s->purse, &found,

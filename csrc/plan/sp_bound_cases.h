@@ -19,8 +19,8 @@
 #include "plan/sp_model.h"
 
 /* Raises *low, a proved bound, towards `hint`, the time of a plan, for at least `least` and at most
- * `most` non-empty micro-batches of makespans of mean_s or so; a step with one above longest_s takes
- * at least the hint. */
+ * `most` non-empty micro-batches of makespans of mean_s or so; a step with one above longest_s
+ * takes at least the hint. */
 OVLM_NODISCARD ovlm_status sp_cases_raise(const sp_model *model, int64_t least, int64_t most,
                                           double mean_s, double longest_s, double hint,
                                           ovlm_meter *meter, double *low, ovlm_arena *arena,

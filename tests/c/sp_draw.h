@@ -12,7 +12,8 @@ typedef struct instance {
     double comm[8];
 } instance;
 
-/* Degrees: powers of two, or any set; memory from tight to none; one or several long items. */
+/* Degrees: powers of two, or any set; memory from tight to none; one or several long items; now and
+ * then lengths that differ only in their last digits, whose differences cancel. */
 static inline void draw(instance *x)
 {
     static const double memory[] = {1.02, 1.2, 1.6, 2.5, 6, 1e9};
@@ -33,6 +34,12 @@ static inline void draw(instance *x)
     }
     int64_t longest = 0, total = 0, spread = 2 + ovlm_rng_below(&test_rng, 1000);
     int64_t base = 1 + ovlm_rng_below(&test_rng, 1000);
+    if (ovlm_rng_below(&test_rng, 8) == 0) {
+        spread = 2 + ovlm_rng_below(&test_rng, 4);
+        for (int64_t digits = ovlm_rng_below(&test_rng, 12); digits > 0; digits--) {
+            base *= 10;
+        }
+    }
     for (int64_t k = 0; k < p->n; k++) {
         x->lengths[k] = base + ovlm_rng_below(&test_rng, spread);
         x->lengths[k] *= ovlm_rng_below(&test_rng, 3) == 0 ? 4 : 1;

@@ -332,7 +332,7 @@ def test_fractions_of_a_byte_are_rounded_and_not_dropped():
 
 
 def test_fractions_of_a_byte_move_groups_to_their_node():
-    """One sample, one rank, one node each: named by the sum, every group can be where its row is."""
+    """One sample, one rank, one node each: by the sum, every group can be where its row is."""
     rng = np.random.default_rng([SEED, 13])
     n = 16
     ones, zeros = np.ones(n, np.int64), np.zeros(n, np.int64)

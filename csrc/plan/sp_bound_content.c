@@ -165,51 +165,56 @@ static void keep(sp_contents *c, const group *g, int end, sp_holder found, doubl
     }
 }
 
-/* c[0] + c[1]*s + c[2]*s^2 from `low` to `high`: the least, and whether it is nearer to high. */
-static double least_between(const double *c, double low, double high, bool *at_high)
+/* c[0] + c[1]*u + c[2]*u^2 from 0 to `end`: the least, and whether it is nearer to the end. */
+static double least_between(const double *c, double end, bool *at_end)
 {
-    double a = c[0] + low * (c[1] + low * c[2]), b = c[0] + high * (c[1] + high * c[2]);
-    double vertex = c[2] > 0 ? -c[1] / (2 * c[2]) : low;
-    *at_high = b < a;
-    if (vertex > low && vertex < high) {
-        return fmin(c[0] + vertex * (c[1] + vertex * c[2]), fmin(a, b));
+    double last = c[0] + end * (c[1] + end * c[2]);
+    double vertex = c[2] > 0 ? -c[1] / (2 * c[2]) : 0;
+    *at_end = last < c[0];
+    if (vertex > 0 && vertex < end) {
+        return fmin(c[0] + vertex * (c[1] + vertex * c[2]), fmin(c[0], last));
     }
-    return fmin(a, b);
+    return fmin(c[0], last);
 }
 
-/* Heads longest..shortest, all in one run between nodes; the items from `first` on beside them. */
+/* Heads longest..shortest, all in one run between nodes; the items from `first` on beside them.
+ * Quadratics are in u, the length beyond the shortest: in the length itself, coefficients of heads
+ * that differ little would cancel to worse than ROUNDING. */
 static void try_heads(sp_contents *c, group *g, int64_t longest, int64_t shortest, int64_t first)
 {
     const sp_model *m = c->model;
-    double quad = m->quad[g->j], lin = m->lin[g->j], rho = 0;
-    double s_high = (double)m->s[longest], s_low = (double)m->s[shortest];
+    double s = (double)m->s[shortest], width = (double)m->s[longest] - s, rho = 0;
     rest left = rest_beside(c, g, shortest);
     if (first < m->n) {
         rho = search_theta(c, g, first, &left);
     }
-    double theta = theta_of(g->theta), per_s = theta / g->high, per_token = (1 - theta) / g->cap;
-    /* price = s*(base + slope*s); nodes of one length may have two prices */
-    double per_high = c->pi[longest] / s_high, per_low = c->pi[shortest] / s_low;
-    double slope = s_high > s_low ? (per_high - per_low) / (s_high - s_low) : 0;
-    double base = s_high > s_low ? per_low - slope * s_low : fmax(per_high, per_low);
-    /* t - groups*(price + rho*(per_s*(t - time) + per_token*(cap - s))) at t = high, low, time. */
-    double linear = -g->groups * (base - rho * per_token);
-    double square = -g->groups * slope, by_time = g->groups * rho * per_s;
-    double memory = g->groups * rho * (1 - theta);
+    double theta = theta_of(g->theta), by_time = g->groups * rho * theta / g->high;
+    double by_token = g->groups * rho * (1 - theta) / g->cap, quad = m->quad[g->j];
+    double time = sp_item_time(m, shortest, g->j), more = m->lin[g->j] + 2 * quad * s;
+    /* price = (s + u)*(per_token + slope*u); nodes of one length may have two prices */
+    double price = width > 0 ? c->pi[shortest] : fmax(c->pi[shortest], c->pi[longest]);
+    double slope = 0;
+    if (width > 0) {
+        slope = (c->pi[longest] / (double)m->s[longest] - price / s) / width;
+    }
+    /* t - groups*price - by_time*(t - time) - by_token*(cap - length) at t = high, low, time. */
+    double rest_s = g->groups * price + by_token * (g->cap - s);
+    double linear = by_token - g->groups * (price / s + slope * s), square = -g->groups * slope;
     double at[3][3] = {
-        {g->high - by_time * g->high - memory, linear + by_time * lin, square + by_time * quad},
-        {g->low - by_time * g->low - memory, linear + by_time * lin, square + by_time * quad},
-        {-memory, linear + lin, square + quad}};
+        {g->high - by_time * (g->high - time) - rest_s, linear + by_time * more,
+         square + by_time * quad},
+        {g->low - by_time * (g->low - time) - rest_s, linear + by_time * more,
+         square + by_time * quad},
+        {time - rest_s, linear + more, square + quad}};
     double size = g->high + g->groups * (fmax(c->pi[longest], c->pi[shortest]) + rho);
     for (int e = 0; e < 3; e++) {
-        int64_t far = e == 1 ? shortest : longest;
-        double time = sp_item_time(m, far, g->j);
-        if ((e == 1 && time > g->low) || (e == 2 && time < g->low)) {
+        double far = e == 1 ? time : sp_item_time(m, longest, g->j);
+        if ((e == 1 && far > g->low) || (e == 2 && far < g->low)) {
             continue; /* all take longer than low; none does */
         }
-        bool at_high;
-        double phi = least_between(at[e], s_low, s_high, &at_high);
-        int64_t head = at_high ? longest : shortest;
+        bool at_end;
+        double phi = least_between(at[e], width, &at_end);
+        int64_t head = at_end ? longest : shortest;
         double t = e == 0 ? g->high : fmax(g->low, sp_item_time(m, head, g->j));
         keep(c, g, e == 0, (sp_holder){phi, t, g->j, head, first, g->theta}, size);
     }

@@ -13,9 +13,8 @@
  * a micro-batch of that interval costs at least phi more than it holds.  Theta and rho depend on
  * the head, not on t: so V is linear, and t is an end - high, or the larger of low and time_h, as
  * no group ends before its head.  Heads are taken together from node to node, where price per token
- * is
- * linear in the length: with one theta and one rho, that of the shortest of them beside which most
- * fits, both ends are quadratic in the head's length, and their least is known.
+ * is linear in the length: with one theta and one rho, that of the shortest of them beside which
+ * most fits, both ends are quadratic in the head's length, and their least is known.
  *
  * What a fluid does not see and heads do: an item that takes more than half of a group leaves a
  * rest into which no other one like it fits. */

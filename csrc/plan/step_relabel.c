@@ -230,8 +230,8 @@ static void add_cell(const step_input *input, const ovlm_step_plan *plan,
         flows->group[f] = g;
         flows->shard[f] = shard;
         flows->rank[f] = sender(input, plan, p, x->item);
-        flows->bytes[f] = (int64_t)((double)x->n_rows *
-                                    input->problem->phase[p].out_bytes_per_token);
+        flows->bytes[f] =
+            step_bytes(x->n_rows, input->problem->phase[p].out_bytes_per_token);
     }
 }
 

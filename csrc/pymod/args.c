@@ -148,7 +148,7 @@ int ovlm_arg_i64(PyObject *object, const char *name, int64_t expected_n, bool op
     int empty = PyArray_SIZE(array) == 0 && PyArray_ISFLOAT(array); /* [] has dtype float64 */
     if (!empty && !PyArray_ISINTEGER(array)) {
         if (holds_huge(array)) {
-            PyErr_Format(PyExc_ValueError, "%s holds a value above 2^63-1", name);
+            PyErr_Format(PyExc_ValueError, "%s holds a value that does not fit in 64 bits", name);
         } else {
             PyErr_Format(PyExc_TypeError, "%s must hold integers; got dtype %S", name,
                          (PyObject *)PyArray_DESCR(array));
@@ -187,7 +187,7 @@ int ovlm_arg_f64(PyObject *object, const char *name, int64_t expected_n, bool op
         Py_DECREF(array);
         return -1;
     }
-    if (!PyArray_ISINTEGER(array) && !PyArray_ISFLOAT(array)) {
+    if (!PyArray_ISINTEGER(array) && !PyArray_ISFLOAT(array) && !holds_huge(array)) {
         PyErr_Format(PyExc_TypeError, "%s must hold real numbers; got dtype %S", name,
                      (PyObject *)PyArray_DESCR(array));
         Py_DECREF(array);
@@ -202,6 +202,10 @@ int ovlm_arg_f64(PyObject *object, const char *name, int64_t expected_n, bool op
         NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_NOTSWAPPED | NPY_ARRAY_FORCECAST);
     Py_DECREF(array);
     if (cast == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_ValueError, "%s holds an integer above 1e308", name);
+        }
         return -1;
     }
     const double *data = PyArray_DATA(cast);

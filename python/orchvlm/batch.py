@@ -18,7 +18,7 @@ def integers(value, name, n=None):
     array = np.asarray(refuse_masked(value, name))
     if array.dtype.kind not in ("iu" if array.size else "iuf"):  # [] is an array of floats
         if array.dtype.kind == "O" and all(type(one) is int for one in array.flat):
-            raise ValueError(f"{name} holds a value above 2^63-1")
+            raise ValueError(f"{name} holds a value that does not fit in 64 bits")
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional; got shape {array.shape}")

@@ -8,11 +8,13 @@
 
 typedef struct instance {
     ovlm_sp_problem problem;
-    int64_t lengths[BRUTE_N], degrees[8];
-    double comm[8];
+    int64_t lengths[BRUTE_N], degrees[16];
+    double comm[16];
 } instance;
 
-/* Degrees: powers of two, or any set; memory from tight to none; one or several long items. */
+/* Degrees: powers of two, or any set; memory from tight to none; one or several long items; now and
+ * then lengths that differ only in their last digits, whose differences cancel, and many GPUs of
+ * which one holds any item, where no item is a giant. */
 static inline void draw(instance *x)
 {
     static const double memory[] = {1.02, 1.2, 1.6, 2.5, 6, 1e9};
@@ -25,7 +27,8 @@ static inline void draw(instance *x)
                                 .threads = 1,
                                 .policy = OVLM_SP_FLEX}};
     ovlm_sp_problem *p = &x->problem;
-    bool odd = ovlm_rng_below(&test_rng, 3) == 0;
+    bool odd = ovlm_rng_below(&test_rng, 3) == 0, wide = ovlm_rng_below(&test_rng, 4) == 0;
+    p->n_gpus += wide ? 8 : 0;
     int64_t degree_n = 0;
     for (int64_t d = 1; d <= p->n_gpus; d = odd ? d + 1 + ovlm_rng_below(&test_rng, 2) : 2 * d) {
         x->degrees[degree_n] = d;
@@ -33,6 +36,12 @@ static inline void draw(instance *x)
     }
     int64_t longest = 0, total = 0, spread = 2 + ovlm_rng_below(&test_rng, 1000);
     int64_t base = 1 + ovlm_rng_below(&test_rng, 1000);
+    if (ovlm_rng_below(&test_rng, 8) == 0) {
+        spread = 2 + ovlm_rng_below(&test_rng, 4);
+        for (int64_t digits = ovlm_rng_below(&test_rng, 12); digits > 0; digits--) {
+            base *= 10;
+        }
+    }
     for (int64_t k = 0; k < p->n; k++) {
         x->lengths[k] = base + ovlm_rng_below(&test_rng, spread);
         x->lengths[k] *= ovlm_rng_below(&test_rng, 3) == 0 ? 4 : 1;
@@ -40,7 +49,8 @@ static inline void draw(instance *x)
         total += x->lengths[k];
     }
     double largest = (double)x->degrees[degree_n - 1];
-    double least = (double)longest / largest, most = (double)total / (double)p->n_gpus;
+    double least = (double)longest / (wide ? 1 : largest);
+    double most = (double)total / (double)p->n_gpus;
     double limit = (ovlm_rng_below(&test_rng, 2) ? least : fmax(least, most / 2)) *
                    memory[ovlm_rng_below(&test_rng, 6)];
     p->lengths = x->lengths;
@@ -50,7 +60,7 @@ static inline void draw(instance *x)
         .fixed = fixed[ovlm_rng_below(&test_rng, 6)],
         .memory_per_token = 1,
         .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
-        .heads = ovlm_rng_below(&test_rng, 3) == 0 ? 8 : 0,
+        .heads = ovlm_rng_below(&test_rng, 3) ? 0 : wide ? 24 : 8,
         .degree_n = degree_n,
         .degree = x->degrees,
         .comm = x->comm};

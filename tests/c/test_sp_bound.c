@@ -6,7 +6,7 @@
 #include "sp_draw.h"
 
 typedef struct tally {
-    long cases, lift_better, micro_tight, step_tight, micro_caught, step_caught;
+    long cases, by_cases, lift_better, micro_tight, step_tight, micro_caught, step_caught;
     double micro_gap, step_gap;
 } tally;
 
@@ -97,6 +97,7 @@ static void test_against_brute(const instance *x, const sp_brute *brute, const s
     tally_->step_tight += any >= best * (1 - 1e-6);
     tally_->step_caught += any * 1.01 > best;
     tally_->step_gap += best > 0 ? 1 - any / best : 0;
+    tally_->by_cases += sp_bound_is_by_cases(model);
     tally_->cases++;
 }
 
@@ -121,11 +122,13 @@ int main(int argc, char **argv)
     ovlm_arena_free(&arena);
     /* A bound one per cent too high would be found often: the test can fail. */
     CHECK(tally_.cases > 900, "%ld", tally_.cases);
+    CHECK(tally_.by_cases * 6 > tally_.cases, "%ld of %ld", tally_.by_cases, tally_.cases);
     CHECK(tally_.micro_caught * 10 > tally_.cases, "%ld of %ld", tally_.micro_caught, tally_.cases);
     CHECK(tally_.lift_better * 40 > tally_.cases, "%ld of %ld", tally_.lift_better, tally_.cases);
     CHECK(tally_.step_caught * 10 > tally_.cases, "%ld of %ld", tally_.step_caught, tally_.cases);
-    printf("sp_bound: %ld cases; mean gap %.4f micro, %.4f step; tight %ld, %ld\n", tally_.cases,
-           tally_.micro_gap / (double)tally_.cases, tally_.step_gap / (double)tally_.cases,
-           tally_.micro_tight, tally_.step_tight);
+    printf("sp_bound: %ld cases, %ld by makespans; mean gap %.4f micro, %.4f step; tight %ld, "
+           "%ld\n",
+           tally_.cases, tally_.by_cases, tally_.micro_gap / (double)tally_.cases,
+           tally_.step_gap / (double)tally_.cases, tally_.micro_tight, tally_.step_tight);
     return test_end("sp_bound");
 }

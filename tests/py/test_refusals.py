@@ -76,13 +76,18 @@ REFUSED = [
     (partial(open_video, [], 10**400), ValueError, "fps"),
     *((partial(data.Mixture, [["a"], ["b"]], weights), error, "weights") for weights, error in (
         (np.ones(2, complex), TypeError), ([1, 10**400], ValueError))),
-    (partial(orchvlm.balance, [2**64, 5], 2), ValueError, "lengths holds a value above 2\\^63"),
+    *((partial(orchvlm.balance, [value, 5], 2), ValueError,
+       "lengths holds a value that does not fit in 64 bits") for value in (2**64, -2**64)),
+    *((partial(orchvlm.balance, [5, 5], 2, **{name: [10**400, 1]}), ValueError,
+       f"{name} holds an integer above 1e308") for name in ("cost", "squares", "base_load")),
+    (partial(orchvlm.balance, [5, 5], 2, cost=[2**70, None]), TypeError, "cost must hold real"),
     (partial(orchvlm.balance, [5, "a"], 2), TypeError, "lengths must hold integers"),
     (partial(orchvlm.balance, [2**64, None], 2), TypeError, "lengths must hold integers"),
     (partial(orchvlm.balance, np.zeros(0, complex), 2), TypeError, "lengths"),
     (partial(orchvlm.balance, [5], 2, slack=np.complex64(1)), TypeError, "slack"),
     (partial(orchvlm.balance, [5], 2, slack=np.array(1j)), TypeError, "slack"),
-    (partial(Batch, [2**70], [5], [0]), ValueError, "text_tokens holds a value above 2\\^63"),
+    (partial(Batch, [2**70], [5], [0]), ValueError,
+     "text_tokens holds a value that does not fit in 64 bits"),
     *((partial(orchvlm.plan_sequences, [3], 2, GROUPS, degrees=degrees), TypeError,
        "degrees must be a sequence") for degrees in (64, "8", np.array(8), {8: 1})),
     (partial(orchvlm.Planner, 5, CLUSTER, {}), TypeError, "batches"),
@@ -146,6 +151,14 @@ def test_extremes_that_are_served():
                                  CLUSTER).parameters for ratio in (4, np.array(4, np.uint8))]
     assert counts[0] == counts[1]
     assert schedule(2, np.int64(100))[1] == [[[1], [1]]]
+
+
+def test_whole_numbers_beyond_64_bits_are_real_numbers():
+    for values in ([2**70, 2**70], [10**20, 1]):
+        floats = [float(value) for value in values]
+        for name in ("cost", "base_load"):
+            exact, same = (orchvlm.balance([5, 5], 2, **{name: v}) for v in (values, floats))
+            assert exact.check().loads.tolist() == same.loads.tolist()
 
 
 def test_many_layers_are_counted_at_once():

@@ -331,6 +331,22 @@ def test_fractions_of_a_byte_are_rounded_and_not_dropped():
     assert crossing.any() and step.relabelling["vision"].before > 0
 
 
+def test_fractions_of_a_byte_move_groups_to_their_node():
+    """One sample, one rank, one node each: by the sum, every group can be where its row is."""
+    rng = np.random.default_rng([SEED, 13])
+    n = 16
+    ones, zeros = np.ones(n, np.int64), np.zeros(n, np.int64)
+    items = orchvlm.Items(np.arange(n), zeros, ones, ones, zeros, out_bytes_per_token=0.6)
+    batch = orchvlm.Batch(9 * ones, ones, rng.permutation(n), {"vision": items})
+    costs = {"vision": orchvlm.BatchCost(linear=1.0),
+             "llm": orchvlm.SequenceCost(quadratic=0.0, linear=1.0, comm={1: 0.0})}
+    step = orchvlm.plan_step(batch, orchvlm.Cluster(n, 1, 1e9, 1e12, 1e6, 1e5), costs,
+                             llm="sequence_parallel", relabel="sum", compose=False,
+                             work_limit=1000, time_limit=None)
+    assert step.llm.time == 10
+    assert step.traffic["vision->llm"][1].cross_bytes == 0
+
+
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("round_", range(8))
 def test_deterministic_and_checked(round_, groups):

@@ -40,7 +40,7 @@ static ovlm_status check_sum(const char *name, const int64_t *value, int64_t n, 
 {
     int64_t sum = 0;
     for (int64_t i = 0; value != NULL && i < n; i++) {
-        CHECK_ARG(value[i] <= INT64_MAX / 2 - sum, "the sum of %s exceeds 2^62 at element %lld",
+        CHECK_ARG(value[i] <= INT64_MAX / 2 - sum, "the sum of %s reaches 2^62 at element %lld",
                   name, (long long)i);
         sum += value[i];
     }

@@ -141,14 +141,14 @@ static ovlm_status fail_too_long(const sp_model *model, const ovlm_sp_problem *p
     int64_t padded = (shard - 1) / p->pad_to * p->pad_to;
     padded = padded > TOKENS_MAX - p->pad_to ? TOKENS_MAX : padded + p->pad_to;
     double tokens = p->pad_to == 1 ? (double)s / (double)d : (double)padded;
-    double bytes = cost->memory_fixed + cost->memory_per_token * tokens;
+    double bytes = ceil(cost->memory_fixed + cost->memory_per_token * tokens);
     int64_t per_gpu = memory_tokens(cost, 1);
     per_gpu -= per_gpu > 0 ? per_gpu % p->pad_to : 0;
     if (per_gpu <= 0) {
         return OVLM_FAIL(err, OVLM_E_ARG,
                          "lengths[%lld] = %lld fits no degree: memory_fixed %g leaves no room for "
                          "a token of %g bytes in memory_limit %g; the largest degree here, %lld, "
-                         "would need memory_limit >= %.17g",
+                         "would need memory_limit >= %.17g bytes",
                          (long long)model->order[0], (long long)s, cost->memory_fixed,
                          cost->memory_per_token, cost->memory_limit, (long long)d, bytes);
     }

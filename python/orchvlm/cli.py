@@ -99,7 +99,15 @@ def _scale(text):
     return value
 
 
-_positive.__name__, _scale.__name__ = "integer", "number"
+def _count(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^63; got {text}")
+    return value
+
+
+_positive.__name__ = _count.__name__ = "integer"
+_scale.__name__ = "number"
 
 
 def _add_input(parser, batch_size):
@@ -143,9 +151,10 @@ def _add_search(parser, limit):
     group = parser.add_argument_group("search")
     group.add_argument("--time-limit", type=_scale, metavar="S",
                        help=f"seconds for each plan (default: {limit})")
-    group.add_argument("--work-limit", type=int, metavar="W",
+    group.add_argument("--work-limit", type=_count, metavar="W",
                        help="search steps for each plan: the same result on every machine")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=_count, default=0,
+                       help="of the search and of the demo's lengths; default %(default)s")
 
 
 def make_parser():

@@ -135,8 +135,8 @@ def _plan_items(arguments, found, cluster):
                         minlength=cluster.n_gpus)
     if arguments.plot:
         from .plots import plot_loads
-        plot_loads({"tokens": drawn}, {"tokens": part.loads}, arguments.plot,
-                   {"tokens": part.bound})
+        plot_loads({"items": drawn}, {"items": part.loads}, arguments.plot,
+                   {"items": part.bound}, "tokens")
     if arguments.json:
         _print_json({"row": found.row, "rank": part.rank, "loads": part.loads,
                      "bound": part.bound, "gap": part.gap, "imbalance": part.imbalance,
@@ -173,8 +173,8 @@ def _groups_rows(plan_, n_gpus):
 
 
 def _groups_table(plan_, n_gpus, title):
-    return text_table(["micro-batch", "groups", "sequences", "tokens", "time", "idle"],
-                      list(_groups_rows(plan_, n_gpus)), title)
+    return text_table(["micro-batch", "groups\n(degree x count)", "sequences", "tokens", "time",
+                       "idle"], list(_groups_rows(plan_, n_gpus)), title)
 
 
 def _groups_json(plan_, row):
@@ -233,7 +233,8 @@ def _plan_demo(arguments):
         from .plots import plot_plans
         plot_plans(*step._loads(), made, cluster.n_gpus, arguments.plot)
     if arguments.json:
-        _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
+        _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap,
+                              "cut_short": step.cut_short},
                      "sequences": _groups_json(made, np.arange(len(lengths)))})
         return 0
     print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "

@@ -22,6 +22,7 @@ import numpy as np
 
 from .cost import BatchCost, _count
 from .model_cost import ModelCosts, _Fields
+from .tables import format_bytes, format_count
 
 #: Quantiles of public datasets, as (share, value) pairs.
 QUANTILES = {
@@ -364,8 +365,8 @@ def model_for(cluster, efficiency=0.5):
         model = recomputed(from_model(config, cluster, efficiency=efficiency), config)
         if model.memory["llm"][1] <= 0.8 * cluster.memory_bytes:
             return name, config, model
-    raise ValueError(f"the demo's models do not fit on {cluster.n_gpus} GPUs of "
-                     f"{cluster.memory_bytes:.3g} bytes; give more nodes")
+    raise ValueError(f"the demo's models do not fit on {format_count(cluster.n_gpus, 'GPU')} of "
+                     f"{format_bytes(cluster.memory_bytes)}; give more nodes")
 
 
 def batch(n_ranks=64, samples_per_rank=8, seed=0, hidden=8192):

@@ -76,6 +76,8 @@ class Planner:
     Every rank may run its own planner only while all plans say ``cut_short`` False; then they are
     equal everywhere. Otherwise one rank plans and sends ``plan.to_bytes()``.
 
+    The end of a ``with`` block waits for the thread, unless an exception (Ctrl-C) ends it.
+
     Examples
     --------
     >>> import orchvlm
@@ -131,9 +133,10 @@ class Planner:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *_):
         self.close()
-        self._thread.join()
+        if kind is None:  # Ctrl-C and errors do not wait for a plan in the works, or for a loader
+            self._thread.join()
 
     def __del__(self):
         stop = getattr(self, "_stop", None)

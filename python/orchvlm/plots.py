@@ -42,7 +42,7 @@ def _phase_colour(phases):
     return {**colour, "llm": _LLM}
 
 
-def plot_loads(before, after, path=None, bounds=None):
+def plot_loads(before, after, path=None, bounds=None, unit="load"):
     """Load of every rank, as sampled and as planned, one row per phase.
 
     Parameters
@@ -53,6 +53,8 @@ def plot_loads(before, after, path=None, bounds=None):
         PNG to write.
     bounds : dict, optional
         Phase -> certified lower bound on the largest load, drawn as a line.
+    unit : str
+        What the loads count, e.g. "seconds"; stands at the axis.
 
     Returns
     -------
@@ -78,7 +80,7 @@ def plot_loads(before, after, path=None, bounds=None):
         raise ValueError(f"before has phases {sorted(before)}, after {sorted(after)}")
     before, after = _checked("before", before), _checked("after", after)
     figure = _figure(9, 0.7 + 1.9 * len(before), path)
-    _draw_phases(figure, before, after, bounds or {})
+    _draw_phases(figure, before, after, bounds or {}, unit)
     return _finish(figure, path)
 
 
@@ -92,7 +94,7 @@ def _checked(name, loads):
     return checked
 
 
-def _draw_phases(figure, before, after, bounds):
+def _draw_phases(figure, before, after, bounds, unit):
     """A row of two panels per phase."""
     grid = figure.subplots(len(before), 2, sharey="row", sharex=True, squeeze=False)
     for place, (row, phase) in enumerate(zip(grid, before)):
@@ -106,7 +108,7 @@ def _draw_phases(figure, before, after, bounds):
         if phase in bounds:
             row[1].axhline(bounds[phase], color=_EXPOSED, linewidth=1, label="proven bound")
             row[1].legend(loc="upper right", frameon=False, fontsize=8)
-        row[0].set_ylabel(f"{phase}\nload")
+        row[0].set_ylabel(f"{phase}\n{unit}")
 
 
 def _draw_loads(axes, loads, colour):
@@ -190,7 +192,7 @@ def plot_plans(before, after, bounds, plan, n_gpus, path=None):
     Parameters
     ----------
     before, after, bounds : dict
-        As for :func:`plot_loads`.
+        As for :func:`plot_loads`, in seconds.
     plan, n_gpus
         As for :func:`plot_groups`.
     path : str or Path, optional
@@ -209,7 +211,7 @@ def plot_plans(before, after, bounds, plan, n_gpus, path=None):
     before, after = _checked("before", before), _checked("after", after)
     figure = _figure(10, loads + 4.2, path)
     upper, lower = figure.subfigures(2, 1, height_ratios=(loads, 4.2))
-    _draw_phases(upper, before, after, bounds)
+    _draw_phases(upper, before, after, bounds, "seconds")
     _draw_groups(lower.subplots(), plan, n_gpus)
     return _finish(figure, path)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+_NPY_MAGIC = b"\x93NUMPY"
 LONGEST = 2**40  # tokens; above it a figure is a mistake, and sums could overflow
 
 
@@ -98,6 +99,9 @@ def _read_csv(path, stream, column, delimiter):
     first = next(rows, None)
     if first is None:
         raise FileError(f"{path}: the file is empty")
+    if delimiter == "," and len(first) == 1 and (other := set(";\t|") & set(first[0])):
+        raise FileError(f"{path}, line 1: cells are separated by {min(other)!r}; a .csv file has "
+                        "commas, a .tsv file tabs")
     bare = all(_is_number(cell) for cell in first)  # no header: columns are named 1, 2, ...
     names = [str(i + 1) for i in range(len(first))] if bare else [c.strip() for c in first]
     try:
@@ -125,7 +129,7 @@ def _parse(line, where):
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = str(error).partition(": line 1 ")[0]  # of the text given, not of the file
+        reason = getattr(error, "msg", str(error))  # the place is one in the line, not the file
         raise FileError(f"{where}: not JSON ({reason[:60]})") from None
 
 
@@ -158,7 +162,10 @@ def _read_jsonl(path, stream, field):
 
 
 def _read_npy(path, stream):
-    array = np.load(io.BytesIO(stream.read()), allow_pickle=False)
+    content = stream.read()
+    if not content.startswith(_NPY_MAGIC):  # else NumPy would speak of pickles
+        raise FileError(f"{path}: not a .npy file; numpy.save writes one")
+    array = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iuf":
         shape = getattr(array, "shape", "?")
         raise FileError(f"{path}: must hold a one-dimensional array of numbers; got shape {shape}"

@@ -2,7 +2,7 @@
 import html
 from dataclasses import dataclass
 
-from .tables import html_table, text_table
+from .tables import format_bytes, html_table, text_table
 
 _PHASE_HEAD = ("phase", "items", "micro-batches", "max/mean\nbefore", "max/mean\nafter",
                "time\nbefore", "time\nafter", "bound", "gap")
@@ -13,14 +13,6 @@ _ROUTE_NOTE = ("Routes before and after ranks were relabelled, which lessens the
                "outputs on the\nway to the language model. The others move items to where they "
                "are encoded, ahead of the step\nand hidden by the one before, so their bytes "
                "between nodes may rise.")
-
-
-def _bytes(value):
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return None
 
 
 def _seconds(value):
@@ -84,9 +76,9 @@ class StepReport:
         phases.append(_phase_row("llm", step.llm))
         routes = []
         for name, (before, after) in step.traffic.items():
-            routes.append((name, _bytes(after.stay_bytes), _bytes(after.node_bytes),
-                           _bytes(before.cross_bytes), _bytes(after.cross_bytes),
-                           _bytes(before.worst_bytes), _bytes(after.worst_bytes),
+            routes.append((name, format_bytes(after.stay_bytes), format_bytes(after.node_bytes),
+                           format_bytes(before.cross_bytes), format_bytes(after.cross_bytes),
+                           format_bytes(before.worst_bytes), format_bytes(after.worst_bytes),
                            _seconds(after.seconds), "yes" if "->" in name else "no"))
         summary = (f"step {_seconds(step.time)}, of which {_seconds(step.exposed)} exposed "
                    f"transfers (forward and backward); bound {_seconds(step.bound)}, gap "

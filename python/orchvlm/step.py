@@ -247,7 +247,7 @@ class StepPlan:
         before, after, bounds = self._loads()
         if isinstance(self.llm, SequencePlan):
             return plot_plans(before, after, bounds, self.llm, self.cluster.n_gpus, path)
-        return plot_loads(before, after, path, bounds)
+        return plot_loads(before, after, path, bounds, "seconds")
 
     def _loads(self):
         """Seconds by phase and rank: (every item at its source, as planned, bounds)."""
@@ -341,6 +341,11 @@ class StepPlan:
         """str : SHA-256 of :meth:`to_bytes`; equal plans of equal inputs have equal digests."""
         return _bytes.digest(self.to_bytes())
 
+    def __eq__(self, other):
+        return isinstance(other, StepPlan) and self.to_bytes() == other.to_bytes()
+
+    __hash__ = None
+
     def to_bytes(self):
         """The plan and its inputs as bytes, to broadcast or to keep.
 
@@ -356,7 +361,7 @@ class StepPlan:
         >>> cluster = orchvlm.Cluster(1, 2, 80e9, 1e15, 300e9, 25e9)
         >>> step = orchvlm.plan_step(batch, cluster, {"llm": orchvlm.BatchCost(linear=1e-3)})
         >>> same = orchvlm.StepPlan.from_bytes(step.to_bytes())
-        >>> same.digest == step.digest, same.llm.rank.tolist() == step.llm.rank.tolist()
+        >>> same == step, same.llm.rank.tolist() == step.llm.rank.tolist()
         (True, True)
         """
         from .step_bytes import dump

@@ -1,13 +1,12 @@
 """Tables for people: aligned plain text, and HTML for notebooks."""
 import html as _html
-import math
 from itertools import zip_longest
 
-_BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def format_bytes(count):
-    """Bytes with a binary unit.
+    """Bytes with a decimal unit, as datasheets give memory and bandwidth.
 
     Parameters
     ----------
@@ -21,11 +20,13 @@ def format_bytes(count):
     Examples
     --------
     >>> from orchvlm.tables import format_bytes
-    >>> format_bytes(0), format_bytes(1536), format_bytes(5 * 2**30)
-    ('0 B', '1.5 KiB', '5.0 GiB')
+    >>> format_bytes(0), format_bytes(1536), format_bytes(80e9)
+    ('0 B', '1.536 kB', '80 GB')
     """
-    power = 0 if count < 1024 else int(min(math.log2(count) / 10, len(_BYTES) - 1))
-    return f"{count:.0f} B" if power == 0 else f"{count / 1024**power:.1f} {_BYTES[power]}"
+    for unit in _BYTES:
+        if count < 999.95 or unit == _BYTES[-1]:  # 999,960 B are 1 MB, not 1000 kB
+            return f"{count:.4g} {unit}"
+        count /= 1000
 
 
 def format_seconds(seconds):

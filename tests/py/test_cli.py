@@ -118,7 +118,11 @@ def nested(depth):
     ("a.jsonl", b"true\n", "not a number"),
     ("a.jsonl", b"1" * 5000 + b"\n", "line 1"),
     ("a.jsonl", nested(100_000).encode(), "not JSON"),
-    ("a.npy", b"", "cannot be read"),
+    ("a.csv", b"a;b\n1;2\n", "separated by ';'"),
+    ("a.csv", b"a\tb\n1\t2\n", r"separated by '\\t'"),
+    ("a.jsonl", b"{\"n\": 1\n", r"line 1: not JSON \(Expecting ',' delimiter\)"),
+    ("a.npy", b"", "not a .npy file"),
+    ("a.npy", b"1, 2, 3", "not a .npy file"),
     ("a.npy", b"\x93NUMPY\x01\x00\xff\xff{", "cannot be read"),
     ("a.npy", b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, "
               b"'shape': (99999999999999,), }\n", "cannot be read"),
@@ -260,6 +264,7 @@ def test_plan_groups(lengths):
                "--plot", picture)
     assert done.returncode == 0, done.stderr
     assert "64 sequences" in done.stdout and "no plan takes less" in done.stdout
+    assert "(degree x count)" in done.stdout
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     plan = json.loads(run("plan", folder / "a.npy", "--work-limit", "2000", "--json").stdout)
     items = [i for m in plan["micro_batches"] for g in m for i in g["items"]]
@@ -358,6 +363,12 @@ def test_nothing_is_left_half_written(lengths, refuse):
     before = sorted(folder.iterdir())
     refuse("plan", folder / "a.csv", "--items", *SMALL, "--plot", folder / "no" / "x.png")
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--work-limit", "--seed"])
+def test_counts_are_refused_before_the_file_is_read(refuse, option):
+    for value, word in (("-1", "at least 0"), (str(2**63), "2^63"), ("1.5", "invalid integer")):
+        assert word in refuse("plan", "none.csv", option, value)
 
 
 def test_a_refusal_of_the_process(tmp_path):

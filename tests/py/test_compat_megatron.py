@@ -131,3 +131,13 @@ def test_installs_as_a_method():
     Scheduler.get_groups_and_subsamples = get_groups_and_subsamples
     groups, ids = Scheduler().get_groups_and_subsamples([(3, 90), (4, 80)], None)
     check(groups, ids, [(3, 90), (4, 80)], 2, 100)
+
+
+def test_a_sample_that_is_too_long_is_told_in_the_schedulers_words():
+    scheduler = SimpleNamespace(total_hdp_gpus=2, max_seq_len_per_rank=8192)
+    with pytest.raises(ValueError, match=r"sample_id_seqlens\[1\] = 50001 .* "
+                                         r"max_seq_len_per_rank >= 25001 tokens$"):
+        get_groups_and_subsamples(scheduler, [(7, 10), (8, 50001)])
+    cost = orchvlm.SequenceCost(0.0, 1e-3, memory_per_token=2.0, memory_limit=100)
+    with pytest.raises(ValueError, match="memory_limit >= 400 bytes$"):
+        get_groups_and_subsamples(scheduler, [(7, 200)], cost=cost)

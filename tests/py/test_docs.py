@@ -197,8 +197,12 @@ def commands():
 def test_readme_commands_are_real(tmp_path):
     seen = list(commands())
     assert ["orchvlm", "plan", "--demo"] in seen and ["pytest"] in seen
+    (tmp_path / "lengths.csv").write_text("".join(f"{n}\n" for n in range(100, 3000, 100)))
+    (tmp_path / "sounds.csv").write_text("id,seconds\na,2.5\nb,0.9\n")
     for words in seen:
         program = words[0]
+        words = [str(tmp_path / word) if word.endswith((".csv", ".png")) else word
+                 for word in words]
         if program == "orchvlm":
             if words[1] == "train":  # as written, but for its length
                 pytest.importorskip("PIL")

@@ -129,3 +129,22 @@ def test_leaving_early_stops_the_thread():
         thread.join(JOIN_S)
         assert not thread.is_alive()
     assert running() == []
+
+
+def test_an_exception_does_not_wait_for_the_plan_in_the_works():
+    fetching, release = threading.Event(), threading.Event()
+
+    def source():
+        fetching.set()
+        release.wait()
+        yield from batches(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        with planner(source()):
+            assert fetching.wait(JOIN_S)
+            raise KeyboardInterrupt
+    still = running()
+    release.set()
+    assert still
+    for thread in still:
+        thread.join(JOIN_S)

@@ -65,7 +65,7 @@ def test_plans_plot_themselves(tmp_path, llm):
     step = step_plan(llm)
     step.plot(tmp_path / "step.png")
     assert is_whole(tmp_path / "step.png")
-    panels = [axes for axes in step.plot().axes if axes.get_ylabel().endswith("load")]
+    panels = [axes for axes in step.plot().axes if axes.get_ylabel().endswith("seconds")]
     assert len(panels) == 2 + (llm == "balance")
     before, after, bounds = step._loads()
     for name, plan in step.phases.items():
@@ -95,6 +95,9 @@ def test_loads_are_labelled():
     assert [a.get_title() for a in axes] == ["as sampled", "planned", "", ""]
     assert [a.get_xlabel() for a in axes] == ["", "", "rank", "rank"]
     assert axes[3].get_legend() is not None and axes[1].get_legend() is None
+    assert axes[0].get_ylabel().endswith("\nload")
+    axes = plots.plot_loads(*loads(), unit="seconds").axes
+    assert axes[0].get_ylabel().endswith("\nseconds")
 
 
 def test_groups_are_drawn_where_they_run():

@@ -145,7 +145,7 @@ def test_milp_refuses(change, error, word):
 
 def test_extremes_that_are_served():
     assert simulate(memory={"llm": (1e-320, 0)})["sampled"].step_s[0] > 0
-    assert format_bytes(float("inf")) == "inf PiB"
+    assert format_bytes(float("inf")) == "inf PB"
     vision = {"hidden_size": 1280, "num_hidden_layers": 2, "patch_size": 14}
     counts = [orchvlm.from_model({**CONFIG, "vision_config": {**vision, "mlp_ratio": ratio}},
                                  CLUSTER).parameters for ratio in (4, np.array(4, np.uint8))]

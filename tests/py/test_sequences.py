@@ -1,4 +1,5 @@
 """plan_sequences: against brute force, against its own check, and against bad input."""
+import dataclasses
 import itertools
 import math
 import os
@@ -247,6 +248,15 @@ def test_padding_counts_as_memory():
     assert len(plan_sequences([50, 50, 50], 1, cost, degrees=[1], pad_to=64).micro_batches) == 3
     with pytest.raises(ValueError, match="fits no degree"):
         plan_sequences([129], 2, cost, pad_to=64)
+
+
+def test_the_limit_that_a_long_sequence_is_told_is_enough():
+    """In whole bytes, rounded up."""
+    cost = SequenceCost(quadratic=0.0, linear=1e-3, comm={1: 0.0, 2: 0.0}, memory_per_token=0.3,
+                        memory_limit=100)
+    with pytest.raises(ValueError, match="memory_limit >= 151 bytes$"):
+        plan_sequences([1001], 2, cost)
+    assert plan_sequences([1001], 2, dataclasses.replace(cost, memory_limit=151)).time > 0
 
 
 def test_deterministic_under_a_work_limit(rng):

@@ -37,7 +37,7 @@ def test_round_trip(round_, groups):
     step = orchvlm.plan_step(batch_, cluster, costs, **options)
     data = step.to_bytes()
     again = orchvlm.StepPlan.from_bytes(data)
-    assert again.to_bytes() == data and again.digest == step.digest
+    assert again == step and again.to_bytes() == data and again.digest == step.digest
     assert str(again.report()) == str(step.report())
     assert again.routes == step.routes and again.traffic == step.traffic
     assert (again.time, again.bound, again.exposed) == (step.time, step.bound, step.exposed)

@@ -51,6 +51,14 @@ def _ids_and_lengths(sample_id_seqlens):
     return [sample_id for sample_id, _ in pairs], lengths
 
 
+def _in_their_words(message, cost_is_chosen):
+    """The limit of the default cost counts a byte per token: it is the scheduler's."""
+    message = message.replace("lengths[", "sample_id_seqlens[")
+    if cost_is_chosen:
+        return message
+    return message.replace("memory_limit", "max_seq_len_per_rank").replace(" bytes", " tokens")
+
+
 def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost=None,
                               time_limit=0.2, work_limit=None):
     """Replaces ``BalancedCPScheduler.get_groups_and_subsamples``, which keeps each sequence at the
@@ -125,7 +133,8 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
     ids, lengths = _ids_and_lengths(sample_id_seqlens)
     if len(set(ids)) < len(ids):
         raise ValueError("sample_id_seqlens: a sample id appears twice")
-    if cost is None:
+    chosen = cost is not None
+    if not chosen:
         if limit < 1:
             raise ValueError(f"max_seq_len_per_rank must be >= 1; got {limit}")
         cost = _default_cost(n_gpus, limit)
@@ -139,7 +148,7 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
         plan = plan_sequences(lengths, n_gpus, cost, gpus_per_node=n_gpus, time_limit=time_limit,
                               work_limit=work_limit)
     except ValueError as error:  # of a sample that is too long
-        raise ValueError(str(error).replace("lengths[", "sample_id_seqlens[")) from None
+        raise ValueError(_in_their_words(str(error), chosen)) from None
     groups, sample_id_groups = [], []
     for micro in plan.micro_batches:
         if not micro.groups:

@@ -29,7 +29,8 @@ static ovlm_status store_in_cache(ovlm_run *run, const ovlm_block_context *conte
     return OVLM_OK;
 }
 
-/* Rotated queries and keys: in place without a norm, whose backward needs what it read. */
+/* Rotated queries and keys: in place without a norm, whose backward needs what it read; as they
+ * are where positions were added before the blocks. */
 static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
                           const ovlm_block_context *context, ovlm_stack *stack,
                           ovlm_block_saved *s)
@@ -47,8 +48,10 @@ static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
                        .x = ovlm_tensor_cols(qkv, q_cols, kv_cols), .w = block->k_norm.w,
                        .cos = context->cos, .sin = context->sin,
                        .y = ovlm_tensor_cols(turned, q_cols, kv_cols)};
-    RUN_IN(run, rope, fwd, &s->q, stack);
-    RUN_IN(run, rope, fwd, &s->k, stack);
+    if (!block->unturned) {
+        RUN_IN(run, rope, fwd, &s->q, stack);
+        RUN_IN(run, rope, fwd, &s->k, stack);
+    }
     return OVLM_OK;
 }
 
@@ -172,8 +175,10 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     s->attention.dk = ovlm_tensor_cols(dqkv, q_cols, kv_cols);
     s->attention.dv = ovlm_tensor_cols(dqkv, q_cols + kv_cols, kv_cols);
     RUN(run, attention, bwd, &s->attention);
-    OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
-    OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
+    if (!block->unturned) {
+        OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
+        OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
+    }
     bool norm_trained = ovlm_tensor_given(&block->norm1.dw);
     ovlm_tensor dn = no_tensor();
     if (below || norm_trained) {

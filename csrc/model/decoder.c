@@ -31,48 +31,62 @@ ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab, int64_t 
         int64_t row = tokens->feature_row == NULL ? -1 : tokens->feature_row[t];
         if (row < -1 || row >= feature_rows) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "token %lld stands for feature %lld, but the images give %lld",
+                             "token %lld stands for feature %lld, but images and sounds give %lld",
                              (long long)t, (long long)row, (long long)feature_rows);
         }
     }
     return OVLM_OK;
 }
 
-/* Token t's row of the embedding table, or -1 where a feature stands; and the features' rows. */
+/* What the residual stream is gathered from. */
+typedef enum source { FROM_TABLE, FROM_IMAGES, FROM_SOUNDS } source;
+
+/* Token t's row of a source, or -1 where it stands for something else. */
+static int32_t row_of(const ovlm_decoder_pass *pass, int64_t t, source from)
+{
+    int64_t row = pass->tokens.feature_row == NULL ? -1 : pass->tokens.feature_row[t];
+    int64_t images = ovlm_tensor_given(&pass->features) ? pass->features.rows : 0;
+    switch (from) {
+    case FROM_TABLE: return row < 0 ? pass->tokens.id[t] : -1;
+    case FROM_IMAGES: return row < images ? (int32_t)row : -1;
+    case FROM_SOUNDS: return row >= images ? (int32_t)(row - images) : -1;
+    }
+    return -1;
+}
+
 static ovlm_status upload_rows(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack,
-                               const int32_t **embed, const int32_t **mix)
+                               source from, const int32_t **rows)
 {
     int64_t T = pass->tokens.T, bytes = T * (int64_t)sizeof(int32_t);
-    const int32_t *feature_row = pass->tokens.feature_row;
     int32_t *staged = ovlm_stack_take(run->stage, bytes);
     int32_t *device = ovlm_stack_take(stack, bytes);
-    *embed = device;
-    if (!run->measuring && T > 0) {
-        for (int64_t t = 0; t < T; t++) {
-            bool feature = feature_row != NULL && feature_row[t] >= 0;
-            staged[t] = feature ? -1 : pass->tokens.id[t];
-        }
-        OVLM_TRY(run->ops->copy(run->queue, device, staged, bytes, OVLM_TO_DEVICE, run->err));
+    *rows = device;
+    if (run->measuring || T == 0) {
+        return OVLM_OK;
     }
-    *mix = NULL;
-    if (ovlm_tensor_given(&pass->features)) {
-        void *rows = NULL;
-        OVLM_TRY(ovlm_run_upload(run, stack, feature_row, bytes, &rows));
-        *mix = rows;
+    for (int64_t t = 0; t < T; t++) {
+        staged[t] = row_of(pass, t, from);
     }
-    return OVLM_OK;
+    return run->ops->copy(run->queue, device, staged, bytes, OVLM_TO_DEVICE, run->err);
 }
 
 /* Embeddings, with features where they stand. */
 static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack, ovlm_tensor h)
 {
-    const int32_t *embed_row = NULL, *feature_row = NULL;
-    OVLM_TRY(upload_rows(run, pass, stack, &embed_row, &feature_row));
+    const int32_t *embed_row = NULL, *feature_row = NULL, *sound_row = NULL;
+    OVLM_TRY(upload_rows(run, pass, stack, FROM_TABLE, &embed_row));
     pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
     RUN_IN(run, gather, fwd, &pass->embed, stack);
+    if (ovlm_tensor_given(&pass->sounds)) {
+        OVLM_TRY(upload_rows(run, pass, stack, FROM_SOUNDS, &sound_row));
+        pass->mix_sounds = (ovlm_gather){.taps = 1, .unique = true, .index = sound_row,
+                                         .x = pass->sounds, .y = h, .y_beta = 1};
+        RUN_IN(run, gather, fwd, &pass->mix_sounds, stack);
+    }
     if (!ovlm_tensor_given(&pass->features)) {
         return OVLM_OK;
     }
+    OVLM_TRY(upload_rows(run, pass, stack, FROM_IMAGES, &feature_row));
     pass->mix = (ovlm_gather){.taps = 1, .unique = true, .index = feature_row,
                               .x = pass->features, .y = h, .y_beta = 1};
     RUN_IN(run, gather, fwd, &pass->mix, stack);
@@ -186,7 +200,7 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
     bool features = ovlm_tensor_given(&dfeatures);
-    int64_t lowest = lowest_wanted(pass, features);
+    int64_t lowest = lowest_wanted(pass, features || ovlm_tensor_given(&pass->dsounds));
     ovlm_weight none = {0};
     ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
@@ -201,6 +215,7 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
     if (features) {
         OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures, 0));
     }
+    OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, pass->dsounds, 0));
     OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
     run->work->used_bytes = mark;
     return OVLM_OK;

@@ -10,7 +10,8 @@ typedef struct ovlm_tokens {
     const int32_t *id;          /* [T] in [0, vocab)                                         */
     const int32_t *start;       /* [segments+1] ascending from 0 to T                        */
     const float *position;      /* [3,T]: time, height, width                                */
-    const int32_t *feature_row; /* [T]: row of the features that stands here, or -1; or NULL */
+    const int32_t *feature_row; /* [T]: row of the features that stands here, or -1; or NULL.
+                                   The sounds' rows follow those of the images.              */
 } ovlm_tokens;
 
 /* One pass, from its forward to its backward. */
@@ -20,10 +21,12 @@ typedef struct ovlm_decoder_pass {
     int64_t longest;            /* segment                                                   */
     bool training;
     ovlm_tensor features;       /* [F,width] device; left out without any                    */
+    ovlm_tensor sounds;         /* [S,width] device, features of sounds; left out without any */
+    ovlm_tensor dsounds;        /* where their gradient goes; left out: not wanted           */
     ovlm_tensor extra[OVLM_DEEPSTACK_MOST];
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
-    ovlm_gather embed, mix, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_gather embed, mix, mix_sounds, deepstack[OVLM_DEEPSTACK_MOST];
     ovlm_block_saved *block;    /* [depth] host                                              */
     ovlm_norm norm;
     ovlm_tensor hidden;         /* [T,width], after the last norm                            */

@@ -34,12 +34,10 @@ static ovlm_status pool_fwd(ovlm_run *run, ovlm_stack *stack, int64_t m, ovlm_te
     return OVLM_OK;
 }
 
-ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
-                            const ovlm_merge_weights *weights, ovlm_stack *stack, ovlm_tensor h,
-                            ovlm_tensor out, ovlm_merge_saved *s)
+ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights, ovlm_stack *stack,
+                            ovlm_tensor h, ovlm_tensor out, ovlm_merge_saved *s)
 {
-    const ovlm_vision_config *config = &params->config.vision;
-    int64_t m = config->merge;
+    int64_t m = weights->merge;
     ovlm_tensor x = h;
     *s = (ovlm_merge_saved){0};
     if (weights->kind == OVLM_MERGE_POOL) {
@@ -47,18 +45,16 @@ ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
         x = s->pool.y;
     } else {
         ovlm_tensor in = weights->kind == OVLM_MERGE_CONCAT_NORM ? joined(h, m) : h;
-        s->norm = (ovlm_norm){.eps = config->eps, .groups = 1, .x = in, .w = weights->norm.w,
+        s->norm = (ovlm_norm){.eps = weights->eps, .groups = 1, .x = in, .w = weights->norm.w,
                               .bias = weights->norm_bias.w,
                               .y = ovlm_stack_tensor(stack, in.rows, in.cols, run->dtype)};
         RUN_IN(run, norm, fwd, &s->norm, stack);
         x = weights->kind == OVLM_MERGE_CONCAT_NORM ? s->norm.y : joined(s->norm.y, m);
     }
     s->fc1 = (ovlm_linear){.x = x, .w = weights->fc1.w, .bias = weights->fc1_bias.w,
-                           .act = config->merger_act,
-                           .pre = ovlm_stack_tensor(stack, x.rows, config->merger_hidden,
-                                                    run->dtype),
-                           .y = ovlm_stack_tensor(stack, x.rows, config->merger_hidden,
-                                                  run->dtype)};
+                           .act = weights->act,
+                           .pre = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype),
+                           .y = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype)};
     RUN_IN(run, linear, fwd, &s->fc1, stack);
     s->fc2 = (ovlm_linear){.x = s->fc1.y, .w = weights->fc2.w, .bias = weights->fc2_bias.w,
                            .y = out};

@@ -64,6 +64,7 @@ static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
                                               sizeof(ovlm_grad_stats)), true, err));
     OVLM_TRY(open_routing(model, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->vision_block, p->config.vision.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->audio_block, p->config.audio.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->decoder_block, p->config.decoder.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->layer_cache, p->config.decoder.depth, err));
     ovlm_model_rebind(model);

@@ -5,6 +5,7 @@
 #ifndef OVLM_MODEL_MODEL_H
 #define OVLM_MODEL_MODEL_H
 
+#include "model/audio.h"
 #include "model/decoder.h"
 #include "model/vision.h"
 
@@ -45,6 +46,9 @@ typedef struct ovlm_model_inputs {
     const int32_t *grid_thw;   /* [images,3]                                                   */
     const void *pixels;        /* [P, ...]                                                     */
     ovlm_dtype pixel_dtype;
+    int64_t sounds;
+    const int32_t *mel_length; /* [sounds]                                                     */
+    const float *mel;          /* [frames, bins]                                               */
     double normalizer;         /* what the loss is divided by; < 0: this call's weight sum     */
     const int64_t *router_count; /* [E] of the whole global batch, or NULL: this call's        */
     double router_rows;        /* layers x tokens that router_count was taken over             */

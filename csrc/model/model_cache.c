@@ -82,6 +82,7 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
         memcpy(pass->extra, model->vision.extra, sizeof pass->extra);
         run->keep = &model->decoder_keep;
     }
+    OVLM_TRY(ovlm_model_hear(run, model));
     OVLM_TRY(ovlm_run_upload(run, run->work, start, bytes, &device_start));
     OVLM_TRY(ovlm_run_upload(run, run->work, length, bytes, &device_length));
     pass->context.key = (ovlm_segments){
@@ -141,6 +142,7 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
     ovlm_arena_free(&model->call);
     OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
+    OVLM_TRY(ovlm_model_audio_prepare(model, inputs, &forward, err));
     OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, &forward, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */

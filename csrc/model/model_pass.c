@@ -69,7 +69,9 @@ ovlm_status ovlm_model_tokens_prepare(ovlm_model *model, const ovlm_model_inputs
     *pass = (ovlm_decoder_pass){.params = &model->params, .tokens = *tokens,
                                 .training = options->training, .block = model->decoder_block};
     OVLM_TRY(ovlm_tokens_check(tokens, model->params.config.decoder.vocab,
-                               model->has_vision ? model->vision.tokens : 0, &pass->longest, err));
+                               (model->has_vision ? model->vision.tokens : 0) +
+                                   (model->has_audio ? model->audio.sounds.tokens : 0),
+                               &pass->longest, err));
     const void *start = NULL;
     OVLM_TRY(keep_copy(model, tokens->start, tokens->segments + 1, sizeof *tokens->start, &start,
                        err));
@@ -223,6 +225,7 @@ static ovlm_status walk_forward(ovlm_run *run, ovlm_model *model, const ovlm_mod
         memcpy(decoder->extra, model->vision.extra, sizeof decoder->extra);
         run->keep = &model->decoder_keep;
     }
+    OVLM_TRY(ovlm_model_hear(run, model));
     OVLM_TRY(ovlm_decoder_fwd(run, decoder));
     if (inputs->label != NULL) {
         OVLM_TRY(head_fwd(run, model, inputs, options));
@@ -250,7 +253,15 @@ static ovlm_status walk_backward(ovlm_run *run, ovlm_model *model)
             dextra[k] = ovlm_stack_tensor(run->work, f->rows, f->cols, run->dtype);
         }
     }
+    bool audio = model->has_audio && model->audio.training;
+    const ovlm_tensor *heard = &model->audio.features;
+    decoder->dsounds = audio ? ovlm_stack_tensor(run->work, heard->rows, heard->cols, run->dtype)
+                             : (ovlm_tensor){0};
     OVLM_TRY(ovlm_decoder_bwd(run, decoder, head->dx, dfeatures, dextra));
+    if (audio) {
+        run->keep = &model->vision_keep;
+        OVLM_TRY(ovlm_audio_bwd(run, &model->audio, decoder->dsounds));
+    }
     if (vision) {
         run->keep = &model->vision_keep;
         OVLM_TRY(ovlm_vision_bwd(run, &model->vision, dfeatures, dextra));
@@ -298,6 +309,7 @@ ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *input
     OVLM_TRY(model->backend->ops->queue_wait(model->queue, err)); /* memory below is free now */
     ovlm_arena_free(&model->call);
     OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));
+    OVLM_TRY(ovlm_model_audio_prepare(model, inputs, options, err));
     OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, options, err));
     OVLM_TRY(check_labels(model, inputs, err));
     if (options->training) {

@@ -24,15 +24,16 @@ struct ovlm_model {
     ovlm_queue *queue;
     ovlm_dtype dtype, exact;       /* of weights and activations; of gradients and statistics  */
     ovlm_device_block weights, buffers, grads, moments, scalars, routing;
-    ovlm_stack vision_keep, decoder_keep, work, stage;
-    ovlm_block_saved *vision_block, *decoder_block;
+    ovlm_stack vision_keep, decoder_keep, work, stage; /* vision_keep: of sounds as well          */
+    ovlm_block_saved *vision_block, *audio_block, *decoder_block;
     ovlm_vision_pass vision;
+    ovlm_audio_pass audio;
     ovlm_decoder_pass decoder;
     ovlm_head head;
     int64_t *count;                /* views of `routing`: [E] */
     double *score_sum;
     float *slope;
-    bool has_vision, has_loss, can_backward, has_hidden;
+    bool has_vision, has_audio, has_loss, can_backward, has_hidden;
     /* generation */
     ovlm_device_block cache;
     ovlm_cache *layer_cache;       /* [depth] */
@@ -56,6 +57,15 @@ OVLM_NODISCARD ovlm_status ovlm_model_vision_prepare(ovlm_model *model,
                                                      const ovlm_model_inputs *inputs,
                                                      const ovlm_pass_options *options,
                                                      ovlm_err *err);
+
+/* The same for sounds and model->audio. */
+OVLM_NODISCARD ovlm_status ovlm_model_audio_prepare(ovlm_model *model,
+                                                    const ovlm_model_inputs *inputs,
+                                                    const ovlm_pass_options *options,
+                                                    ovlm_err *err);
+
+/* Features of the sounds, where there are some, for the decoder; run->keep is the towers'. */
+OVLM_NODISCARD ovlm_status ovlm_model_hear(ovlm_run *run, ovlm_model *model);
 
 /* Copies the host arrays of tokens, which the backward needs again, to model->call. */
 OVLM_NODISCARD ovlm_status ovlm_model_tokens_prepare(ovlm_model *model,

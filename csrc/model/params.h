@@ -9,7 +9,7 @@
 #include "base/arena.h"
 #include "model/config.h"
 
-enum { OVLM_DIMS_MOST = 5, OVLM_NAME_BYTES = 96 };
+enum { OVLM_DIMS_MOST = 5, OVLM_NAME_BYTES = 96, OVLM_CONVOLUTIONS = 3 };
 
 typedef enum ovlm_param_kind {
     OVLM_PARAM_WEIGHT,   /* of a product or an embedding: decays        */
@@ -37,10 +37,10 @@ typedef struct ovlm_weight {
     ovlm_tensor w, dw;    /* both left out when the model has no such weight                */
 } ovlm_weight;
 
-/* A transformer block of either tower. */
+/* A transformer block of any tower. */
 typedef struct ovlm_block {
     int64_t width, heads, kv_heads, head_dim, hidden;
-    bool rms, causal, gated, qk_norm;
+    bool rms, causal, gated, qk_norm, unturned; /* unturned: no rotary embedding            */
     double eps;
     ovlm_act act;
     const ovlm_decoder_config *moe; /* NULL: dense                                          */
@@ -49,8 +49,12 @@ typedef struct ovlm_block {
     ovlm_weight router, router_bias, experts_up, experts_down, shared_up, shared_down;
 } ovlm_block;
 
+/* merge^2 neighbouring rows become one feature; 1: only normalised and projected. */
 typedef struct ovlm_merge_weights {
     ovlm_merger kind;
+    int64_t merge, hidden;
+    ovlm_act act;
+    double eps;
     ovlm_weight norm, norm_bias, fc1, fc1_bias, fc2, fc2_bias;
 } ovlm_merge_weights;
 
@@ -61,6 +65,9 @@ typedef struct ovlm_params {
     ovlm_weight patch, patch_bias, position, final_norm, final_norm_bias;
     ovlm_block *vision;                                  /* [vision.depth]                  */
     ovlm_merge_weights merger, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_weight conv[OVLM_CONVOLUTIONS], conv_bias[OVLM_CONVOLUTIONS], conv_out;
+    ovlm_block *audio;                                   /* [audio.depth]                   */
+    ovlm_merge_weights project;                          /* of sounds                       */
     ovlm_weight embed, norm, head;                       /* head is embed when tied         */
     ovlm_block *decoder;                                 /* [decoder.depth]                 */
     int64_t weight_elements, buffer_elements, grad_elements; /* with padding                */

@@ -104,7 +104,7 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     }
     ovlm_weight *single[] = {&params->patch, &params->patch_bias, &params->position,
                              &params->final_norm, &params->final_norm_bias, &params->embed,
-                             &params->norm, &params->head};
+                             &params->norm, &params->head, &params->conv_out};
     for (size_t i = 0; i < sizeof single / sizeof *single; i++) {
         bind_weight(params, single[i]);
     }
@@ -115,6 +115,14 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     for (int64_t i = 0; i < params->config.vision.deepstack_n; i++) {
         bind_merger(params, &params->deepstack[i]);
     }
+    for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
+        bind_weight(params, &params->conv[i]);
+        bind_weight(params, &params->conv_bias[i]);
+    }
+    for (int64_t i = 0; i < params->config.audio.depth; i++) {
+        bind_block(params, &params->audio[i]);
+    }
+    bind_merger(params, &params->project);
     for (int64_t i = 0; i < params->config.decoder.depth; i++) {
         bind_block(params, &params->decoder[i]);
     }

@@ -108,7 +108,7 @@ static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
         }
         ovlm_stack *stack = pass->training ? run->keep : run->work;
         int64_t mark = run->work->used_bytes;
-        OVLM_TRY(ovlm_merger_fwd(run, pass->params, &pass->params->deepstack[k], stack, h,
+        OVLM_TRY(ovlm_merger_fwd(run, &pass->params->deepstack[k], stack, h,
                                  pass->extra[k], &pass->deepstack[k]));
         run->work->used_bytes = mark;
     }
@@ -128,7 +128,7 @@ static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
         RUN_IN(run, norm, fwd, &pass->final_norm, stack);
         h = pass->final_norm.y;
     }
-    OVLM_TRY(ovlm_merger_fwd(run, p, &p->merger, stack, h, pass->features, &pass->merger));
+    OVLM_TRY(ovlm_merger_fwd(run, &p->merger, stack, h, pass->features, &pass->merger));
     run->work->used_bytes = mark;
     return OVLM_OK;
 }

@@ -39,9 +39,8 @@ OVLM_NODISCARD ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass
 /* Whether any weight of the tower is trained. */
 bool ovlm_vision_trained(const ovlm_params *params);
 
-OVLM_NODISCARD ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
-                                           const ovlm_merge_weights *weights, ovlm_stack *stack,
-                                           ovlm_tensor h, ovlm_tensor out,
+OVLM_NODISCARD ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights,
+                                           ovlm_stack *stack, ovlm_tensor h, ovlm_tensor out,
                                            ovlm_merge_saved *saved);
 
 /* dh gets (with beta 1: is added) the gradient of what the merger read; left out: not needed. */

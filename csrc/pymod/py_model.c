@@ -73,14 +73,17 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
                     .sigmoid_router = i[47] != 0, .normalise_router = i[48] != 0,
                     .expert_kn = i[49] != 0,
                     .out_bias = i[50] != 0, .eps = f[2], .theta = f[3], .router_scale = f[4],
-                    .aux_coef = f[5]}};
+                    .aux_coef = f[5]},
+        .audio = {.depth = i[51], .width = i[52], .heads = i[53], .hidden = i[54], .bins = i[55],
+                  .channels = i[56], .chunk = i[57], .window = i[58], .out_width = i[59],
+                  .act = (ovlm_act)i[60], .eps = f[6]}};
     for (int k = 0; k < OVLM_DEEPSTACK_MOST; k++) {
         c.vision.deepstack[k] = i[17 + k];
     }
     return c;
 }
 
-enum { CONFIG_INTS = 51, CONFIG_FLOATS = 6 };
+enum { CONFIG_INTS = 61, CONFIG_FLOATS = 7 };
 
 static const struct {
     const char *name;

@@ -12,7 +12,8 @@ static int poll_signals(void *ctx)
 
 /* The arguments of forward and extend, positions in their vector. */
 enum {
-    IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, N_TOKEN_ARGS,
+    IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, MEL_LENGTHS, MEL,
+    N_TOKEN_ARGS,
     NORMALIZER = N_TOKEN_ARGS, ROUTER_COUNT, ROUTER_ROWS, TRAINING, ENTROPY, CHECKPOINT,
     N_FORWARD_ARGS
 };
@@ -51,6 +52,35 @@ static int read_pixels(PyObject *const *args, const ovlm_vision_config *c, ovlm_
                           &in->pixels, NULL);
 }
 
+static int read_sounds(PyObject *const *args, const ovlm_audio_config *c, ovlm_model_inputs *in)
+{
+    const void *length = NULL, *mel = NULL;
+    int64_t n = 0, frames = 0;
+    if (ovlm_arg_exact(args[MEL_LENGTHS], "mel_lengths", NPY_INT32, -1, true, &length, &n) < 0) {
+        return -1;
+    }
+    if (length == NULL || n == 0) {
+        return 0;
+    }
+    in->sounds = n;
+    in->mel_length = length;
+    for (int64_t i = 0; i < n; i++) {
+        if (in->mel_length[i] < 1) {
+            PyErr_Format(PyExc_ValueError, "mel_lengths[%lld] must be >= 1; got %d", (long long)i,
+                         in->mel_length[i]);
+            return -1;
+        }
+        frames += in->mel_length[i];
+    }
+    /* Without a tower bins is 0: the model refuses sounds before it looks at them. */
+    if (ovlm_arg_exact(args[MEL], "mel", NPY_FLOAT32, c->depth > 0 ? frames * c->bins : -1, false,
+                       &mel, NULL) < 0) {
+        return -1;
+    }
+    in->mel = mel;
+    return 0;
+}
+
 static int read_tokens(const model_object *self, PyObject *const *args, ovlm_model_inputs *in)
 {
     const void *ids = NULL, *start = NULL, *position = NULL, *feature = NULL, *label = NULL;
@@ -75,11 +105,13 @@ static int read_tokens(const model_object *self, PyObject *const *args, ovlm_mod
     in->label = label;
     in->weight = weight;
     in->normalizer = -1;
-    return read_pixels(args, &ovlm_model_params(self->model)->config.vision, in);
+    const ovlm_model_config *config = &ovlm_model_params(self->model)->config;
+    return read_pixels(args, &config->vision, in) < 0 ? -1
+                                                      : read_sounds(args, &config->audio, in);
 }
 
-/* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, normalizer or -1,
- *         router_count, router_rows, training, entropy, checkpoint) */
+/* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, mel_lengths, mel,
+ *         normalizer or -1, router_count, router_rows, training, entropy, checkpoint) */
 PyObject *ovlm_py_model_forward(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                 Py_ssize_t nargs, PyObject *kwnames)
 {
@@ -308,7 +340,7 @@ PyObject *ovlm_py_model_cache_open(PyObject *object, PyTypeObject *type, PyObjec
     return ovlm_model_leave(self, type, status, &err);
 }
 
-/* extend(ids, cu_seqlens, position, feature_row, None, None, grid, pixels)
+/* extend(ids, cu_seqlens, position, feature_row, None, None, grid, pixels, mel_lengths, mel)
  *     -> float32[sequences, V] */
 PyObject *ovlm_py_model_extend(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                Py_ssize_t nargs, PyObject *kwnames)

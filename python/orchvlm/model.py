@@ -6,6 +6,7 @@ import numpy as np
 from .batch import integers
 from .inputs import Inputs, floats
 from .optim import finite_number
+from .sounds import sound_tokens
 from .weights import Weights
 
 _CHECKPOINTS = {"none": 0, "selective": 1, "full": 2}
@@ -52,7 +53,8 @@ class Output:
 
 
 class Model(Weights):
-    """A native-resolution vision encoder and a (mixture-of-experts) decoder.
+    """A native-resolution vision encoder, where the family has one an audio encoder, and a
+    (mixture-of-experts) decoder.
 
     Made by :meth:`from_config` or :meth:`from_pretrained`.
 
@@ -85,22 +87,40 @@ class Model(Weights):
     def _arguments(self, inputs):
         if not isinstance(inputs, Inputs):
             raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
-        visual = self.config.visual_tokens
-        feature_row = None
-        if inputs.grid_thw is not None and len(inputs.grid_thw):
+        return [inputs.input_ids, inputs.cu_seqlens, inputs.position_ids,
+                self._feature_rows(inputs), inputs.labels, inputs.weights, inputs.grid_thw,
+                inputs.pixels, inputs.mel_lengths, inputs.mel]
+
+    def _feature_rows(self, inputs):
+        """int32[T]: the feature that stands at each token, or -1; those of sounds follow those of
+        images.  None without any."""
+        seen = heard = 0
+        if inputs.grid_thw is not None:
             merge = self.config.vision["spatial_merge_size"]
-            spots = np.isin(inputs.input_ids, visual)
-            rows = int(np.prod(inputs.grid_thw, axis=1, dtype=np.int64).sum()) // merge ** 2
-            if spots.sum() != rows:
-                raise ValueError(f"the images give {rows} features, but {spots.sum()} tokens wait "
-                                 "for one (image_token_id, video_token_id)")
-            feature_row = np.where(spots, np.cumsum(spots) - 1, -1).astype(np.int32)
-        elif visual and np.isin(inputs.input_ids, visual).any():
-            raise ValueError("there are image tokens but no images")
+            seen = int(np.prod(inputs.grid_thw, axis=1, dtype=np.int64).sum()) // merge ** 2
         if inputs.mel is not None and len(inputs.mel):
+            self._check_sounds(inputs)
+            heard = int(sound_tokens(inputs.mel_lengths).sum())
+        rows = np.full(inputs.n_tokens, -1, np.int32)
+        for word, keys, tokens, first, count in (
+                ("image", "image_token_id, video_token_id", self.config.visual_tokens, 0, seen),
+                ("sound", "audio_token_id", self.config.sound_tokens, seen, heard)):
+            spots = np.isin(inputs.input_ids, tokens)
+            if count == 0 and spots.any():
+                raise ValueError(f"there are {word} tokens but no {word}s")
+            if spots.sum() != count:
+                raise ValueError(f"the {word}s give {count} features, but {spots.sum()} tokens "
+                                 f"wait for one ({keys})")
+            rows[spots] = np.arange(first, first + count)
+        return rows if seen + heard else None
+
+    def _check_sounds(self, inputs):
+        if not self.config.audible:
             raise ValueError(f"{self.config.family} has no audio encoder; got sounds")
-        return [inputs.input_ids, inputs.cu_seqlens, inputs.position_ids, feature_row,
-                inputs.labels, inputs.weights, inputs.grid_thw, inputs.pixels]
+        bins = self.config.audio["num_mel_bins"]
+        if inputs.mel.shape[1] != bins:
+            raise ValueError(f"mel has {inputs.mel.shape[1]} bins; the model's num_mel_bins is "
+                             f"{bins}")
 
     def forward(self, inputs, normalizer=None, router_counts=None, *, training=True,
                 checkpoint="none"):
@@ -130,7 +150,7 @@ class Model(Weights):
         Raises
         ------
         ValueError
-            Tokens outside the vocabulary, images that do not fit their tokens, ...
+            Tokens outside the vocabulary, images or sounds that do not fit their tokens, ...
         RuntimeError
             The model is busy.
         """

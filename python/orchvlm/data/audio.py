@@ -6,13 +6,12 @@ import struct
 
 import numpy as np
 
+from ..sounds import sound_tokens
 from .assets import DataError, as_asset
 
 RATE = 16_000      # samples per second that the encoders take
 WINDOW = 400       # samples of a Fourier window: 25 ms
 HOP = 160          # samples from one frame to the next: 10 ms
-CHUNK = 100        # mel frames that the audio encoder convolves at once
-CHUNK_TOKENS = 13  # tokens of a full chunk
 MOST_SECONDS = 4 * 3600
 RATES = (1_000, 768_000)
 
@@ -308,10 +307,7 @@ def audio_tokens(n_frames):
         raise TypeError(f"n_frames must be an integer; got {type(n_frames).__name__}")
     if not 0 <= n_frames <= 2**40:
         raise ValueError(f"n_frames must be in 0 .. 2^40; got {n_frames}")
-    full, rest = divmod(int(n_frames), CHUNK)
-    for _ in range(3):
-        rest = (rest - 1) // 2 + 1
-    return full * CHUNK_TOKENS + rest
+    return int(sound_tokens(int(n_frames)))
 
 
 def load_sound(source, bins=128, name="sound"):

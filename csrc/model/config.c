@@ -181,3 +181,12 @@ ovlm_status ovlm_model_config_check(const ovlm_model_config *config, ovlm_err *e
     }
     return OVLM_OK;
 }
+
+int64_t ovlm_decoder_sparse_layers(const ovlm_decoder_config *config)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < config->depth; i++) {
+        n += ovlm_decoder_layer_sparse(config, i) ? 1 : 0;
+    }
+    return n;
+}

@@ -76,6 +76,9 @@ static inline bool ovlm_decoder_layer_sparse(const ovlm_decoder_config *config, 
            (layer + 1) % config->sparse_step == 0;
 }
 
+/* How many decoder layers have experts. */
+int64_t ovlm_decoder_sparse_layers(const ovlm_decoder_config *config);
+
 /* OVLM_E_ARG names the first size or switch that makes no model. */
 OVLM_NODISCARD ovlm_status ovlm_model_config_check(const ovlm_model_config *config,
                                                    ovlm_err *err);

@@ -135,6 +135,17 @@ static ovlm_status prepare_context(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_
     return OVLM_OK;
 }
 
+/* A layer's own counts are differences of these. */
+static ovlm_status note_counts(ovlm_run *run, const ovlm_decoder_pass *pass, int64_t layer)
+{
+    int64_t E = pass->params->config.decoder.experts;
+    if (pass->count_after == NULL || E == 0 || run->measuring) {
+        return OVLM_OK;
+    }
+    return run->ops->copy(run->queue, pass->count_after + layer * E, pass->context.count,
+                          E * (int64_t)sizeof(int64_t), OVLM_ON_DEVICE, run->err);
+}
+
 ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
 {
     const ovlm_decoder_config *c = &pass->params->config.decoder;
@@ -151,6 +162,7 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
         pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
         OVLM_TRY(ovlm_block_fwd(run, &pass->params->decoder[i], &pass->context, pass->training, h,
                                 out, &pass->block[i]));
+        OVLM_TRY(note_counts(run, pass, i));
         spare = h;
         h = out;
         if (ovlm_tensor_given(&pass->features) && i < pass->params->config.vision.deepstack_n) {

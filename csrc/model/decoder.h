@@ -25,6 +25,7 @@ typedef struct ovlm_decoder_pass {
     ovlm_tensor dsounds;        /* where their gradient goes; left out: not wanted           */
     ovlm_tensor extra[OVLM_DEEPSTACK_MOST];
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
+    int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
     ovlm_gather embed, mix, mix_sounds, deepstack[OVLM_DEEPSTACK_MOST];
     ovlm_block_saved *block;    /* [depth] host                                              */

@@ -35,22 +35,6 @@ void ovlm_model_rebind(ovlm_model *model)
                                            .dtype = model->dtype, .exact = model->exact});
 }
 
-/* Router statistics: counts, score sums and slopes of all experts, one after the other. */
-static ovlm_status open_routing(ovlm_model *model, ovlm_err *err)
-{
-    int64_t E = model->params.config.decoder.experts;
-    int64_t count_bytes = E * (int64_t)sizeof(int64_t), sum_bytes = E * (int64_t)sizeof(double);
-    OVLM_TRY(ovlm_device_block_need(model, &model->routing,
-                                    count_bytes + sum_bytes + E * (int64_t)sizeof(float), true,
-                                    err));
-    if (E > 0) {
-        model->count = model->routing.data;
-        model->score_sum = (double *)(void *)((char *)model->routing.data + count_bytes);
-        model->slope = (float *)(void *)((char *)model->routing.data + count_bytes + sum_bytes);
-    }
-    return OVLM_OK;
-}
-
 static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
 {
     ovlm_params *p = &model->params;
@@ -62,7 +46,7 @@ static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
     OVLM_TRY(ovlm_device_block_need(model, &model->scalars,
                                     (int64_t)(sizeof(ovlm_model_scalars) +
                                               sizeof(ovlm_grad_stats)), true, err));
-    OVLM_TRY(open_routing(model, err));
+    OVLM_TRY(ovlm_model_routing_open(model, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->vision_block, p->config.vision.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->audio_block, p->config.audio.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->decoder_block, p->config.decoder.depth, err));

@@ -83,6 +83,15 @@ OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_
 OVLM_NODISCARD ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count,
                                                   ovlm_err *err);
 
+/* The same by layer with experts, [ovlm_decoder_sparse_layers,E]; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_router_layers(ovlm_model *model, int64_t *count,
+                                                    ovlm_err *err);
+
+/* Moves the corrections of sigmoid routers against such counts, of a whole global batch: up by
+ * speed where an expert got fewer slots than the mean of its layer, down where more.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count,
+                                                     double speed, ovlm_err *err);
+
 /* Adds the gradients of the last forward's loss; or, with dlogp [T] (and dentropy, or NULL), of any
  * loss of the log-probabilities, in the order of ovlm_model_output_read.  Once per forward. */
 OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp,

@@ -147,6 +147,7 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
+    model->decoder.count_after = NULL;
     OVLM_TRY(measure_walk(model, &forward, start, length, err));
     ovlm_run run = ovlm_model_run(model, false, &forward, err);
     OVLM_TRY(walk(&run, model, start, length));

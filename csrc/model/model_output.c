@@ -4,8 +4,8 @@
 #include <math.h>
 #include <stdlib.h>
 
-static ovlm_status fetch(ovlm_model *model, void *host, const void *device, int64_t bytes,
-                         ovlm_err *err)
+ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const void *device, int64_t bytes,
+                             ovlm_err *err)
 {
     const ovlm_ops *ops = model->backend->ops;
     if (bytes > 0) {
@@ -19,7 +19,7 @@ static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *de
                                  ovlm_err *err)
 {
     const ovlm_tokens *tokens = &model->decoder.tokens;
-    OVLM_TRY(fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
+    OVLM_TRY(ovlm_model_fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
     for (int64_t i = 0; i < tokens->segments; i++) {
         int64_t first = tokens->start[i];
         for (int64_t t = (int64_t)tokens->start[i + 1] - 1; t > first; t--) {
@@ -44,7 +44,7 @@ ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
     if (!model->has_hidden) {
         return OVLM_FAIL(err, OVLM_E_ARG, "there is no output: no forward has run");
     }
-    OVLM_TRY(fetch(model, &s, model->scalars.data, (int64_t)sizeof s, err));
+    OVLM_TRY(ovlm_model_fetch(model, &s, model->scalars.data, (int64_t)sizeof s, err));
     *output = (ovlm_model_output){.loss = s.loss, .aux_loss = s.aux_loss,
                                   .weight_sum = s.weight_sum, .target_tokens = s.target_tokens};
     if (logp != NULL && model->has_loss) {
@@ -54,12 +54,6 @@ ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
         OVLM_TRY(fetch_shifted(model, entropy, model->head.entropy, err));
     }
     return OVLM_OK;
-}
-
-ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count, ovlm_err *err)
-{
-    return fetch(model, count, model->count,
-                 model->params.config.decoder.experts * (int64_t)sizeof *count, err);
 }
 
 /* Memory that lives for one call: rows to read, and what comes of them. */
@@ -86,7 +80,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
                             .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
         RUN(&run, linear, fwd, &head);
         if (!run.measuring) {
-            return fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
+            return ovlm_model_fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
         }
         OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
         work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
@@ -187,6 +181,19 @@ static ovlm_status fill_parts(ovlm_model *model, const ovlm_model_adamw *options
     return OVLM_OK;
 }
 
+ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err)
+{
+    if (model->work.size_bytes < bytes) {
+        OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+        OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err));
+        model->has_hidden = false;
+    } else if (model->work.size_bytes - model->work.used_bytes < bytes) {
+        model->work.used_bytes = 0; /* logits of the last forward cannot be asked for any more */
+        model->has_hidden = false;
+    }
+    return OVLM_OK;
+}
+
 static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
                             ovlm_adamw_part *part, ovlm_model_step *step, ovlm_err *err)
 {
@@ -203,21 +210,12 @@ static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
     ovlm_op_bytes need = {0}, more = {0};
     OVLM_TRY(run.ops->grad_norm.measure(model->backend, &norm, &need, err));
     OVLM_TRY(run.ops->adamw.measure(model->backend, &adamw, &more, err));
-    int64_t bytes = need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work;
-    if (model->work.size_bytes < bytes) {
-        OVLM_TRY(run.ops->queue_wait(model->queue, err));
-        OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err));
-        model->has_hidden = false;
-    }
-    int64_t held = model->work.used_bytes; /* logits of the last forward may still be asked for */
-    if (model->work.size_bytes - held < bytes) {
-        model->work.used_bytes = held = 0;
-        model->has_hidden = false;
-    }
+    OVLM_TRY(ovlm_model_need_work(
+        model, need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work, err));
     OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));
     RUN(&run, grad_norm, fwd, &norm);
     RUN(&run, adamw, fwd, &adamw);
-    OVLM_TRY(fetch(model, &seen, stats, (int64_t)sizeof seen, err));
+    OVLM_TRY(ovlm_model_fetch(model, &seen, stats, (int64_t)sizeof seen, err));
     *step = (ovlm_model_step){.grad_norm = sqrt(seen.norm_sq), .clip = seen.clip,
                               .non_finite = seen.non_finite};
     return OVLM_OK;

@@ -79,6 +79,7 @@ ovlm_status ovlm_model_tokens_prepare(ovlm_model *model, const ovlm_model_inputs
     pass->context = (ovlm_block_context){.checkpoint = options->checkpoint,
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
+    pass->count_after = model->count_after;
     return OVLM_OK;
 }
 
@@ -183,11 +184,7 @@ static ovlm_status balance_fwd(ovlm_run *run, ovlm_model *model, const ovlm_mode
     if (c->experts == 0) {
         return OVLM_OK;
     }
-    int64_t sparse = 0;
-    for (int64_t i = 0; i < c->depth; i++) {
-        sparse += ovlm_decoder_layer_sparse(c, i) ? 1 : 0;
-    }
-    double rows = (double)(sparse * inputs->tokens.T);
+    double rows = (double)(ovlm_decoder_sparse_layers(c) * inputs->tokens.T);
     void *count = model->count;
     int64_t mark = run->work->used_bytes;
     if (inputs->router_count != NULL) {

@@ -30,9 +30,10 @@ struct ovlm_model {
     ovlm_audio_pass audio;
     ovlm_decoder_pass decoder;
     ovlm_head head;
-    int64_t *count;                /* views of `routing`: [E] */
-    double *score_sum;
-    float *slope;
+    int64_t *count, *count_after, *count_given; /* views of `routing`: [E]; [depth,E] count behind
+                                                   each layer; [E] of the host                 */
+    double *score_sum;             /* [E] */
+    float *slope;                  /* [E] */
     bool has_vision, has_audio, has_loss, can_backward, has_hidden;
     /* generation */
     ovlm_device_block cache;
@@ -47,6 +48,16 @@ void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block);
 
 /* Points the parameters' views at the present memory. */
 void ovlm_model_rebind(ovlm_model *model);
+
+/* Memory of the routers' statistics. */
+OVLM_NODISCARD ovlm_status ovlm_model_routing_open(ovlm_model *model, ovlm_err *err);
+
+/* At least so much free workspace; what a forward kept there for ovlm_model_logits may go. */
+OVLM_NODISCARD ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err);
+
+/* Device memory to the host; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const void *device,
+                                            int64_t bytes, ovlm_err *err);
 
 /* A pass over the model's queue; keep is set by phase. */
 ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_options *options,

@@ -469,6 +469,8 @@ static PyMethodDef model_methods[] = {
     METHOD("forward", ovlm_py_model_forward),
     METHOD("output", ovlm_py_model_output),
     METHOD("router_counts", ovlm_py_model_router_counts),
+    METHOD("router_layers", ovlm_py_model_router_layers),
+    METHOD("router_correct", ovlm_py_model_router_correct),
     METHOD("backward", ovlm_py_model_backward),
     METHOD("logits", ovlm_py_model_logits),
     METHOD("adamw", ovlm_py_model_adamw),

@@ -32,6 +32,8 @@ int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expecte
 OVLM_MODEL_METHOD(ovlm_py_model_forward);
 OVLM_MODEL_METHOD(ovlm_py_model_output);
 OVLM_MODEL_METHOD(ovlm_py_model_router_counts);
+OVLM_MODEL_METHOD(ovlm_py_model_router_layers);
+OVLM_MODEL_METHOD(ovlm_py_model_router_correct);
 OVLM_MODEL_METHOD(ovlm_py_model_backward);
 OVLM_MODEL_METHOD(ovlm_py_model_logits);
 OVLM_MODEL_METHOD(ovlm_py_model_adamw);

@@ -135,9 +135,10 @@ class Model(Weights):
         normalizer : float, optional
             What the sum is divided by: the weight sum of the global batch.  By default this
             call's own.
-        router_counts : (int64[E], int), optional
+        router_counts : (int64[E], float), optional
             Routed slots of the whole global batch and the rows (layers x tokens) they were
-            counted over, for a balance loss that does not depend on how the batch was cut.
+            counted over, for a balance loss that does not depend on how the batch was cut;
+            :meth:`route` finds them.
         training : bool
             Whether a backward may follow.
         checkpoint : {"none", "selective", "full"}
@@ -168,6 +169,92 @@ class Model(Weights):
         self._core.forward(*self._arguments(inputs), -1.0 if normalizer is None else
                            normalizer, counts, rows, training, entropy, _CHECKPOINTS[checkpoint])
         return self._core.output(per_token, entropy)
+
+    def route(self, inputs):
+        """Where the routers send a packed batch: a forward without a head, nothing kept.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            Labels are not used.
+
+        Returns
+        -------
+        counts : int64[E]
+            Routed slots per expert, over all layers and tokens; those of several calls add up.
+        rows : int
+            Layers x tokens: with the counts what :meth:`forward` takes as ``router_counts``.
+
+        Raises
+        ------
+        ValueError
+            The model has no experts, or as in :meth:`forward`.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
+        >>> counts, rows = model.route(orchvlm.Inputs(input_ids=[72, 105, 33]))
+        >>> int(counts.sum()), rows  # two experts for each of 3 tokens in 4 layers
+        (24, 12)
+        """
+        if not self.config.sparse:
+            raise ValueError("route: this model has no experts")
+        arguments = self._arguments(inputs)
+        arguments[4] = arguments[5] = None
+        self._core.forward(*arguments, -1.0, None, 0.0, False, False, 0)
+        counts = self._core.router_counts()
+        return counts, int(counts.sum()) // self.config.text["num_experts_per_tok"]
+
+    def layer_counts(self):
+        """Routed slots of the last forward by layer.
+
+        Returns
+        -------
+        int64[n, E]
+            Of the n layers with experts, the lowest first; what :meth:`correct_routers` takes.
+
+        Raises
+        ------
+        ValueError
+            The model has no experts.
+        """
+        if not self.config.sparse:
+            raise ValueError("layer_counts: this model has no experts")
+        return self._core.router_layers()
+
+    def correct_routers(self, counts, rate):
+        """Balances sigmoid routers without a loss: corrections move against the counts.
+
+        Adds ``rate`` to ``e_score_correction_bias`` of an expert that got fewer slots than the mean
+        of its layer, and takes it away where the expert got more.
+
+        Parameters
+        ----------
+        counts : int64[n, E]
+            Of a whole global batch: the sum of :meth:`layer_counts`.
+        rate : float
+
+        Raises
+        ------
+        ValueError
+            Routers without corrections, wrong shape, negative counts.
+
+        References
+        ----------
+        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024,
+        algorithm 1.
+        """
+        if self.config.text.get("scoring_func") != "sigmoid" or not self.config.sparse:
+            raise ValueError("correct_routers: only sigmoid routers (scoring_func) have corrections")
+        rate = finite_number(rate, "rate", 0)
+        shape = self._core.router_layers().shape
+        if np.shape(counts) != shape:
+            raise ValueError(f"counts must have the shape {shape}; got {np.shape(counts)}")
+        counts = integers(np.reshape(counts, -1), "counts").reshape(shape)
+        if counts.size and not 0 <= counts.min() <= counts.max() < 2**40:
+            raise ValueError("counts must be in [0, 2^40)")
+        self._core.router_correct(np.ascontiguousarray(counts, np.int64), rate)
 
     def _router_counts(self, given):
         """(counts or None, rows) of the argument of forward."""

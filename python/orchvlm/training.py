@@ -18,7 +18,8 @@ import numpy as np
 from ._files import write_whole
 from .flops import model_flops
 from .model import Model
-from .optim import AdamW, schedule
+from .optim import AdamW, finite_number, schedule
+from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
 _AHEAD = 3  # packs that are made before they are asked for
@@ -119,6 +120,13 @@ class TrainingConfig:
         one larger pack.
     checkpoint : {"none", "selective", "full"}
         Activations that are computed again.
+    aux : {"exact", "lagged", "bias"}
+        How experts are kept evenly used, over a step's whole batch and added once: by the balance
+        loss with the batch's own router counts (with several micro-batches a forward for the
+        counts alone comes first; ``routing_seconds`` tells its cost), by that loss with the counts
+        of the step before, or without a loss by moving the corrections of sigmoid routers.
+    bias_rate : float
+        By which ``aux="bias"`` moves a correction in a step, see :meth:`Model.correct_routers`.
     save_every : int
         Steps between checkpoints; 0: at the end only.
     keep : int
@@ -127,7 +135,8 @@ class TrainingConfig:
     Raises
     ------
     ValueError
-        Steps or micro-batches below 1, minutes that are not positive, a negative count.
+        Steps or micro-batches below 1, minutes that are not positive, a negative count, an unknown
+        ``aux``.
 
     Examples
     --------
@@ -150,6 +159,8 @@ class TrainingConfig:
     freeze: tuple = ()
     micro_batches: int = 1
     checkpoint: str = "none"
+    aux: str = "exact"
+    bias_rate: float = 1e-3
     save_every: int = 0
     keep: int = 0
 
@@ -162,6 +173,9 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a whole number >= {least}; got {value!r}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes must be positive and finite; got {self.minutes!r}")
+        if self.aux not in MODES:
+            raise ValueError(f"aux must be one of {', '.join(MODES)}; got {self.aux!r}")
+        finite_number(self.bias_rate, "bias_rate", 0)
 
 
 class Trainer:
@@ -181,7 +195,8 @@ class Trainer:
     Raises
     ------
     ValueError
-        A rate, schedule or group that :class:`AdamW` or :func:`schedule` refuses.
+        A rate, schedule or group that :class:`AdamW` or :func:`schedule` refuses; ``aux="bias"``
+        with a model whose routers have no corrections.
 
     Notes
     -----
@@ -217,6 +232,7 @@ class Trainer:
             model.freeze(*patterns)
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
+        self._balance = Balance(model, config.aux, config.bias_rate)
         self._warmup = min(config.warmup, config.steps)
         self._rate = schedule(config.schedule, config.lr, config.steps, self._warmup,
                               config.min_lr)
@@ -244,7 +260,8 @@ class Trainer:
         ------
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
-            tflops, seconds, elapsed_s; also a line of ``metrics.jsonl``.  A loss that is no number
+            tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
+            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number
             is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -272,8 +289,11 @@ class Trainer:
         total = sum(_weight_sum(pack) for pack in packs)
         self.model.zero_grad()
         loss, targets = 0.0, 0
+        counts = self._balance.begin(packs)
         for pack in packs:
-            out = self.model.forward(pack, normalizer=total, checkpoint=self.config.checkpoint)
+            out = self.model.forward(pack, normalizer=total, router_counts=counts,
+                                     checkpoint=self.config.checkpoint)
+            self._balance.note(out)
             loss, targets = loss + out.loss, targets + out.n_target_tokens
             self.model.backward()
         # The warm-up is counted in steps, what follows in whatever ends the run.
@@ -282,6 +302,7 @@ class Trainer:
         rate = self._rate(place if self.config.minutes else self.step)
         with _held_back():
             done = self.optimizer.step(rate)
+            experts = self._balance.end(done["skipped"])
             seconds = time.perf_counter() - start
             self.step += 1
             self.elapsed_s += seconds
@@ -291,7 +312,7 @@ class Trainer:
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "tokens": tokens, "targets": targets,
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-                   "seconds": seconds, "elapsed_s": self.elapsed_s}
+                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts}
             log.write(json.dumps({key: value if math.isfinite(value) else None
                                   for key, value in row.items()}) + "\n")
             log.flush()
@@ -316,7 +337,8 @@ class Trainer:
         try:
             self.model.save_pretrained(temporary)
             state = self.optimizer.state_dict()
-            facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state}
+            facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
+                     "routing": self._balance.state_dict()}
             write_whole(temporary / _STATE, lambda stream: np.savez(
                 stream, __facts__=np.array(json.dumps(facts)), **state))
             os.chmod(temporary, 0o755)
@@ -358,6 +380,7 @@ class Trainer:
         stored = Model.from_pretrained(checkpoint, threads=1)
         with np.load(checkpoint / _STATE, allow_pickle=False) as state:
             facts = json.loads(str(state["__facts__"]))
+            self._balance.load_state_dict(facts.get("routing"))
             self.loader.load_state_dict(facts["loader"])
             self.model.load_state_dict(stored.state_dict())
             self.optimizer.load_state_dict({k: state[k] for k in state.files

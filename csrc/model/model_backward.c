@@ -65,8 +65,8 @@ static ovlm_status logits_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model
     ovlm_gather pick = {.taps = 1, .index = index, .x = model->decoder.hidden,
                         .y = ovlm_stack_tensor(run->work, rows, C, run->dtype)};
     RUN_IN(run, gather, fwd, &pick, run->work);
-    ovlm_linear head = {.x = pick.y, .w = w->w,
-                        .dy = ovlm_tensor_of(dlogits, rows, V, OVLM_F32),
+    ovlm_tensor dy = ovlm_tensor_of(dlogits, rows, V, OVLM_F32);
+    ovlm_linear head = {.x = pick.y, .w = w->w, .y = dy, .dy = dy,
                         .dx = ovlm_stack_tensor(run->work, rows, C, run->dtype), .dw = w->dw,
                         .dw_beta = 1};
     RUN(run, linear, bwd, &head);

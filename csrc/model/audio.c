@@ -171,12 +171,14 @@ ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass)
     OVLM_TRY(embed(run, pass, h));
     OVLM_TRY(windows(run, pass));
     for (int64_t i = 0; i < c->depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
                                          : spare;
         OVLM_TRY(ovlm_block_fwd(run, &pass->params->audio[i], &pass->context, pass->training, h,
                                 out, &pass->block[i]));
         spare = h;
         h = out;
+        ovlm_run_end(run, "audio block", i, start_s);
     }
     OVLM_TRY(ovlm_merger_fwd(run, &pass->params->project, stack, h, pass->features,
                              &pass->project));
@@ -277,8 +279,10 @@ ovlm_status ovlm_audio_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor dfe
                                        run->dtype);
     OVLM_TRY(ovlm_merger_bwd(run, &p->project, dfeatures, dh, 0, &pass->project));
     for (int64_t i = p->config.audio.depth - 1; i >= 0; i--) {
+        double start_s = ovlm_run_begin(run);
         OVLM_TRY(ovlm_block_bwd(run, &p->audio[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "audio block backward", i, start_s);
     }
     if (lowest < 0) {
         OVLM_TRY(embed_bwd(run, pass, dh));

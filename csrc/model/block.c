@@ -98,6 +98,34 @@ static ovlm_status compute(ovlm_run *run, const ovlm_block *block,
     return ovlm_mlp_fwd(run, block, context, stack, redo, replay, h_mid, saved->h_out, saved);
 }
 
+ovlm_status ovlm_taps_init(ovlm_taps *taps, const int32_t *entry, int64_t n, int64_t depth,
+                           ovlm_arena *arena, ovlm_err *err)
+{
+    *taps = (ovlm_taps){.n = n};
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &taps->entry, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &taps->state, n, err));
+    for (int64_t i = 0; i < n; i++) {
+        if (entry[i] < 0 || entry[i] > depth) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "taps[%lld] must be in [0, %lld]; got %d",
+                             (long long)i, (long long)depth, (int)entry[i]);
+        }
+        taps->entry[i] = entry[i];
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_taps_keep(ovlm_run *run, const ovlm_taps *taps, int64_t entry, ovlm_tensor h)
+{
+    for (int64_t i = 0; i < taps->n; i++) {
+        if (taps->entry[i] == entry) {
+            taps->state[i] = ovlm_stack_tensor(run->keep, h.rows, h.cols, run->exact);
+            ovlm_scale copy = {.alpha = 1, .x = h, .y = taps->state[i]};
+            RUN(run, scale, fwd, &copy);
+        }
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
                            const ovlm_block_context *context, bool training, ovlm_tensor h_in,
                            ovlm_tensor h_out, ovlm_block_saved *saved)

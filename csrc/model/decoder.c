@@ -45,7 +45,7 @@ typedef enum source { FROM_TABLE, FROM_IMAGES, FROM_SOUNDS } source;
 static int32_t row_of(const ovlm_decoder_pass *pass, int64_t t, source from)
 {
     int64_t row = pass->tokens.feature_row == NULL ? -1 : pass->tokens.feature_row[t];
-    int64_t images = ovlm_tensor_given(&pass->features) ? pass->features.rows : 0;
+    int64_t images = ovlm_tensor_given(&pass->features.image) ? pass->features.image.rows : 0;
     switch (from) {
     case FROM_TABLE: return row < 0 ? pass->tokens.id[t] : -1;
     case FROM_IMAGES: return row < images ? (int32_t)row : -1;
@@ -77,22 +77,22 @@ static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *sta
     OVLM_TRY(upload_rows(run, pass, stack, FROM_TABLE, &embed_row));
     pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
     RUN_IN(run, gather, fwd, &pass->embed, stack);
-    if (ovlm_tensor_given(&pass->sounds)) {
+    if (ovlm_tensor_given(&pass->features.sound)) {
         OVLM_TRY(upload_rows(run, pass, stack, FROM_SOUNDS, &sound_row));
         pass->mix_sounds = (ovlm_gather){.taps = 1, .unique = true, .index = sound_row,
-                                         .x = pass->sounds, .y = h, .y_beta = 1};
+                                         .x = pass->features.sound, .y = h, .y_beta = 1};
         RUN_IN(run, gather, fwd, &pass->mix_sounds, stack);
     }
-    if (!ovlm_tensor_given(&pass->features)) {
+    if (!ovlm_tensor_given(&pass->features.image)) {
         return OVLM_OK;
     }
     OVLM_TRY(upload_rows(run, pass, stack, FROM_IMAGES, &feature_row));
     pass->mix = (ovlm_gather){.taps = 1, .unique = true, .index = feature_row,
-                              .x = pass->features, .y = h, .y_beta = 1};
+                              .x = pass->features.image, .y = h, .y_beta = 1};
     RUN_IN(run, gather, fwd, &pass->mix, stack);
     for (int64_t k = 0; k < pass->params->config.vision.deepstack_n; k++) {
         pass->deepstack[k] = pass->mix;
-        pass->deepstack[k].x = pass->extra[k];
+        pass->deepstack[k].x = pass->features.extra[k];
     }
     return OVLM_OK;
 }
@@ -151,12 +151,15 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
     const ovlm_decoder_config *c = &pass->params->config.decoder;
     int64_t T = pass->tokens.T, depth = c->depth;
     ovlm_stack *stack = pass->training ? run->keep : run->work;
-    pass->hidden = ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    int64_t mark = run->work->used_bytes;
+    pass->hidden = ovlm_stack_tensor(run->keep, T, c->width, run->dtype);
     ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
     ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
     OVLM_TRY(embed(run, pass, stack, h));
     OVLM_TRY(prepare_context(run, pass, stack));
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
                                          : spare;
         pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
@@ -165,14 +168,21 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
         OVLM_TRY(note_counts(run, pass, i));
         spare = h;
         h = out;
-        if (ovlm_tensor_given(&pass->features) && i < pass->params->config.vision.deepstack_n) {
+        if (i + 1 < depth) {
+            OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
+        }
+        if (ovlm_tensor_given(&pass->features.image) &&
+            i < pass->params->config.vision.deepstack_n) {
             pass->deepstack[i].y = h;
             RUN(run, gather, fwd, &pass->deepstack[i]);
         }
+        ovlm_run_end(run, "decoder layer", i, start_s);
     }
     pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
                              .w = pass->params->norm.w, .y = pass->hidden};
     RUN_IN(run, norm, fwd, &pass->norm, stack);
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, depth, pass->hidden));
+    run->work->used_bytes = mark;
     return OVLM_OK;
 }
 
@@ -207,27 +217,27 @@ static ovlm_status gather_back(ovlm_run *run, ovlm_gather *args, ovlm_tensor dh,
 }
 
 ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor dhidden,
-                             ovlm_tensor dfeatures, const ovlm_tensor *dextra)
+                             const ovlm_features *dfeatures)
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
-    bool features = ovlm_tensor_given(&dfeatures);
-    int64_t lowest = lowest_wanted(pass, features || ovlm_tensor_given(&pass->dsounds));
+    bool images = ovlm_tensor_given(&dfeatures->image);
+    int64_t lowest = lowest_wanted(pass, images || ovlm_tensor_given(&dfeatures->sound));
     ovlm_weight none = {0};
     ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
     for (int64_t i = p->config.decoder.depth - 1; i >= 0; i--) {
-        if (features && i < p->config.vision.deepstack_n) {
-            OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dextra[i], 0));
+        double start_s = ovlm_run_begin(run);
+        if (images && i < p->config.vision.deepstack_n) {
+            OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dfeatures->extra[i], 0));
         }
         pass->context.cache = NULL;
         OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "decoder layer backward", i, start_s);
     }
-    if (features) {
-        OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures, 0));
-    }
-    OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, pass->dsounds, 0));
+    OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures->image, 0));
+    OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, dfeatures->sound, 0));
     OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
     run->work->used_bytes = mark;
     return OVLM_OK;

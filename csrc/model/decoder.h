@@ -14,19 +14,24 @@ typedef struct ovlm_tokens {
                                    The sounds' rows follow those of the images.              */
 } ovlm_tokens;
 
+/* What stands for images and sounds, or its gradients; left out: none, or not wanted. */
+typedef struct ovlm_features {
+    ovlm_tensor image;          /* [F,width] device                                          */
+    ovlm_tensor extra[OVLM_DEEPSTACK_MOST]; /* [F,width] each: DeepStack's part              */
+    ovlm_tensor sound;          /* [S,width]                                                 */
+} ovlm_features;
+
 /* One pass, from its forward to its backward. */
 typedef struct ovlm_decoder_pass {
     const ovlm_params *params;
     ovlm_tokens tokens;
     int64_t longest;            /* segment                                                   */
     bool training;
-    ovlm_tensor features;       /* [F,width] device; left out without any                    */
-    ovlm_tensor sounds;         /* [S,width] device, features of sounds; left out without any */
-    ovlm_tensor dsounds;        /* where their gradient goes; left out: not wanted           */
-    ovlm_tensor extra[OVLM_DEEPSTACK_MOST];
+    ovlm_features features;
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
     int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
+    ovlm_taps taps;             /* entries 0 to depth; the last is hidden                    */
     ovlm_gather embed, mix, mix_sounds, deepstack[OVLM_DEEPSTACK_MOST];
     ovlm_block_saved *block;    /* [depth] host                                              */
     ovlm_norm norm;
@@ -38,13 +43,11 @@ OVLM_NODISCARD ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t 
                                              int64_t feature_rows, int64_t *longest,
                                              ovlm_err *err);
 
-/* hidden, on run->keep when training, else on run->work. */
+/* hidden, on run->keep. */
 OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass);
 
-/* From dhidden to the weights' gradients and to dfeatures and dextra (left out: not wanted;
- * overwritten). */
+/* From dhidden to the weights' gradients and to those of the features (overwritten). */
 OVLM_NODISCARD ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass,
-                                            ovlm_tensor dhidden, ovlm_tensor dfeatures,
-                                            const ovlm_tensor *dextra);
+                                            ovlm_tensor dhidden, const ovlm_features *dfeatures);
 
 #endif

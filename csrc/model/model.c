@@ -26,6 +26,14 @@ void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block)
     *block = (ovlm_device_block){0};
 }
 
+void ovlm_model_forget(ovlm_model *model)
+{
+    model->can_backward = false;
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        model->encoder[m].can_backward = false;
+    }
+}
+
 void ovlm_model_rebind(ovlm_model *model)
 {
     ovlm_params_bind(&model->params,
@@ -101,12 +109,18 @@ void ovlm_model_close(ovlm_model *model)
             ovlm_device_block_free(model, blocks[i]);
         }
         ovlm_model_cache_close(model);
-        ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work};
+        ovlm_stack *stacks[] = {&model->encoder[OVLM_VISION].keep,
+                                &model->encoder[OVLM_AUDIO].keep, &model->decoder_keep,
+                                &model->work};
         for (size_t i = 0; i < sizeof stacks / sizeof *stacks; i++) {
             ovlm_stack_free(stacks[i], model->backend, OVLM_STACK_DEVICE);
         }
         ovlm_stack_free(&model->stage, model->backend, OVLM_STACK_HOST);
         model->backend->ops->close(model->backend);
+    }
+    ovlm_trace_free(&model->trace);
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        ovlm_arena_free(&model->encoder[m].call);
     }
     ovlm_arena_free(&model->call);
     ovlm_arena_free(&model->arena);
@@ -123,6 +137,11 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model)
     return model->backend;
 }
 
+ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err)
+{
+    return model->backend->ops->queue_wait(model->queue, err);
+}
+
 ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
 {
     ovlm_params *p = &model->params;
@@ -130,7 +149,7 @@ ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm
     ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
     ovlm_device_block_free(model, &model->grads);
     ovlm_device_block_free(model, &model->moments);
-    model->can_backward = false;
+    ovlm_model_forget(model);
     ovlm_model_rebind(model);
     return status;
 }
@@ -190,6 +209,21 @@ void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
     *memory = (ovlm_model_memory){
         .weights_bytes = model->weights.bytes + model->buffers.bytes,
         .training_bytes = model->grads.bytes + model->moments.bytes,
-        .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,
+        .activations_bytes = model->encoder[OVLM_VISION].keep.size_bytes +
+                             model->encoder[OVLM_AUDIO].keep.size_bytes +
+                             model->decoder_keep.size_bytes,
         .workspace_bytes = model->work.size_bytes, .cache_bytes = model->cache.bytes};
+}
+
+void ovlm_model_trace_start(ovlm_model *model)
+{
+    ovlm_trace_free(&model->trace);
+    model->tracing = true;
+}
+
+void ovlm_model_trace_stop(ovlm_model *model, ovlm_trace *trace)
+{
+    *trace = model->trace;
+    model->trace = (ovlm_trace){0};
+    model->tracing = false;
 }

@@ -69,20 +69,15 @@ static ovlm_status prepare_keys(ovlm_model *model, const ovlm_tokens *tokens, in
     return OVLM_OK;
 }
 
-static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
+static ovlm_status walk(ovlm_run *run, ovlm_model *model, unsigned phases, const int32_t *start,
                         const int32_t *length)
 {
     ovlm_decoder_pass *pass = &model->decoder;
     int64_t n = model->cache_sequences, bytes = n * (int64_t)sizeof *start;
     void *device_start = NULL, *device_length = NULL;
-    if (model->has_vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
-        pass->features = model->vision.features;
-        memcpy(pass->extra, model->vision.extra, sizeof pass->extra);
-        run->keep = &model->decoder_keep;
-    }
-    OVLM_TRY(ovlm_model_hear(run, model));
+    OVLM_TRY(ovlm_model_walk_encode(run, model, phases));
+    ovlm_model_take_features(model);
+    run->keep = &model->decoder_keep;
     OVLM_TRY(ovlm_run_upload(run, run->work, start, bytes, &device_start));
     OVLM_TRY(ovlm_run_upload(run, run->work, length, bytes, &device_length));
     pass->context.key = (ovlm_segments){
@@ -93,26 +88,12 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
 }
 
 static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
-                                const int32_t *start, const int32_t *length, ovlm_err *err)
+                                unsigned phases, const int32_t *start, const int32_t *length,
+                                ovlm_err *err)
 {
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
-    ovlm_stack held[4];
-    for (int i = 0; i < 4; i++) {
-        held[i] = *stacks[i];
-        *stacks[i] = (ovlm_stack){0};
-    }
+    const ovlm_held_stacks held = ovlm_model_hold(model);
     ovlm_run run = ovlm_model_run(model, true, options, err);
-    ovlm_status status = walk(&run, model, start, length);
-    for (int i = 0; i < 4; i++) {
-        int64_t peak = stacks[i]->peak_bytes;
-        *stacks[i] = held[i];
-        if (status == OVLM_OK) {
-            status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
-        }
-    }
-    return status;
+    return ovlm_model_fit(model, &held, phases, walk(&run, model, phases, start, length), err);
 }
 
 /* Logits after the last token of each segment that has one. */
@@ -138,19 +119,16 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
 {
     const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
     int32_t *start = NULL, *length = NULL;
-    model->can_backward = model->has_hidden = model->has_loss = false;
-    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
-    ovlm_arena_free(&model->call);
-    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
-    OVLM_TRY(ovlm_model_audio_prepare(model, inputs, &forward, err));
-    OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, &forward, err));
+    const unsigned phases = ovlm_model_phases(inputs);
+    OVLM_TRY(ovlm_model_begin(model, err));
+    OVLM_TRY(ovlm_model_prepare(model, inputs, &forward, phases, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
     model->decoder.count_after = NULL;
-    OVLM_TRY(measure_walk(model, &forward, start, length, err));
+    OVLM_TRY(measure_walk(model, &forward, phases, start, length, err));
     ovlm_run run = ovlm_model_run(model, false, &forward, err);
-    OVLM_TRY(walk(&run, model, start, length));
+    OVLM_TRY(walk(&run, model, phases, start, length));
     model->has_hidden = true;
     OVLM_TRY(last_logits(model, logits, err));
     for (int64_t i = 0; i < model->cache_sequences; i++) {

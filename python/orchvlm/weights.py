@@ -9,6 +9,7 @@ import numpy as np
 from . import _core
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
+from .profiling import watch
 from .thinker import file_parts, plain_name
 
 _KIND_WEIGHT, _KIND_NORM, _KIND_BIAS, _KIND_BUFFER = range(4)
@@ -92,6 +93,40 @@ class _Arrays(Mapping):
         return f"<{len(self)} arrays of {self._model!r}>"
 
 
+class Tensor:
+    """A weight or a gradient where it lies, for whoever speaks DLPack; see :meth:`Weights.tensor`.
+    """
+
+    def __init__(self, model, place, which):
+        self._model, self._place, self._which = model, place, which
+        self.shape = model._list[place][2]
+
+    @property
+    def dtype(self):
+        """str : of what is stored."""
+        exact = self._which != _WEIGHT or self._model._list[self._place][1] == _KIND_BUFFER
+        return "float32" if exact and self._model.dtype == "bfloat16" else self._model.dtype
+
+    def __dlpack_device__(self):
+        return self._model._core.dlpack_device()
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        device = self.__dlpack_device__()
+        if dl_device is not None and tuple(dl_device) != device:
+            raise BufferError(f"{self} can be exported to {device} only; got dl_device="
+                              f"{dl_device!r}")
+        if copy:
+            raise BufferError(f"{self} is exported without a copy; take one of what you get")
+        if device[0] == 1 and stream not in (None, -1):
+            raise BufferError(f"memory of the CPU has no stream; got stream={stream!r}")
+        versioned = max_version is not None and tuple(max_version) >= (1, 0)
+        return self._model._core.dlpack(self._place, self._which, versioned)
+
+    def __repr__(self):
+        kind = "gradient of " if self._which == _GRAD else ""
+        return f"<{kind}{self._model._list[self._place][0]}: {self.dtype}{list(self.shape)}>"
+
+
 class Weights:
     """What :class:`orchvlm.Model` is beside its passes."""
 
@@ -108,6 +143,7 @@ class Weights:
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)
         self.grads = _Arrays(self, _GRAD)
+        watch(self)
 
     # ------------------------------------------------------------ making
 
@@ -335,6 +371,51 @@ class Weights:
             self._write(i, _WEIGHT, values)
 
     # ------------------------------------------------------------ arrays
+
+    def tensor(self, name, grad=False):
+        """A weight or a gradient where it lies, for ``torch.from_dlpack`` and its like.
+
+        Nothing is copied or converted: bfloat16 comes as bfloat16, and what is written there is
+        written into the model.
+
+        Parameters
+        ----------
+        name : str
+            As in ``parameters``.
+        grad : bool
+            Its gradient instead.
+
+        Returns
+        -------
+        Tensor
+            With ``shape``, ``dtype``, ``__dlpack__`` and ``__dlpack_device__``.
+
+        Raises
+        ------
+        KeyError
+            No such parameter, or one that is not trained.
+        BufferError
+            On export: memory of a device that DLPack has no name for, or a copy was asked for.
+
+        Notes
+        -----
+        The export waits until the model is done with what came before, so that any stream may
+        read at once.  Let a stream that writes finish before the model's next call.  Gradients
+        that are held somewhere keep :meth:`freeze` from moving them.
+
+        Examples
+        --------
+        >>> import numpy as np, orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+        >>> norm = np.from_dlpack(model.tensor("model.language_model.norm.weight"))
+        >>> norm.shape, bool(np.shares_memory(norm, model.parameters[
+        ...     "model.language_model.norm.weight"]))
+        ((192,), True)
+        """
+        place = self._place(name)
+        if grad and not self.trainable(name):
+            raise KeyError(f"{name!r} is not trained")
+        return Tensor(self, place, _GRAD if grad else _WEIGHT)
 
     def _place(self, name):
         try:

@@ -204,7 +204,7 @@ typedef struct ovlm_sp_problem {
     const int64_t *lengths;   /* [n] >= 1                                                       */
     ovlm_sequence_cost cost;  /* its degrees are the permitted ones                             */
     int64_t pad_to;           /* shards hold a multiple of this many tokens; >= 1               */
-    int64_t micro_batches;    /* exactly this many; 0 = choose                                  */
+    int64_t micro_batches;    /* at most this many, the rest of them empty; 0 = any             */
     ovlm_sp_policy policy;
     int threads;              /* >= 1; does not change the result under a work limit            */
     uint64_t seed;
@@ -240,8 +240,8 @@ void ovlm_sp_plan_free(ovlm_sp_plan *plan); /* NULL is fine */
 OVLM_NODISCARD ovlm_status ovlm_sp_plan_check(const ovlm_sp_problem *problem,
                                               const ovlm_sp_plan *plan, ovlm_err *err);
 
-/* Certified lower bound alone, rounded down, over all permitted degrees: for exactly
- * problem->micro_batches micro-batches, or the least over their number when that is 0. */
+/* Certified lower bound alone, rounded down, over all permitted degrees: for at most
+ * problem->micro_batches micro-batches, or for any number when that is 0. */
 OVLM_NODISCARD ovlm_status ovlm_sp_bound(const ovlm_sp_problem *problem,
                                          const ovlm_budget *budget, double *bound_s,
                                          ovlm_err *err);

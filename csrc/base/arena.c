@@ -1,7 +1,9 @@
 /* arena.c - chunks from calloc, pieces by bumping a cursor. */
 #include "base/arena.h"
 
+#ifdef OVLM_TEST_HOOKS
 #include <stdatomic.h>
+#endif
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,6 +33,7 @@ struct ovlm_arena_chunk {
     size_t size_bytes, used_bytes;
 };
 
+#ifdef OVLM_TEST_HOOKS
 static _Atomic int64_t fail_after = -1;
 
 void ovlm_arena_fail_after(int64_t allocations)
@@ -38,7 +41,6 @@ void ovlm_arena_fail_after(int64_t allocations)
     atomic_store(&fail_after, allocations);
 }
 
-/* True when the test hook wants this allocation to fail. */
 static bool must_fail(void)
 {
     int64_t left = atomic_load_explicit(&fail_after, memory_order_relaxed);
@@ -51,6 +53,12 @@ static bool must_fail(void)
     atomic_store(&fail_after, left - 1);
     return false;
 }
+#else
+static bool must_fail(void)
+{
+    return false;
+}
+#endif
 
 /* Product of count and size, or OVLM_E_NOMEM when it cannot be an object's size. */
 static ovlm_status bytes_of(int64_t count, size_t size, size_t *bytes, ovlm_err *err)

@@ -60,7 +60,9 @@ OVLM_NODISCARD ovlm_status ovlm_heap_alloc_raw(void **out, int64_t count, size_t
 #define OVLM_HEAP_RAW(pointer, count, err) \
     ovlm_heap_alloc_raw((void **)(void *)(pointer), (count), sizeof **(pointer), (err))
 
-/* Test hook: after `allocations` more successes every allocation fails; negative = never. */
+#ifdef OVLM_TEST_HOOKS
+/* After `allocations` more successes every allocation fails; negative = never. */
 void ovlm_arena_fail_after(int64_t allocations);
+#endif
 
 #endif

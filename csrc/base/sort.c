@@ -139,3 +139,9 @@ ovlm_status ovlm_sort_f64(const double *key, int64_t n, int64_t *order, ovlm_are
 {
     return sort_pairs(key, true, n, order, arena, err);
 }
+
+int ovlm_compare_i64(const void *left, const void *right)
+{
+    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
+    return (a > b) - (a < b);
+}

@@ -13,4 +13,7 @@ OVLM_NODISCARD ovlm_status ovlm_sort_i64(const int64_t *key, int64_t n, int64_t 
 OVLM_NODISCARD ovlm_status ovlm_sort_f64(const double *key, int64_t n, int64_t *order,
                                          ovlm_arena *arena, ovlm_err *err);
 
+/* For qsort: int64_t ascending. */
+int ovlm_compare_i64(const void *left, const void *right);
+
 #endif

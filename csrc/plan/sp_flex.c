@@ -42,7 +42,10 @@ static ovlm_status add_walks(sp_flex *flex, const ovlm_sp_problem *problem, cons
                              ovlm_err *err)
 {
     /* One box to spare, so that a walk may open another micro-batch. */
-    int64_t asked = problem->micro_batches, boxes = asked > 0 ? asked : start->n_micro + 1;
+    int64_t most = problem->micro_batches > 0 ? problem->micro_batches : flex->model->n;
+    int64_t boxes = isfinite(start->time_s) || problem->micro_batches == 0 ? start->n_micro + 1
+                                                                           : most;
+    boxes = boxes < most ? boxes : most;
     boxes = boxes < flex->model->n ? boxes : flex->model->n;
     for (int i = 0; i < STYLES; i++) {
         runner *r = &flex->runner[flex->n_runners];

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "base/sort.h"
 #include "plan/sp_dive.h"
 #include "plan/sp_repair.h"
 
@@ -103,17 +104,6 @@ static ovlm_status levels_init(levels *l, const sp_model *model, sp_draft *into,
     return sp_step_init(&l->step, model, l->most, arena, err);
 }
 
-/* All tokens over those that one micro-batch can hold. */
-static double count_boxes(const sp_model *model)
-{
-    double per_gpu = 0;
-    for (int64_t j = 0; j < model->D; j++) {
-        double tokens = (double)model->cap[j] / (double)model->degree[j];
-        per_gpu = tokens > per_gpu ? tokens : per_gpu;
-    }
-    return model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
-}
-
 /* ------------------------------------------------------------------ builds --------------- */
 
 static void copy_aim(sp_aim *to, const sp_aim *from, int64_t n_boxes)
@@ -163,12 +153,6 @@ static void propose(levels *l, const attempt *a)
     }
 }
 
-static int compare_i64(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
-
 /* One build; the attempt keeps it when it is its best. */
 static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err)
 {
@@ -183,7 +167,7 @@ static ovlm_status build(levels *l, attempt *a, ovlm_meter *meter, ovlm_err *err
     for (int64_t i = 0; i < left; i++) {
         l->item[i] = step->pool[i];
     }
-    qsort(l->item, (size_t)left, sizeof *l->item, compare_i64);
+    qsort(l->item, (size_t)left, sizeof *l->item, ovlm_compare_i64);
     sp_taste to = taste;
     to.floor_s = l->dive.level;
     work += sp_repair(step, l->item, left, &to, &l->rng) / 8;
@@ -300,10 +284,11 @@ ovlm_status sp_levels_improve(const sp_model *model, sp_chunked *starts, int64_t
     if (starts->n_drafts == 0 || !model->buddy || starts->draft[starts->best].n_micro < 2) {
         return OVLM_OK;
     }
-    l.tokens = count_boxes(model);
+    l.tokens = model->sum_s[model->n] / sp_model_tokens(model);
     double least = fmin(ceil(l.tokens), (double)model->n);
-    l.least = n_micro > 0 ? n_micro : least < 2 ? 2 : (int64_t)least;
-    l.most = n_micro > 0 ? n_micro : l.least + 1;
+    l.least = least < 2 ? 2 : (int64_t)least;
+    l.most = n_micro > 0 && n_micro <= l.least ? n_micro : l.least + 1;
+    l.least = l.least < l.most ? l.least : l.most;
     OVLM_GOTO(done, levels_init(&l, model, &starts->draft[starts->n_drafts], seed, arena, err));
     ovlm_meter part = sp_purse_part(purse, share);
     status = run(&l, &part, err);

@@ -67,16 +67,6 @@ static void read_plan(const sp_micro *micro, const int64_t *k, const sp_pack *pa
     }
 }
 
-/* Tokens that the cluster's memory holds. */
-static double tokens_held(const sp_model *model)
-{
-    double per_gpu = 0;
-    for (int64_t j = 0; j < model->D; j++) {
-        per_gpu = fmax(per_gpu, (double)model->cap[j] / (double)model->degree[j]);
-    }
-    return per_gpu * (double)model->n_gpus;
-}
-
 /* Where to start, with prices: the relaxation's bound or, where it is more, the plain one. */
 static double find_floor(sp_pack *pack, const int64_t *k)
 {
@@ -87,7 +77,7 @@ static double find_floor(sp_pack *pack, const int64_t *k)
     double plain = sp_pack_floor(pack);
     if (line > plain && line < HUGE_VAL) {
         /* A little short of memory is short of it in some group. */
-        pack->timed = pack->pool_s < SPARE * tokens_held(pack->model);
+        pack->timed = pack->pool_s < SPARE * sp_model_tokens(pack->model);
         for (int64_t j = 0; j < pack->model->D; j++) {
             pack->theta[j] = prices.theta[j];
             pack->timed = pack->timed && prices.theta[j] >= 1;

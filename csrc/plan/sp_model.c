@@ -205,6 +205,16 @@ static ovlm_status check_times(const sp_model *model, ovlm_err *err)
     return OVLM_OK;
 }
 
+double sp_model_tokens(const sp_model *model)
+{
+    double per_gpu = 0;
+    for (int64_t j = 0; j < model->D; j++) {
+        double tokens = (double)model->cap[j] / (double)model->degree[j];
+        per_gpu = tokens > per_gpu ? tokens : per_gpu;
+    }
+    return per_gpu * (double)model->n_gpus;
+}
+
 ovlm_status sp_model_init(sp_model *model, const ovlm_sp_problem *problem, ovlm_arena *arena,
                           ovlm_err *err)
 {

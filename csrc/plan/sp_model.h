@@ -34,6 +34,9 @@ typedef struct sp_model {
 OVLM_NODISCARD ovlm_status sp_model_init(sp_model *model, const ovlm_sp_problem *problem,
                                          ovlm_arena *arena, ovlm_err *err);
 
+/* Tokens that the memory of all GPUs holds, in groups of the degree that holds most per GPU. */
+double sp_model_tokens(const sp_model *model);
+
 /* Seconds that item k takes on a group of degree index j (without fixed). */
 static inline double sp_item_time(const sp_model *model, int64_t k, int64_t j)
 {

@@ -42,12 +42,6 @@ fail:
     return status;
 }
 
-static int compare_i64(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
-
 /* T(S, d) of group g of the draft; sums of integers, so the order of the items does not matter. */
 static double draft_time(const sp_model *model, const sp_draft *draft, int64_t g)
 {
@@ -79,7 +73,7 @@ static void add_group(const sp_model *model, const sp_draft *draft, int64_t g, o
     for (int64_t i = 0; i < count; i++) {
         plan->item[begin + i] = model->order[draft->item[draft->start[g] + i]];
     }
-    qsort(plan->item + begin, (size_t)count, sizeof *plan->item, compare_i64);
+    qsort(plan->item + begin, (size_t)count, sizeof *plan->item, ovlm_compare_i64);
     plan->group_start[to + 1] = begin + count;
     plan->degree[to] = model->degree[draft->j[g]];
     plan->group_time[to] = draft_time(model, draft, g);

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "base/sort.h"
 #include "plan/sp_bound.h"
 #include "plan/sp_dp.h"
 
@@ -22,6 +23,8 @@ typedef struct chunker {
     int64_t *begin;      /* [n+1]                                                         */
     sp_micro trial, best;
     sp_draft draft;      /* scratch: one number of micro-batches                          */
+    sp_draft own;        /* scratch: the best of one degree alone                         */
+    int64_t most;        /* micro-batches                                                 */
     ovlm_arena *arena;
     ovlm_err *err;
 } chunker;
@@ -47,7 +50,6 @@ static void keep_better(chunker *c)
     }
 }
 
-/* The clock is over, or the caller wants to stop: a draft to be had is enough then. */
 static bool is_over(chunker *c)
 {
     return sp_purse_expired(c->purse);
@@ -95,65 +97,150 @@ static ovlm_status solve_chunks(chunker *c, int64_t n_micro, int64_t only)
     return OVLM_OK;
 }
 
-/* The best draft with n_micro chunks, into `to`: over all degrees when the policy is static. */
-static ovlm_status try_micro(chunker *c, int64_t n_micro, sp_draft *to)
+/* n_micro chunks, into `to` where they are better; only degree index `only` when that is >= 0.
+ * False through *fits when some chunk has no plan. */
+static ovlm_status try_micro(chunker *c, int64_t n_micro, int64_t only, sp_draft *to, bool *fits)
 {
     const sp_model *model = c->model;
     OVLM_TRY(sp_blast(model->s, model->n, n_micro, c->begin, c->arena, c->err));
-    bool fixed_degree = c->policy == OVLM_SP_STATIC;
-    int64_t from = fixed_degree ? model->min_j[0] : -1, last = fixed_degree ? model->D - 1 : -1;
-    for (int64_t only = from; only <= last; only++) {
-        OVLM_TRY(solve_chunks(c, n_micro, only));
-        if (c->draft.time_s < to->time_s) {
-            sp_draft_copy(to, &c->draft);
-            c->found = true;
-        }
+    OVLM_TRY(solve_chunks(c, n_micro, only));
+    *fits = isfinite(c->draft.time_s);
+    if (c->draft.time_s < to->time_s) {
+        sp_draft_copy(to, &c->draft);
+        c->found = true;
     }
     return OVLM_OK;
 }
 
-/* Fewest micro-batches whose memory could hold all tokens. */
-static int64_t least_micro(const sp_model *model)
+/* The clock is over and there is a draft, or the caller wants to stop. */
+static bool must_stop(chunker *c)
 {
-    double per_gpu = 0;
-    for (int64_t j = 0; j < model->D; j++) {
-        double tokens = (double)model->cap[j] / (double)model->degree[j];
-        per_gpu = tokens > per_gpu ? tokens : per_gpu;
+    return is_over(c) && (c->found || c->purse->meter.interrupted);
+}
+
+/* *first = the least number of chunks from `least` to c->most that has a plan, which goes into
+ * `to`; 0: none.  In steps that widen, so that it ends soon where short chunks alone fit, and then
+ * by halves between the last one that failed and the first that did not. */
+static ovlm_status find_first(chunker *c, int64_t least, int64_t only, sp_draft *to,
+                              int64_t *first)
+{
+    enum { NARROW = 8 };
+    int64_t failed = least - 1, m = least;
+    bool fits = false;
+    *first = 0;
+    OVLM_TRY(try_micro(c, m, only, to, &fits));
+    while (!fits && m < c->most && !must_stop(c)) {
+        int64_t next = m + 1 + (m >= least + NARROW ? m / 8 : 0);
+        failed = m;
+        m = next < c->most ? next : c->most;
+        OVLM_TRY(try_micro(c, m, only, to, &fits));
     }
-    double least = model->sum_s[model->n] / (per_gpu * (double)model->n_gpus);
+    *first = fits ? m : 0;
+    while (fits && *first - failed > 1 && !must_stop(c)) {
+        bool fewer = false;
+        m = failed + (*first - failed) / 2;
+        OVLM_TRY(try_micro(c, m, only, to, &fewer));
+        failed = fewer ? failed : m;
+        *first = fewer ? m : *first;
+    }
+    return OVLM_OK;
+}
+
+/* Fewest micro-batches of that many tokens each; at most one per sequence. */
+static int64_t least_micro(const sp_model *model, double tokens)
+{
+    double least = model->sum_s[model->n] / tokens;
     int64_t whole = least < (double)model->n ? (int64_t)least : model->n;
     return whole < 1 ? 1 : whole;
+}
+
+static ovlm_status chunker_open(chunker *c, const sp_model *model, ovlm_sp_policy policy,
+                                int64_t n_micro, sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
+{
+    *c = (chunker){
+        .model = model, .policy = policy, .purse = purse, .arena = arena, .err = err};
+    c->most = n_micro > 0 && n_micro < model->n ? n_micro : model->n;
+    return chunker_init(c, model->n);
 }
 
 ovlm_status sp_policy_start(const sp_model *model, ovlm_sp_policy policy, int64_t n_micro,
                             sp_chunked *chunked, sp_purse *purse, ovlm_arena *arena,
                             ovlm_err *err)
 {
-    chunker c = {
-        .model = model, .policy = policy, .purse = purse, .arena = arena, .err = err};
-    OVLM_TRY(chunker_init(&c, model->n));
+    chunker c;
+    OVLM_TRY(chunker_open(&c, model, policy, n_micro, purse, arena, err));
     *chunked = (sp_chunked){0};
-    int64_t first = n_micro > 0 ? n_micro : least_micro(model);
-    first = first < model->n ? first : model->n;
-    /* n chunks of one sequence are feasible, so this ends; steps widen so that it ends soon. */
-    for (int64_t m = first; m <= model->n && chunked->n_drafts < SP_TRIES;) {
+    int64_t first = least_micro(model, sp_model_tokens(model));
+    first = first < c.most ? first : c.most;
+    for (int64_t m = 0; chunked->n_drafts < SP_TRIES && m <= c.most; m++) {
         sp_draft *draft = &chunked->draft[chunked->n_drafts];
-        if (draft->item == NULL) {
-            OVLM_TRY(sp_draft_init(draft, model->n, arena, err));
+        bool fits = false;
+        OVLM_TRY(sp_draft_init(draft, model->n, arena, err));
+        if (m == 0) {
+            OVLM_TRY(find_first(&c, first, -1, draft, &m));
+        } else {
+            OVLM_TRY(try_micro(&c, m, -1, draft, &fits));
         }
-        OVLM_TRY(try_micro(&c, m, draft));
         chunked->n_drafts += isfinite(draft->time_s);
-        bool over = sp_purse_expired(purse) && (chunked->n_drafts > 0 || purse->meter.interrupted);
-        if (n_micro > 0 || over) {
+        if (m == 0 || must_stop(&c)) {
             break;
         }
-        bool wide = chunked->n_drafts == 0 && m < model->n && m >= first + 8;
-        int64_t next = m + (wide ? 1 + m / 8 : 1);
-        m = wide && next > model->n ? model->n : next;
     }
     int64_t order[SP_DRAFTS];
     sp_policy_order(chunked, order);
     chunked->mixed = c.mixed;
+    return OVLM_OK;
+}
+
+/* The best step of degree index j alone, into `to` where it is better; *best = its number of
+ * micro-batches, 0: none. */
+static ovlm_status try_degree(chunker *c, int64_t j, sp_draft *to, int64_t *best)
+{
+    const sp_model *model = c->model;
+    double per_gpu = (double)model->cap[j] / (double)model->degree[j];
+    int64_t least = least_micro(model, per_gpu * (double)model->n_gpus), first = 0;
+    sp_draft *own = &c->own;
+    bool fits;
+    *best = 0;
+    own->time_s = HUGE_VAL;
+    if (least > c->most) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(find_first(c, least, j, own, &first));
+    for (int64_t m = first + 1; first > 0 && m < first + SP_TRIES && m <= c->most; m++) {
+        if (must_stop(c)) {
+            break;
+        }
+        OVLM_TRY(try_micro(c, m, j, own, &fits));
+    }
+    if (isfinite(own->time_s)) {
+        *best = own->n_micro;
+    }
+    if (own->time_s < to->time_s) {
+        sp_draft_copy(to, own);
+    }
+    return OVLM_OK;
+}
+
+ovlm_status sp_policy_degrees(const sp_model *model, ovlm_sp_policy policy, int64_t n_micro,
+                              sp_draft *draft, sp_purse *purse, ovlm_arena *arena, ovlm_err *err)
+{
+    chunker c;
+    OVLM_TRY(chunker_open(&c, model, policy, n_micro, purse, arena, err));
+    OVLM_TRY(sp_draft_init(&c.own, model->n, arena, err));
+    int64_t tried[SP_MAX_DEGREES] = {0}, n_tried = 0;
+    for (int64_t j = model->min_j[0]; j < model->D && !must_stop(&c); j++) {
+        int64_t best = 0;
+        bool fits = false, again = false;
+        OVLM_TRY(try_degree(&c, j, draft, &best));
+        for (int64_t i = 0; i < n_tried; i++) {
+            again = again || tried[i] == best;
+        }
+        if (policy != OVLM_SP_STATIC && best > 0 && !again) {
+            tried[n_tried++] = best;
+            OVLM_TRY(try_micro(&c, best, -1, draft, &fits));
+        }
+    }
     return OVLM_OK;
 }
 
@@ -171,12 +258,6 @@ void sp_policy_order(sp_chunked *chunked, int64_t *order)
 }
 
 /* ------------------------------------------------------------------ improvement ---------- */
-
-static int compare_i64(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
 
 /* Micro-batch m of a draft as an sp_micro, and its items ascending in k. */
 static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, sp_micro *micro,
@@ -196,7 +277,7 @@ static void load_micro(const sp_model *model, const sp_draft *draft, int64_t m, 
         micro->makespan = time > micro->makespan ? time : micro->makespan;
     }
     micro->start[g1 - g0] = draft->start[g1] - i0;
-    qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, compare_i64);
+    qsort(k, (size_t)micro->start[g1 - g0], sizeof *k, ovlm_compare_i64);
 }
 
 /* What the chunks of one draft are improved with. */

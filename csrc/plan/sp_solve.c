@@ -20,6 +20,7 @@ enum { STRIDE = 16 };
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
+#define BOUND_AT_LEAST 0.06 /* of all steps: what the shares below come to */
 #define LEVELS 0.6 /* where there are several micro-batches */
 #define FIRST_SEARCH 0.6
 #define SECOND_BOUND 0.4
@@ -33,6 +34,7 @@ typedef struct solving {
     sp_purse purse;
     sp_draft best;
     double bound;
+    int64_t reserved; /* steps of the bound, whatever the searches before it took beyond theirs */
     ovlm_arena arena;
 } solving;
 
@@ -45,6 +47,9 @@ static ovlm_status raise_bound(solving *s, double share, ovlm_err *err)
 {
     double bound = 0;
     ovlm_meter part = sp_purse_part(&s->purse, share);
+    if (share > 0 && part.work_limit < s->reserved) {
+        part.work_limit = s->reserved;
+    }
     OVLM_TRY(sp_bound_step(&s->model, s->problem->micro_batches, s->best.time_s, &part, &bound,
                            &s->arena, err));
     (void)sp_purse_absorb(&s->purse, &part);
@@ -84,6 +89,20 @@ static ovlm_status start(solving *s, ovlm_sp_policy policy, sp_chunked *chunked,
     return take_all(s, chunked, err);
 }
 
+/* As many micro-batches as are best for some degree; the best such step also joins the drafts. */
+static ovlm_status start_by_degrees(solving *s, ovlm_sp_policy policy, sp_chunked *drafts,
+                                    ovlm_err *err)
+{
+    sp_draft *draft = &drafts->draft[drafts->n_drafts];
+    int64_t order[SP_DRAFTS];
+    OVLM_TRY(sp_draft_init(draft, s->model.n, &s->arena, err));
+    OVLM_TRY(sp_policy_degrees(&s->model, policy, s->problem->micro_batches, draft, &s->purse,
+                               &s->arena, err));
+    drafts->n_drafts += isfinite(draft->time_s);
+    sp_policy_order(drafts, order);
+    return take(s, draft, err);
+}
+
 /* Sorted chunks, and the group solver in each: a policy, and what flex does first. */
 static ovlm_status search_chunks(solving *s, sp_chunked *chunked, ovlm_err *err)
 {
@@ -101,7 +120,7 @@ static ovlm_status solve_chunked(solving *s, ovlm_err *err)
 
 /* All that the other policies do, so that flex is never worse than they (of what the clock leaves
  * time for); chunks of one degree each are the homogeneous ones, unless that policy has to use more
- * micro-batches. */
+ * micro-batches, and those are no worse than the static ones. */
 static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
 {
     sp_chunked other;
@@ -109,7 +128,8 @@ static ovlm_status solve_others(solving *s, sp_chunked *starts, ovlm_err *err)
     if (starts->mixed && !sp_purse_expired(&s->purse)) {
         OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &other, err));
     }
-    return sp_purse_expired(&s->purse) ? OVLM_OK : start(s, OVLM_SP_STATIC, &other, err);
+    return sp_purse_expired(&s->purse) ? OVLM_OK
+                                       : start_by_degrees(s, OVLM_SP_HOMOGENEOUS, starts, err);
 }
 
 static ovlm_status solve_flex(solving *s, ovlm_err *err)
@@ -126,10 +146,8 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(solve_others(s, &starts, err));
     OVLM_TRY(take(s, &warm, err));
     if (isfinite(s->best.time_s) && ovlm_meter_look(&s->purse.meter)) {
-        return OVLM_OK; /* no search: not even what it would start from */
-    }
-    if (s->problem->micro_batches > s->model.n) {
-        return OVLM_OK; /* some stay empty: the searches take every micro-batch to be used */
+        /* no search: not even what it would start from */
+        return is_optimal(s->best.time_s, s->bound) ? OVLM_OK : raise_bound(s, 1, err);
     }
     OVLM_TRY(sp_levels_improve(&s->model, &starts, s->problem->micro_batches, LEVELS,
                                s->problem->seed, &s->purse, &s->arena, err));
@@ -200,7 +218,8 @@ static ovlm_status finish(solving *s, ovlm_sp_plan **out, ovlm_err *err)
 
 static ovlm_status search(solving *s, ovlm_err *err)
 {
-    sp_chunked chunked;
+    sp_chunked chunked = {0};
+    s->reserved = (int64_t)(BOUND_AT_LEAST * (double)s->purse.meter.work_limit);
     OVLM_TRY(raise_bound(s, FIRST_BOUND, err));
     if (!isfinite(s->bound)) {
         return fail_without_plan(s, err);
@@ -208,7 +227,10 @@ static ovlm_status search(solving *s, ovlm_err *err)
     switch (s->problem->policy) {
     case OVLM_SP_STATIC:
     case OVLM_SP_HOMOGENEOUS:
-        OVLM_TRY(start(s, s->problem->policy, &chunked, err));
+        if (s->problem->policy == OVLM_SP_HOMOGENEOUS) {
+            OVLM_TRY(start(s, OVLM_SP_HOMOGENEOUS, &chunked, err));
+        }
+        OVLM_TRY(start_by_degrees(s, s->problem->policy, &chunked, err));
         OVLM_TRY(raise_bound(s, 1, err));
         break;
     case OVLM_SP_CHUNKED: OVLM_TRY(solve_chunked(s, err)); break;

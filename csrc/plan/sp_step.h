@@ -77,12 +77,4 @@ static inline int64_t sp_step_box(const sp_step *step, int64_t slot)
     return slot / step->box_slots;
 }
 
-/* Time of the group after item k joined; the room must be checked apart. */
-static inline double sp_step_time_with(const sp_step *step, int64_t slot, double s)
-{
-    int64_t j = step->j[slot];
-    return step->model->quad[j] * (step->sum_s2[slot] + s * s) +
-           step->model->lin[j] * (step->sum_s[slot] + s);
-}
-
 #endif

@@ -9,6 +9,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "base/sort.h"
+
 enum { CYCLE = 4000, MOST_OUT = 96 };
 
 #define HOT 0.024 /* thresholds, relative to the step's time; this one at one GPU */
@@ -159,12 +161,6 @@ static void ruin(sp_walk *walk)
 
 /* ------------------------------------------------------------------ recreate ------------- */
 
-static int compare_i64(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
-
 static void shuffle(sp_walk *walk)
 {
     for (int64_t i = walk->n_out - 1; i > 0; i--) {
@@ -183,7 +179,7 @@ static int64_t recreate(sp_walk *walk)
     for (int64_t i = 0; i < step->n_pool; i++) {
         walk->out[i] = step->pool[i];
     }
-    qsort(walk->out, (size_t)walk->n_out, sizeof *walk->out, compare_i64);
+    qsort(walk->out, (size_t)walk->n_out, sizeof *walk->out, ovlm_compare_i64);
     if (!isfinite(walk->best.time_s) && !walk->unsaved) {
         /* No plan yet, so memory decides: what costs least in time is a poor guide. */
         taste.blink = 0.3;

@@ -88,6 +88,12 @@ typedef struct step_piece {
     int64_t item, first_row, n_rows, offset;
 } step_piece;
 
+/* What `rows` rows take, in whole bytes: one rule wherever bytes are counted. */
+static inline int64_t step_bytes(int64_t rows, double bytes_per_row)
+{
+    return (int64_t)((double)rows * bytes_per_row + 0.5);
+}
+
 /* Rows of one kind (text, or one encoder's outputs), cell after cell, each in packed order. */
 typedef struct step_pieces {
     int64_t k;

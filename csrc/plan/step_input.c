@@ -123,7 +123,7 @@ static ovlm_status bytes_of(const char *name, int64_t rows, double bytes_per_row
     if (exact >= (double)(MAX_SUM - *total)) {
         return OVLM_FAIL(err, OVLM_E_ARG, "%s: the bytes to move sum to more than 2^61", name);
     }
-    *bytes = (int64_t)(exact + 0.5);
+    *bytes = step_bytes(rows, bytes_per_row);
     *total += *bytes;
     return OVLM_OK;
 }

@@ -99,7 +99,7 @@ static ovlm_status rename_encoder(const step_input *input, const step_cells *cel
         for (int64_t k = pieces->cell_start[c]; k < pieces->cell_start[c + 1]; k++) {
             const step_piece *x = &pieces->piece[k];
             add_flow(&exposed, share->rank[x->item], cells->rank[c],
-                     (int64_t)((double)x->n_rows * items->out_bytes_per_token));
+                     step_bytes(x->n_rows, items->out_bytes_per_token));
         }
     }
     for (int64_t k = 0; k < items->n; k++) {

@@ -116,6 +116,19 @@ static int check_unsigned(PyArrayObject *array, const char *name)
     return bad ? -1 : 0;
 }
 
+/* Python integers beyond 64 bits make an array of objects: their kind is right, their value not. */
+static bool holds_huge(PyArrayObject *array)
+{
+    bool huge = PyArray_TYPE(array) == NPY_OBJECT && PyArray_NDIM(array) == 1;
+    npy_intp n = huge ? PyArray_DIM(array, 0) : 0;
+    for (npy_intp i = 0; i < n && huge; i++) {
+        PyObject *one = PyArray_GETITEM(array, (char *)PyArray_GETPTR1(array, i));
+        huge = one != NULL && PyLong_CheckExact(one);
+        Py_XDECREF(one);
+    }
+    return huge && n > 0;
+}
+
 int ovlm_arg_i64(PyObject *object, const char *name, int64_t expected_n, bool optional,
                  ovlm_i64_view *view)
 {
@@ -132,10 +145,14 @@ int ovlm_arg_i64(PyObject *object, const char *name, int64_t expected_n, bool op
         Py_DECREF(array);
         return -1;
     }
-    int empty = PyArray_SIZE(array) == 0; /* [] has dtype float64 */
+    int empty = PyArray_SIZE(array) == 0 && PyArray_ISFLOAT(array); /* [] has dtype float64 */
     if (!empty && !PyArray_ISINTEGER(array)) {
-        PyErr_Format(PyExc_TypeError, "%s must hold integers; got dtype %S", name,
-                     (PyObject *)PyArray_DESCR(array));
+        if (holds_huge(array)) {
+            PyErr_Format(PyExc_ValueError, "%s holds a value above 2^63-1", name);
+        } else {
+            PyErr_Format(PyExc_TypeError, "%s must hold integers; got dtype %S", name,
+                         (PyObject *)PyArray_DESCR(array));
+        }
         Py_DECREF(array);
         return -1;
     }
@@ -242,8 +259,20 @@ int ovlm_arg_seed(PyObject *object, const char *name, uint64_t *value)
     return 0;
 }
 
+/* Its __float__ would drop the imaginary part, with no more than a warning. */
+static bool is_complex(PyObject *object)
+{
+    return PyComplex_Check(object) || PyArray_IsScalar(object, ComplexFloating) ||
+           (PyArray_Check(object) && PyArray_ISCOMPLEX((PyArrayObject *)object));
+}
+
 int ovlm_arg_double(PyObject *object, const char *name, double *value)
 {
+    if (is_complex(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a number; got %s", name,
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
     *value = PyFloat_AsDouble(object);
     if (*value == -1.0 && PyErr_Occurred()) {
         bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);

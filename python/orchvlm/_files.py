@@ -1,12 +1,32 @@
 """Files that are either whole or not there."""
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 
+def check_place(path):
+    """The path; OSError that names it where no file can be made."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder; make it first",
+                                str(path.parent))
+    return path
+
+
+def check_png(path, name):
+    """The path of a picture that can be written; ValueError for another kind than PNG."""
+    path = check_place(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{name} writes PNG: the name must end in .png; got {str(path)!r}")
+    return path
+
+
 def write_whole(path, write):
     """Calls ``write(stream)`` on a temporary file beside ``path`` and renames it when complete."""
-    path = Path(path)
+    path = check_place(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -63,9 +63,12 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     slack : float, optional
         See `home`; 0.005 permits half a percent.
     work_limit : int, optional
-        Search steps, the same on every machine. 0: longest-first alone. Default: about 40 ms.
+        Search steps, the same on every machine; fewer are taken when the bound is met. 0:
+        longest-first alone. Default: 6 million, 24 million with `home`; see the notes for times.
     time_limit : float, optional
-        Seconds after which the search stops early; the answer then says ``cut_short``.
+        Seconds by the clock after which the search stops early; the answer then says ``cut_short``.
+        Preparing, longest-first and, with `home`, a last pass over the items are finished whatever
+        they take; see the notes.
     seed : int, optional
         Of the search's random choices.
 
@@ -90,10 +93,18 @@ def balance(lengths, n_ranks, cost=None, *, squares=None, size=None, capacity=No
     Longest-first on a winner tree, O(n log N), then search until the bound is met: a few ranks at a
     time are taken apart and refilled exactly; differencing; for padded costs, bisection over cuts
     of the sorted list (an optimum when nothing else is charged) and trades with the fullest rank;
-    branch and bound up to 16 units. Never worse than longest-first, and more work is never
-    worse. Deterministic for the same arguments unless ``cut_short``. The bound is the largest of
+    branch and bound up to 16 units. Never worse than longest-first and, without `home`, more work
+    is never worse; with it, the best largest load and what then moves may each go either way by a
+    little. Deterministic for the same arguments unless ``cut_short``. The bound is the largest of
     the mean load, the largest item, pigeonhole sums, Martello and Toth's L2 and, for padded
     costs, the optimum over cuts and a Lagrangian of their sum; it is rounded down.
+
+    Times on one core of a cloud machine (AMD EPYC, 2.6 GHz), when the default work is used up:
+    0.11 s for 16,384 items on 256 ranks, 0.17 s for 163,840 on 2,560 and 0.9 s for a million on
+    4,096; with `home` 0.2, 0.5 and 1.9 s (``python tests/bench/bench_balance.py default``). A
+    `time_limit` of 50 ms was kept to 2 ms, with `home` and 163,840 items to 35 ms. It counts the
+    time by the clock: when other programs have the core, a call that is over its limit still waits
+    for its turn, and twelve of them on two cores made 50 ms 200.
 
     References
     ----------
@@ -162,7 +173,8 @@ class Partition:
     status : str
         ``"optimal"`` when the largest load meets the bound (to 1e-9), else ``"feasible"``.
     cut_short : bool
-        The time limit ended the search, so the answer depends on the machine.
+        The time limit ended a search, so the answer depends on the machine: also one that is
+        optimal, as another optimum could have been found.
     work : int
         Search steps taken.
 
@@ -240,6 +252,28 @@ class Partition:
         n, n_ranks, home = len(self.rank), len(self.loads), self._given["home"]
         rank = np.arange(n) * n_ranks // max(n, 1) if home is None else np.asarray(home)
         return _loads(rank, n_ranks, **{k: self._given[k] for k in _LOAD_ARGUMENTS})
+
+    def plot(self, path=None):
+        """Load of every rank, as the items came and as planned, with the proven bound.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            PNG to write.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A notebook shows it.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed; the message says how to.
+        """
+        from .plots import plot_loads
+        return plot_loads({"items": self._before()}, {"items": self.loads}, path,
+                          {"items": self.bound})
 
     def __repr__(self):
         return (f"Partition(n={len(self.rank)}, n_ranks={len(self.loads)}, "

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from ._numbers import real, reals, refuse_masked
+from .tables import html_table
 
 _RESERVED = ("llm", "text", "source")
 ITEM_COLUMNS = ("sample", "position", "length", "out_tokens", "bytes")
@@ -16,6 +17,8 @@ def integers(value, name, n=None):
     """A read-only int64 array of one dimension (and n elements)."""
     array = np.asarray(refuse_masked(value, name))
     if array.dtype.kind not in ("iu" if array.size else "iuf"):  # [] is an array of floats
+        if array.dtype.kind == "O" and all(type(one) is int for one in array.flat):
+            raise ValueError(f"{name} holds a value above 2^63-1")
         raise TypeError(f"{name} must hold integers; got dtype {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional; got shape {array.shape}")
@@ -194,6 +197,17 @@ class Batch:
     def __repr__(self):
         phases = "".join(f", {len(items)} {name} items" for name, items in self.phases.items())
         return f"<Batch: {len(self)} samples, {self.text_tokens.sum()} text tokens{phases}>"
+
+    def _repr_html_(self):
+        ranks = len(np.unique(self.source_rank))
+        rows = [["text", len(self), self.text_tokens.sum(), self.text_tokens.sum(),
+                 self.text_tokens.max(initial=0)]]
+        rows += [[name, len(items), items.length.sum(), items.out_tokens.sum(),
+                  items.out_tokens.max(initial=0)] for name, items in self.phases.items()]
+        rows.append(["all", len(self), "", self.language_lengths.sum(),
+                     self.language_lengths.max(initial=0)])
+        return html_table(["phase", "items", "rows in", "tokens", "longest"], rows,
+                          f"{len(self)} samples of {ranks} ranks, {self.normalizer} targets")
 
     @property
     def normalizer(self):

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from importlib.util import find_spec
 
 _EXAMPLES = """examples:
   orchvlm train --preset tiny                     a small model, trained and evaluated in minutes
@@ -24,6 +25,7 @@ _PLAN_EXAMPLES = """examples:
   orchvlm plan images.csv --column pixels --pixels-per-token 784 --items --nodes 4
 
 Without --items, sequences are given to sequence-parallel groups of GPUs; with it, items to ranks.
+--json names items by their row in FILE, from 0; header and blank lines do not count.
 """
 _SIMULATE_EXAMPLES = """examples:
   orchvlm simulate --demo
@@ -174,8 +176,8 @@ def make_parser():
                                    description="Simulates training steps, policies side by side.")
     _add_input(simulate, SEQUENCES)
     simulate.add_argument("--steps", type=_positive, default=2, help="default %(default)s")
-    simulate.add_argument("--samples-per-rank", type=_positive, default=16,
-                          help="of the demo; default %(default)s")
+    simulate.add_argument("--samples-per-rank", type=_positive,
+                          help="of the demo; default 16")
     simulate.add_argument("--context", type=_positive, metavar="T",
                           help="longest sequence that the run may bring: decides the degree of "
                                "sp_run (default: the longest of these steps)")
@@ -192,7 +194,7 @@ def make_parser():
 
 
 _OF_A_FILE = ("column", "field", "chars_per_token", "seconds_to_tokens", "pixels_per_token",
-              "batch_size")
+              "batch_size", "model", "context")
 
 
 def _run(arguments):
@@ -206,9 +208,14 @@ def _run(arguments):
     if arguments.demo == (arguments.file is not None):
         raise CommandError("give either a FILE of lengths or --demo")
     for option in _OF_A_FILE if arguments.demo else ():
-        if getattr(arguments, option) is not None:
+        if getattr(arguments, option, None) is not None:
             raise CommandError(f"--{option.replace('_', '-')} is for a FILE of lengths; "
                                "leave it out with --demo")
+    if arguments.plot is not None:
+        from ._files import check_png
+        check_png(arguments.plot, "--plot")
+        if find_spec("matplotlib") is None:
+            raise CommandError("--plot needs matplotlib: pip install matplotlib")
     return getattr(commands, arguments.command)(arguments)
 
 

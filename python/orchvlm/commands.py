@@ -1,6 +1,7 @@
 """What the subcommands of ``orchvlm`` do; :mod:`orchvlm.cli` reads their arguments."""
 import json
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -57,33 +58,37 @@ def _cost_words(arguments):
 
 
 def _sequence_cost(arguments, cluster):
-    """Measured where it was measured, else counted."""
-    name = arguments.model or "gpt7b"
-    if _is_measured(arguments):
-        return _PUBLISHED[name](n_gpus=cluster.n_gpus)
+    """(cost, FLOPs): the cost measured where it was measured, else counted; FLOPs counted."""
     from .model_cost import from_model
+    name = arguments.model or "gpt7b"
     config = _gpt_config(name) if name in _PUBLISHED else _read_config(name)
-    return from_model(config, cluster, llm="sequence_parallel").costs["llm"]
+    counted = from_model(config, cluster, llm="sequence_parallel")
+    measured = _PUBLISHED[name](n_gpus=cluster.n_gpus) if _is_measured(arguments) else None
+    return measured or counted.costs["llm"], counted.flops["llm"]
 
 
 def _read(arguments, default, steps=1):
-    """(lengths of at most ``steps`` batches, batch size); says when it takes a part of the file."""
-    from .reading import read_lengths
+    """(Lengths of at most ``steps`` batches, batch size); says what of the file it leaves out."""
+    from .reading import Lengths, read_lengths
     per_unit = arguments.seconds_to_tokens
     for divisor in (arguments.chars_per_token, arguments.pixels_per_token):
         per_unit = 1 / divisor if divisor is not None else per_unit
     asked = arguments.batch_size
     with Progress(f"reading {arguments.file}"):
-        lengths = read_lengths(arguments.file, arguments.column, arguments.field, per_unit,
-                               most=asked and asked * steps)
-    if len(lengths) == 0:
-        raise CommandError(f"{arguments.file}: no lengths above 0")
+        found = read_lengths(arguments.file, arguments.column, arguments.field, per_unit,
+                             most=asked and asked * steps)
+    tokens, row, left_out = found
+    if len(tokens) == 0:
+        raise CommandError(left_out.replace("left out", "no lengths above 0;") or
+                           f"{arguments.file}: no lengths above 0")
+    words = sys.stderr if arguments.json else sys.stdout
+    if left_out:
+        print(left_out, file=words)
     size = asked or default
-    taken = lengths[:size * steps]
-    if len(taken) < len(lengths):
-        print(f"first {len(taken):,} of {len(lengths):,} lengths; --batch-size N for another",
-              file=sys.stderr if arguments.json else sys.stdout)
-    return taken, size
+    most = size * steps
+    if most < len(tokens):
+        print(f"first {most:,} of {len(tokens):,} lengths; --batch-size N for another", file=words)
+    return Lengths(tokens[:most], row[:most], left_out), size
 
 
 def _search(arguments):
@@ -109,18 +114,19 @@ def plan(arguments):
     """``orchvlm plan``"""
     if arguments.items:
         for option, value in (("--demo", arguments.demo), ("--policy", arguments.policy),
-                              ("--model", arguments.model)):
+                              ("--model", arguments.model), ("--preset", arguments.preset)):
             if value:
                 raise CommandError(f"{option} has no meaning with --items; leave out one of them")
     arguments.policy = arguments.policy or "flex"
     if arguments.demo:
         return _plan_demo(arguments)
     cluster = _cluster(arguments, _MEASURED)
-    lengths, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
-    return (_plan_items if arguments.items else _plan_groups)(arguments, lengths, cluster)
+    found, _ = _read(arguments, ITEMS if arguments.items else SEQUENCES)
+    return (_plan_items if arguments.items else _plan_groups)(arguments, found, cluster)
 
 
-def _plan_items(arguments, lengths, cluster):
+def _plan_items(arguments, found, cluster):
+    lengths = found.tokens
     from .balancing import balance
     with Progress(f"balancing {format_count(len(lengths), 'item')} over "
                   f"{format_count(cluster.n_gpus, 'rank')}"):
@@ -132,9 +138,9 @@ def _plan_items(arguments, lengths, cluster):
         plot_loads({"tokens": drawn}, {"tokens": part.loads}, arguments.plot,
                    {"tokens": part.bound})
     if arguments.json:
-        _print_json({"rank": part.rank, "loads": part.loads, "bound": part.bound, "gap": part.gap,
-                     "imbalance": part.imbalance, "status": part.status,
-                     "cut_short": part.cut_short})
+        _print_json({"row": found.row, "rank": part.rank, "loads": part.loads,
+                     "bound": part.bound, "gap": part.gap, "imbalance": part.imbalance,
+                     "status": part.status, "cut_short": part.cut_short})
         return 0
     mean = drawn.mean()
     print(text_table(["", "largest", "mean", "max / mean"],
@@ -171,31 +177,34 @@ def _groups_table(plan_, n_gpus, title):
                       list(_groups_rows(plan_, n_gpus)), title)
 
 
-def _groups_json(plan_):
+def _groups_json(plan_, row):
+    """``row`` names each sequence."""
     return {"time": plan_.time, "bound": plan_.bound, "gap": plan_.gap, "status": plan_.status,
             "cut_short": plan_.cut_short, "micro_batches": [
-                [{"degree": g.degree, "first_gpu": g.first_gpu, "items": list(map(int, g.items)),
+                [{"degree": g.degree, "first_gpu": g.first_gpu, "items": row[g.items].tolist(),
                   "tokens": int(g.tokens), "time": g.time} for g in m.groups]
                 for m in plan_.micro_batches]}
 
 
 def _proof(plan_):
     return (f"Step {plan_.time:.4f} s; no plan takes less than {plan_.bound:.4f} s: "
-            f"gap {format_percent(plan_.gap, 2)}.")
+            f"gap {format_percent(plan_.gap, 2)}." + "\n" * bool(plan_.advice) + plan_.advice)
 
 
-def _plan_groups(arguments, lengths, cluster):
+def _plan_groups(arguments, found, cluster):
+    lengths = found.tokens
     from .sequences import plan_sequences
+    cost, _ = _sequence_cost(arguments, cluster)
     with Progress(f"planning {format_count(len(lengths), 'sequence')} on "
                   f"{format_count(cluster.n_gpus, 'GPU')}"):
-        made = plan_sequences(lengths, cluster.n_gpus, _sequence_cost(arguments, cluster),
+        made = plan_sequences(lengths, cluster.n_gpus, cost,
                               gpus_per_node=cluster.gpus_per_node, policy=arguments.policy,
                               **_search(arguments))
     if arguments.plot:
         from .plots import plot_groups
         plot_groups(made, cluster.n_gpus, arguments.plot)
     if arguments.json:
-        _print_json(_groups_json(made))
+        _print_json(_groups_json(made, found.row))
         return 0
     print(_groups_table(made, cluster.n_gpus,
                         f"{format_count(len(lengths), 'sequence')}, {int(lengths.sum())} tokens, "
@@ -221,10 +230,11 @@ def _plan_demo(arguments):
                               **_search(arguments))
         others = "" if arguments.json else _others_text(lengths, cluster, made, arguments)
     if arguments.plot:
-        _plot_demo(arguments.plot, batch, step, model.costs, cluster, made)
+        from .plots import plot_plans
+        plot_plans(*step._loads(), made, cluster.n_gpus, arguments.plot)
     if arguments.json:
         _print_json({"step": {"time": step.time, "bound": step.bound, "gap": step.gap},
-                     "sequences": _groups_json(made)})
+                     "sequences": _groups_json(made, np.arange(len(lengths)))})
         return 0
     print(f"{len(batch.text_tokens)} samples (captions, pages, speech, video, text), a model of "
           f"{name} parameters, {format_count(cluster.n_gpus, 'GPU')}:\n")
@@ -238,34 +248,21 @@ def _plan_demo(arguments):
 
 
 def _others_text(lengths, cluster, made, arguments):
-    """What simpler policies make of the same sequences."""
+    """What other policies make of the same sequences."""
     from .sequences import plan_sequences
     cost = SequenceCost.flexsp_gpt7b(n_gpus=cluster.n_gpus)
     widest = max(d for d in cost.comm if d <= cluster.n_gpus)
     parts = []
     for words, policy, degrees in ((f"groups of {widest} throughout", "static", [widest]),
                                    ("one degree per micro-batch", "homogeneous", None),
-                                   ("FlexSP's chunks", "chunked", None)):
+                                   ("FlexSP's chunks", "chunked", None),
+                                   ("micro-batches and groups together", "flex", None)):
+        if policy == arguments.policy and degrees is None:
+            continue
         other = plan_sequences(lengths, cluster.n_gpus, cost, policy=policy, degrees=degrees,
                                gpus_per_node=cluster.gpus_per_node, **_search(arguments))
         parts.append(f"{words} {other.time:.4f} s ({other.time / made.time:.2f}x)")
-    return "Others take longer: " + ", ".join(parts) + "."
-
-
-def _plot_demo(path, batch, step, costs, cluster, made):
-    from .plots import plot_plans
-    from .policies import load_per_rank, squares_of
-    source, tokens = np.asarray(batch.source_rank), batch.language_lengths
-    work = {phase: (items.length, squares_of(items), source[items.sample],
-                    step.phases[phase].rank, step.phases[phase].bound)
-            for phase, items in batch.phases.items()}
-    work["llm"] = (tokens, np.asarray(tokens, float)**2, source, step.llm.rank, step.llm.bound)
-    before, after, bounds = {}, {}, {}
-    for phase, (length, squares, home, rank, bound) in work.items():
-        before[phase], after[phase] = (load_per_rank(costs[phase], r, length, squares,
-                                                     cluster.n_gpus) for r in (home, rank))
-        bounds[phase] = bound
-    plot_plans(before, after, bounds, made, cluster.n_gpus, path)
+    return "Other policies (and their time over this plan's): " + ", ".join(parts) + "."
 
 
 # ---------------------------------------------------------------- simulate
@@ -274,7 +271,7 @@ def _plot_demo(path, batch, step, costs, cluster, made):
 def simulate(arguments):
     """``orchvlm simulate``"""
     from .simulator import simulate as run
-    policies = arguments.policies.split(",") if arguments.policies else None
+    policies = _policies(arguments)
     prepare = _simulate_demo if arguments.demo else _simulate_file
     batches, cluster, costs, more = prepare(arguments)
     with Progress("simulating") as progress:
@@ -290,12 +287,33 @@ def simulate(arguments):
     return 0
 
 
+def _policies(arguments):
+    """The names asked for; None for the usual ones."""
+    from .policies import POLICIES
+    if not arguments.demo and arguments.samples_per_rank is not None:
+        raise CommandError("--samples-per-rank is for --demo; a FILE has --batch-size")
+    if arguments.policies is None:
+        return None
+    names = [name.strip() for name in arguments.policies.split(",")]
+    known = [name for name in POLICIES if not (arguments.demo and name.startswith("sp_"))]
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, 1) or [k for k in known if k == f"sp_{name}"]
+            why = ("is for a FILE of lengths" if name in POLICIES else "is unknown"
+                   + (f"; did you mean {close[0]}?" if close else ""))
+            raise CommandError(f"--policies: {name!r} {why} (there are {', '.join(known)})")
+    if arguments.context is not None and "sp_run" not in names:
+        raise CommandError("--context decides the degree of sp_run; add sp_run to --policies or "
+                           "leave it out")
+    return names
+
+
 def _simulate_demo(arguments):
     from . import demo
     cluster = _cluster(arguments, "h100")
     _, config, model = demo.model_for(cluster)
     with Progress("drawing the demo's batches"):
-        batches = [demo.batch(cluster.n_gpus, arguments.samples_per_rank, arguments.seed + i,
+        batches = [demo.batch(cluster.n_gpus, arguments.samples_per_rank or 16, arguments.seed + i,
                               config["hidden_size"]) for i in range(arguments.steps)]
     return batches, cluster, model.costs, {
         "flops": model.flops, "memory": model.memory, "parameters": model.parameters,
@@ -304,6 +322,7 @@ def _simulate_demo(arguments):
 
 def _simulate_file(arguments):
     cluster = _cluster(arguments, _MEASURED)
+    cost, flops = _sequence_cost(arguments, cluster)
     lengths, size = _read(arguments, SEQUENCES, arguments.steps)
-    batches = [lengths[i:i + size] for i in range(0, len(lengths), size)]
-    return batches, cluster, {"llm": _sequence_cost(arguments, cluster)}, {}
+    batches = [lengths.tokens[i:i + size] for i in range(0, len(lengths.tokens), size)]
+    return batches, cluster, {"llm": cost}, {"flops": {"llm": flops}}

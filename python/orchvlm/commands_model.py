@@ -136,7 +136,10 @@ def _start(settings, threads):
 def train(arguments):
     """``orchvlm train``"""
     from .data import Loader
+    from .data.assets import need
     out, settings = _settings(arguments)
+    if not settings.get("data"):
+        need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
     model, processor = _start(settings, arguments.threads)
     source = training_source(settings)
     loader = Loader(source, processor, settings["tokens"], too_long="skip")

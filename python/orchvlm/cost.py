@@ -366,7 +366,8 @@ class SequenceCost:
 
 
 # name: memory bytes, dense bf16 FLOP/s, bytes/s per GPU and direction inside a node, between nodes.
-# Sources, all read as per GPU; "GB" as 1e9 bytes, which errs on the safe side for memory:
+# All are nominal figures of the manufacturer, none was measured; per GPU, "GB" as 1e9 bytes, which
+# errs on the safe side for memory.  Sources:
 #   h100       NVIDIA H100 datasheet (SXM: 80 GB, 1,979 TFLOP/s with sparsity, NVLink 900 GB/s both
 #              directions together); DGX H100 datasheet (8 x 400 Gb/s ConnectX-7 for 8 GPUs)
 #   h200       NVIDIA H200 datasheet (SXM: 141 GB, otherwise as h100)
@@ -377,12 +378,12 @@ class SequenceCost:
 #   b200       DGX B200 datasheet (8 GPUs: 1,440 GB, 36 PFLOP/s bf16 with sparsity, NVLink
 #              14.4 TB/s; 8 x 400 Gb/s ConnectX-7)
 _PRESETS = {
-    "h100": (80e9, 989.5e12, 450e9, 50e9),
-    "h200": (141e9, 989.5e12, 450e9, 50e9),
-    "a100_40g": (40e9, 312e12, 300e9, 25e9),
-    "a100_80g": (80e9, 312e12, 300e9, 25e9),
-    "h800": (80e9, 989.5e12, 200e9, 50e9),
-    "b200": (180e9, 2250e12, 900e9, 50e9),
+    "h100": (80e9, 989.5e12, 450e9, 50e9),    # 80 GB; 1,979 / 2 TF; 900 / 2 GB/s; 400 Gb/s
+    "h200": (141e9, 989.5e12, 450e9, 50e9),   # 141 GB; 1,979 / 2 TF; 900 / 2 GB/s; 400 Gb/s
+    "a100_40g": (40e9, 312e12, 300e9, 25e9),  # 40 GB; 312 TF; 600 / 2 GB/s; 200 Gb/s
+    "a100_80g": (80e9, 312e12, 300e9, 25e9),  # 80 GB; 312 TF; 600 / 2 GB/s; 200 Gb/s
+    "h800": (80e9, 989.5e12, 200e9, 50e9),    # as h100; 400 / 2 GB/s
+    "b200": (180e9, 2250e12, 900e9, 50e9),    # 1,440 / 8 GB; 36,000 / 16 TF; 14,400 / 16 GB/s
 }
 
 
@@ -473,7 +474,7 @@ class Cluster:
 
     @classmethod
     def preset(cls, name, nodes=1, gpus_per_node=8):
-        """A cluster of a known GPU, with figures from its vendor's datasheet.
+        """A cluster of a known GPU, with the nominal figures of its manufacturer's datasheet.
 
         ========  ======  ============  ==============  ==============
         name      memory  bf16 (dense)  inside a node   between nodes
@@ -487,7 +488,9 @@ class Cluster:
         ========  ======  ============  ==============  ==============
 
         Bandwidths are per GPU and direction: half of the NVLink figure that a datasheet quotes for
-        both directions together, and one network adapter per GPU.
+        both directions together, and one network adapter per GPU. They are nominal: what a
+        program reaches is less, for which :func:`from_model` has ``efficiency``, and :func:`fit`
+        measurements.
 
         Parameters
         ----------

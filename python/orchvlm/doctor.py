@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-_OPTIONAL = {"matplotlib": "plots: pip install matplotlib",
-             "scipy": "plan_sequences_milp: pip install scipy",
-             "IPython": "notebooks: pip install notebook"}
+# Module: (package, what for).
+_OPTIONAL = {"matplotlib": ("matplotlib", "plots: pip install matplotlib"),
+             "PIL": ("pillow", "pictures, and orchvlm train: pip install 'orchvlm[data]'"),
+             "tokenizers": ("tokenizers", "models' tokenizers: pip install 'orchvlm[data]'"),
+             "jinja2": ("jinja2", "models' chat templates: pip install 'orchvlm[data]'"),
+             "av": ("av", "videos: pip install 'orchvlm[video]'"),
+             "scipy": ("scipy", "plan_sequences_milp: pip install scipy"),
+             "IPython": ("ipython", "notebooks: pip install notebook")}
 
 
 def _first_line(command):
@@ -37,12 +42,12 @@ def _numpy_facts():
 
 def _optional_facts():
     facts = []
-    for name, remedy in _OPTIONAL.items():
+    for module, (name, remedy) in _OPTIONAL.items():
         try:
-            importlib.import_module(name)
-            facts.append((name.lower(), "ok", importlib.metadata.version(name)))
+            importlib.import_module(module)
+            facts.append((name, "ok", importlib.metadata.version(name)))
         except ImportError:
-            facts.append((name.lower(), "missing", f"optional, for {remedy}"))
+            facts.append((name, "missing", f"optional, for {remedy}"))
     return facts
 
 

@@ -2,9 +2,11 @@
 import queue
 import threading
 
+from .cost import Cluster
 from .sequences import _integer
-from .step import plan_step
+from .step import check_choices, plan_step
 
+_OPTIONS = sorted(set(plan_step.__kwdefaults__) - {"warm_start"})
 _POLL_S = 0.05
 
 
@@ -64,8 +66,10 @@ class Planner:
     Raises
     ------
     TypeError, ValueError
-        ``lookahead`` is no integer >= 1. What goes wrong while planning a batch, or while fetching
-        one, is raised where that batch was to be returned.
+        ``lookahead`` is no integer >= 1, ``batches`` no iterable, ``cluster`` no Cluster, ``costs``
+        no dict, or :func:`plan_step` has no such option. What goes wrong
+        while planning a batch, or while fetching one, is raised where that batch was to be
+        returned.
 
     Notes
     -----
@@ -86,6 +90,16 @@ class Planner:
     """
 
     def __init__(self, batches, cluster, costs, *, lookahead=2, warm_start=True, **options):
+        for option in options:
+            if option not in _OPTIONS:
+                raise TypeError(f"plan_step has no option {option!r}; there are "
+                                f"{', '.join(_OPTIONS)}")
+        check_choices(**{key: options[key] for key in ("llm", "relabel") if key in options})
+        if not hasattr(batches, "__iter__"):
+            raise TypeError(f"batches must be an iterable of Batch; got {type(batches).__name__}")
+        for value, kind, name in ((cluster, Cluster, "cluster"), (costs, dict, "costs")):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
         self._plans = queue.Queue(maxsize=_integer(lookahead, "lookahead"))
         self._stop = threading.Event()
         self._thread = threading.Thread(

@@ -1,7 +1,8 @@
 """Plots of plans and simulations; they need matplotlib (``pip install matplotlib``)."""
 import numpy as np
 
-from ._files import write_whole
+from ._files import check_png, write_whole
+from ._numbers import reals
 from .tables import format_count
 
 # Colour-blind safe (Okabe-Ito); one colour per thing in every plot.
@@ -10,7 +11,10 @@ _LLM, _EXPOSED, _IDLE = "#333B4F", "#D55E00", "#DDE1E7"
 _BEFORE, _AFTER = "#B8BFCC", "#0072B2"
 
 
-def _figure(width, height):
+def _figure(width, height, path):
+    """A figure; where it cannot be drawn or written, that is said before any work."""
+    if path is not None:
+        check_png(path, "path")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -58,8 +62,11 @@ def plot_loads(before, after, path=None, bounds=None):
     ------
     ImportError
         matplotlib is not installed.
+    TypeError
+        Loads that are no numbers, or masked.
     ValueError
-        ``before`` and ``after`` name different phases.
+        ``before`` and ``after`` name different phases, loads that are not one finite row, or a
+        ``path`` that does not end in .png.
 
     Examples
     --------
@@ -69,9 +76,20 @@ def plot_loads(before, after, path=None, bounds=None):
     """
     if set(before) != set(after):
         raise ValueError(f"before has phases {sorted(before)}, after {sorted(after)}")
-    figure = _figure(9, 0.7 + 1.9 * len(before))
+    before, after = _checked("before", before), _checked("after", after)
+    figure = _figure(9, 0.7 + 1.9 * len(before), path)
     _draw_phases(figure, before, after, bounds or {})
     return _finish(figure, path)
+
+
+def _checked(name, loads):
+    """{phase: float64[N]}"""
+    checked = {phase: reals(row, f"{name}[{phase!r}]") for phase, row in loads.items()}
+    for phase, row in checked.items():
+        if row.ndim != 1 or not np.isfinite(row).all():
+            raise ValueError(f"{name}[{phase!r}] must be one finite load per rank; got "
+                             f"{row!r:.60}")
+    return checked
 
 
 def _draw_phases(figure, before, after, bounds):
@@ -80,7 +98,7 @@ def _draw_phases(figure, before, after, bounds):
     for place, (row, phase) in enumerate(zip(grid, before)):
         for axes, loads, colour, name in ((row[0], before[phase], _BEFORE, "as sampled"),
                                           (row[1], after[phase], _AFTER, "planned")):
-            _draw_loads(axes, np.asarray(loads, float), colour)
+            _draw_loads(axes, loads, colour)
             if place == 0:
                 axes.set_title(name, fontsize=11)
             if place == len(grid) - 1:
@@ -126,7 +144,7 @@ def plot_groups(plan, n_gpus, path=None):
     ImportError
         matplotlib is not installed.
     """
-    figure = _figure(10, 4.2)
+    figure = _figure(10, 4.2, path)
     _draw_groups(figure.subplots(), plan, n_gpus)
     return _finish(figure, path)
 
@@ -188,7 +206,8 @@ def plot_plans(before, after, bounds, plan, n_gpus, path=None):
         matplotlib is not installed.
     """
     loads = 0.7 + 1.7 * len(before)
-    figure = _figure(10, loads + 4.2)
+    before, after = _checked("before", before), _checked("after", after)
+    figure = _figure(10, loads + 4.2, path)
     upper, lower = figure.subfigures(2, 1, height_ratios=(loads, 4.2))
     _draw_phases(upper, before, after, bounds)
     _draw_groups(lower.subplots(), plan, n_gpus)
@@ -215,7 +234,7 @@ def plot_simulation(simulation, path=None):
         matplotlib is not installed.
     """
     names = list(simulation.results)
-    figure = _figure(10, 0.9 + 0.48 * len(names))
+    figure = _figure(10, 0.9 + 0.48 * len(names), path)
     axes = figure.subplots()
     _tidy(axes)
     colour = _phase_colour(simulation.phases)
@@ -273,7 +292,7 @@ def plot_timeline(simulation, names, path=None):
     """
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Patch
-    figure = _figure(10, 0.8 + 1.5 * len(names))
+    figure = _figure(10, 0.8 + 1.5 * len(names), path)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     colour = _phase_colour(simulation.phases)
     for axes, name in zip(panels, names):

@@ -5,8 +5,9 @@ import io
 import json
 import math
 import zlib
-from itertools import islice
+from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,25 @@ LONGEST = 2**40  # tokens; above it a figure is a mistake, and sums could overfl
 
 class FileError(ValueError):
     """A length file that cannot be used; the message is one line and names the file."""
+
+
+class Lengths(NamedTuple):
+    """What :func:`read_lengths` found.
+
+    Attributes
+    ----------
+    tokens : int64[n]
+        Lengths, >= 1.
+    row : int64[n]
+        Row of the file that each stands in, from 0: header and blank lines do not count; an index
+        into the array of a ``.npy`` file.
+    left_out : str
+        What rows were passed over for having no length or 0, in words; empty when there are none.
+    """
+
+    tokens: np.ndarray
+    row: np.ndarray
+    left_out: str
 
 
 def _kind(path):
@@ -73,7 +93,7 @@ def _lines(path, stream):
 
 
 def _read_csv(path, stream, column, delimiter):
-    """Yields the values of one column; empty cells are dropped."""
+    """Yields (where, value of one column) of every row; None for an empty cell."""
     rows = csv.reader(_lines(path, stream), delimiter=delimiter, strict=True)
     first = next(rows, None)
     if first is None:
@@ -87,13 +107,18 @@ def _read_csv(path, stream, column, delimiter):
             pass
         raise
     if bare:
-        yield _number(first[index], f"{path}, line 1")
+        yield f"{path}, line 1", _number(first[index], f"{path}, line 1")
+    blank = []  # of one column: an empty cell, unless nothing but such follows
     for row in rows:
-        if row and len(row) != len(names):
-            raise FileError(f"{path}, line {rows.line_num}: {len(row)} cells where the first line "
-                            f"has {len(names)}")
-        if row and row[index].strip():
-            yield _number(row[index], f"{path}, line {rows.line_num}")
+        where = f"{path}, line {rows.line_num}"
+        if not row:
+            blank += [(where, None)] * (len(names) == 1)
+            continue
+        if len(row) != len(names):
+            raise FileError(f"{where}: {len(row)} cells where the first line has {len(names)}")
+        yield from blank
+        blank.clear()
+        yield where, _number(row[index], where) if row[index].strip() else None
 
 
 def _parse(line, where):
@@ -105,8 +130,8 @@ def _parse(line, where):
 
 
 def _read_jsonl(path, stream, field):
-    """Yields one number per line, or one field of an object; missing or null fields are dropped.
-    The only field of the first object needs no name."""
+    """Yields (where, number) of every line, or of one field of its object; None for a missing or
+    null field.  The only field of the first object needs no name."""
     lines = ((f"{path}, line {n}", line) for n, line in enumerate(_lines(path, stream), 1)
              if line.strip())
     must_have = True  # the first object, and all when the field was not named
@@ -125,10 +150,11 @@ def _read_jsonl(path, stream, field):
             must_have = unnamed
             value = value.get(field)
             if value is None:
+                yield where, None
                 continue
         if isinstance(value, (bool, str, list, dict, type(None))):
             raise FileError(f"{where}: {_short(value)} is not a number")
-        yield _number(value, where)
+        yield where, _number(value, where)
 
 
 def _read_npy(path, stream):
@@ -144,21 +170,57 @@ def _read_npy(path, stream):
     return array.astype(float)
 
 
+def _taken(records, most):
+    """(values above 0, their rows, {what was passed over: (how many, the first)})"""
+    values, rows, left = array("d"), array("q"), {}
+    for row, (where, value) in enumerate(records):
+        if value:
+            values.append(value)
+            rows.append(row)
+            if len(values) == most:
+                break
+        else:
+            count, first = left.get(value, (0, where))
+            left[value] = count + 1, first
+    return np.array(values), np.array(rows), left
+
+
+def _taken_of_array(path, values, most):
+    rows = np.flatnonzero(values > 0)[:most]
+    zeros = np.flatnonzero(values[:rows[-1] if len(rows) == most else None] == 0)
+    left = {0.0: (len(zeros), f"{path}, index {zeros[0]}")} if len(zeros) else {}
+    return values[rows], rows, left
+
+
+def _left_out(path, left):
+    """For example "left out 2 rows: 1 without a length (line 5) and 1 of length 0 (line 7)"."""
+    if not left:
+        return ""
+    parts = [f"{count:,} {'without a length' if value is None else 'of length 0'} "
+             f"({'the first: ' if count > 1 else ''}{where.removeprefix(f'{path}, ')})"
+             for value, (count, where) in left.items()]
+    total = sum(count for count, _ in left.values())
+    return f"{path}: left out {total:,} row{'s' * (total > 1)}: {' and '.join(parts)}"
+
+
 def _read_values(path, column, field, most):
-    """The first ``most`` values above 0, or all, as float64."""
+    """As :func:`_taken`: the first ``most`` values above 0, or all."""
     kind, zipped = _kind(path)
+    for option, value, suits in (("column", column, ("csv", "tsv")), ("field", field, ("jsonl",))):
+        if value is not None and kind not in suits:
+            raise FileError(f"{path}: --{option} is for {' and '.join('.' + s for s in suits)} "
+                            f"files; leave it out with .{kind}")
     opener = gzip.open if zipped else open
     if kind == "npy":
         with opener(path, "rb") as stream:
-            array = _read_npy(path, stream)
-            return array[array > 0][:most]
+            return _taken_of_array(path, _read_npy(path, stream), most)
     newline = None if kind == "jsonl" else ""
     with opener(path, "rt", encoding="utf-8-sig", newline=newline) as stream:
         if kind == "jsonl":
             values = _read_jsonl(path, stream, field)
         else:
             values = _read_csv(path, stream, column, "\t" if kind == "tsv" else ",")
-        return np.fromiter(islice((v for v in values if v > 0), most), float)
+        return _taken(values, most)
 
 
 def read_lengths(path, column=None, field=None, per_unit=None, most=None):
@@ -181,8 +243,8 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
 
     Returns
     -------
-    int64[n]
-        Tokens; zeros and empty cells are dropped.
+    Lengths
+        Tokens, the row of each, and what was left out: zeros and empty cells.
 
     Raises
     ------
@@ -202,7 +264,7 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "sounds.csv"
     ...     _ = path.write_text("id,seconds\\n1,2.5\\n2,0.9\\n")
-    ...     read_lengths(path, column="seconds", per_unit=25)
+    ...     read_lengths(path, column="seconds", per_unit=25).tokens
     array([63, 23])
     """
     if per_unit is not None and not 0 < per_unit < math.inf:
@@ -211,7 +273,7 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     if path.is_dir():
         raise FileError(f"{path}: is a directory")
     try:
-        values = _read_values(path, column, field, most)
+        values, row, left = _read_values(path, column, field, most)
     except FileError:
         raise
     except UnicodeDecodeError:
@@ -224,7 +286,7 @@ def read_lengths(path, column=None, field=None, per_unit=None, most=None):
     except (csv.Error, ValueError, MemoryError, SyntaxError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise FileError(f"{path}: cannot be read ({reason[:120]})") from None
-    return _whole(path, values, per_unit)
+    return Lengths(_whole(path, values, per_unit), row, _left_out(path, left))
 
 
 def _whole(path, values, per_unit):

@@ -45,6 +45,11 @@ def _phase_row(name, plan):
             _seconds(plan.time), _seconds(plan.bound), _percent(plan.gap))
 
 
+def phases_html(named):
+    """An HTML table of (name, plan) pairs."""
+    return html_table(_PHASE_HEAD, [_phase_row(name, plan) for name, plan in named])
+
+
 @dataclass(frozen=True)
 class StepReport:
     """Tables of a step: its phases, its routes, and the sums.

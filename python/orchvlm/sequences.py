@@ -16,6 +16,7 @@ _KIND = "orchvlm.sequence_plan"
 _POLICIES = ("static", "homogeneous", "chunked", "flex")
 _STATUS = ("feasible", "optimal")
 _MOST_MICRO_BATCHES = 1 << 20
+_LARGE_GAP = 0.1  # above what a search that is not cut short leaves at any size in the README
 _ARRAYS = ("micro_start", "degree", "first_gpu", "group_start", "item")
 
 
@@ -26,6 +27,10 @@ def _restrict(cost, degrees, n_gpus):
     if degrees is None:
         chosen = sorted(cost.comm)
     else:
+        if isinstance(degrees, (str, bytes, dict)) or not hasattr(degrees, "__iter__") or (
+                np.ndim(degrees) != 1):
+            raise TypeError(f"degrees must be a sequence of integers such as [8, 16]; got "
+                            f"{degrees!r:.60}")
         chosen = sorted({_integer(degree, "degrees") for degree in degrees})
         missing = [degree for degree in chosen if degree not in cost.comm]
         if missing:
@@ -283,19 +288,56 @@ class SequencePlan:
 
     __hash__ = None
 
+    def plot(self, path=None):
+        """Timeline of the groups: GPUs upwards, micro-batches one after the other.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            PNG to write.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A notebook shows it.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed; the message says how to.
+        """
+        from .plots import plot_groups
+        return plot_groups(self, self.n_gpus, path)
+
     def __repr__(self):
         count = len(self._micro_start) - 1
         state = "optimal" if self.status == "optimal" else (
             f"bound {self.bound:.4g} s, gap {100 * self.gap:.2f} %")
         return (f"<SequencePlan: {format_count(len(self.lengths), 'sequence')} on "
                 f"{format_count(self.n_gpus, 'GPU')}, {format_count(count, 'micro-batch')}, "
-                f"{self.time:.4g} s, {state}>")
+                f"{self.time:.4g} s, {state}{', cut short' * self.cut_short}>")
+
+    @property
+    def advice(self):
+        """str : what would make a plan with a large gap better; empty where there is nothing to
+        say.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> orchvlm.plan_sequences([3, 2], 2, orchvlm.SequenceCost(0.0, 1e-3)).advice
+        ''
+        """
+        if not self.cut_short or self.gap <= _LARGE_GAP:
+            return ""
+        return (f"The time limit ended the search with a gap of {100 * self.gap:.0f} %: a larger "
+                "time_limit (--time-limit) would find a better plan or bound.")
 
     def _repr_html_(self):
         rows = "".join(_html_row(m, batch, self) for m, batch in enumerate(self.micro_batches))
         return (f"<div><b>{html.escape(repr(self)[1:-1])}</b><table><tr><th>micro-batch</th>"
                 "<th>time (s)</th><th>tokens</th><th>busy</th><th>groups (degree &times; count)"
-                f"</th></tr>{rows}</table></div>")
+                f"</th></tr>{rows}</table>{html.escape(self.advice)}</div>")
 
 
 _COST_FIELDS = ("quadratic", "linear", "fixed", "memory_per_token", "memory_fixed", "memory_limit")
@@ -364,10 +406,12 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     pad_to : int
         Each GPU's shard is padded to a multiple of this many tokens, which counts as memory.
     micro_batches : int, optional
-        Exactly this many, at most 2^20, the last ones empty if need be.  Default: as many as pay.
+        The plan has exactly this many, at most 2^20; no more of them than pay are used, and the
+        last ones are empty.  Default: as many as pay.
     policy : {"flex", "chunked", "homogeneous", "static"}
-        ``"static"``: one degree for the whole step, the best one.  ``"homogeneous"``: the best
-        degree per micro-batch of sorted chunks, longest first onto the least loaded group.
+        ``"static"``: one degree for the whole step, the best one with its best M.
+        ``"homogeneous"``: the best degree per micro-batch of sorted chunks, longest first onto the
+        least loaded group, for the first feasible M to M + 4 and the best M of each degree.
         ``"chunked"`` (FlexSP): sorted chunks, mixed groups in each, for the first feasible M to
         M + 4.  ``"flex"``: micro-batches and groups chosen together, after all that the others do:
         with the same ``work_limit`` never worse than they.
@@ -405,6 +449,7 @@ def plan_sequences(lengths, n_gpus, cost, *, gpus_per_node=8, degrees=None, pad_
     ``"flex"`` starts from sorted chunks and walks over whole steps: it takes sequences out of the
     longest groups of some micro-batches and puts them where they lengthen no micro-batch, several
     walks from different M, the best ones longest.  A step of that costs about 1 us per 100 groups.
+    A search is never worse than ``work_limit=0``; of two others, the longer one may by chance be.
     Unless ``cut_short`` is False everywhere, one rank plans and sends the bytes to the others.
 
     References

@@ -8,7 +8,7 @@ import numpy as np
 from . import _bytes, _core
 from .batch import Batch, amount, checked_memory
 from .cost import BatchCost, Cluster, SequenceCost
-from .reports import StepReport
+from .reports import StepReport, phases_html
 from .routes import Route
 from .sequences import SequencePlan, _integer, _restrict
 
@@ -64,6 +64,9 @@ class PhasePlan:
         """float : largest load over mean load; 1 for a phase without work."""
         mean = self.loads.mean()
         return float(self.loads.max() / mean) if mean > 0 else 1.0
+
+    def _repr_html_(self):
+        return phases_html([(self.name, self)])
 
     def __repr__(self):
         return (f"<PhasePlan {self.name}: {len(self.rank)} item{'s' * (len(self.rank) != 1)} on "
@@ -154,8 +157,9 @@ class StepPlan:
     time, bound : float
         Seconds: sum of the phases' times, and ``exposed``; sum of the phases' bounds.
     cut_short : bool
-        The clock ended a search, so another run may answer otherwise. Unless this is False on all
-        ranks, one rank plans and sends ``to_bytes()`` to the others.
+        The clock ended a search, so another run may answer otherwise: `time_limit` is shared out,
+        and one search may use up its part although the others leave theirs. Unless this is
+        False on all ranks, one rank plans and sends ``to_bytes()`` to the others.
     batch, cluster, costs, memory : the inputs
 
     Examples
@@ -220,6 +224,46 @@ class StepPlan:
 
     def _repr_html_(self):
         return self.report()._repr_html_()
+
+    def plot(self, path=None):
+        """Load of every rank and phase, as sampled and as planned; with groups, their timeline.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            PNG to write.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A notebook shows it.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed; the message says how to.
+        """
+        from .plots import plot_loads, plot_plans
+        before, after, bounds = self._loads()
+        if isinstance(self.llm, SequencePlan):
+            return plot_plans(before, after, bounds, self.llm, self.cluster.n_gpus, path)
+        return plot_loads(before, after, path, bounds)
+
+    def _loads(self):
+        """Seconds by phase and rank: (every item at its source, as planned, bounds)."""
+        from .policies import load_per_rank, squares_of
+        source = self.batch.source_rank
+        work = {name: (items.length, squares_of(items), source[items.sample])
+                for name, items in self.batch.phases.items()}
+        plans = dict(self.phases)
+        if isinstance(self.llm, PhasePlan):
+            tokens = self.batch.language_lengths
+            work["llm"], plans["llm"] = (tokens, tokens.astype(float)**2, source), self.llm
+        before = {name: load_per_rank(self.costs[name], home, length, squares,
+                                      self.cluster.n_gpus)
+                  for name, (length, squares, home) in work.items()}
+        return (before, {name: plan.loads for name, plan in plans.items()},
+                {name: plan.bound for name, plan in plans.items()})
 
     def report(self):
         """Every phase and route, before and after.
@@ -381,6 +425,14 @@ def _core_problem(problem, options, warm_start):
             _RELABEL.index(options["relabel"]), slack, options["compose"], options["seed"])
 
 
+def check_choices(llm="balance", relabel="minmax"):
+    """Refuses what is no choice of :func:`plan_step`."""
+    if llm not in _LLM:
+        raise ValueError(f"llm must be one of {', '.join(map(repr, _LLM))}; got {llm!r}")
+    if relabel not in _RELABEL:
+        raise ValueError(f"relabel must be 'minmax', 'sum' or None; got {relabel!r}")
+
+
 def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="minmax", slack=0.002,
               compose=True, pad_to=1, work_limit=None, time_limit=0.2, seed=0, warm_start=None):
     """Plans one training step of a multimodal model, and proves how good the plan is.
@@ -425,7 +477,10 @@ def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="min
         Search steps of each search; 0: constructions only. The same limit gives the same plan on
         every machine.
     time_limit : float, optional
-        Seconds for the whole call; None: none. Only cuts searches short.
+        Seconds for the whole call; None: none. Every phase and every naming gets an equal part of
+        what is left when its turn comes (groups nine parts). Only cuts searches short:
+        constructions, bounds, routes and the step of a search under way are finished whatever they
+        take.
     seed : int
         Of the searches.
     warm_start : StepPlan, optional
@@ -496,10 +551,7 @@ def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="min
     for value, kind, name in ((batch, Batch, "batch"), (cluster, Cluster, "cluster")):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
-    if llm not in _LLM:
-        raise ValueError(f"llm must be one of {', '.join(map(repr, _LLM))}; got {llm!r}")
-    if relabel not in _RELABEL:
-        raise ValueError(f"relabel must be 'minmax', 'sum' or None; got {relabel!r}")
+    check_choices(llm, relabel)
     if warm_start is not None and not isinstance(warm_start, StepPlan):
         raise TypeError(f"warm_start must be a StepPlan; got {type(warm_start).__name__}")
     costs = _checked_costs(costs, batch, llm)

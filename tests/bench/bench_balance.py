@@ -223,6 +223,17 @@ def table_forms():
         row(name, *cells)
 
 
+def table_default():
+    head("Default work: ms (least of 3), steps (<=8K mix, linear + attention)", "instance", "ms",
+         "steps", "gap")
+    for n, n_ranks in ((2048, 256), (16_384, 256), (163_840, 2560), (1_000_000, 4096)):
+        lengths = modality_mix(n, 5)
+        for home in (None, np.arange(n) * n_ranks // n):
+            t, p = timed(lambda: balance(lengths, n_ranks, BatchCost(1.0, 1e-3), home=home), 3)
+            row(f"{n:,} on {n_ranks:,}{', home' * (home is not None)}", f"{1e3 * t:.1f}",
+                f"{p.work:,}", f"{p.gap:.4%}")
+
+
 if __name__ == "__main__":
     tables = {name[6:]: call for name, call in globals().items() if name.startswith("table_")}
     for wanted in sys.argv[1:] or tables:

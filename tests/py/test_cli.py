@@ -72,13 +72,18 @@ def test_every_kind_of_file(lengths):
                       "a.tsv": dict(column="tokens"), "a.jsonl": dict(field="n"),
                       "bare.jsonl": {}, "one.jsonl": {}, "a.npy": {}, "a.csv.gz": {},
                       "a.npy.gz": {}, "a.jsonl.gz": dict(field="n")}.items():
-        assert (read_lengths(folder / name, **how) == values).all(), name
+        found = read_lengths(folder / name, **how)
+        assert (found.tokens == values).all() and found.left_out == "", name
+        assert found.row.tolist() == list(range(64)), name
 
 
 def test_units_and_empty_cells(tmp_path):
     path = tmp_path / "sound.csv"
     path.write_text("id,seconds\na,0.5\nb,\nc,0.01\nd,0\n\n")
-    assert read_lengths(path, column="seconds", per_unit=25).tolist() == [13, 1]
+    found = read_lengths(path, column="seconds", per_unit=25)
+    assert found.tokens.tolist() == [13, 1] and found.row.tolist() == [0, 2]
+    assert found.left_out == (f"{path}: left out 2 rows: 1 without a length (line 3) and 1 of "
+                              "length 0 (line 5)")
     with pytest.raises(FileError, match="whole numbers"):
         read_lengths(path, column="seconds")
 
@@ -141,7 +146,9 @@ def test_reading_stops_when_it_has_enough(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": 5}\n{"n": 0}\n{"n": 6}\nbroken\n')
     np.save(tmp_path / "a.npy", [5, 0, 6, 7])
     for name in ("a.csv", "a.jsonl", "a.npy"):
-        assert read_lengths(tmp_path / name, most=2).tolist() == [5, 6]
+        found = read_lengths(tmp_path / name, most=2)
+        assert found.tokens.tolist() == [5, 6] and found.row.tolist() == [0, 2]
+        assert "left out 1 row: 1 of length 0" in found.left_out
 
 
 def test_pickles_and_tables_are_refused(tmp_path):
@@ -151,6 +158,69 @@ def test_pickles_and_tables_are_refused(tmp_path):
     for name in ("object", "table", "text"):
         with pytest.raises(FileError, match=f"{name}.npy"):
             read_lengths(tmp_path / f"{name}.npy")
+
+
+def test_left_out_rows_are_told_and_the_others_keep_their_numbers(tmp_path):
+    """A blank line in a file of one column is an empty cell, at its end it is nothing."""
+    (tmp_path / "a.csv").write_text("tokens\n50\n\n0\n60\n0\n70\n\n\n")
+    (tmp_path / "a.jsonl").write_text('{"n": 50, "m": 1}\n{"m": 0}\n{"n": 0}\n\n{"n": 60}\n'
+                                      '{"n": 0}\n{"n": 70}\n')
+    np.save(tmp_path / "a.npy", [50, 0, 0, 60, 0, 70])
+    for name, more, empty, zero in (("a.csv", [], "line 3", "line 4"),
+                                    ("a.jsonl", ["--field", "n"], "line 2", "line 3"),
+                                    ("a.npy", [], None, "index 1")):
+        common = ["plan", tmp_path / name, *more, *SMALL, "--work-limit", "50"]
+        done = run(*common, "--json")
+        groups = [g for m in json.loads(done.stdout)["micro_batches"] for g in m]
+        assert sorted(i for g in groups for i in g["items"]) == [0, 3, 5], name
+        part = run(*common, "--items", "--json")
+        assert json.loads(part.stdout)["row"] == [0, 3, 5]
+        for said in (done.stderr, part.stderr, run(*common).stdout):
+            assert "left out 3 rows" in said and f"first: {zero})" in said, said
+            assert empty is None or f"1 without a length ({empty})" in said, said
+    (tmp_path / "none.csv").write_text("tokens\n0\n0\n")
+    assert "no lengths above 0" in run("plan", tmp_path / "none.csv").stderr
+
+
+def test_options_without_effect_are_refused(lengths, refuse):
+    folder, _ = lengths
+    assert "--column" in refuse("plan", folder / "a.npy", "--column", "x")
+    assert "--field" in refuse("plan", folder / "a.npy", "--field", "x")
+    assert "--field" in refuse("plan", folder / "a.csv", "--field", "tokens")
+    assert "--column" in refuse("plan", folder / "a.jsonl", "--column", "n")
+    assert "--samples-per-rank" in refuse("simulate", folder / "a.npy", "--samples-per-rank", "4")
+    for command in ("plan", "simulate"):
+        assert "--model" in refuse(command, "--demo", "--model", "gpt13b")
+    assert "--context" in refuse("simulate", "--demo", "--context", "9000")
+    assert "--context" in refuse("simulate", folder / "a.npy", "--policies", "sp_flex",
+                                 "--context", "9000")
+
+
+def test_policies_are_named_as_the_command_line_has_them(lengths, refuse):
+    folder, _ = lengths
+    assert "'' is unknown" in refuse("simulate", folder / "a.npy", "--policies", "")
+    assert "'' is unknown" in refuse("simulate", "--demo", "--policies", "sampled,,orchvlm")
+    assert "mean sp_flex?" in refuse("simulate", folder / "a.npy", "--policies", "flex")
+    assert "mean sampled?" in refuse("simulate", "--demo", "--policies", "sample")
+    assert "'sp_flex' is for a FILE" in refuse("simulate", "--demo", "--policies", "sp_flex")
+
+
+def test_plots_that_cannot_be_written_are_refused_before_any_work(lengths, refuse):
+    folder, _ = lengths
+    for command in ("plan", "simulate"):
+        assert f"{folder / 'no'}: there is no such folder" in refuse(
+            command, folder / "a.csv", "--plot", folder / "no" / "x.png")
+        assert f"{folder}: is a folder" in refuse(command, folder / "a.csv", "--plot", folder)
+        assert "must end in .png" in refuse(command, folder / "a.csv", "--plot", folder / "x.pdf")
+
+
+def test_a_files_simulation_tells_flops_utilisation(lengths):
+    folder, _ = lengths
+    common = ["simulate", folder / "a.npy", "--work-limit", "200", "--policies", "sp_flex"]
+    assert "MFU" in run(*common).stdout
+    for preset in ("a100_40g", "h100"):
+        found = json.loads(run(*common, "--json", "--preset", preset).stdout)
+        assert 0 < found["policies"]["sp_flex"]["mfu"] < 0.7
 
 
 def test_refusals_are_one_line(lengths, refuse):
@@ -164,8 +234,8 @@ def test_refusals_are_one_line(lengths, refuse):
     assert "id, tokens" in refuse("plan", folder / "two.csv")
     assert "no column 'x'" in refuse("plan", folder / "two.csv", "--column", "x")
     assert "fields: n, s" in refuse("plan", folder / "a.jsonl")
-    assert "nowhere" in refuse("plan", folder / "a.csv", "--preset", "nowhere", "--items")
-    for option in (["--policy", "chunked"], ["--model", "gpt7b"]):
+    assert "nowhere" in refuse("plan", folder / "a.csv", "--preset", "nowhere")
+    for option in (["--policy", "chunked"], ["--model", "gpt7b"], ["--preset", "h100"]):
         assert "--items" in refuse("plan", folder / "a.csv", "--items", *option)
     assert "--demo" in refuse("plan", "--demo", "--items")
     assert "--colum " in refuse("plan", folder / "two.csv", "--colum", "tokens")
@@ -297,7 +367,8 @@ def test_a_refusal_of_the_process(tmp_path):
 def test_doctor():
     done = run("doctor")
     assert done.returncode in (0, 1)
-    for part in ("orchvlm", "core", "numpy", "cuda backend", "nvcc", "gpu"):
+    for part in ("orchvlm", "core", "numpy", "cuda backend", "nvcc", "gpu",
+                 "matplotlib", "pillow", "tokenizers", "jinja2", "av", "scipy"):
         assert part in done.stdout
 
 

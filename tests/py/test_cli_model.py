@@ -54,6 +54,14 @@ class Page(HTMLParser):
         self.sources += [value for key, value in attrs if key in ("src", "href")]
 
 
+def test_train_without_pillow_says_what_to_install_and_leaves_nothing(
+        tmp_path, refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    said = refuse("train", "--preset", "tiny", "--steps", "1", "--out", tmp_path / "run", *FEW)
+    assert "pillow" in said and "orchvlm[data]" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_train_leaves_a_model_and_a_report(trained):
     assert [step for step, _ in checkpoints(trained)] == [3]
     assert [row["step"] for row in read_metrics(trained / "metrics.jsonl")] == [1, 2, 3]

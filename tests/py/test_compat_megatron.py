@@ -111,7 +111,7 @@ def test_nothing_to_do():
 
 @pytest.mark.parametrize("samples, options, message", [
     ([(1, 5), (1, 6)], {}, "appears twice"),
-    ([(1, 0)], {}, "lengths"),
+    ([(1, 0)], {}, "sample 1 has length 0"),
     ([(1, 41)], {}, "41"),
     ([(1, 5)], {"cost": orchvlm.SequenceCost(1.0, 0.0, comm={3: 0.0})}, "degree 3"),
 ])

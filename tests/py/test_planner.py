@@ -89,8 +89,12 @@ def test_source_errors_arrive():
             next(plans)
 
 
-def test_wrong_options_arrive_at_the_first_batch():
-    with planner(batches(1), relabel="most") as plans, pytest.raises(ValueError, match="relabel"):
+def test_wrong_options():
+    with pytest.raises(ValueError, match="relabel"):
+        planner(batches(1), relabel="most")
+    with pytest.raises(TypeError, match="no option 'relabels'"):
+        planner(batches(1), relabels="sum")
+    with planner(batches(1), pad_to=0) as plans, pytest.raises(ValueError, match="pad_to"):
         next(plans)
     with pytest.raises(ValueError, match="lookahead must be >= 1"):
         planner([], lookahead=0)

@@ -53,6 +53,43 @@ def test_every_plot_writes_a_png(tmp_path, simulation):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def step_plan(llm):
+    costs = {"vision": BatchCost(1e-6), "audio": BatchCost(1e-6, fixed=0.5), "llm": BatchCost(
+        1e-6, 1e-10) if llm == "balance" else orchvlm.SequenceCost(1e-10, 1e-6)}
+    return orchvlm.plan_step(demo.batch(8, 4), Cluster.preset("h100"), costs, llm=llm,
+                             work_limit=100, time_limit=None)
+
+
+@pytest.mark.parametrize("llm", ["balance", "sequence_parallel"])
+def test_plans_plot_themselves(tmp_path, llm):
+    step = step_plan(llm)
+    step.plot(tmp_path / "step.png")
+    assert is_whole(tmp_path / "step.png")
+    panels = [axes for axes in step.plot().axes if axes.get_ylabel().endswith("load")]
+    assert len(panels) == 2 + (llm == "balance")
+    before, after, bounds = step._loads()
+    for name, plan in step.phases.items():
+        assert before[name].max() == pytest.approx(plan.sampled_time)
+        assert after[name].max() <= plan.time * (1 + 1e-12) and bounds[name] == plan.bound
+    if llm == "sequence_parallel":
+        assert step.llm.plot().axes[0].get_ylabel() == "GPU"
+        step.llm.plot(tmp_path / "groups.png")
+        assert is_whole(tmp_path / "groups.png")
+    part = orchvlm.balance([5, 4, 3], 2)
+    part.plot(tmp_path / "part.png")
+    assert is_whole(tmp_path / "part.png") and len(part.plot().axes) == 2
+
+
+def test_html_of_phases_and_batches():
+    step = step_plan("balance")
+    html = step.llm._repr_html_()
+    assert html.startswith("<table>") and "llm" in html and str(len(step.llm.rank)) in html
+    html = step.batch._repr_html_()
+    assert "vision" in html and str(int(step.batch.language_lengths.sum())) in html
+    assert str(step.batch.normalizer) in html and "0 samples" in orchvlm.Batch([], [], []) \
+        ._repr_html_()
+
+
 def test_loads_are_labelled():
     axes = plots.plot_loads(*loads(), bounds={"llm": .49}).axes
     assert [a.get_title() for a in axes] == ["as sampled", "planned", "", ""]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import orchvlm
-from orchvlm import Batch, BatchCost, Cluster, Items, SequenceCost, data, demo
+from orchvlm import Batch, BatchCost, Cluster, Items, SequenceCost, data, demo, plots
 from orchvlm.data.video import open_video
 from orchvlm.reading import read_lengths
 from orchvlm.tables import format_bytes
@@ -76,6 +76,34 @@ REFUSED = [
     (partial(open_video, [], 10**400), ValueError, "fps"),
     *((partial(data.Mixture, [["a"], ["b"]], weights), error, "weights") for weights, error in (
         (np.ones(2, complex), TypeError), ([1, 10**400], ValueError))),
+    (partial(orchvlm.balance, [2**64, 5], 2), ValueError, "lengths holds a value above 2\\^63"),
+    (partial(orchvlm.balance, [5, "a"], 2), TypeError, "lengths must hold integers"),
+    (partial(orchvlm.balance, [2**64, None], 2), TypeError, "lengths must hold integers"),
+    (partial(orchvlm.balance, np.zeros(0, complex), 2), TypeError, "lengths"),
+    (partial(orchvlm.balance, [5], 2, slack=np.complex64(1)), TypeError, "slack"),
+    (partial(orchvlm.balance, [5], 2, slack=np.array(1j)), TypeError, "slack"),
+    (partial(Batch, [2**70], [5], [0]), ValueError, "text_tokens holds a value above 2\\^63"),
+    *((partial(orchvlm.plan_sequences, [3], 2, GROUPS, degrees=degrees), TypeError,
+       "degrees must be a sequence") for degrees in (64, "8", np.array(8), {8: 1})),
+    (partial(orchvlm.Planner, 5, CLUSTER, {}), TypeError, "batches"),
+    (partial(orchvlm.Planner, [], None, {}), TypeError, "cluster"),
+    (partial(orchvlm.Planner, [], CLUSTER, 5), TypeError, "costs"),
+    (partial(orchvlm.Planner, [], CLUSTER, {}, work=5), TypeError, "no option 'work'"),
+    (partial(orchvlm.Planner, [], CLUSTER, {}, relabel="max"), ValueError, "relabel"),
+    *((partial(orchvlm.compat.get_seqlen_balanced_partitions, lengths, 2, False), error,
+       "seqlen_list") for lengths, error in ((5, ValueError), ([1, 2.5], TypeError),
+                                             ([1, -2], ValueError), ([1, 2**64], ValueError))),
+    *((partial(orchvlm.compat.get_groups_and_subsamples, SimpleNamespace(
+        total_hdp_gpus=2, max_seq_len_per_rank=100), pairs), error, "sample_id_seqlens")
+      for pairs, error in ((5, TypeError), ([1, 2], TypeError), ([([], 5)], TypeError),
+                           ([(1, 2.5)], TypeError), ([(1, 0)], ValueError),
+                           ([(1, 500)], ValueError))),
+    *((partial(plots.plot_loads, {"llm": before}, {"llm": np.ones(2)}), error, "before")
+      for before, error in ((np.ma.array([1., 2]), TypeError), (["a", "b"], TypeError),
+                            ([1, np.nan], ValueError), (3, ValueError))),
+    *((partial(plots.plot_loads, {"llm": [1]}, {"llm": [1]}, path), error, word)
+      for path, error, word in (("no/x.png", OSError, "no such folder"), (".", OSError, "folder"),
+                                ("x.pdf", ValueError, ".png"))),
     (partial(BatchCost, np.complex128(1)), TypeError, "BatchCost.linear"),
     (partial(BatchCost, np.ones(1)), TypeError, "BatchCost.linear"),
     (partial(Items, *[np.zeros(0, complex)] * 5), TypeError, "Items.sample"),

@@ -162,6 +162,46 @@ def test_more_work_never_makes_chunked_worse(rng):
         assert times == sorted(times, reverse=True)
 
 
+def many_alike(rng):
+    """Few lengths, so that some degree packs badly: its best M is far above the fewest."""
+    return rng.choice(rng.integers(2000, 40_000, 2), rng.integers(100, 700))
+
+
+def test_static_is_the_best_degree_and_flex_no_worse_than_any(rng):
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
+    for draw in (lambda: np.full(700, 20_000), lambda: many_alike(rng),
+                 lambda: long_tail(rng, 200)):
+        lengths = draw()
+        options = dict(work_limit=0, time_limit=None)
+        alone = {d: time_or_nothing(lengths, 64, cost, policy="static", degrees=[d], work_limit=0)
+                 for d in cost.comm if lengths.max() <= 5992 * d}
+        times = {policy: plan_sequences(lengths, 64, cost, policy=policy, **options).time
+                 for policy in POLICIES}
+        assert times["static"] == min(alone.values()), (alone, times)
+        assert times["homogeneous"] <= times["static"]
+        assert times["flex"] == min(times.values())
+
+
+@pytest.mark.parametrize("n, per_batch, degree", [(960, 16, 4), (301, 16, 4), (500, 18, 32)])
+def test_equal_lengths_take_the_fewest_micro_batches(n, per_batch, degree):
+    """Groups of degree d hold whole sequences of 20,000 only, so tokens alone ask for fewer."""
+    plan = plan_sequences(np.full(n, 20_000), 64, SequenceCost.flexsp_gpt7b(n_gpus=64),
+                          policy="static", degrees=[degree], work_limit=0, time_limit=None)
+    assert len(plan.micro_batches) == -(-n // per_batch)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_micro_batches_that_do_not_pay_stay_empty(policy, rng):
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
+    lengths = long_tail(rng, 150)
+    options = dict(policy=policy, work_limit=0, time_limit=None)
+    free = plan_sequences(lengths, 64, cost, **options)
+    for asked in (len(free.micro_batches) + 20, 151, 2**20):
+        plan = plan_sequences(lengths, 64, cost, micro_batches=asked, **options)
+        plan.check()
+        assert plan.time == free.time and len(plan.arrays()["micro_start"]) == asked + 1
+
+
 def test_views_agree_with_the_inputs(rng):
     lengths = long_tail(rng, 100)
     cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
@@ -220,12 +260,27 @@ def test_deterministic_under_a_work_limit(rng):
     assert again.time == pytest.approx(plans[0].time, rel=1e-12)
 
 
-def test_more_work_is_never_worse(rng):
-    lengths = long_tail(rng, 120)
+def test_flex_searches_are_never_worse_than_construction(rng):
+    """All that holds: of two searches with work above 0 the longer one may by chance be worse."""
     cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
-    times = [plan_sequences(lengths, 64, cost, work_limit=w, time_limit=None).time
-             for w in (0, 30_000)]
-    assert times[1] <= times[0] * TOLERANCE
+    for n in (5, 40, 120):
+        lengths = long_tail(rng, n)
+        first, *others = [plan_sequences(lengths, 64, cost, work_limit=w, time_limit=None).time
+                          for w in (0, 100, 3_000, 30_000)]
+        assert max(others) <= first
+
+
+def test_the_bound_has_its_steps_whatever_the_search_takes(rng):
+    """Starts and searches overrun small limits; the bound still is about that of its own share."""
+    cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
+    overrun = long_tail(np.random.default_rng(8), 92)[12:]  # leaves less than no steps
+    for lengths, works in ((overrun, (200,)), (long_tail(rng, 12), (200, 2_000)),
+                           (long_tail(rng, 80), (200, 2_000))):
+        for work in works:
+            plan = plan_sequences(lengths, 64, cost, work_limit=work, time_limit=None)
+            alone = orchvlm.sequence_bound(lengths, 64, cost, work_limit=work // 20,
+                                           time_limit=None)
+            assert plan.bound >= 0.99 * min(alone, plan.time)
 
 
 def test_nothing_to_plan():
@@ -471,3 +526,14 @@ def test_dps_refuse_bad_input():
             function([1], 1.0)
     assert orchvlm.bucket_lengths([], 3)[0].shape == (0,)
     assert orchvlm.blast_lengths(np.zeros(0, np.int64), 3).shape == (0,)
+
+
+def test_a_large_gap_that_the_clock_left_gets_advice():
+    """The bound alone is turned down, as a machine of any speed would leave it."""
+    plan = orchvlm.plan_sequences([30, 20, 10], 4, orchvlm.SequenceCost(0.0, 1e-3))
+    assert plan.advice == ""
+    plan.cut_short, plan.bound = True, plan.time / 1.63
+    assert "63 %" in plan.advice and "time_limit" in plan.advice
+    assert plan.advice in plan._repr_html_() and "cut short" in repr(plan)
+    plan.bound = plan.time
+    assert plan.advice == ""

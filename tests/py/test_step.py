@@ -314,6 +314,23 @@ def test_relabelling_never_changes_loads(round_, groups):
             assert made[mode].traffic[name][0] == made[None].traffic[name][0]
 
 
+def test_fractions_of_a_byte_are_rounded_and_not_dropped():
+    """One row of 0.6 bytes is a byte in all sums, also on its way between encoder and language."""
+    rng = np.random.default_rng([SEED, 12])
+    n = 64
+    ones, zeros = np.ones(n, np.int64), np.zeros(n, np.int64)
+    text = rng.integers(1, 50, n)
+    items = orchvlm.Items(np.arange(n), zeros, rng.integers(1, 50, n), ones, zeros,
+                          out_bytes_per_token=0.6)
+    cost = orchvlm.BatchCost(linear=1.0)
+    step = orchvlm.plan_step(orchvlm.Batch(text, text, zeros, {"vision": items}),
+                             orchvlm.Cluster(2, 1, 1e9, 1e12, 1e6, 1e5),
+                             {"vision": cost, "llm": cost}, relabel="sum", slack=None,
+                             work_limit=1000, time_limit=None)
+    crossing = step.phases["vision"].rank != step.llm.rank
+    assert crossing.any() and step.relabelling["vision"].before > 0
+
+
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("round_", range(8))
 def test_deterministic_and_checked(round_, groups):

@@ -1,7 +1,7 @@
 """Megatron-Core's scheduler of hybrid context parallelism, with this library's planner inside."""
 from dataclasses import replace
 
-from ..batch import amount
+from ..batch import amount, integers
 from ..cost import SequenceCost
 from ..sequences import _integer, plan_sequences
 
@@ -34,6 +34,21 @@ def _widened(groups, n_gpus):
         slowest[0] *= 2
         slowest[1] /= 2
     return [(degree, items) for degree, _, items in sorted(groups, key=lambda g: -g[0])]
+
+
+def _ids_and_lengths(sample_id_seqlens):
+    try:
+        pairs = [(sample_id, length) for sample_id, length in sample_id_seqlens]
+        hash(tuple(sample_id for sample_id, _ in pairs))
+    except (TypeError, ValueError):
+        raise TypeError("sample_id_seqlens must be a list of (sample id, length) pairs; got "
+                        f"{sample_id_seqlens!r:.60}") from None
+    lengths = integers([length for _, length in pairs], "sample_id_seqlens: lengths").tolist()
+    for sample_id, length in pairs:
+        if length < 1:
+            raise ValueError(f"sample_id_seqlens: sample {sample_id} has length {length}; must be "
+                             ">= 1")
+    return [sample_id for sample_id, _ in pairs], lengths
 
 
 def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost=None,
@@ -107,21 +122,24 @@ def get_groups_and_subsamples(scheduler, sample_id_seqlens, config=None, *, cost
             raise TypeError(f"scheduler must have {name}; got {type(scheduler).__name__}")
     n_gpus = _integer(scheduler.total_hdp_gpus, "total_hdp_gpus")
     limit = amount(scheduler.max_seq_len_per_rank, "max_seq_len_per_rank")
-    pairs = [(sample_id, length) for sample_id, length in sample_id_seqlens]
-    ids = [sample_id for sample_id, _ in pairs]
-    lengths = [length for _, length in pairs]
+    ids, lengths = _ids_and_lengths(sample_id_seqlens)
     if len(set(ids)) < len(ids):
         raise ValueError("sample_id_seqlens: a sample id appears twice")
     if cost is None:
         if limit < 1:
             raise ValueError(f"max_seq_len_per_rank must be >= 1; got {limit}")
         cost = _default_cost(n_gpus, limit)
-    for degree in getattr(cost, "comm", ()):
+    if not isinstance(cost, SequenceCost):
+        raise TypeError(f"cost must be a SequenceCost; got {type(cost).__name__}")
+    for degree in cost.comm:
         if degree & (degree - 1) and degree != n_gpus:
             raise ValueError(f"cost.comm has degree {degree}; Megatron has groups of powers of two "
                              f"and of all {n_gpus} GPUs")
-    plan = plan_sequences(lengths, n_gpus, cost, gpus_per_node=n_gpus, time_limit=time_limit,
-                          work_limit=work_limit)
+    try:
+        plan = plan_sequences(lengths, n_gpus, cost, gpus_per_node=n_gpus, time_limit=time_limit,
+                              work_limit=work_limit)
+    except ValueError as error:  # of a sample that is too long
+        raise ValueError(str(error).replace("lengths[", "sample_id_seqlens[")) from None
     groups, sample_id_groups = [], []
     for micro in plan.micro_batches:
         if not micro.groups:

@@ -2,6 +2,7 @@
 import numpy as np
 
 from ..balancing import balance
+from ..batch import integers
 from ..sequences import _integer
 
 
@@ -55,7 +56,10 @@ def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
     >>> get_seqlen_balanced_partitions([9, 1, 5, 5], 2, equal_size=True)
     [[0, 1], [2, 3]]
     """
-    n = len(seqlen_list)
+    lengths = integers(seqlen_list, "seqlen_list")
+    n = len(lengths)
+    if n and lengths.min() < 0:
+        raise ValueError(f"seqlen_list[{lengths.argmin()}] must be >= 0; got {lengths.min()}")
     k_partitions = _integer(k_partitions, "k_partitions")
     if k_partitions > n:
         raise ValueError(f"k_partitions must be between 1 and the number of sequences, {n}; "
@@ -66,5 +70,5 @@ def get_seqlen_balanced_partitions(seqlen_list, k_partitions, equal_size):
     each = n // k_partitions if equal_size else None
     # Differencing counts k/4 + 1 steps per sequence and may take half; the rest is for the search.
     work = n * (k_partitions + 4) + 600_000
-    p = balance(seqlen_list, k_partitions, min_items=each or 1, max_items=each, work_limit=work)
+    p = balance(lengths, k_partitions, min_items=each or 1, max_items=each, work_limit=work)
     return [part.tolist() for part in np.split(p.order, p.splits[1:-1])]

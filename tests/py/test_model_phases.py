@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (IMAGE, draw_config, draw_model, draw_samples, draw_seed_config,
+from model_cases import (IMAGE, VIDEO, draw_config, draw_model, draw_samples, draw_seed_config,
                          grads_of, pack)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
@@ -550,6 +550,16 @@ def check_nesting(spans):
         else:
             assert span["cat"] == "phase", span
         open_spans.append(span)
+
+
+def test_a_trace_of_generation(tmp_path):
+    model, inputs, _ = draw("dense", 18)
+    with orchvlm.profile(tmp_path / "trace.json"):
+        model.generate(inputs, 2, stop=[IMAGE, VIDEO])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    check_nesting(spans)
+    assert [e["name"] for e in spans if e["cat"] == "phase"][:3] == ["encode", "decode", "logits"]
 
 
 def test_a_trace_of_what_went_wrong(tmp_path):

@@ -1,4 +1,4 @@
-"""The phases one by one, slopes of hidden states and logits, tapped layers, shared memory, traces."""
+"""The phases one by one, slopes of hidden states and logits, taps, shared memory, traces."""
 import gc
 import json
 import os
@@ -462,7 +462,10 @@ def test_tensors_share_their_memory():
     del grad
     capsule = model.tensor(name, grad=True).__dlpack__()  # dropped without a taker
     del capsule
+    held = model.tensor(name, grad=True)
     model.freeze("*")
+    with pytest.raises(BufferError, match="gone"):
+        held.__dlpack__()
     with pytest.raises(KeyError, match="not trained"):
         model.tensor(name, grad=True)
     with pytest.raises(KeyError, match="nothing"):

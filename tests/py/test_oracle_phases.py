@@ -1,5 +1,5 @@
-"""The phases against `transformers`: features, what DeepStack adds, hidden states of every layer, and
-the gradients that cross from the decoder to the encoder."""
+"""The phases against `transformers`: features, what DeepStack adds, hidden states of every layer,
+and the gradients that cross from the decoder to the encoder."""
 import os
 import time
 

@@ -84,7 +84,10 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, unsigned phases, const
         .n = n, .max_len = model->cache_length, .start = device_start, .length = device_length,
         .host_start = start, .host_length = run->measuring ? NULL : length};
     pass->cache = model->layer_cache;
-    return ovlm_decoder_fwd(run, pass);
+    double start_s = ovlm_run_begin(run);
+    OVLM_TRY(ovlm_decoder_fwd(run, pass));
+    ovlm_run_end(run, "decode", -1, start_s);
+    return OVLM_OK;
 }
 
 static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,

@@ -131,6 +131,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
     run.stage = &stage;
     for (int walk = 0; walk < 2; walk++) {
         run.measuring = walk == 0;
+        double start_s = ovlm_run_begin(&run);
         int32_t *index = ovlm_stack_take(&work, rows * (int64_t)sizeof *index);
         if (!run.measuring) {
             OVLM_TRY(ops->copy(model->queue, index, row, rows * (int64_t)sizeof *index,
@@ -142,6 +143,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
         ovlm_linear head = {.x = pick.y, .w = model->params.head.w,
                             .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
         RUN(&run, linear, fwd, &head);
+        ovlm_run_end(&run, "logits", -1, start_s);
         if (!run.measuring) {
             return ovlm_model_fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
         }

@@ -336,7 +336,8 @@ static OVLM_MODEL_METHOD(model_array)
     (void)kwnames;
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
-    if (ovlm_arg_count("array", nargs, 3) < 0 || ovlm_arg_tensor(self, args, &parameter, &which) < 0) {
+    if (ovlm_arg_count("array", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0) {
         return NULL;
     }
     int view = PyObject_IsTrue(args[2]);
@@ -364,7 +365,8 @@ static OVLM_MODEL_METHOD(model_write)
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
     const void *data = NULL;
-    if (ovlm_arg_count("write", nargs, 3) < 0 || ovlm_arg_tensor(self, args, &parameter, &which) < 0 ||
+    if (ovlm_arg_count("write", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }

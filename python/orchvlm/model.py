@@ -66,11 +66,14 @@ class Model(Phases):
     config : ModelConfig
     parameters, grads : mapping
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
-        changes the model.  bfloat16 comes as a float32 copy.
+        changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
     device, dtype : str
 
     Notes
     -----
+    A forward is two phases, :meth:`encode` and :meth:`decode`, which can be run one by one: each
+    keeps what its backward needs until it is run again, whatever the other does meanwhile.
+
     One call at a time: a second thread gets RuntimeError.  Ctrl-C stops between layers; weights
     and optimizer stay as they were, what the forward kept is gone.
 

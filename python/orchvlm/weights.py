@@ -9,6 +9,7 @@ import numpy as np
 from . import _core
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
+from .dlpack import Tensor
 from .profiling import watch
 from .thinker import file_parts, plain_name
 
@@ -91,40 +92,6 @@ class _Arrays(Mapping):
 
     def __repr__(self):
         return f"<{len(self)} arrays of {self._model!r}>"
-
-
-class Tensor:
-    """A weight or a gradient where it lies, for whoever speaks DLPack; see :meth:`Weights.tensor`.
-    """
-
-    def __init__(self, model, place, which):
-        self._model, self._place, self._which = model, place, which
-        self.shape = model._list[place][2]
-
-    @property
-    def dtype(self):
-        """str : of what is stored."""
-        exact = self._which != _WEIGHT or self._model._list[self._place][1] == _KIND_BUFFER
-        return "float32" if exact and self._model.dtype == "bfloat16" else self._model.dtype
-
-    def __dlpack_device__(self):
-        return self._model._core.dlpack_device()
-
-    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
-        device = self.__dlpack_device__()
-        if dl_device is not None and tuple(dl_device) != device:
-            raise BufferError(f"{self} can be exported to {device} only; got dl_device="
-                              f"{dl_device!r}")
-        if copy:
-            raise BufferError(f"{self} is exported without a copy; take one of what you get")
-        if device[0] == 1 and stream not in (None, -1):
-            raise BufferError(f"memory of the CPU has no stream; got stream={stream!r}")
-        versioned = max_version is not None and tuple(max_version) >= (1, 0)
-        return self._model._core.dlpack(self._place, self._which, versioned)
-
-    def __repr__(self):
-        kind = "gradient of " if self._which == _GRAD else ""
-        return f"<{kind}{self._model._list[self._place][0]}: {self.dtype}{list(self.shape)}>"
 
 
 class Weights:
@@ -415,7 +382,10 @@ class Weights:
         place = self._place(name)
         if grad and not self.trainable(name):
             raise KeyError(f"{name!r} is not trained")
-        return Tensor(self, place, _GRAD if grad else _WEIGHT)
+        kind, shape = self._list[place][1:3]
+        exact = self.dtype == "bfloat16" and (grad or kind == _KIND_BUFFER)
+        return Tensor(self._core, place, _GRAD if grad else _WEIGHT, name, shape,
+                      "float32" if exact else self.dtype)
 
     def _place(self, name):
         try:

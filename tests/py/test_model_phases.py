@@ -1,4 +1,4 @@
-"""The phases one by one, slopes of hidden states and logits, tapped layers, shared memory, traces."""
+"""The phases one by one, slopes of hidden states and logits, taps, shared memory, traces."""
 import gc
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (IMAGE, draw_config, draw_model, draw_samples, draw_seed_config,
+from model_cases import (IMAGE, VIDEO, draw_config, draw_model, draw_samples, draw_seed_config,
                          grads_of, pack)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
@@ -462,7 +462,10 @@ def test_tensors_share_their_memory():
     del grad
     capsule = model.tensor(name, grad=True).__dlpack__()  # dropped without a taker
     del capsule
+    held = model.tensor(name, grad=True)
     model.freeze("*")
+    with pytest.raises(BufferError, match="gone"):
+        held.__dlpack__()
     with pytest.raises(KeyError, match="not trained"):
         model.tensor(name, grad=True)
     with pytest.raises(KeyError, match="nothing"):
@@ -550,6 +553,16 @@ def check_nesting(spans):
         else:
             assert span["cat"] == "phase", span
         open_spans.append(span)
+
+
+def test_a_trace_of_generation(tmp_path):
+    model, inputs, _ = draw("dense", 18)
+    with orchvlm.profile(tmp_path / "trace.json"):
+        model.generate(inputs, 2, stop=[IMAGE, VIDEO])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    check_nesting(spans)
+    assert [e["name"] for e in spans if e["cat"] == "phase"][:3] == ["encode", "decode", "logits"]
 
 
 def test_a_trace_of_what_went_wrong(tmp_path):

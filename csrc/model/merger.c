@@ -40,7 +40,7 @@ ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
 {
     const ovlm_vision_config *config = &params->config.vision;
     int64_t m = config->merge;
-    ovlm_tensor x = h;
+    ovlm_tensor x;
     *s = (ovlm_merge_saved){0};
     if (weights->kind == OVLM_MERGE_POOL) {
         OVLM_TRY(pool_fwd(run, stack, m, h, &s->pool));

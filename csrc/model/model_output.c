@@ -209,9 +209,9 @@ static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
         OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err));
         model->has_hidden = false;
     }
-    int64_t held = model->work.used_bytes; /* logits of the last forward may still be asked for */
-    if (model->work.size_bytes - held < bytes) {
-        model->work.used_bytes = held = 0;
+    /* What is in use are hidden states, whose logits may still be asked for. */
+    if (model->work.size_bytes - model->work.used_bytes < bytes) {
+        model->work.used_bytes = 0;
         model->has_hidden = false;
     }
     OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));

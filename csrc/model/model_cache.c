@@ -91,29 +91,6 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
     return ovlm_decoder_fwd(run, pass);
 }
 
-static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
-                                const int32_t *start, const int32_t *length, ovlm_err *err)
-{
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
-    ovlm_stack held[4];
-    for (int i = 0; i < 4; i++) {
-        held[i] = *stacks[i];
-        *stacks[i] = (ovlm_stack){0};
-    }
-    ovlm_run run = ovlm_model_run(model, true, options, err);
-    ovlm_status status = walk(&run, model, start, length);
-    for (int i = 0; i < 4; i++) {
-        int64_t peak = stacks[i]->peak_bytes;
-        *stacks[i] = held[i];
-        if (status == OVLM_OK) {
-            status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
-        }
-    }
-    return status;
-}
-
 /* Logits after the last token of each segment that has one. */
 static ovlm_status last_logits(ovlm_model *model, float *logits, ovlm_err *err)
 {
@@ -145,8 +122,10 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
-    OVLM_TRY(measure_walk(model, &forward, start, length, err));
-    ovlm_run run = ovlm_model_run(model, false, &forward, err);
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, &forward, held, err);
+    OVLM_TRY(ovlm_model_measure_end(model, held, walk(&run, model, start, length), err));
+    run = ovlm_model_run(model, false, &forward, err);
     OVLM_TRY(walk(&run, model, start, length));
     model->has_hidden = true;
     OVLM_TRY(last_logits(model, logits, err));

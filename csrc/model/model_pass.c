@@ -15,6 +15,37 @@ ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_optio
                       .poll_ctx = options->poll_ctx, .err = err};
 }
 
+/* The host's comes last. */
+#define STACKS(model) \
+    {&(model)->vision_keep, &(model)->decoder_keep, &(model)->work, &(model)->stage}
+
+ovlm_run ovlm_model_measure_begin(ovlm_model *model, const ovlm_pass_options *options,
+                                  ovlm_stack held[OVLM_MODEL_STACKS], ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        held[i] = *stacks[i];
+        *stacks[i] = (ovlm_stack){0};
+    }
+    return ovlm_model_run(model, true, options, err);
+}
+
+ovlm_status ovlm_model_measure_end(ovlm_model *model, const ovlm_stack held[OVLM_MODEL_STACKS],
+                                   ovlm_status status, ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        int64_t peak = stacks[i]->peak_bytes;
+        *stacks[i] = held[i];
+        if (status == OVLM_OK) {
+            bool host = i + 1 == OVLM_MODEL_STACKS;
+            status = ovlm_stack_fit(stacks[i], model->backend,
+                                    host ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+        }
+    }
+    return status;
+}
+
 static ovlm_model_scalars *scalars(const ovlm_model *model)
 {
     return model->scalars.data;
@@ -262,14 +293,8 @@ static ovlm_status walk_backward(ovlm_run *run, ovlm_model *model)
 static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
                            const ovlm_pass_options *options, ovlm_err *err)
 {
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
-    ovlm_stack held[4];
-    for (int i = 0; i < 4; i++) {
-        held[i] = *stacks[i];
-        *stacks[i] = (ovlm_stack){0};
-    }
-    ovlm_run run = ovlm_model_run(model, true, options, err);
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, options, held, err);
     ovlm_status status = walk_forward(&run, model, inputs, options);
     if (status == OVLM_OK && options->training && inputs->label != NULL) {
         /* dlogp and dentropy of the caller are uploaded to the workspace. */
@@ -280,15 +305,7 @@ static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
         }
         status = walk_backward(&run, model);
     }
-    for (int i = 0; i < 4; i++) {
-        int64_t peak = stacks[i]->peak_bytes;
-        *stacks[i] = held[i];
-        if (status == OVLM_OK) {
-            status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
-        }
-    }
-    return status;
+    return ovlm_model_measure_end(model, held, status, err);
 }
 
 ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,

@@ -51,6 +51,15 @@ void ovlm_model_rebind(ovlm_model *model);
 ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_options *options,
                         ovlm_err *err);
 
+/* A pass that only counts what it takes of the stacks, which `held` keeps meanwhile; and its end,
+ * which makes room for as much, unless the pass failed. */
+enum { OVLM_MODEL_STACKS = 4 };
+ovlm_run ovlm_model_measure_begin(ovlm_model *model, const ovlm_pass_options *options,
+                                  ovlm_stack held[OVLM_MODEL_STACKS], ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_measure_end(ovlm_model *model,
+                                                  const ovlm_stack held[OVLM_MODEL_STACKS],
+                                                  ovlm_status status, ovlm_err *err);
+
 /* Vision of the inputs, if there are images: checks them and fills model->vision. */
 OVLM_NODISCARD ovlm_status ovlm_model_vision_prepare(ovlm_model *model,
                                                      const ovlm_model_inputs *inputs,

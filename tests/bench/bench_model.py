@@ -204,7 +204,7 @@ def print_case(case, given):
             print(f"| {way} | not within {given.limit:.0f} s |", flush=True)
             continue
         if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
             print(f"| {way} | failed: {last[:90]} |", flush=True)
             if way == "orchvlm":
                 return

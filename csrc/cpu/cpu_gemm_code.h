@@ -3,6 +3,8 @@
  *
  *   GEMM_NAME(x)  x with the set's suffix      GEMM_LANES  floats in a vector
  *   GEMM_MR       rows of a micro-tile         GEMM_NV     vectors in a row of it
+ *   GEMM_FMA(sum, left, right)                 sum + left right, left a float: fused where the set
+ *                                              has it, by name, so that no compiler decides
  *
  * The micro-tile's MR x NV sums fill the registers: every step of K loads NV vectors of one panel,
  * MR single floats of the other, and does MR * NV multiply-adds.  A panel of b (NR rows by one
@@ -48,7 +50,7 @@ micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, int64_t ahead, 
             for (int i = 0; i < GEMM_MR; i++) {
                 float left = a[i * a_row];
                 for (int j = 0; j < GEMM_NV; j++) {
-                    sum[i][j] += left * right[j];
+                    sum[i][j] = GEMM_FMA(sum[i][j], left, right[j]);
                 }
             }
             a += a_step;

@@ -38,7 +38,7 @@ ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights, ov
                             ovlm_tensor h, ovlm_tensor out, ovlm_merge_saved *s)
 {
     int64_t m = weights->merge;
-    ovlm_tensor x = h;
+    ovlm_tensor x;
     *s = (ovlm_merge_saved){0};
     if (weights->kind == OVLM_MERGE_POOL) {
         OVLM_TRY(pool_fwd(run, stack, m, h, &s->pool));

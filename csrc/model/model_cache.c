@@ -90,15 +90,6 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, unsigned phases, const
     return OVLM_OK;
 }
 
-static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
-                                unsigned phases, const int32_t *start, const int32_t *length,
-                                ovlm_err *err)
-{
-    const ovlm_held_stacks held = ovlm_model_hold(model);
-    ovlm_run run = ovlm_model_run(model, true, options, err);
-    return ovlm_model_fit(model, &held, phases, walk(&run, model, phases, start, length), err);
-}
-
 /* Logits after the last token of each segment that has one. */
 static ovlm_status last_logits(ovlm_model *model, float *logits, ovlm_err *err)
 {
@@ -129,8 +120,11 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
     model->decoder.count_after = NULL;
-    OVLM_TRY(measure_walk(model, &forward, phases, start, length, err));
-    ovlm_run run = ovlm_model_run(model, false, &forward, err);
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, &forward, held, err);
+    ovlm_status status = walk(&run, model, phases, start, length);
+    OVLM_TRY(ovlm_model_measure_end(model, held, phases, status, err));
+    run = ovlm_model_run(model, false, &forward, err);
     OVLM_TRY(walk(&run, model, phases, start, length));
     model->has_hidden = true;
     OVLM_TRY(last_logits(model, logits, err));

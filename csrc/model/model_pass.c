@@ -23,6 +23,38 @@ ovlm_status ovlm_model_begin(ovlm_model *model, ovlm_err *err)
     return OVLM_OK;
 }
 
+/* Bit i of the phases needs stack i, and all of them the last two; the host's comes last. */
+#define STACKS(model)                                                                        \
+    {&(model)->encoder[OVLM_VISION].keep, &(model)->encoder[OVLM_AUDIO].keep,                \
+     &(model)->decoder_keep, &(model)->work, &(model)->stage}
+
+ovlm_run ovlm_model_measure_begin(ovlm_model *model, const ovlm_pass_options *options,
+                                  ovlm_stack held[OVLM_MODEL_STACKS], ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        held[i] = *stacks[i];
+        *stacks[i] = (ovlm_stack){0};
+    }
+    return ovlm_model_run(model, true, options, err);
+}
+
+ovlm_status ovlm_model_measure_end(ovlm_model *model, const ovlm_stack held[OVLM_MODEL_STACKS],
+                                   unsigned phases, ovlm_status status, ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        int64_t peak = stacks[i]->peak_bytes;
+        *stacks[i] = held[i];
+        if (status == OVLM_OK && (i > OVLM_MODALITIES || phases & 1u << i)) {
+            bool host = i + 1 == OVLM_MODEL_STACKS;
+            status = ovlm_stack_fit(stacks[i], model->backend,
+                                    host ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+        }
+    }
+    return status;
+}
+
 static ovlm_model_scalars *scalars(const ovlm_model *model)
 {
     return model->scalars.data;
@@ -295,54 +327,17 @@ static ovlm_status measure_backward(ovlm_run *run, ovlm_model *model,
     return ovlm_model_walk_backward(run, model, &slopes, &dfeatures);
 }
 
-/* ---------------------------------------------------------------- memory */
-
-/* Bit i of the phases needs stack i, and all of them the last two. */
-static ovlm_stack *stack_of(ovlm_model *model, int i)
-{
-    return i < OVLM_MODALITIES    ? &model->encoder[i].keep
-           : i == OVLM_MODALITIES ? &model->decoder_keep
-           : i == OVLM_STAGE      ? &model->stage
-                                  : &model->work;
-}
-
-ovlm_held_stacks ovlm_model_hold(ovlm_model *model)
-{
-    ovlm_held_stacks held;
-    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
-        held.stack[i] = *stack_of(model, i);
-        *stack_of(model, i) = (ovlm_stack){0};
-    }
-    return held;
-}
-
-ovlm_status ovlm_model_fit(ovlm_model *model, const ovlm_held_stacks *held, unsigned phases,
-                           ovlm_status status, ovlm_err *err)
-{
-    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
-        ovlm_stack *stack = stack_of(model, i);
-        int64_t peak = stack->peak_bytes;
-        *stack = held->stack[i];
-        if (status == OVLM_OK && (i > OVLM_MODALITIES || phases & 1u << i)) {
-            status = ovlm_stack_fit(stack, model->backend,
-                                    i == OVLM_STAGE ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak,
-                                    err);
-        }
-    }
-    return status;
-}
-
 /* Sizes of the phases and of the backwards that may follow; makes room for them. */
 static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
                            const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
-    const ovlm_held_stacks held = ovlm_model_hold(model);
-    ovlm_run run = ovlm_model_run(model, true, options, err);
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, options, held, err);
     ovlm_status status = walk(&run, model, inputs, options, phases);
     if (status == OVLM_OK && options->training) {
         status = measure_backward(&run, model, inputs, options, phases);
     }
-    return ovlm_model_fit(model, &held, phases, status, err);
+    return ovlm_model_measure_end(model, held, phases, status, err);
 }
 
 /* ---------------------------------------------------------------- calls */

@@ -96,18 +96,15 @@ unsigned ovlm_model_phases(const ovlm_model_inputs *inputs);
 /* No backward may follow: the weights are not what the passes saw. */
 void ovlm_model_forget(ovlm_model *model);
 
-/* Stacks of the phases, while they are measured from empty ones: what they were before. */
-enum { OVLM_STAGE = OVLM_MODALITIES + 2, OVLM_MODEL_STACKS };
-typedef struct ovlm_held_stacks {
-    ovlm_stack stack[OVLM_MODEL_STACKS];
-} ovlm_held_stacks;
-
-ovlm_held_stacks ovlm_model_hold(ovlm_model *model);
-
-/* Ends that.  With status OVLM_OK makes room for what was measured, where the phases run; else
- * returns it. */
-OVLM_NODISCARD ovlm_status ovlm_model_fit(ovlm_model *model, const ovlm_held_stacks *held,
-                                          unsigned phases, ovlm_status status, ovlm_err *err);
+/* A pass that only counts what it takes of the stacks, which `held` keeps meanwhile; and its end,
+ * which makes room for as much on those that the phases need, unless the pass failed. */
+enum { OVLM_MODEL_STACKS = OVLM_MODALITIES + 3 };
+ovlm_run ovlm_model_measure_begin(ovlm_model *model, const ovlm_pass_options *options,
+                                  ovlm_stack held[OVLM_MODEL_STACKS], ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_measure_end(ovlm_model *model,
+                                                  const ovlm_stack held[OVLM_MODEL_STACKS],
+                                                  unsigned phases, ovlm_status status,
+                                                  ovlm_err *err);
 
 /* Checks the inputs' images or sounds (one or more) and fills model->vision or model->audio. */
 OVLM_NODISCARD ovlm_status ovlm_model_encode_prepare(ovlm_model *model, ovlm_modality modality,

@@ -83,15 +83,13 @@ static inline void ovlm_run_end(const ovlm_run *run, const char *name, int64_t i
 /* Waits for a traced operation and notes its time. */
 OVLM_NODISCARD ovlm_status ovlm_run_end_op(const ovlm_run *run, const char *name, double start_s);
 
-/* Runs a pass of an operation with scratch from run->work, and `saved` from `stack` in the forward
- * when stack is not NULL; the backward finds it in the arguments. */
-#define RUN_IN(run, op, pass, args, stack)                                                     \
+/* Runs a pass of an operation with scratch from run->work.  RUN_IN takes `saved` from `stack`, for
+ * the forward; the backward finds it in the arguments. */
+#define RUN_STEP(run, op, pass, args, take_saved)                                              \
     do {                                                                                       \
         ovlm_op_bytes run_need = {0};                                                          \
         OVLM_TRY((run)->ops->op.measure((run)->queue->backend, (args), &run_need, (run)->err)); \
-        if ((stack) != NULL) {                                                                 \
-            (args)->scratch.saved = ovlm_stack_take((stack), run_need.saved);                  \
-        }                                                                                      \
+        take_saved;                                                                            \
         int64_t run_mark = (run)->work->used_bytes;                                            \
         (args)->scratch.work = ovlm_stack_take((run)->work, run_need.pass##_work);             \
         if (!(run)->measuring) {                                                               \
@@ -102,6 +100,9 @@ OVLM_NODISCARD ovlm_status ovlm_run_end_op(const ovlm_run *run, const char *name
         (run)->work->used_bytes = run_mark;                                                    \
     } while (0)
 
-#define RUN(run, op, pass, args) RUN_IN(run, op, pass, args, (ovlm_stack *)NULL)
+#define RUN_IN(run, op, pass, args, stack) \
+    RUN_STEP(run, op, pass, args, (args)->scratch.saved = ovlm_stack_take((stack), run_need.saved))
+
+#define RUN(run, op, pass, args) RUN_STEP(run, op, pass, args, (void)0)
 
 #endif

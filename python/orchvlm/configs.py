@@ -448,7 +448,7 @@ _PRESETS = {
                   _text(192, 6, 6, 2, 32, 512, _BYTE_VOCAB), tie_word_embeddings=True),
     "tiny-moe": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
                       _text(192, 4, 6, 2, 32, 512, _BYTE_VOCAB, num_experts=16,
-                            num_experts_per_tok=2, moe_intermediate_size=128,
+                            num_experts_per_tok=2, moe_intermediate_size=64,
                             router_aux_loss_coef=0.001), tie_word_embeddings=True),
     "tiny-omni": _omni(
         {"depth": 3, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768,
@@ -461,7 +461,7 @@ _PRESETS = {
                                "mrope_section": [6, 5, 5], "mrope_interleaved": True}),
         tie_word_embeddings=True),
     "small": _seed({"depth": 8, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048},
-                   _text(640, 12, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
+                   _text(640, 16, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
     # The report gives the tower and 20B active parameters; the decoder's shape is our choice, of
     # the size that its sister report names (about 200B in all).
     "seed1.5-vl": _seed({"depth": 27, "hidden_size": 1280, "num_heads": 20,
@@ -475,9 +475,10 @@ _PRESETS = {
 def preset(name):
     """A configuration by name.
 
-    ``tiny`` and ``tiny-moe`` (4M and 7M parameters) train on a laptop in minutes, and so does
-    ``tiny-omni`` (6M), which also hears; ``small`` (90M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about 20B
-    active and 200B total parameters, whose shape the report does not state and which is a choice.
+    ``tiny`` and ``tiny-moe`` (4M and 5M parameters) train on a laptop in minutes, and so does
+    ``tiny-omni`` (6M), which also hears; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
+    published tower (532M) with a decoder of about 20B active and 200B total parameters, whose shape
+    the report does not state and which is a choice.
 
     Parameters
     ----------

@@ -5,9 +5,8 @@ import numpy as np
 from model_cases import IMAGE, VIDEO, draw_samples, pack, scale_of
 
 
-def build(config, rng):
-    """The `transformers` model with random weights that leave nothing at its trivial value."""
-    import torch
+def make(config):
+    """The `transformers` model with eager attention and eager experts, in training mode."""
     from transformers import (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig,
                               Qwen3VLMoeForConditionalGeneration)
     sparse = config["model_type"] == "qwen3_vl_moe"
@@ -18,7 +17,13 @@ def build(config, rng):
     hf._experts_implementation = "eager"
     if sparse:
         hf.text_config._experts_implementation = "eager"
-    model = made(hf).float().train()
+    return made(hf).float().train()
+
+
+def build(config, rng):
+    """The same with random weights that leave nothing at its trivial value."""
+    import torch
+    model = make(config)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype("f4"))

@@ -15,6 +15,7 @@ their lengths; packs with a split are trained on "train" and evaluated on the ot
 """
 _GENERATE_EXAMPLES = """examples:
   orchvlm generate run-tiny --image shapes.png "How many shapes?"
+  orchvlm generate run-tiny-omni --audio nine.wav "Which digit?"
 """
 
 
@@ -87,12 +88,14 @@ def add_model_commands(commands, raw):
     """
     _add_train(commands, raw)
     generate = commands.add_parser("generate", formatter_class=raw, epilog=_GENERATE_EXAMPLES,
-                                   help="ask a model about pictures",
+                                   help="ask a model about pictures and sounds",
                                    description="Prints a model's answer.")
     generate.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
     generate.add_argument("question", metavar="QUESTION")
     generate.add_argument("--image", action="append", default=[], metavar="FILE",
                           help="a picture; several times for several")
+    generate.add_argument("--audio", action="append", default=[], metavar="WAV",
+                          help="a sound, likewise")
     generate.add_argument("--max-new-tokens", type=_whole, default=64, metavar="N",
                           help="default %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T",

@@ -245,9 +245,18 @@ class ModelConfig:
         audio = self.audio
         _need(audio, _AUDIO, "audio_config")
         _need(self.values, {"audio_token_id"}, "config")
+        token = self.values["audio_token_id"]
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise ConfigError(f"config: audio_token_id must be a whole number; got {token!r}")
         _refuse_fractions(audio, "audio_config")
+        for key in _AUDIO:
+            if isinstance(audio[key], list):
+                raise ConfigError(f"audio_config: {key} must be a whole number; got a list")
         _refuse_unknown(audio, _AUDIO | {"activation_function", "tie_word_embeddings"},
                         "audio_config")
+        if audio["encoder_layers"] < 1:
+            raise ConfigError("audio_config: encoder_layers must be >= 1; got "
+                              f"{audio['encoder_layers']}")
         # transformers counts 13 tokens a chunk whatever n_window is; both agree at 50.
         if 2 * audio["n_window"] != CHUNK:
             raise ConfigError(f"audio_config: n_window must be {CHUNK // 2}; got "

@@ -11,6 +11,7 @@ from model_cases import draw_model, grads_of
 from omni_cases import (AUDIO, AUDIO_END, AUDIO_START, CHUNK, IMAGE, WORD, draw_omni_config,
                         draw_omni_samples, pack_omni, tokens_of)
 from orchvlm.checkpoint import open_folder, write_folder
+from orchvlm.parts import count_parameters
 from orchvlm.sounds import sound_tokens
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
@@ -136,7 +137,7 @@ def test_flops_and_memory_are_counted():
             total += a["encoder_layers"] * 2 * d * min(tokens, window) ** 2
             tokens -= window
     assert more == pytest.approx(2 * total, rel=1e-12)
-    parts = orchvlm.parts.count_parameters(model.config)
+    parts = count_parameters(model.config)
     assert sum(count for count, _ in parts.values()) == model.n_parameters
     model.forward(text)
     before = model.memory()["activations"]
@@ -187,7 +188,7 @@ def test_junk_at_the_c_boundary(lengths, mel):
 @pytest.mark.parametrize("change, words", (
     ({"n_window": 40}, "n_window must be 50"), ({"n_window_infer": 99}, "n_window_infer"),
     ({"dropout": 0.1}, "dropout"), ({"activation_function": "relu"}, "activation_function"),
-    ({"d_model": 7}, "width must be even"), ({"encoder_layers": 0}, "audio_config|depth"),
+    ({"d_model": 7}, "width must be even"), ({"encoder_layers": 0}, "encoder_layers"),
     ({"output_dim": 5}, "out_width"), ({"scale_embedding": True}, "scale_embedding"),
     ({"num_mel_bins": 0}, "bins"), ({"encoder_ffn_dim": "8"}, "encoder_ffn_dim"),
     ({"d_model": None}, "d_model missing")))
@@ -196,9 +197,27 @@ def test_audio_switches_that_are_not_computed_are_refused(change, words):
     config["audio_config"] = {**config["audio_config"], **change}
     with pytest.raises(ValueError, match=words):
         orchvlm.Model(config)
-    for name in ("audio_config", "audio_token_id"):
-        with pytest.raises(ValueError, match=name):
-            orchvlm.Model({k: v for k, v in config.items() if k != name})
+
+
+@pytest.mark.parametrize("name", ("audio_config", "audio_token_id"))
+def test_what_a_thinker_needs(name):
+    config = draw_omni_config(np.random.default_rng(SEED))
+    with pytest.raises(ValueError, match=name):
+        orchvlm.Model({k: v for k, v in config.items() if k != name})
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_junk_in_a_configuration(number):
+    """Refused with a message, or a model that can be counted."""
+    rng = np.random.default_rng([SEED, number])
+    config = draw_omni_config(rng)
+    part = config["audio_config"] if rng.random() < 0.8 else config
+    junk = [None, -1, 0, 1, 2.5, "x", True, [50], [], {}, 2**31, 2**63, 10**30, np.nan, b"a"]
+    part[str(rng.choice(sorted(part)))] = junk[rng.integers(len(junk))]
+    try:
+        assert orchvlm.ModelConfig(config).n_parameters > 0
+    except (ValueError, TypeError) as error:
+        assert len(str(error)) > 5
 
 
 # ---------------------------------------------------------------- files

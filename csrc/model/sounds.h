@@ -17,14 +17,14 @@ typedef struct ovlm_sound_run {
 /* Host arrays, in the arena that they were made in.  Frames lie as images of bins x width. */
 typedef struct ovlm_sounds {
     int64_t frames, runs, tokens, windows, max_window;
-    int64_t rows[OVLM_CONVOLUTIONS + 1]; /* (chunk, bin, frame) before and behind each convolution */
-    int64_t columns;    /* (chunk, frame) behind the last one, padding included                  */
-    ovlm_sound_run *run; /* [runs]                                                               */
+    int64_t rows[OVLM_CONVOLUTIONS + 1]; /* (chunk, bin, frame) around each convolution       */
+    int64_t columns;       /* (chunk, frame) behind the last one, padding included            */
+    ovlm_sound_run *run;   /* [runs]                                                          */
     int64_t sounds;
-    const int32_t *length; /* [sounds] frames                                                    */
-    int32_t *column;    /* [tokens] which column a token is                                      */
-    int32_t *place;     /* [tokens] in its chunk                                                 */
-    int32_t *start;     /* [windows+1] tokens that attend to each other                          */
+    const int32_t *length; /* [sounds] frames                                                 */
+    int32_t *column;       /* [tokens] which column a token is                                */
+    int32_t *place;        /* [tokens] in its chunk                                           */
+    int32_t *start;        /* [windows+1] tokens that attend to each other                    */
 } ovlm_sounds;
 
 /* Size of an image's side behind `times` convolutions. */

@@ -245,9 +245,18 @@ class ModelConfig:
         audio = self.audio
         _need(audio, _AUDIO, "audio_config")
         _need(self.values, {"audio_token_id"}, "config")
+        token = self.values["audio_token_id"]
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise ConfigError(f"config: audio_token_id must be a whole number; got {token!r}")
         _refuse_fractions(audio, "audio_config")
+        for key in _AUDIO:
+            if isinstance(audio[key], list):
+                raise ConfigError(f"audio_config: {key} must be a whole number; got a list")
         _refuse_unknown(audio, _AUDIO | {"activation_function", "tie_word_embeddings"},
                         "audio_config")
+        if audio["encoder_layers"] < 1:
+            raise ConfigError("audio_config: encoder_layers must be >= 1; got "
+                              f"{audio['encoder_layers']}")
         # transformers counts 13 tokens a chunk whatever n_window is; both agree at 50.
         if 2 * audio["n_window"] != CHUNK:
             raise ConfigError(f"audio_config: n_window must be {CHUNK // 2}; got "
@@ -430,7 +439,7 @@ def _text(hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, **more
 
 
 def _omni(vision, audio, text, **top):
-    """A Qwen3-Omni thinker over the built-in tokenizer's tokens."""
+    """A thinker of Qwen3-Omni; without ``top``, over the built-in tokenizer's tokens."""
     vision = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
               "in_channels": 3, "hidden_act": "gelu_pytorch_tanh", **vision,
               "out_hidden_size": text["hidden_size"]}
@@ -462,6 +471,19 @@ _PRESETS = {
         tie_word_embeddings=True),
     "small": _seed({"depth": 8, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048},
                    _text(640, 16, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
+    # As published: 30B of parameters, of which a token meets 3B.
+    "qwen3-omni-thinker": _omni(
+        {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
+         "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24]},
+        {"encoder_layers": 32, "d_model": 1280, "encoder_attention_heads": 20,
+         "encoder_ffn_dim": 5120, "num_mel_bins": 128, "downsample_hidden_size": 480},
+        _text(2048, 48, 32, 4, 128, 768, 152064, num_experts=128, num_experts_per_tok=8,
+              moe_intermediate_size=768, router_aux_loss_coef=0.001, norm_topk_prob=True,
+              rope_parameters={"rope_type": "default", "rope_theta": 1e6,
+                               "mrope_section": [24, 20, 20], "mrope_interleaved": True}),
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
+        vision_end_token_id=151653, audio_start_token_id=151669, audio_end_token_id=151670,
+        audio_token_id=151675, tie_word_embeddings=False),
     # The report gives the tower and 20B active parameters; the decoder's shape is our choice, of
     # the size that its sister report names (about 200B in all).
     "seed1.5-vl": _seed({"depth": 27, "hidden_size": 1280, "num_heads": 20,
@@ -476,9 +498,10 @@ def preset(name):
     """A configuration by name.
 
     ``tiny`` and ``tiny-moe`` (4M and 5M parameters) train on a laptop in minutes, and so does
-    ``tiny-omni`` (6M), which also hears; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
+    ``tiny-omni`` (7M), which also hears; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
     published tower (532M) with a decoder of about 20B active and 200B total parameters, whose shape
-    the report does not state and which is a choice.
+    the report does not state and which is a choice; ``qwen3-omni-thinker`` is the published one
+    (32B with its encoders).
 
     Parameters
     ----------

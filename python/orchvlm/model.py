@@ -88,6 +88,21 @@ class Model(Phases):
     >>> model.backward()
     >>> model.grads["model.language_model.norm.weight"].shape
     (192,)
+
+    A family with an audio encoder takes sounds as others take pictures:
+
+    >>> import numpy as np
+    >>> hears = orchvlm.Model.from_config(orchvlm.preset("tiny-omni"), seed=0)
+    >>> processor = orchvlm.data.Processor.from_config(hears.config.values)
+    >>> tone = (np.sin(np.arange(8000) * 0.2), 16000)
+    >>> inputs = processor({"messages": [
+    ...     {"role": "user", "content": [{"type": "audio", "audio": tone},
+    ...                                  {"type": "text", "text": "What is it?"}]},
+    ...     {"role": "assistant", "content": "A tone"}]})
+    >>> inputs
+    <Inputs: 1 sample, 43 tokens, 7 targets, 1 sound of 50 frames>
+    >>> hears.forward(inputs).n_target_tokens
+    7
     """
 
     def forward(self, inputs, normalizer=None, router_counts=None, *, training=True,

@@ -18,7 +18,8 @@ import pytest
 import orchvlm
 from orchvlm import Batch, BatchCost, Cluster, Items, Route, SequenceCost, _core, demo
 from orchvlm.policies import POLICIES
-from model_cases import draw_config, draw_model
+from model_cases import draw_model
+from omni_cases import draw_omni_config
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**32))
 EXAMPLES = int(os.environ.get("ORCHVLM_FUZZ_EXAMPLES", "1000"))
@@ -150,11 +151,13 @@ def by_phase(draw):
 
 
 # A good value for each parameter name: junk in one argument should meet sense in the others.
-MODEL = draw_model(0, draw_config(np.random.default_rng(5), True), threads=1)
+MODEL = draw_model(0, draw_omni_config(np.random.default_rng(5)), threads=1)
 PATCH_VALUES = int(np.prod(MODEL.parameters["model.visual.patch_embed.proj.weight"].shape[1:]))
 INPUTS = [orchvlm.Inputs(input_ids=[7, 8, 9], labels=[7, 8, 9]), orchvlm.Inputs(input_ids=[]),
-          orchvlm.Inputs(input_ids=[1, 3, 5], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
-                         labels=[1, -100, 5], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
+          orchvlm.Inputs(input_ids=[6, 5, 5, 7], labels=[-100, -100, -100, 7], mel_lengths=[9],
+                         mel=np.zeros((9, MODEL.config.audio["num_mel_bins"]))),
+          orchvlm.Inputs(input_ids=[1, 3, 9], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
+                         labels=[1, -100, 9], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
           orchvlm.Inputs(input_ids=[9, 300], labels=[9, 400])]
 WIDTH, VOCAB = MODEL.config.text["hidden_size"], MODEL.config.text["vocab_size"]
 STACKED = len(MODEL.config.vision["deepstack_visual_indexes"])

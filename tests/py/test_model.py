@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (FIRST_TEXT, IMAGE, draw_config, draw_model, draw_samples,
-                         draw_seed_config, grads_of, pack)
+from model_cases import FIRST_TEXT, IMAGE, draw_config, draw_model, draw_seed_config, grads_of
+from omni_cases import draw_any as draw_samples
+from omni_cases import draw_omni_config
+from omni_cases import pack_any as pack
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 DEVICES = ("cpu", "async")
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
-            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True)}
+            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True),
+            "omni": (draw_omni_config, True)}
 families = pytest.mark.parametrize("family", FAMILIES)
 devices = pytest.mark.parametrize("device", DEVICES)
 

@@ -166,13 +166,13 @@ def resample(samples, rate, to=RATE):
     n_out = -(-len(samples) * up // down)
     out = np.empty(n_out, np.float32)
     offsets = np.arange(-reach, reach + 1)
-    block = max(1, (1 << 18) // len(offsets))  # what a core's cache holds
-    for start in range(0, n_out, block):
-        # Output m lies at m*down on the grid of `up` points per input; input k lies at k*up.
-        at = np.arange(start, min(start + block, n_out), dtype=np.int64) * down
-        values = padded[(at // up + reach)[:, None] + offsets]
-        weights = taps[(at % up + half + margin)[:, None] - offsets * up]
-        out[start:start + len(at)] = np.einsum("ij,ij->i", values, weights)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(offsets))
+    for phase in range(min(up, n_out)):
+        # Output m lies at m*down on the grid of `up` points per input, input k at k*up: every
+        # up-th output meets the same part of the filter, `down` inputs further on.
+        at = phase * down
+        part = out[phase::up]
+        part[:] = windows[at // up::down][:len(part)] @ taps[at % up + half + margin - offsets * up]
     return out
 
 
@@ -187,10 +187,13 @@ def _one_channel(samples):
     return samples
 
 
+@functools.lru_cache(maxsize=8)
 def _low_pass(half, divisor):
     place = np.arange(-half, half + 1)
     taps = np.sinc(place / divisor) * np.kaiser(2 * half + 1, 5.0)
-    return taps / taps.sum()
+    taps /= taps.sum()
+    taps.flags.writeable = False
+    return taps
 
 
 @functools.lru_cache(maxsize=4)

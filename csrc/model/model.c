@@ -95,7 +95,8 @@ void ovlm_model_close(ovlm_model *model)
     }
     if (model->backend != NULL) {
         ovlm_device_block *blocks[] = {&model->weights, &model->buffers, &model->grads,
-                                       &model->moments, &model->scalars, &model->routing};
+                                       &model->moments, &model->scalars, &model->routing,
+                                       &model->average, &model->swapped};
         for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
             ovlm_device_block_free(model, blocks[i]);
         }
@@ -124,8 +125,11 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model)
 
 ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
 {
-    ovlm_params *p = &model->params;
-    OVLM_TRY(ovlm_params_train_only(p, trainable, err));
+    if (model->average.data != NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "an average of what is trained is kept; close it before "
+                                          "changing what that is");
+    }
+    OVLM_TRY(ovlm_params_train_only(&model->params, trainable, err));
     ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
     ovlm_device_block_free(model, &model->grads);
     ovlm_device_block_free(model, &model->moments);
@@ -188,7 +192,8 @@ void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
 {
     *memory = (ovlm_model_memory){
         .weights_bytes = model->weights.bytes + model->buffers.bytes,
-        .training_bytes = model->grads.bytes + model->moments.bytes,
+        .training_bytes = model->grads.bytes + model->moments.bytes + model->average.bytes +
+                          model->swapped.bytes,
         .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,
         .workspace_bytes = model->work.size_bytes, .cache_bytes = model->cache.bytes};
 }

@@ -124,6 +124,25 @@ OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t paramet
 OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter,
                                                    ovlm_err *err);
 
+/* ------------------------------------------------------------ average of the weights */
+
+/* A float32 moving average of what is trained, from its present values; one per model, until it is
+ * closed.  What is trained cannot change meanwhile. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_open(ovlm_model *model, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_average_close(ovlm_model *model, ovlm_err *err);
+
+/* average = decay average + (1 - decay) weight.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_update(ovlm_model *model, double decay,
+                                                     ovlm_err *err);
+
+/* The averages become the model's weights (in), or its own come back, to the bit.  No optimizer step
+ * meanwhile.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_swap(ovlm_model *model, bool in, ovlm_err *err);
+bool ovlm_model_average_in(const ovlm_model *model);
+
+/* A parameter's average; left out where there is none. */
+ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter);
+
 /* ------------------------------------------------------------ generation */
 
 /* Room for `sequences` of at most `length` tokens each. */

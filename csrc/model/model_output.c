@@ -229,6 +229,10 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
         return OVLM_FAIL(err, OVLM_E_ARG, "step must be at least 1; got %lld",
                          (long long)options->step);
     }
+    if (ovlm_model_average_in(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the weights are those of the average; a step is of the "
+                                          "model's own");
+    }
     if (model->params.grad_elements == 0) {
         return OVLM_OK;
     }

@@ -14,6 +14,17 @@ int ovlm_model_enter(model_object *self)
     return 0;
 }
 
+int ovlm_model_movable(const model_object *self)
+{
+    if (self->exports > 0) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "%lld arrays of gradients or moments are still in use; delete them first, or "
+                     "take copies", (long long)self->exports);
+        return -1;
+    }
+    return 0;
+}
+
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err)
 {
@@ -216,7 +227,7 @@ PyMethodDef ovlm_model_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER };
+enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER, AVERAGE };
 
 /* The tensor of (parameter, which); left out where there is none. */
 static ovlm_status find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
@@ -225,11 +236,12 @@ static ovlm_status find_tensor(ovlm_model *model, int64_t parameter, int64_t whi
     ovlm_tensor m = {0}, v = {0}, master = {0};
     if (which == GRAD) {
         OVLM_TRY(ovlm_model_need_grads(model, err));
-    } else if (which > GRAD) {
+    } else if (which > GRAD && which < AVERAGE) {
         OVLM_TRY(ovlm_model_moments(model, parameter, &m, &v, &master, err));
     }
     const ovlm_param *p = &ovlm_model_params(model)->param[parameter];
-    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master};
+    const ovlm_tensor average = ovlm_model_average(model, parameter);
+    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];
     return OVLM_OK;
 }
@@ -242,7 +254,7 @@ static int read_place(model_object *self, PyObject *const *args, int64_t *parame
         return -1;
     }
     if (*parameter < 0 || *parameter >= ovlm_model_params(self->model)->n || *which < WEIGHT ||
-        *which > MASTER) {
+        *which > AVERAGE) {
         PyErr_Format(PyExc_ValueError, "no tensor %lld of parameter %lld", (long long)*which,
                      (long long)*parameter);
         return -1;
@@ -396,13 +408,7 @@ static OVLM_MODEL_METHOD(model_train_only)
                        NULL) < 0) {
         return NULL;
     }
-    if (self->exports > 0) {
-        PyErr_Format(PyExc_RuntimeError,
-                     "%lld arrays of gradients or moments are still in use; delete them before "
-                     "freezing, or take copies", (long long)self->exports);
-        return NULL;
-    }
-    if (ovlm_model_enter(self) < 0) {
+    if (ovlm_model_movable(self) < 0 || ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_err err = {0};
@@ -471,6 +477,8 @@ static PyMethodDef model_methods[] = {
     METHOD("backward", ovlm_py_model_backward),
     METHOD("logits", ovlm_py_model_logits),
     METHOD("adamw", ovlm_py_model_adamw),
+    METHOD("average", ovlm_py_model_average),
+    METHOD("average_update", ovlm_py_model_average_update),
     METHOD("cache_open", ovlm_py_model_cache_open),
     {"cache_close", model_cache_close, METH_NOARGS, NULL},
     METHOD("extend", ovlm_py_model_extend),

@@ -15,6 +15,8 @@ typedef struct model_object {
 
 /* Marks the model busy; RuntimeError when it is. */
 int ovlm_model_enter(model_object *self);
+/* RuntimeError while arrays view what is about to move. */
+int ovlm_model_movable(const model_object *self);
 /* Ends what enter began; raises what err holds.  Returns None, or NULL with the exception. */
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err);
@@ -37,6 +39,8 @@ OVLM_MODEL_METHOD(ovlm_py_model_router_correct);
 OVLM_MODEL_METHOD(ovlm_py_model_backward);
 OVLM_MODEL_METHOD(ovlm_py_model_logits);
 OVLM_MODEL_METHOD(ovlm_py_model_adamw);
+OVLM_MODEL_METHOD(ovlm_py_model_average);
+OVLM_MODEL_METHOD(ovlm_py_model_average_update);
 OVLM_MODEL_METHOD(ovlm_py_model_cache_open);
 OVLM_MODEL_METHOD(ovlm_py_model_extend);
 

@@ -20,7 +20,7 @@ _HOME = {
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
-    "recipe": "recipes",
+    "recipe": "recipes", "EMA": "averaging",
     "Inputs": "inputs", "data": "data",
     "compat": "compat", "demo": "demo",
 }

@@ -31,6 +31,7 @@ void ovlm_model_rebind(ovlm_model *model)
     ovlm_params_bind(&model->params,
                      &(ovlm_params_memory){.weights = model->weights.data,
                                            .buffers = model->buffers.data,
+                                           .adapters = model->adapters.data,
                                            .grads = model->grads.data,
                                            .dtype = model->dtype, .exact = model->exact});
 }
@@ -96,7 +97,7 @@ void ovlm_model_close(ovlm_model *model)
     if (model->backend != NULL) {
         ovlm_device_block *blocks[] = {&model->weights, &model->buffers, &model->grads,
                                        &model->moments, &model->scalars, &model->routing,
-                                       &model->average, &model->swapped};
+                                       &model->average, &model->swapped, &model->adapters};
         for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
             ovlm_device_block_free(model, blocks[i]);
         }
@@ -191,7 +192,7 @@ ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err)
 void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
 {
     *memory = (ovlm_model_memory){
-        .weights_bytes = model->weights.bytes + model->buffers.bytes,
+        .weights_bytes = model->weights.bytes + model->buffers.bytes + model->adapters.bytes,
         .training_bytes = model->grads.bytes + model->moments.bytes + model->average.bytes +
                           model->swapped.bytes,
         .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,

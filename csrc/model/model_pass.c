@@ -292,6 +292,10 @@ ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *input
                                const ovlm_pass_options *options, ovlm_err *err)
 {
     model->can_backward = model->has_hidden = false;
+    if (options->training && ovlm_model_lora_merged(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or call "
+                                          "forward with training=False");
+    }
     OVLM_TRY(model->backend->ops->queue_wait(model->queue, err)); /* memory below is free now */
     ovlm_arena_free(&model->call);
     OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));

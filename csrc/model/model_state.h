@@ -24,6 +24,7 @@ struct ovlm_model {
     ovlm_queue *queue;
     ovlm_dtype dtype, exact;       /* of weights and activations; of gradients and statistics  */
     ovlm_device_block weights, buffers, grads, moments, scalars, routing;
+    ovlm_device_block adapters;
     ovlm_device_block average, swapped; /* laid out as the gradients                            */
     ovlm_stack vision_keep, decoder_keep, work, stage;
     ovlm_block_saved *vision_block, *decoder_block;

@@ -95,8 +95,10 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     for (int64_t i = 0; i < params->n; i++) {
         ovlm_param *p = &params->param[i];
         bool buffer = p->kind == OVLM_PARAM_BUFFER;
-        p->w = view(buffer ? memory->buffers : memory->weights, p->offset, p->rows, p->cols,
-                    buffer ? memory->exact : memory->dtype);
+        p->w = view(buffer                               ? memory->buffers
+                    : p->kind == OVLM_PARAM_ADAPTER ? memory->adapters
+                                                         : memory->weights,
+                    p->offset, p->rows, p->cols, buffer ? memory->exact : memory->dtype);
         p->grad = (ovlm_tensor){0};
         if (p->grad_offset >= 0) {
             p->grad = view(memory->grads, p->grad_offset, p->rows, p->cols, memory->exact);
@@ -117,6 +119,13 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     }
     for (int64_t i = 0; i < params->config.decoder.depth; i++) {
         bind_block(params, &params->decoder[i]);
+    }
+    for (int64_t i = 0; i < params->loras; i++) {
+        ovlm_lora *lora = &params->lora[i];
+        bind_weight(params, &lora->a);
+        for (int64_t k = 0; k < lora->n; k++) {
+            bind_weight(params, &lora->b[k]);
+        }
     }
 }
 
@@ -143,7 +152,8 @@ bool ovlm_block_trained(const ovlm_params *params, const ovlm_block *block)
                               : block->shared_down.count > 0 ? &block->shared_down
                                                              : &block->experts_down;
     last = block->down_bias.count > 0 ? &block->down_bias : last;
-    return any_trained(params, &block->norm1, last);
+    const ovlm_weight adapters = {.first = block->adapter_first, .count = block->adapter_count};
+    return any_trained(params, &block->norm1, last) || any_trained(params, &adapters, &adapters);
 }
 
 bool ovlm_merge_trained(const ovlm_params *params, const ovlm_merge_weights *merge)

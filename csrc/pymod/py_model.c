@@ -18,8 +18,8 @@ int ovlm_model_movable(const model_object *self)
 {
     if (self->exports > 0) {
         PyErr_Format(PyExc_RuntimeError,
-                     "%lld arrays of gradients or moments are still in use; delete them first, or "
-                     "take copies", (long long)self->exports);
+                     "%lld arrays of gradients, moments or adapters are still in use; delete them "
+                     "first, or take copies", (long long)self->exports);
         return -1;
     }
     return 0;
@@ -277,10 +277,10 @@ static void drop_export(PyObject *capsule)
 }
 
 /* What keeps a view alive: the model, and for what can move a note that it must not. */
-static PyObject *view_owner(model_object *self, int64_t which)
+static PyObject *view_owner(model_object *self, const ovlm_param *parameter, int64_t which)
 {
     Py_INCREF(self);
-    if (which == WEIGHT) {
+    if (which == WEIGHT && parameter->kind != OVLM_PARAM_ADAPTER) {
         return (PyObject *)self;
     }
     PyObject *capsule = PyCapsule_New(self, "orchvlm.export", drop_export);
@@ -302,7 +302,7 @@ static PyObject *new_view(model_object *self, int64_t parameter, int64_t which,
     }
     PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims, numpy_type(tensor->dtype),
                                                 tensor->data);
-    PyObject *owner = array == NULL ? NULL : view_owner(self, which);
+    PyObject *owner = array == NULL ? NULL : view_owner(self, p, which);
     if (owner == NULL || PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) {
         Py_XDECREF(array);
         return NULL;
@@ -479,6 +479,9 @@ static PyMethodDef model_methods[] = {
     METHOD("adamw", ovlm_py_model_adamw),
     METHOD("average", ovlm_py_model_average),
     METHOD("average_update", ovlm_py_model_average_update),
+    METHOD("lora_open", ovlm_py_model_lora_open),
+    METHOD("lora_close", ovlm_py_model_lora_close),
+    METHOD("lora_merge", ovlm_py_model_lora_merge),
     METHOD("cache_open", ovlm_py_model_cache_open),
     {"cache_close", model_cache_close, METH_NOARGS, NULL},
     METHOD("extend", ovlm_py_model_extend),

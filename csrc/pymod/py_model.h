@@ -10,7 +10,7 @@ typedef struct model_object {
     PyObject_HEAD
     ovlm_model *model;
     bool busy;         /* a call is running without the GIL                                     */
-    int64_t exports;   /* arrays that view gradients or moments, which must not move meanwhile  */
+    int64_t exports;   /* arrays that view gradients, moments or adapters: these must not move  */
 } model_object;
 
 /* Marks the model busy; RuntimeError when it is. */
@@ -41,6 +41,9 @@ OVLM_MODEL_METHOD(ovlm_py_model_logits);
 OVLM_MODEL_METHOD(ovlm_py_model_adamw);
 OVLM_MODEL_METHOD(ovlm_py_model_average);
 OVLM_MODEL_METHOD(ovlm_py_model_average_update);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_open);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_close);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_merge);
 OVLM_MODEL_METHOD(ovlm_py_model_cache_open);
 OVLM_MODEL_METHOD(ovlm_py_model_extend);
 

@@ -3,7 +3,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .optim import finite_number
+from ._numbers import finite_number
 from .weights import Weights
 
 _AVERAGE = 5

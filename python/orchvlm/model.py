@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ._numbers import finite_number
 from .batch import integers
 from .inputs import Inputs, floats
-from .optim import finite_number
 from .weights import Weights
 
 _CHECKPOINTS = {"none": 0, "selective": 1, "full": 2}

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from ._files import write_whole
+from ._numbers import finite_number
 from .averaging import EMA
 from .flops import model_flops
 from .model import Model
-from .optim import AdamW, finite_number, schedule
+from .optim import AdamW, schedule
 from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
@@ -345,6 +346,8 @@ class Trainer:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
         try:
             self.model.save_pretrained(temporary)
+            if self.model.lora is not None:
+                self.model.save_adapter(temporary)
             state = self.optimizer.state_dict()
             if self.ema is not None:
                 state |= self.ema.state_dict()
@@ -389,6 +392,8 @@ class Trainer:
         """
         checkpoint = Path(checkpoint or latest_checkpoint(self.folder))
         stored = Model.from_pretrained(checkpoint, threads=1)
+        if self.model.lora is not None:
+            stored.load_adapter(checkpoint)
         with np.load(checkpoint / _STATE, allow_pickle=False) as state:
             facts = json.loads(str(state["__facts__"]))
             self._balance.load_state_dict(facts.get("routing"))

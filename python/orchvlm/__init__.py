@@ -21,7 +21,7 @@ _HOME = {
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "recipe": "recipes", "EMA": "averaging",
-    "Inputs": "inputs", "data": "data",
+    "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo",
 }
 __all__ = sorted(_HOME)

@@ -242,7 +242,6 @@ ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted, int64_t 
     OVLM_TRY(OVLM_ARENA_NEW(arena, &fill.lora, count.loras, err));
     memcpy(fill.param, params->param, (size_t)params->n * sizeof *fill.param);
     add_all(&fill);
-    params->base_n = params->n;
     params->n = fill.n;
     params->param = fill.param;
     params->lora = fill.lora;
@@ -275,6 +274,7 @@ void ovlm_params_unadapt(ovlm_params *params)
         forget(&params->decoder[i]);
     }
     params->n = params->base_n;
+    params->param = params->base_param;
     params->lora = NULL;
     params->loras = params->adapter_elements = 0;
 }

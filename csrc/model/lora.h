@@ -1,7 +1,7 @@
 /* lora.h - low-rank adapters beside linear layers: y = W x + scale B A x (Hu et al. 2021, eq. 3).
  *
- * Modules that one product serves (q, k and v; gate and up) have adapters of their own; their A's lie
- * one after another and are one product. */
+ * Modules that one product serves (q, k and v; gate and up) have adapters of their own; their A's
+ * lie one after another and are one product. */
 #ifndef OVLM_MODEL_LORA_H
 #define OVLM_MODEL_LORA_H
 
@@ -24,14 +24,14 @@ OVLM_NODISCARD ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ov
                                             ovlm_tensor dx, float dx_beta,
                                             ovlm_lora_saved *saved);
 
-/* Lists adapters of the modules adapted[n] behind the other parameters.  OVLM_E_ARG, and nothing
- * changes, when one cannot have any: only linear layers of blocks can, without an activation of
- * their own; experts in one tensor, embeddings and adapters cannot. */
+/* Lists adapters of the modules adapted[n] behind the other parameters, in the arena.  OVLM_E_ARG,
+ * and nothing changes, when one cannot have any: only linear layers of blocks can, without an
+ * activation of their own; experts in one tensor, embeddings and adapters cannot. */
 OVLM_NODISCARD ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted,
                                              int64_t rank, double scale, ovlm_arena *arena,
                                              ovlm_err *err);
 
-/* Takes them away. */
+/* Takes them away: the arena may go. */
 void ovlm_params_unadapt(ovlm_params *params);
 
 /* The products of a block that can have adapters, each left out where the block has none. */

@@ -110,6 +110,7 @@ void ovlm_model_close(ovlm_model *model)
         model->backend->ops->close(model->backend);
     }
     ovlm_arena_free(&model->call);
+    ovlm_arena_free(&model->lora);
     ovlm_arena_free(&model->arena);
     free(model);
 }

@@ -135,8 +135,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_average_close(ovlm_model *model, ovlm_err 
 OVLM_NODISCARD ovlm_status ovlm_model_average_update(ovlm_model *model, double decay,
                                                      ovlm_err *err);
 
-/* The averages become the model's weights (in), or its own come back, to the bit.  No optimizer step
- * meanwhile.  Waits. */
+/* The averages become the model's weights (in), or its own come back, to the bit.  No optimizer
+ * step meanwhile.  Waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_average_swap(ovlm_model *model, bool in, ovlm_err *err);
 bool ovlm_model_average_in(const ovlm_model *model);
 
@@ -145,8 +145,9 @@ ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter);
 
 /* ------------------------------------------------------------ adapters */
 
-/* Low-rank adapters (zero) of the weights adapted[n], behind the other parameters: y += scale B A x.
- * They are what is trained from then on.  OVLM_E_ARG when one of the weights cannot have any. */
+/* Low-rank adapters (zero) of the weights adapted[n], behind the other parameters:
+ * y += scale B A x.  They are what is trained from then on.  OVLM_E_ARG when one of the weights
+ * cannot have any. */
 OVLM_NODISCARD ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted,
                                                 int64_t rank, double scale, ovlm_err *err);
 

@@ -18,10 +18,16 @@ static ovlm_status train_adapters(ovlm_model *model, ovlm_err *err)
     return status;
 }
 
+/* The list of before, which gradients and moments of adapters do not fit. */
 static void drop(ovlm_model *model)
 {
     ovlm_params_unadapt(&model->params);
     ovlm_device_block_free(model, &model->adapters);
+    ovlm_device_block_free(model, &model->grads);
+    ovlm_device_block_free(model, &model->moments);
+    ovlm_arena_free(&model->lora);
+    ovlm_params_place_grads(&model->params);
+    ovlm_model_rebind(model);
 }
 
 ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted, int64_t rank,
@@ -34,7 +40,7 @@ ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted, int64_t
                                          : "an average of what is trained is kept; close it "
                                            "before changing what that is");
     }
-    OVLM_TRY(ovlm_params_adapt(p, adapted, rank, scale, &model->arena, err));
+    OVLM_TRY(ovlm_params_adapt(p, adapted, rank, scale, &model->lora, err));
     ovlm_status status = ovlm_device_block_need(
         model, &model->adapters, p->adapter_elements * ovlm_dtype_bytes(model->dtype), true, err);
     if (status == OVLM_OK) {

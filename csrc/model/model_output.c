@@ -80,7 +80,8 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
                             .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
         RUN(&run, linear, fwd, &head);
         if (!run.measuring) {
-            return ovlm_model_fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
+            return ovlm_model_fetch(model, logits, head.y.data,
+                                    rows * V * (int64_t)sizeof *logits, err);
         }
         OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
         work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};

@@ -19,6 +19,7 @@ typedef struct ovlm_device_block {
 struct ovlm_model {
     ovlm_arena arena;              /* host: parameter list, layer records                      */
     ovlm_arena call;               /* host: what a forward needs until its backward            */
+    ovlm_arena lora;               /* host: the list with adapters                             */
     ovlm_params params;
     ovlm_backend *backend;
     ovlm_queue *queue;

@@ -1,5 +1,5 @@
-/* objective.h - the losses that a vision encoder is pre-trained with (Seed1.5-VL, section 3.1), with
- * their gradients, on features in host memory.
+/* objective.h - the losses that a vision encoder is pre-trained with (Seed1.5-VL, section 3.1),
+ * with their gradients, on features in host memory.
  *
  * Each is a sum over rows divided by `total`, the rows of the global batch: parts of a batch add up
  * to the whole, to rounding, in loss and gradients.  Features are float32, or float64, which the
@@ -43,9 +43,9 @@ typedef struct ovlm_siglip {
 
 OVLM_NODISCARD ovlm_status ovlm_siglip_run(ovlm_siglip *args, ovlm_err *err);
 
-/* SuperClass (Huang et al. 2024, eq. 2): classification of a feature over the tokens of its caption,
- * -sum_c target_c log softmax(x w^T)_c.  Row i's targets are token[start[i]] .. with their shares,
- * which sum to 1. */
+/* SuperClass (Huang et al. 2024, eq. 2): classification of a feature over the tokens of its
+ * caption, -sum_c target_c log softmax(x w^T)_c.  Row i's targets are token[start[i]] .. with their
+ * shares, which sum to 1. */
 typedef struct ovlm_superclass {
     ovlm_dtype dtype;
     int64_t threads;

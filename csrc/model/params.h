@@ -70,7 +70,7 @@ typedef struct ovlm_merge_weights {
 typedef struct ovlm_params {
     ovlm_model_config config;
     int64_t n, base_n;                                   /* with and without adapters       */
-    ovlm_param *param;                                   /* [n]                             */
+    ovlm_param *param, *base_param;                      /* [n], [base_n]                   */
     ovlm_weight patch, patch_bias, position, final_norm, final_norm_bias;
     ovlm_block *vision;                                  /* [vision.depth]                  */
     ovlm_merge_weights merger, deepstack[OVLM_DEEPSTACK_MOST];
@@ -95,8 +95,8 @@ OVLM_NODISCARD ovlm_status ovlm_params_train_only(ovlm_params *params, const boo
 /* Offsets of gradients, from `trainable`. */
 void ovlm_params_place_grads(ovlm_params *params);
 
-/* Where the weights are, on the device: weights and adapters in the model's dtype, others in `exact`
- * (float32; float64 with the reference backend).  NULL while measuring. */
+/* Where the weights are, on the device: weights and adapters in the model's dtype, the others in
+ * `exact` (float32; float64 with the reference backend).  NULL while measuring. */
 typedef struct ovlm_params_memory {
     void *weights, *buffers, *adapters, *grads;
     ovlm_dtype dtype, exact;

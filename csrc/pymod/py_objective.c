@@ -85,7 +85,8 @@ static PyObject *masked_cosine(PyObject *module, PyObject *const *args, Py_ssize
     return Py_BuildValue("(dN)", a.loss, slope);
 }
 
-/* siglip(image, text, offset, scale, bias, total, threads) -> (loss, dimage, dtext, dscale, dbias) */
+/* siglip(image, text, offset, scale, bias, total, threads)
+ *     -> (loss, dimage, dtext, dscale, dbias) */
 static PyObject *siglip(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     ovlm_siglip a = {.dtype = OVLM_DTYPE_COUNT};

@@ -1,8 +1,8 @@
 """The losses that a vision encoder is pre-trained with, and their gradients, computed in C.
 
 Masked feature modelling, image-text pairs by sigmoid, and classification over a caption's tokens
-(Seed1.5-VL Technical Report, section 3.1).  Each is a sum over samples divided by the samples of the
-global batch, so that parts of a batch add up to the whole.
+(Seed1.5-VL Technical Report, section 3.1).  Each is a sum over samples divided by the samples of
+the global batch, so that parts of a batch add up to the whole.
 """
 import numpy as np
 

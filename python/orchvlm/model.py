@@ -226,7 +226,7 @@ class Model(Weights):
         algorithm 1.
         """
         if self.config.text.get("scoring_func") != "sigmoid" or not self.config.sparse:
-            raise ValueError("correct_routers: only sigmoid routers (scoring_func) have corrections")
+            raise ValueError("correct_routers: no corrections; only sigmoid routers have them")
         rate = finite_number(rate, "rate", 0)
         shape = self._core.router_layers().shape
         if np.shape(counts) != shape:

@@ -269,8 +269,8 @@ class Trainer:
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
             tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
-            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number
-            is None there.
+            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
+            ``metrics.jsonl``.  A loss that is no number is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         ahead = _Ahead(self.loader, self._left)

@@ -356,8 +356,8 @@ def spoil(rng, value):
         return (*value[:at], spoil(rng, value[at]), *value[at + 1:])
     if isinstance(value, np.ndarray) and value.size and rng.random() < 0.6:
         value = value.copy()
-        value.flat[rng.randrange(value.size)] = rng.choice(
-            FLOATS if value.dtype.kind == "f" else [-1, 0, 1, 5, 2**53, 2**62, -2**63])
+        odd = rng.choice(FLOATS if value.dtype.kind == "f" else [-1, 0, 1, 5, 2**53, 2**62, -2**63])
+        value.flat[rng.randrange(value.size)] = np.array(odd).astype(value.dtype)  # may wrap
         return value
     while True:  # counts that only take gigabytes are left out
         made = junk(rng)

@@ -195,6 +195,11 @@ bool ovlm_audio_trained(const ovlm_params *params)
             return true;
         }
     }
+    for (int64_t i = 0; i < params->config.audio.depth; i++) {
+        if (ovlm_block_trained(params, &params->audio[i])) { /* adapters lie elsewhere */
+            return true;
+        }
+    }
     return false;
 }
 
@@ -236,7 +241,7 @@ static ovlm_status linear_stage_bwd(ovlm_run *run, const ovlm_audio_pass *pass, 
     if (ovlm_tensor_given(&dimage)) {
         dpatches = ovlm_stack_tensor(run->work, dy.rows, w->w.cols, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, args, dy, w, bias, dpatches, 0));
+    OVLM_TRY(ovlm_linear_back(run, args, dy, w, bias, dpatches, 0, NULL));
     if (ovlm_tensor_given(&dimage)) {
         OVLM_TRY(unfold_all(run, pass, stage, true, dimage, dpatches));
     }

@@ -68,7 +68,7 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
     RUN_IN(run, norm, fwd, &s->norm1, stack);
     s->qkv = (ovlm_linear){.x = s->norm1.y, .w = block->qkv.w, .bias = block->qkv_bias.w,
                            .y = ovlm_stack_tensor(stack, T, q_cols + 2 * kv_cols, run->dtype)};
-    RUN_IN(run, linear, fwd, &s->qkv, stack);
+    OVLM_TRY(ovlm_linear_fwd(run, &s->qkv, &block->qkv, stack, &s->qkv_lora));
     OVLM_TRY(rotate(run, block, context, stack, s));
     s->attention = (ovlm_attention){
         .heads = block->heads, .kv_heads = block->kv_heads, .causal = block->causal,
@@ -84,8 +84,7 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
     RUN_IN(run, attention, fwd, &s->attention, stack);
     s->out = (ovlm_linear){.x = s->attention.o, .w = block->out.w, .bias = block->out_bias.w,
                            .add = s->h_in, .y = h_mid};
-    RUN_IN(run, linear, fwd, &s->out, stack);
-    return OVLM_OK;
+    return ovlm_linear_fwd(run, &s->out, &block->out, stack, &s->out_lora);
 }
 
 /* The whole block with given places for what is kept. */
@@ -147,23 +146,6 @@ ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
 
 /* ---------------------------------------------------------------- backward */
 
-ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
-                             const ovlm_weight *w, const ovlm_weight *bias, ovlm_tensor dx,
-                             float dx_beta)
-{
-    args->dy = dy;
-    args->dx = dx;
-    args->dx_beta = dx_beta;
-    args->dw = w->dw;
-    args->dbias = bias != NULL ? bias->dw : no_tensor();
-    args->dw_beta = 1;
-    if (ovlm_tensor_given(&dx) || ovlm_tensor_given(&args->dw) ||
-        ovlm_tensor_given(&args->dbias)) {
-        RUN(run, linear, bwd, args);
-    }
-    return OVLM_OK;
-}
-
 ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy, const ovlm_weight *w,
                            const ovlm_weight *bias, ovlm_tensor dx, float dx_beta)
 {
@@ -196,7 +178,8 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     int64_t T = dh.rows, D = block->head_dim;
     int64_t q_cols = block->heads * D, kv_cols = block->kv_heads * D;
     ovlm_tensor d_o = ovlm_stack_tensor(run->work, T, q_cols, run->dtype);
-    OVLM_TRY(ovlm_linear_back(run, &s->out, dh, &block->out, &block->out_bias, d_o, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->out, dh, &block->out, &block->out_bias, d_o, 0,
+                              &s->out_lora));
     ovlm_tensor dqkv = ovlm_stack_tensor(run->work, T, q_cols + 2 * kv_cols, run->dtype);
     s->attention.dout = d_o;
     s->attention.dq = ovlm_tensor_cols(dqkv, 0, q_cols);
@@ -212,7 +195,8 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     if (below || norm_trained) {
         dn = ovlm_stack_tensor(run->work, T, block->width, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, &s->qkv, dqkv, &block->qkv, &block->qkv_bias, dn, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->qkv, dqkv, &block->qkv, &block->qkv_bias, dn, 0,
+                              &s->qkv_lora));
     if (below || norm_trained) {
         OVLM_TRY(ovlm_norm_back(run, &s->norm1, dn, &block->norm1, &block->norm1_bias,
                                 below ? dh : no_tensor(), 1));

@@ -3,8 +3,7 @@
 #ifndef OVLM_MODEL_BLOCK_H
 #define OVLM_MODEL_BLOCK_H
 
-#include "model/params.h"
-#include "model/run.h"
+#include "model/lora.h"
 
 /* What is kept between forward and backward. */
 typedef enum ovlm_checkpoint {
@@ -45,6 +44,7 @@ typedef struct ovlm_block_saved {
     ovlm_combine combine;
     ovlm_linear shared_up, shared_down;
     ovlm_gated shared_gated;
+    ovlm_lora_saved qkv_lora, out_lora, up_lora, down_lora, shared_up_lora, shared_down_lora;
     int32_t *expert;               /* [T*k] device: what the router chose                      */
 } ovlm_block_saved;
 
@@ -87,13 +87,7 @@ OVLM_NODISCARD ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
                                         const ovlm_block_context *context, ovlm_tensor dh,
                                         ovlm_block_saved *saved);
 
-/* Backward of a linear layer whose arguments the forward filled: adds to dw and dbias where they
- * are trained, writes dx where it is given. */
-OVLM_NODISCARD ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
-                                            const ovlm_weight *w, const ovlm_weight *bias,
-                                            ovlm_tensor dx, float dx_beta);
-
-/* The same for a norm. */
+/* Backward of a norm whose arguments the forward filled, as ovlm_linear_back. */
 OVLM_NODISCARD ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy,
                                           const ovlm_weight *w, const ovlm_weight *bias,
                                           ovlm_tensor dx, float dx_beta);

@@ -217,7 +217,7 @@ static ovlm_status gather_back(ovlm_run *run, ovlm_gather *args, ovlm_tensor dh,
 }
 
 ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor dhidden,
-                             const ovlm_features *dfeatures)
+                             const ovlm_decoder_features *dfeatures)
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;

@@ -15,11 +15,11 @@ typedef struct ovlm_tokens {
 } ovlm_tokens;
 
 /* What stands for images and sounds, or its gradients; left out: none, or not wanted. */
-typedef struct ovlm_features {
+typedef struct ovlm_decoder_features {
     ovlm_tensor image;          /* [F,width] device                                          */
     ovlm_tensor extra[OVLM_DEEPSTACK_MOST]; /* [F,width] each: DeepStack's part              */
     ovlm_tensor sound;          /* [S,width]                                                 */
-} ovlm_features;
+} ovlm_decoder_features;
 
 /* One pass, from its forward to its backward. */
 typedef struct ovlm_decoder_pass {
@@ -27,7 +27,7 @@ typedef struct ovlm_decoder_pass {
     ovlm_tokens tokens;
     int64_t longest;            /* segment                                                   */
     bool training;
-    ovlm_features features;
+    ovlm_decoder_features features;
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
     int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
@@ -48,6 +48,7 @@ OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pa
 
 /* From dhidden to the weights' gradients and to those of the features (overwritten). */
 OVLM_NODISCARD ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass,
-                                            ovlm_tensor dhidden, const ovlm_features *dfeatures);
+                                            ovlm_tensor dhidden,
+                                            const ovlm_decoder_features *dfeatures);
 
 #endif

@@ -39,6 +39,7 @@ void ovlm_model_rebind(ovlm_model *model)
     ovlm_params_bind(&model->params,
                      &(ovlm_params_memory){.weights = model->weights.data,
                                            .buffers = model->buffers.data,
+                                           .adapters = model->adapters.data,
                                            .grads = model->grads.data,
                                            .dtype = model->dtype, .exact = model->exact});
 }
@@ -104,7 +105,8 @@ void ovlm_model_close(ovlm_model *model)
     }
     if (model->backend != NULL) {
         ovlm_device_block *blocks[] = {&model->weights, &model->buffers, &model->grads,
-                                       &model->moments, &model->scalars, &model->routing};
+                                       &model->moments, &model->scalars, &model->routing,
+                                       &model->average, &model->swapped, &model->adapters};
         for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
             ovlm_device_block_free(model, blocks[i]);
         }
@@ -123,6 +125,7 @@ void ovlm_model_close(ovlm_model *model)
         ovlm_arena_free(&model->encoder[m].call);
     }
     ovlm_arena_free(&model->call);
+    ovlm_arena_free(&model->lora);
     ovlm_arena_free(&model->arena);
     free(model);
 }
@@ -144,8 +147,11 @@ ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err)
 
 ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
 {
-    ovlm_params *p = &model->params;
-    OVLM_TRY(ovlm_params_train_only(p, trainable, err));
+    if (model->average.data != NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "an average of what is trained is kept; close it before "
+                                          "changing what that is");
+    }
+    OVLM_TRY(ovlm_params_train_only(&model->params, trainable, err));
     ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
     ovlm_device_block_free(model, &model->grads);
     ovlm_device_block_free(model, &model->moments);
@@ -207,8 +213,9 @@ ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err)
 void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
 {
     *memory = (ovlm_model_memory){
-        .weights_bytes = model->weights.bytes + model->buffers.bytes,
-        .training_bytes = model->grads.bytes + model->moments.bytes,
+        .weights_bytes = model->weights.bytes + model->buffers.bytes + model->adapters.bytes,
+        .training_bytes = model->grads.bytes + model->moments.bytes + model->average.bytes +
+                          model->swapped.bytes,
         .activations_bytes = model->encoder[OVLM_VISION].keep.size_bytes +
                              model->encoder[OVLM_AUDIO].keep.size_bytes +
                              model->decoder_keep.size_bytes,

@@ -213,6 +213,41 @@ OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t paramet
 OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter,
                                                    ovlm_err *err);
 
+/* ------------------------------------------------------------ average of the weights */
+
+/* A float32 moving average of what is trained, from its present values; one per model, until it is
+ * closed.  What is trained cannot change meanwhile. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_open(ovlm_model *model, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_average_close(ovlm_model *model, ovlm_err *err);
+
+/* average = decay average + (1 - decay) weight.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_update(ovlm_model *model, double decay,
+                                                     ovlm_err *err);
+
+/* The averages become the model's weights (in), or its own come back, to the bit.  No optimizer
+ * step meanwhile.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_swap(ovlm_model *model, bool in, ovlm_err *err);
+bool ovlm_model_average_in(const ovlm_model *model);
+
+/* A parameter's average; left out where there is none. */
+ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter);
+
+/* ------------------------------------------------------------ adapters */
+
+/* Low-rank adapters (zero) of the weights adapted[n], behind the other parameters:
+ * y += scale B A x.  They are what is trained from then on.  OVLM_E_ARG when one of the weights
+ * cannot have any. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted,
+                                                int64_t rank, double scale, ovlm_err *err);
+
+/* Takes them away; the whole model is trained again. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_close(ovlm_model *model, ovlm_err *err);
+
+/* Adds them to the weights, so that passes cost nothing more, or takes them out again (up to
+ * rounding).  Merged, there is no training.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_merge(ovlm_model *model, bool in, ovlm_err *err);
+bool ovlm_model_lora_merged(const ovlm_model *model);
+
 /* ------------------------------------------------------------ generation */
 
 /* Room for `sequences` of at most `length` tokens each. */

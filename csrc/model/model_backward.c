@@ -121,7 +121,7 @@ static bool trained(const ovlm_model *model, ovlm_modality modality)
 }
 
 static ovlm_status encode_bwd(ovlm_run *run, ovlm_model *model, ovlm_modality modality,
-                              const ovlm_features *d)
+                              const ovlm_decoder_features *d)
 {
     double start_s = ovlm_run_begin(run);
     run->keep = &model->encoder[modality].keep;
@@ -149,9 +149,10 @@ static bool wanted(const ovlm_model *model, ovlm_modality modality, const ovlm_t
 }
 
 ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
-                                     const ovlm_model_slopes *slopes, ovlm_features *dfeatures)
+                                     const ovlm_model_slopes *slopes,
+                                     ovlm_decoder_features *dfeatures)
 {
-    const ovlm_features *f = &model->decoder.features;
+    const ovlm_decoder_features *f = &model->decoder.features;
     double start_s = ovlm_run_begin(run);
     ovlm_tensor dhidden = {0};
     OVLM_TRY(hidden_slopes(run, model, slopes, &dhidden));
@@ -188,7 +189,7 @@ ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
                                             ovlm_modality modality, const void *dfeatures,
                                             const void *dextra)
 {
-    ovlm_features d = {0};
+    ovlm_decoder_features d = {0};
     if (!trained(model, modality)) {
         return OVLM_OK;
     }
@@ -243,7 +244,7 @@ static ovlm_status check_slopes(const ovlm_model *model, const ovlm_model_slopes
 static ovlm_status measure_backward(ovlm_model *model, const ovlm_model_slopes *slopes,
                                     const ovlm_pass_options *options, ovlm_err *err)
 {
-    ovlm_features dfeatures = {0};
+    ovlm_decoder_features dfeatures = {0};
     ovlm_stack work = model->work, stage = model->stage;
     model->work = model->stage = (ovlm_stack){0};
     ovlm_run run = ovlm_model_run(model, true, options, err);
@@ -268,7 +269,7 @@ ovlm_status ovlm_model_backward(ovlm_model *model, const ovlm_model_slopes *slop
                                 const ovlm_feature_slopes *dfeatures,
                                 const ovlm_pass_options *options, ovlm_err *err)
 {
-    ovlm_features d = {0};
+    ovlm_decoder_features d = {0};
     OVLM_TRY(check_slopes(model, slopes, err));
     OVLM_TRY(ovlm_model_begin(model, err));
     model->can_backward = false;

@@ -91,7 +91,7 @@ int64_t ovlm_model_feature_rows(const ovlm_model *model, ovlm_modality modality)
 
 void ovlm_model_take_features(ovlm_model *model)
 {
-    ovlm_features *features = &model->decoder.features;
+    ovlm_decoder_features *features = &model->decoder.features;
     if (model->encoder[OVLM_VISION].in_forward) {
         features->image = model->vision.features;
         memcpy(features->extra, model->vision.extra, sizeof features->extra);
@@ -105,7 +105,7 @@ void ovlm_model_take_features(ovlm_model *model)
 
 int64_t ovlm_model_given_rows(const ovlm_model *model, ovlm_modality modality)
 {
-    const ovlm_features *f = &model->decoder.features;
+    const ovlm_decoder_features *f = &model->decoder.features;
     const ovlm_tensor *features = modality == OVLM_VISION ? &f->image : &f->sound;
     bool given = model->has_hidden && !model->encoder[modality].in_forward &&
                  ovlm_tensor_given(features);

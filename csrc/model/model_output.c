@@ -145,7 +145,8 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
         RUN(&run, linear, fwd, &head);
         ovlm_run_end(&run, "logits", -1, start_s);
         if (!run.measuring) {
-            return ovlm_model_fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
+            return ovlm_model_fetch(model, logits, head.y.data,
+                                    rows * V * (int64_t)sizeof *logits, err);
         }
         OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
         work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
@@ -290,6 +291,10 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
     if (options->step < 1) {
         return OVLM_FAIL(err, OVLM_E_ARG, "step must be at least 1; got %lld",
                          (long long)options->step);
+    }
+    if (ovlm_model_average_in(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the weights are those of the average; a step is of the "
+                                          "model's own");
     }
     if (model->params.grad_elements == 0) {
         return OVLM_OK;

@@ -258,7 +258,7 @@ static ovlm_status load_rows(ovlm_run *run, const ovlm_model *model, const void 
 /* Features that the caller gives. */
 static ovlm_status load_features(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs)
 {
-    ovlm_features *to = &model->decoder.features;
+    ovlm_decoder_features *to = &model->decoder.features;
     ovlm_tensor *all[OVLM_MODALITIES] = {&to->image, &to->sound};
     for (int m = 0; m < OVLM_MODALITIES; m++) {
         if (inputs->given[m].features != NULL) {
@@ -311,7 +311,7 @@ static ovlm_status measure_backward(ovlm_run *run, ovlm_model *model,
                                     const ovlm_pass_options *options, unsigned phases)
 {
     const float some = 0; /* is not read while measuring */
-    ovlm_features dfeatures = {0};
+    ovlm_decoder_features dfeatures = {0};
     ovlm_model_slopes slopes = {0};
     run->work->used_bytes = run->stage->used_bytes = 0;
     if (!(phases & OVLM_PHASE_DECODE)) {
@@ -352,6 +352,10 @@ ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_model_inputs *input
                                const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
     bool decode = phases & OVLM_PHASE_DECODE;
+    if (options->training && ovlm_model_lora_merged(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or give "
+                                          "training=False");
+    }
     if (decode) {
         model->can_backward = model->has_hidden = model->has_loss = false;
         ovlm_arena_free(&model->call);

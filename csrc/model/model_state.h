@@ -31,11 +31,14 @@ typedef struct ovlm_encoder {
 struct ovlm_model {
     ovlm_arena arena;              /* host: parameter list, layer records                      */
     ovlm_arena call;               /* host: what a decode needs until its backward             */
+    ovlm_arena lora;               /* host: the list with adapters                             */
     ovlm_params params;
     ovlm_backend *backend;
     ovlm_queue *queue;
     ovlm_dtype dtype, exact;       /* of weights and activations; of gradients and statistics  */
     ovlm_device_block weights, buffers, grads, moments, scalars, routing;
+    ovlm_device_block adapters;
+    ovlm_device_block average, swapped; /* laid out as the gradients                            */
     ovlm_stack decoder_keep, work, stage;
     ovlm_encoder encoder[OVLM_MODALITIES];
     ovlm_block_saved *vision_block, *audio_block, *decoder_block;
@@ -126,7 +129,7 @@ void ovlm_model_take_features(ovlm_model *model);
  * gradient of the features. */
 OVLM_NODISCARD ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
                                                     const ovlm_model_slopes *slopes,
-                                                    ovlm_features *dfeatures);
+                                                    ovlm_decoder_features *dfeatures);
 
 OVLM_NODISCARD ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
                                                            ovlm_modality modality,

@@ -355,7 +355,8 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->decoder, config->decoder.depth, err));
     builder fill = {.params = params};
     add_all(&fill);
-    params->n = fill.n;
+    params->n = params->base_n = fill.n;
+    params->base_param = params->param;
     params->count = fill.count;
     params->weight_elements = round_up(fill.offset, 64);
     params->buffer_elements = round_up(fill.buffer_offset, 64);

@@ -179,6 +179,11 @@ bool ovlm_vision_trained(const ovlm_params *params)
             return true;
         }
     }
+    for (int64_t i = 0; i < params->config.vision.depth; i++) {
+        if (ovlm_block_trained(params, &params->vision[i])) {
+            return true;
+        }
+    }
     return false;
 }
 
@@ -206,7 +211,8 @@ static ovlm_status embed_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor 
         pass->position.dx_beta = 1;
         RUN(run, gather, bwd, &pass->position);
     }
-    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0);
+    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0,
+                            NULL);
 }
 
 /* Adds the gradient that came by way of DeepStack after block i. */

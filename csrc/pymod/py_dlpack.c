@@ -123,7 +123,7 @@ static PyObject *new_capsule(model_object *self, int64_t parameter, int64_t whic
         return PyErr_NoMemory();
     }
     if (fill_export(one, self, &ovlm_model_params(self->model)->param[parameter], tensor) < 0 ||
-        (one->owner = ovlm_view_owner(self, which)) == NULL) {
+        (one->owner = ovlm_view_owner(self, parameter, which)) == NULL) {
         PyMem_RawFree(one);
         return NULL;
     }

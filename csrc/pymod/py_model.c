@@ -14,6 +14,17 @@ int ovlm_model_enter(model_object *self)
     return 0;
 }
 
+int ovlm_model_movable(const model_object *self)
+{
+    if (self->exports > 0) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "%lld arrays of gradients, moments or adapters are still in use; delete them "
+                     "first, or take copies", (long long)self->exports);
+        return -1;
+    }
+    return 0;
+}
+
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err)
 {
@@ -221,7 +232,7 @@ PyMethodDef ovlm_model_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER };
+enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER, AVERAGE };
 
 ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
                                    ovlm_tensor *tensor, ovlm_err *err)
@@ -229,11 +240,12 @@ ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t
     ovlm_tensor m = {0}, v = {0}, master = {0};
     if (which == GRAD) {
         OVLM_TRY(ovlm_model_need_grads(model, err));
-    } else if (which > GRAD) {
+    } else if (which > GRAD && which < AVERAGE) {
         OVLM_TRY(ovlm_model_moments(model, parameter, &m, &v, &master, err));
     }
     const ovlm_param *p = &ovlm_model_params(model)->param[parameter];
-    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master};
+    const ovlm_tensor average = ovlm_model_average(model, parameter);
+    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];
     return OVLM_OK;
 }
@@ -246,7 +258,7 @@ int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *paramete
         return -1;
     }
     if (*parameter < 0 || *parameter >= ovlm_model_params(self->model)->n || *which < WEIGHT ||
-        *which > MASTER) {
+        *which > AVERAGE) {
         PyErr_Format(PyExc_ValueError, "no tensor %lld of parameter %lld", (long long)*which,
                      (long long)*parameter);
         return -1;
@@ -268,10 +280,11 @@ static void drop_export(PyObject *capsule)
     }
 }
 
-PyObject *ovlm_view_owner(model_object *self, int64_t which)
+PyObject *ovlm_view_owner(model_object *self, int64_t parameter, int64_t which)
 {
     Py_INCREF(self);
-    if (which == WEIGHT) {
+    if (which == WEIGHT &&
+        ovlm_model_params(self->model)->param[parameter].kind != OVLM_PARAM_ADAPTER) {
         return (PyObject *)self;
     }
     PyObject *capsule = PyCapsule_New(self, "orchvlm.export", drop_export);
@@ -293,7 +306,7 @@ static PyObject *new_view(model_object *self, int64_t parameter, int64_t which,
     }
     PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims, numpy_type(tensor->dtype),
                                                 tensor->data);
-    PyObject *owner = array == NULL ? NULL : ovlm_view_owner(self, which);
+    PyObject *owner = array == NULL ? NULL : ovlm_view_owner(self, parameter, which);
     if (owner == NULL || PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) {
         Py_XDECREF(array);
         return NULL;
@@ -401,13 +414,7 @@ static OVLM_MODEL_METHOD(model_train_only)
                        NULL) < 0) {
         return NULL;
     }
-    if (self->exports > 0) {
-        PyErr_Format(PyExc_RuntimeError,
-                     "%lld arrays of gradients or moments are still in use; delete them before "
-                     "freezing, or take copies", (long long)self->exports);
-        return NULL;
-    }
-    if (ovlm_model_enter(self) < 0) {
+    if (ovlm_model_movable(self) < 0 || ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_err err = {0};
@@ -480,6 +487,11 @@ static PyMethodDef model_methods[] = {
     METHOD("backward", ovlm_py_model_backward),
     METHOD("logits", ovlm_py_model_logits),
     METHOD("adamw", ovlm_py_model_adamw),
+    METHOD("average", ovlm_py_model_average),
+    METHOD("average_update", ovlm_py_model_average_update),
+    METHOD("lora_open", ovlm_py_model_lora_open),
+    METHOD("lora_close", ovlm_py_model_lora_close),
+    METHOD("lora_merge", ovlm_py_model_lora_merge),
     METHOD("cache_open", ovlm_py_model_cache_open),
     {"cache_close", model_cache_close, METH_NOARGS, NULL},
     METHOD("extend", ovlm_py_model_extend),

@@ -12,11 +12,13 @@ typedef struct model_object {
     int exact;         /* NumPy's type of hidden states and gradients                           */
     int64_t device;    /* number                                                                */
     bool busy;         /* a call is running without the GIL                                     */
-    int64_t exports;   /* arrays that view gradients or moments, which must not move meanwhile  */
+    int64_t exports;   /* arrays that view gradients, moments or adapters: these must not move  */
 } model_object;
 
 /* Marks the model busy; RuntimeError when it is. */
 int ovlm_model_enter(model_object *self);
+/* RuntimeError while arrays view what is about to move. */
+int ovlm_model_movable(const model_object *self);
 /* Ends what enter began; raises what err holds.  Returns None, or NULL with the exception. */
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err);
@@ -58,7 +60,7 @@ int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *paramete
 
 /* A reference to what keeps a view alive: the model, and for what can move a note that it must
  * not. */
-PyObject *ovlm_view_owner(model_object *self, int64_t which);
+PyObject *ovlm_view_owner(model_object *self, int64_t parameter, int64_t which);
 
 OVLM_MODEL_METHOD(ovlm_py_model_forward);
 OVLM_MODEL_METHOD(ovlm_py_model_output);
@@ -72,6 +74,11 @@ OVLM_MODEL_METHOD(ovlm_py_model_tap);
 OVLM_MODEL_METHOD(ovlm_py_model_backward);
 OVLM_MODEL_METHOD(ovlm_py_model_logits);
 OVLM_MODEL_METHOD(ovlm_py_model_adamw);
+OVLM_MODEL_METHOD(ovlm_py_model_average);
+OVLM_MODEL_METHOD(ovlm_py_model_average_update);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_open);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_close);
+OVLM_MODEL_METHOD(ovlm_py_model_lora_merge);
 OVLM_MODEL_METHOD(ovlm_py_model_cache_open);
 OVLM_MODEL_METHOD(ovlm_py_model_extend);
 OVLM_MODEL_METHOD(ovlm_py_model_trace_start);

@@ -1,8 +1,8 @@
 """Continuing samples token by token, with kept keys and values."""
 import numpy as np
 
+from ._numbers import finite_number
 from .inputs import Inputs
-from .optim import finite_number
 
 
 def _next_positions(inputs):

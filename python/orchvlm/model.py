@@ -3,9 +3,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ._numbers import finite_number
 from .batch import integers
 from .inputs import floats
-from .optim import finite_number
 from .phases import Phases, rows32
 
 
@@ -237,7 +237,7 @@ class Model(Phases):
         algorithm 1.
         """
         if self.config.text.get("scoring_func") != "sigmoid" or not self.config.sparse:
-            raise ValueError("correct_routers: only sigmoid routers (scoring_func) have corrections")
+            raise ValueError("correct_routers: no corrections; only sigmoid routers have them")
         rate = finite_number(rate, "rate", 0)
         shape = self._core.router_layers().shape
         if np.shape(counts) != shape:

@@ -2,9 +2,9 @@
 and the backwards, with what lies between in the caller's hands."""
 import numpy as np
 
+from ._numbers import finite_number
 from .batch import integers
 from .inputs import Inputs, floats
-from .optim import finite_number
 from .sounds import sound_tokens
 from .weights import Weights
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from ._files import write_whole
+from ._numbers import finite_number
+from .averaging import EMA
 from .flops import model_flops
 from .model import Model
-from .optim import AdamW, finite_number, schedule
+from .optim import AdamW, schedule
 from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
@@ -127,6 +129,8 @@ class TrainingConfig:
         of the step before, or without a loss by moving the corrections of sigmoid routers.
     bias_rate : float
         By which ``aux="bias"`` moves a correction in a step, see :meth:`Model.correct_routers`.
+    ema : float, optional
+        Decay of a moving average of the weights, the trainer's ``ema``; checkpoints hold it.
     save_every : int
         Steps between checkpoints; 0: at the end only.
     keep : int
@@ -161,6 +165,7 @@ class TrainingConfig:
     checkpoint: str = "none"
     aux: str = "exact"
     bias_rate: float = 1e-3
+    ema: float = None
     save_every: int = 0
     keep: int = 0
 
@@ -176,6 +181,8 @@ class TrainingConfig:
         if self.aux not in MODES:
             raise ValueError(f"aux must be one of {', '.join(MODES)}; got {self.aux!r}")
         finite_number(self.bias_rate, "bias_rate", 0)
+        if self.ema is not None:
+            finite_number(self.ema, "ema", 0, 1 - 1e-12)
 
 
 class Trainer:
@@ -232,6 +239,7 @@ class Trainer:
             model.freeze(*patterns)
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
+        self.ema = None if config.ema is None else EMA(model, config.ema)
         self._balance = Balance(model, config.aux, config.bias_rate)
         self._warmup = min(config.warmup, config.steps)
         self._rate = schedule(config.schedule, config.lr, config.steps, self._warmup,
@@ -261,8 +269,8 @@ class Trainer:
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
             tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
-            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number
-            is None there.
+            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
+            ``metrics.jsonl``.  A loss that is no number is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         ahead = _Ahead(self.loader, self._left)
@@ -303,6 +311,8 @@ class Trainer:
         with _held_back():
             done = self.optimizer.step(rate)
             experts = self._balance.end(done["skipped"])
+            if self.ema is not None and not done["skipped"]:
+                self.ema.update()
             seconds = time.perf_counter() - start
             self.step += 1
             self.elapsed_s += seconds
@@ -336,7 +346,11 @@ class Trainer:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
         try:
             self.model.save_pretrained(temporary)
+            if self.model.lora is not None:
+                self.model.save_adapter(temporary)
             state = self.optimizer.state_dict()
+            if self.ema is not None:
+                state |= self.ema.state_dict()
             facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
                      "routing": self._balance.state_dict()}
             write_whole(temporary / _STATE, lambda stream: np.savez(
@@ -378,13 +392,18 @@ class Trainer:
         """
         checkpoint = Path(checkpoint or latest_checkpoint(self.folder))
         stored = Model.from_pretrained(checkpoint, threads=1)
+        if self.model.lora is not None:
+            stored.load_adapter(checkpoint)
         with np.load(checkpoint / _STATE, allow_pickle=False) as state:
             facts = json.loads(str(state["__facts__"]))
             self._balance.load_state_dict(facts.get("routing"))
             self.loader.load_state_dict(facts["loader"])
             self.model.load_state_dict(stored.state_dict())
+            average = {k for k in state.files if k.endswith("/average")}
+            if self.ema is not None:
+                self.ema.load_state_dict({k: state[k] for k in average})
             self.optimizer.load_state_dict({k: state[k] for k in state.files
-                                            if k != "__facts__"})
+                                            if k != "__facts__" and k not in average})
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
         self._loader_state, self._left, self._saved = facts["loader"], [], self.step
         _cut(self.folder / "metrics.jsonl", self.step)

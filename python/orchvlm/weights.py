@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _core
+from .adapters import KIND_ADAPTER, Adapters
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
 from .dlpack import Tensor
@@ -94,7 +95,7 @@ class _Arrays(Mapping):
         return f"<{len(self)} arrays of {self._model!r}>"
 
 
-class Weights:
+class Weights(Adapters):
     """What :class:`orchvlm.Model` is beside its passes."""
 
     def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
@@ -199,6 +200,8 @@ class Weights:
     def save_pretrained(self, folder, dtype=None):
         """Writes ``config.json`` and ``model.safetensors`` (in shards above 5 GiB).
 
+        Adapters that are not merged are left out, see :meth:`save_adapter`.
+
         Parameters
         ----------
         folder : path-like
@@ -218,8 +221,9 @@ class Weights:
         folder.mkdir(parents=True, exist_ok=True)
         square = self._square_experts()
 
-        write_folder(folder, [entry for name, _, shape, _ in self._list for entry in
-                              self._entries(name, shape, square and name.endswith(_EXPERTS))],
+        write_folder(folder, [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
+                              for entry in self._entries(name, shape,
+                                                         square and name.endswith(_EXPERTS))],
                      dtype)
         config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
             if square else self.config

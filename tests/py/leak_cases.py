@@ -38,6 +38,24 @@ def plan():
     return orchvlm.plan_sequences(LENGTHS[:12], 4, SMALL, work_limit=0, time_limit=None)
 
 
+FEATURES = np.ones((3, 2))
+SEGMENTS = (np.array([0, 1, 2, 3]), np.zeros(3, np.int32), np.ones(3))
+CONFIG = orchvlm.preset("tiny").values
+CONFIG["vision_config"] |= {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+                            "out_hidden_size": 32, "adapter_hidden_size": 32}
+CONFIG["text_config"] |= {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48,
+                          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+ADAPTED = orchvlm.Model(CONFIG, threads=1)
+
+
+def averaged():
+    ema = orchvlm.EMA(ADAPTED)
+    ema.update()
+    with ema.swap():
+        must_fail(ema.update)
+    ema.close()
+
+
 ENGINE = ([1.0, 2.0, 0.5], [0, 0, 1, 3], [0, 0, 1], [0, 1, 2, 3], [0, 1, 0], 2)
 
 def model():
@@ -125,6 +143,18 @@ CASES = {
                             must_fail(orchvlm.plan_sequences, [1], 0, SEQUENCE),
                             must_fail(orchvlm.plan_sequences, [-1], 8, SEQUENCE),
                             must_fail(orchvlm.SequencePlan.from_bytes, b"not a plan")),
+    "losses": lambda: (orchvlm.losses.masked_cosine(FEATURES, FEATURES, FEATURES[:, 0] > 1),
+                       orchvlm.losses.siglip(FEATURES, FEATURES, 1.0, 0.0, threads=1),
+                       orchvlm.losses.superclass(FEATURES, FEATURES, [[0]] * 3, threads=1)),
+    "losses_errors": lambda: (
+        must_fail(_core.siglip, FEATURES, FEATURES[:2], 0, 1.0, 0.0, 1.0, 1),
+        must_fail(_core.siglip, FEATURES, FEATURES, 0, 1.0, 0.0, -1.0, 1),
+        must_fail(_core.superclass, FEATURES, FEATURES, *SEGMENTS, 0.0, 1),
+        must_fail(_core.masked_cosine, FEATURES, FEATURES[0], None, 1.0)),
+    "adapters": lambda: (ADAPTED.add_lora(r=1, match=["*q_proj"]), ADAPTED.merge_lora(),
+                         must_fail(ADAPTED.add_lora), ADAPTED.remove_lora(),
+                         must_fail(ADAPTED.add_lora, match=["*embed*"])),
+    "average": lambda: (averaged(), must_fail(orchvlm.EMA, ADAPTED, 2.0)),
 }
 #: Cases whose calls reach no NumPy object, so that a debug interpreter can count them exactly:
 #: NumPy from a wheel does not report its references.

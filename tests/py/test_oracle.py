@@ -203,3 +203,27 @@ def test_ten_steps_of_adamw():
         ours.backward()
         opt.step()
         assert abs(got - float(wanted)) <= 1e-5 * max(1.0, float(wanted)), step
+
+
+def test_adapters():
+    """y = W x + (alpha / r) B A x in plain torch, by hooks on the modules that PEFT would wrap."""
+    config, model, inputs, theirs, mask = draw(SEED + 500, False)
+    ours = orchvlm.Model(config)
+    ours.load_state_dict(state_of(model))
+    ours.add_lora(r=3, alpha=5, match=["*self_attn.*_proj", "*mlp.*_proj", "*.attn.qkv"])
+    rng, weights = np.random.default_rng(SEED), {}
+    for name, array in ours.parameters.items():
+        if ".lora_" in name:
+            array[...] = rng.standard_normal(array.shape) * 0.1  # beside weights of 0.6 / sqrt(K)
+            weights[name] = torch.tensor(np.array(array), requires_grad=True)
+    for name in ours.lora["modules"]:
+        a, b = (weights[f"{name}.lora_{kind}.weight"] for kind in "AB")
+        model.get_submodule(name).register_forward_hook(
+            lambda module, given, out, a=a, b=b: out + 5 / 3 * (given[0] @ a.T) @ b.T)
+    wanted = model(**theirs).loss
+    wanted.backward()
+    got = ours.forward(inputs)
+    assert abs(got.loss - wanted.item()) <= 1e-6 * max(1.0, wanted.item())
+    ours.backward()
+    compare_grads({name: ours.grads[name] for name in ours.grads},
+                  {name: weight.grad.numpy() for name, weight in weights.items()})

@@ -5,8 +5,8 @@ weights, same samples, float32, same number of threads.
         [--ways "sdpa*"] [--seconds 20]
 
 Needs torch and transformers.  The peer gets each of its ways: eager or SDPA attention; eager,
-batched or grouped experts; compiled or not; --ways chooses, and its fastest counts.  It pads samples
-to the longest of the batch, as its users do; tokens per second count real tokens.
+batched or grouped experts; compiled or not; --ways chooses, and its fastest counts.  It pads
+samples to the longest of the batch, as its users do; tokens per second count real tokens.
 
 Every row is a process of its own.  Peak memory is the highest resident size during the steps, less
 what the process held when its libraries were loaded: weights, gradients, moments, activations.
@@ -216,8 +216,9 @@ def print_case(case, given):
             best = min(best, ratio)
             eager = min(eager, ratio) if "/" not in way or way.split("/")[1] == "eager" else eager
         print(f"| {way} | {row['best_s'] * 1e3:.0f} | {row['median_s'] * 1e3:.0f} | {row['steps']} "
-              f"| {row['tokens'] / row['best_s']:.0f} | {row['peak_mib']:.0f} | {row['loss']:.5f} | "
-              f"{ratio:.2f} | {ours['peak_mib'] / row['peak_mib']:.2f} |", flush=True)
+              f"| {row['tokens'] / row['best_s']:.0f} | {row['peak_mib']:.0f} | "
+              f"{row['loss']:.5f} | {ratio:.2f} | {ours['peak_mib'] / row['peak_mib']:.2f} |",
+              flush=True)
     print(f"\n{case}: {best:.2f} times as fast as the fastest of these, {eager:.2f} as eager "
           "experts", flush=True)
 

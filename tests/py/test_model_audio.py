@@ -299,3 +299,116 @@ def test_cost_models_count_the_same():
         {}, {"mel": np.zeros((n, 128), np.float32), "mel_lengths": [n]})]
     plain, heard_ = (orchvlm.model_flops(config, one) for one in inputs)
     assert model.flops["audio"]([n]) == pytest.approx(heard_ - plain, rel=1e-9)
+
+
+# ---------------------------------------------------------------- phases
+
+def draw_both(number, device):
+    """(model, a batch with images and sounds, the same without their data)"""
+    model, rng = draw(number, device=device)
+    inputs = pack_omni(draw_omni_samples(rng, model.config.values, 4))
+    return model, inputs, orchvlm.Inputs(
+        input_ids=inputs.input_ids, cu_seqlens=inputs.cu_seqlens, labels=inputs.labels,
+        weights=inputs.weights, position_ids=inputs.position_ids)
+
+
+@DEVICES
+def test_phases_are_the_forward(device):
+    """Images and sounds encoded one by one, in any order, and the backwards of both."""
+    model, inputs, words = draw_both(20, device)
+    taps = [model.config.text["num_hidden_layers"]]
+    out, wanted = step(model, inputs)
+    tapped = model.forward(inputs, taps=taps).hidden_states[taps[0]]
+    model.zero_grad()
+    sounds, none = model.encode("audio", inputs.mel, inputs.mel_lengths)
+    features, extra = model.encode("vision", inputs)
+    assert none is None and len(sounds) == sound_tokens(inputs.mel_lengths).sum()
+    np.testing.assert_array_equal(model.encode("audio", inputs)[0], sounds)
+    np.testing.assert_array_equal(model.decode(inputs, features, extra, sounds), tapped)
+    again = model.forward(words, features=features, extra=extra, sounds=sounds)
+    assert again.loss == out.loss
+    dfeatures, dextra, dsounds = model.backward()
+    model.encode_backward(dsounds, modality="audio")
+    model.encode_backward(dfeatures, dextra)
+    got = grads_of(model)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@DEVICES
+def test_one_given_and_one_encoded(device):
+    """Features of either may be given while the forward encodes the other."""
+    model, inputs, _ = draw_both(21, device)
+    out, wanted = step(model, inputs)
+    features, extra = model.encode("vision", inputs)
+    sounds, _ = model.encode("audio", inputs)
+    for given, modality in (({"features": features, "extra": extra}, "vision"),
+                            ({"sounds": sounds}, "audio")):
+        model.zero_grad()
+        model.encode(modality, inputs)
+        assert model.forward(inputs, **given).loss == out.loss
+        dfeatures, dextra, dsounds = model.backward()
+        if modality == "vision":
+            assert dsounds is None
+            model.encode_backward(dfeatures, dextra)
+        else:
+            assert dfeatures is None and dextra is None
+            model.encode_backward(dsounds, modality="audio")
+        got = grads_of(model)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_bad_phases_of_sounds():
+    model, inputs, _ = draw_both(22, "cpu")
+    sounds, _ = model.encode("audio", inputs)
+    features, extra = model.encode("vision", inputs)
+    text = orchvlm.Inputs(input_ids=[WORD, WORD])
+    for call, words in (
+            (lambda: model.encode("audio", text), "no sounds"),
+            (lambda: model.encode("audio", inputs, inputs.mel_lengths), "mel_lengths"),
+            (lambda: model.encode("audio", inputs.mel[:, :0], inputs.mel_lengths), "bins"),
+            (lambda: model.encode("audio", inputs.mel[1:], inputs.mel_lengths), "rows"),
+            (lambda: model.encode("touch", inputs), "modality"),
+            (lambda: model.decode(inputs, features, extra), "no sounds"),
+            (lambda: model.decode(inputs, features, extra, sounds[1:]), "tokens wait"),
+            (lambda: model.decode(inputs, features, extra, sounds[:, 1:]), "sounds"),
+            (lambda: model.decode(text, sounds=sounds), "tokens wait"),
+            (lambda: model.encode_backward(sounds, sounds[None], modality="audio"), "dextra"),
+            (lambda: model.encode_backward(sounds[1:], modality="audio"), "dfeatures")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    model.encode_backward(sounds, modality="audio")
+    with pytest.raises(ValueError, match="once"):
+        model.encode_backward(sounds, modality="audio")
+
+
+def test_a_trace_marks_both_encoders(tmp_path):
+    model, inputs, _ = draw_both(23, "cpu")
+    with orchvlm.profile(tmp_path / "trace.json"):
+        model.forward(inputs)
+        model.backward()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "phase"]
+    assert names == ["encode vision", "encode audio", "decode", "loss", "loss backward",
+                     "decode backward", "encode audio backward", "encode vision backward"]
+    layers = {event["name"] for event in events if event.get("cat") == "layer"}
+    assert {"audio block 0", "audio block backward 0"} <= layers
+
+
+# ---------------------------------------------------------------- adapters
+
+def test_adapters_of_the_audio_encoder():
+    """Trained alone they get gradients by way of the sounds; merged they are the same model."""
+    model, inputs, _ = draw_both(24, "cpu")
+    model.add_lora(r=2, alpha=4, match=[f"model.audio_tower.*.{name}" for name in (
+        "q_proj", "out_proj", "fc2")])
+    for name in model.lora["modules"]:
+        model.parameters[f"{name}.lora_B.weight"][...] = 0.05
+    out, grads = step(model, inputs)
+    assert set(grads) == {f"{name}.lora_{k}.weight" for name in model.lora["modules"] for k in "AB"}
+    assert all(np.abs(value).max() > 0 for value in grads.values())
+    model.merge_lora()
+    merged = model.forward(inputs, training=False)
+    assert abs(merged.loss - out.loss) <= 1e-4 * abs(out.loss)

@@ -562,7 +562,8 @@ def test_a_trace_of_generation(tmp_path):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     check_nesting(spans)
-    assert [e["name"] for e in spans if e["cat"] == "phase"][:3] == ["encode", "decode", "logits"]
+    assert [e["name"] for e in spans if e["cat"] == "phase"][:3] == [
+        "encode vision", "decode", "logits"]
 
 
 def test_a_trace_of_what_went_wrong(tmp_path):

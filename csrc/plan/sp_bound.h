@@ -22,4 +22,7 @@ OVLM_NODISCARD ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro,
                                          ovlm_meter *meter, double *bound_s, ovlm_arena *arena,
                                          ovlm_err *err);
 
+/* Whether sp_bound_step tells makespans apart, which takes long and proves much. */
+bool sp_bound_is_by_cases(const sp_model *model);
+
 #endif

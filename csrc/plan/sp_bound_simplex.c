@@ -17,6 +17,7 @@ ovlm_status sp_simplex_init(sp_simplex *lp, int64_t rows, int64_t max_columns, o
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->work, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->basis, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->limit, rows, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->floor, rows, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->cost, max_columns, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->start, max_columns + 1, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &lp->entry_row, lp->max_entries, err));
@@ -97,13 +98,13 @@ void sp_simplex_cover(sp_simplex *lp, const sp_nodes *nodes, int64_t item, doubl
     }
 }
 
-/* Artificials cost the limit of their row's price, surpluses nothing. */
+/* Artificials cost the limit of their row's price; surpluses give its floor back. */
 static double cost_of(const sp_simplex *lp, int64_t column)
 {
     if (column >= 0) {
         return lp->cost[column];
     }
-    return column >= -lp->rows ? lp->limit[-1 - column] : 0;
+    return column >= -lp->rows ? lp->limit[-1 - column] : -lp->floor[-1 - lp->rows - column];
 }
 
 /* price = c_B * inverse. */
@@ -123,7 +124,7 @@ static void find_prices(sp_simplex *lp)
 }
 
 /* The column of least reduced cost.  -1-r stands for the artificial of row r (a price above its
- * limit), -1-rows-r for its surplus (a price below zero). */
+ * limit), -1-rows-r for its surplus (a price below its floor). */
 static bool choose(const sp_simplex *lp, int64_t *entering)
 {
     double worst = -ENTER_TOLERANCE;
@@ -143,8 +144,8 @@ static bool choose(const sp_simplex *lp, int64_t *entering)
         }
     }
     for (int64_t r = 0; r < lp->rows; r++) {
-        if (lp->price[r] < worst) {
-            worst = lp->price[r];
+        if (lp->price[r] - lp->floor[r] < worst) {
+            worst = lp->price[r] - lp->floor[r];
             *entering = -1 - lp->rows - r;
             found = true;
         }

@@ -3,6 +3,7 @@
 
 #include "plan/sp_bound.h"
 #include "plan/sp_bound_batches.h"
+#include "plan/sp_bound_cases.h"
 #include "plan/sp_bound_line.h"
 
 /* GPU-seconds of all items, each on the degree where that is least, over N GPUs: no set of
@@ -129,6 +130,12 @@ static ovlm_status raise_by_single(const sp_model *model, double sum_s, double h
     return OVLM_OK;
 }
 
+/* Without giants: those are told apart one by one in place of makespans. */
+bool sp_bound_is_by_cases(const sp_model *model)
+{
+    return sp_batches_giants(model) == 0;
+}
+
 ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, ovlm_meter *meter,
                           double *bound_s, ovlm_arena *arena, ovlm_err *err)
 {
@@ -151,6 +158,11 @@ ovlm_status sp_bound_step(const sp_model *model, int64_t n_micro, double hint, o
     }
     if (low > 0 && low < hint && !ovlm_meter_look(meter)) {
         OVLM_TRY(raise_by_batches(model, least, most, hint, meter, &low, arena, err));
+    }
+    if (sp_bound_is_by_cases(model) && low > 0 && low < hint && !ovlm_meter_look(meter)) {
+        double mean = work_per_gpu(model) / (double)least;
+        double longest = fmin(hint - (double)least * model->fixed, serial_time(model));
+        OVLM_TRY(sp_cases_raise(model, least, most, mean, longest, hint, meter, &low, arena, err));
     }
     *bound_s = low * sp_round_down(model->n);
     return OVLM_OK;

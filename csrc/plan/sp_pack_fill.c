@@ -178,22 +178,12 @@ static bool top_up(sp_pack *pack, int64_t heads)
     return true;
 }
 
-int64_t sp_pack_fill(sp_pack *pack, int64_t j, const int64_t *head, int64_t heads,
-                     const sp_fill_rule *rule)
+/* Takes items of the pool until none fits: by falling length, or such as match `fair` tokens. */
+static void fill_up(sp_pack *pack, double fair, const sp_fill_rule *rule)
 {
     const sp_model *m = pack->model;
     sp_fill *f = &pack->fill;
-    double quad = m->quad[j], lin = m->lin[j], cap = (double)m->cap[j], d = (double)m->degree[j];
-    double fair = cap;
-    if (rule->by_ratio) {
-        /* Tokens per free GPU still to be placed, for d GPUs: what keeps the rest balanced. */
-        fair = d * pack->fair_scale * sp_pack_even_tokens(pack);
-        fair = fair < cap ? fair : cap;
-    }
-    *f = (sp_fill){.j = j, .item = f->item};
-    for (int64_t a = 0; a < heads; a++) {
-        fill_take(pack, head[a]);
-    }
+    double quad = m->quad[f->j], lin = m->lin[f->j], cap = (double)m->cap[f->j];
     for (;;) {
         double time_left = pack->tau - (quad * f->sum_s2 + lin * f->sum_s);
         double longest = sp_pack_longest_within(quad, lin, time_left);
@@ -228,6 +218,23 @@ int64_t sp_pack_fill(sp_pack *pack, int64_t j, const int64_t *head, int64_t head
             i = sp_pack_pool_next(pack, i + 1);
         } while (i >= 0 && f->sum_s + pack->s[i] < enough);
     }
+}
+
+int64_t sp_pack_fill(sp_pack *pack, int64_t j, const int64_t *head, int64_t heads,
+                     const sp_fill_rule *rule)
+{
+    sp_fill *f = &pack->fill;
+    double fair = (double)pack->model->cap[j];
+    if (rule->by_ratio) {
+        /* Tokens per free GPU still to be placed, for d GPUs: what keeps the rest balanced. */
+        double even = (double)pack->model->degree[j] * pack->fair_scale * sp_pack_even_tokens(pack);
+        fair = even < fair ? even : fair;
+    }
+    *f = (sp_fill){.j = j, .item = f->item};
+    for (int64_t a = 0; a < heads; a++) {
+        fill_take(pack, head[a]);
+    }
+    fill_up(pack, fair, rule);
     int64_t work = 1 + f->count;
     int turns = rule->noise > 0 ? TOP_UPS : 1; /* constructions are to be quick */
     for (int turn = 0; turn < turns && f->count <= TOP_UP_ITEMS; turn++) {

@@ -22,11 +22,14 @@ enum { STRIDE = 16 };
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
 #define BOUND_AT_LEAST 0.06 /* of all steps: what the shares below come to */
 #define LEVELS 0.6 /* where there are several micro-batches */
-#define FIRST_SEARCH 0.6
-#define SECOND_BOUND 0.4
+typedef struct shares {
+    double search, bound;
+} shares;
+static const shares usual = {0.6, 0.4};
 /* Where one micro-batch is all there is, the group solver has done most of the search. */
-#define FIRST_SEARCH_ALONE 0.15
-#define SECOND_BOUND_ALONE 0.8
+static const shares alone = {0.15, 0.8};
+/* Where makespans are told apart, a second proves more than the search finds in it. */
+static const shares told_apart = {0.2, 0.75};
 
 typedef struct solving {
     const ovlm_sp_problem *problem;
@@ -154,15 +157,15 @@ static ovlm_status solve_flex(solving *s, ovlm_err *err)
     OVLM_TRY(take_all(s, &starts, err));
     sp_draft_copy(&found, &s->best);
     OVLM_GOTO(done, sp_flex_open(&flex, &s->model, s->problem, &starts, &warm, err));
-    bool alone = s->best.n_micro == 1;
+    const shares *part = sp_bound_is_by_cases(&s->model) ? &told_apart : &usual;
+    part = s->best.n_micro == 1 ? &alone : part;
     for (int turn = 0; turn < 2 && !is_optimal(s->best.time_s, s->bound); turn++) {
-        double share = turn ? 1 : (alone ? FIRST_SEARCH_ALONE : FIRST_SEARCH);
+        double share = turn ? 1 : part->search;
         OVLM_GOTO(done, sp_flex_run(flex, s->bound * (1 + OPTIMAL_GAP), share, &s->purse, &found,
                                     err));
         OVLM_GOTO(done, take(s, &found, err));
         if (turn == 0 && !is_optimal(s->best.time_s, s->bound)) {
-            OVLM_GOTO(done, raise_bound(s, alone ? SECOND_BOUND_ALONE : SECOND_BOUND,
-                                        err));
+            OVLM_GOTO(done, raise_bound(s, part->bound, err));
         }
     }
 done:

@@ -172,38 +172,48 @@ PyDoc_STRVAR(relabel_solve_doc,
              "relabel_solve(n_ranks, node_size, label, rank, bytes, tie_label, tie_rank, "
              "tie_bytes, mode, work_limit, time_limit, /)\n--\n\n(rank_of, result).");
 
-static PyObject *relabel_solve(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+/* The problem in relabel_solve's arguments; it borrows from view[6]. */
+static int parse_relabel(PyObject *const *args, ovlm_i64_view *view, ovlm_relabel_problem *problem)
 {
     static const char *name[6] = {"label", "rank", "size", "tie_label", "tie_rank", "tie_size"};
-    ovlm_i64_view view[6] = {{0}};
-    ovlm_relabel_problem problem = {0};
-    ovlm_budget budget;
-    int64_t mode = 0, *rank_of = NULL;
-    PyObject *answer = NULL;
-    if (ovlm_arg_count("relabel_solve", nargs, 11) < 0 ||
-        ovlm_arg_int(args[0], "n_ranks", &problem.n_ranks) < 0 ||
-        ovlm_arg_int(args[1], "node_size", &problem.node_size) < 0 ||
-        ovlm_arg_int(args[8], "mode", &mode) < 0 ||
-        ovlm_arg_budget(args[9], args[10], &budget) < 0) {
-        return NULL;
+    int64_t mode = 0;
+    if (ovlm_arg_int(args[0], "n_ranks", &problem->n_ranks) < 0 ||
+        ovlm_arg_int(args[1], "node_size", &problem->node_size) < 0 ||
+        ovlm_arg_int(args[8], "mode", &mode) < 0) {
+        return -1;
+    }
+    if (problem->n_ranks < 1 || problem->n_ranks > PY_SSIZE_T_MAX / 8) {
+        PyErr_Format(PyExc_ValueError, "n_ranks must be >= 1; got %R", args[0]);
+        return -1;
     }
     for (int v = 0; v < 6; v++) {
         if (ovlm_arg_i64(args[2 + v], name[v], v % 3 ? view[v - v % 3].n : -1, false,
                          &view[v]) < 0) {
-            goto done;
+            return -1;
         }
     }
-    problem.n = view[0].n;
-    problem.label = view[0].data;
-    problem.rank = view[1].data;
-    problem.bytes = view[2].data;
-    problem.n_ties = view[3].n;
-    problem.tie_label = view[3].data;
-    problem.tie_rank = view[4].data;
-    problem.tie_bytes = view[5].data;
-    problem.mode = (ovlm_relabel_mode)mode;
-    if (problem.n_ranks < 1 || problem.n_ranks > PY_SSIZE_T_MAX / 8) {
-        PyErr_Format(PyExc_ValueError, "n_ranks must be >= 1; got %R", args[0]);
+    problem->n = view[0].n;
+    problem->label = view[0].data;
+    problem->rank = view[1].data;
+    problem->bytes = view[2].data;
+    problem->n_ties = view[3].n;
+    problem->tie_label = view[3].data;
+    problem->tie_rank = view[4].data;
+    problem->tie_bytes = view[5].data;
+    problem->mode = (ovlm_relabel_mode)mode;
+    return 0;
+}
+
+static PyObject *relabel_solve(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    ovlm_i64_view view[6] = {{0}};
+    ovlm_relabel_problem problem = {0};
+    ovlm_budget budget;
+    int64_t *rank_of = NULL;
+    PyObject *answer = NULL;
+    if (ovlm_arg_count("relabel_solve", nargs, 11) < 0 ||
+        ovlm_arg_budget(args[9], args[10], &budget) < 0 ||
+        parse_relabel(args, view, &problem) < 0) {
         goto done;
     }
     rank_of = calloc((size_t)problem.n_ranks, sizeof *rank_of);

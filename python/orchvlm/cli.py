@@ -183,7 +183,7 @@ def make_parser():
                                "sp_run (default: the longest of these steps)")
     simulate.add_argument("--policies", metavar="A,B,...",
                           help="names from: sampled, prebalanced, veomni, seed, detour, orchmllm, "
-                               "orchvlm; for a file sp_run, sp_static, sp_homogeneous, "
+                               "orchvlm; for a FILE instead sp_run, sp_static, sp_homogeneous, "
                                "sp_chunked, sp_flex")
     _add_machine(simulate, nodes=8)
     _add_search(simulate, "none, but 200,000 search steps")

@@ -295,12 +295,13 @@ def _policies(arguments):
     if arguments.policies is None:
         return None
     names = [name.strip() for name in arguments.policies.split(",")]
-    known = [name for name in POLICIES if not (arguments.demo and name.startswith("sp_"))]
+    known = [name for name in POLICIES if arguments.demo != name.startswith("sp_")]
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, 1) or [k for k in known if k == f"sp_{name}"]
-            why = ("is for a FILE of lengths" if name in POLICIES else "is unknown"
-                   + (f"; did you mean {close[0]}?" if close else ""))
+            why = "is unknown" + (f"; did you mean {close[0]}?" if close else "")
+            if name in POLICIES:
+                why = "is for a FILE of lengths" if arguments.demo else "is for --demo"
             raise CommandError(f"--policies: {name!r} {why} (there are {', '.join(known)})")
     if arguments.context is not None and "sp_run" not in names:
         raise CommandError("--context decides the degree of sp_run; add sp_run to --policies or "

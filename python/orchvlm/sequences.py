@@ -109,8 +109,8 @@ class SequencePlan:
     status : str
         ``"optimal"`` when time meets bound (to 1e-9), else ``"feasible"``.
     cut_short : bool
-        The clock ended the search: another run may answer otherwise.  Then one rank plans and sends
-        ``to_bytes()`` to the others.
+        The clock ended a search: another run may answer otherwise, if only with another optimum.
+        Then one rank plans and sends ``to_bytes()`` to the others.
     work : int
         Search steps taken.
     policy : str

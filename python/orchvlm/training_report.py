@@ -131,7 +131,7 @@ def plot_training(rows, path=None, evaluation=None):
     >>> figure = plot_training(rows)                                         # doctest: +SKIP
     """
     from .plots import _figure, _finish, _tidy
-    figure = _figure(10, 5.6)
+    figure = _figure(10, 5.6, path)
     grid = figure.subplots(2, 2).ravel()
     curves = _CURVES[:3] if evaluation is not None else _CURVES
     for axes, (key, title, smooth) in zip(grid, curves):

@@ -202,6 +202,8 @@ def test_policies_are_named_as_the_command_line_has_them(lengths, refuse):
     assert "'' is unknown" in refuse("simulate", "--demo", "--policies", "sampled,,orchvlm")
     assert "mean sp_flex?" in refuse("simulate", folder / "a.npy", "--policies", "flex")
     assert "mean sampled?" in refuse("simulate", "--demo", "--policies", "sample")
+    assert "'orchvlm' is for --demo" in refuse("simulate", folder / "a.npy", "--policies",
+                                               "orchvlm")
     assert "'sp_flex' is for a FILE" in refuse("simulate", "--demo", "--policies", "sp_flex")
 
 

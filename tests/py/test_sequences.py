@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import orchvlm
 from orchvlm import SequenceCost, SequencePlan, plan_sequences
@@ -408,7 +408,8 @@ def test_check_finds_each_kind_of_damage(good):
             tampered(good, **change).check()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.too_slow])  # a slow machine is no failure
 @given(st.data())
 def test_check_survives_random_damage(good, data):
     """Any change to any array is found, unless it only renames equal things."""
@@ -438,7 +439,8 @@ def test_round_trip(good):
     assert again.gap == good.gap and again.policy == "flex" and repr(again) == repr(good)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.too_slow])  # a slow machine is no failure
 @given(st.data())
 def test_from_bytes_refuses_changed_bytes(good, data):
     bytes_ = bytearray(good.to_bytes())
@@ -452,7 +454,8 @@ def test_from_bytes_refuses_changed_bytes(good, data):
         SequencePlan.from_bytes(bytes_)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.too_slow])  # a slow machine is no failure
 @given(st.data())
 def test_from_bytes_refuses_well_signed_nonsense(good, data):
     """The container is right, what it says is not."""

@@ -2,14 +2,16 @@
 weights, same samples, float32, same number of threads.
 
     python tests/bench/bench_model.py [tiny] [small] [moe16] [moe64] [--threads 2]
-        [--ways "sdpa*"] [--seconds 20]
+        [--ways "sdpa/*"] [--micro 1,8] [--seconds 20]
 
 Needs torch and transformers.  The peer gets each of its ways: eager or SDPA attention; eager,
 batched or grouped experts; compiled or not; --ways chooses, and its fastest counts.  It pads
-samples to the longest of the batch, as its users do; tokens per second count real tokens.
+samples to the longest of the batch; "in 8" sorts them by length first and cuts them into eight
+micro-batches with the same gradient, so that little is padded.  Tokens per second count real ones.
 
 Every row is a process of its own.  Peak memory is the highest resident size during the steps, less
-what the process held when its libraries were loaded: weights, gradients, moments, activations.
+what the process held when its libraries were loaded: weights, gradients, moments, activations.  It
+is compared with ours in as many micro-batches.
 """
 import argparse
 import json
@@ -86,30 +88,71 @@ def weights(name, shape):
     return mean + deviation * rng.standard_normal(shape, np.float32)
 
 
-def ours_step(values, samples, pixels, threads):
+def cut(samples, micro):
+    """Places of samples, by length, in micro-batches of about equally many tokens."""
+    if micro == 1:
+        return [np.arange(len(samples))]
+    order = np.argsort([len(s[0]) for s in samples])
+    ends = np.cumsum([len(samples[i][0]) for i in order])
+    parts = np.split(order, np.searchsorted(ends, ends[-1] / micro * np.arange(1, micro)))
+    return [part for part in parts if len(part)]
+
+
+def count_targets(samples):
+    return sum(int((np.array(s[0][1:]) >= 6).sum()) for s in samples)
+
+
+def packed(samples, pixels):
     import orchvlm
     from model_cases import positions
-    model = orchvlm.Model(values, threads=threads)
-    model.load_state_dict({name: weights(name, shape)
-                           for name, shape in model.config.parameters().items()})
-    opt = orchvlm.AdamW(model, lr=1e-4)
     ids = np.concatenate([s[0] for s in samples])
-    inputs = orchvlm.Inputs(
+    return orchvlm.Inputs(
         input_ids=ids, cu_seqlens=np.cumsum([0] + [len(s[0]) for s in samples]),
         position_ids=np.concatenate([positions(s[0], [(IMAGE, *s[1])]) for s in samples], axis=1),
         labels=np.where(ids >= 6, ids, -100), pixels=np.concatenate(pixels),
         grid_thw=[s[1] for s in samples])
 
+
+def ours_step(values, samples, pixels, threads, micro):
+    import orchvlm
+    model = orchvlm.Model(values, threads=threads)
+    model.load_state_dict({name: weights(name, shape)
+                           for name, shape in model.config.parameters().items()})
+    opt = orchvlm.AdamW(model, lr=1e-4)
+    inputs = [packed([samples[i] for i in part], [pixels[i] for i in part])
+              for part in cut(samples, micro)]
+    targets = count_targets(samples)
+
     def step():
         model.zero_grad()
-        loss = model.forward(inputs).loss
-        model.backward()
+        total = 0.0
+        for one in inputs:
+            total += model.forward(one, normalizer=targets).loss
+            model.backward()
         opt.step()
-        return loss
+        return total
     return step
 
 
-def theirs_step(values, samples, pixels, threads, attention, experts=None, compiled=None):
+def padded(samples, pixels, experts):
+    """Arguments of the peer's forward."""
+    import torch
+    longest = max(len(s[0]) for s in samples)
+    ids = np.zeros((len(samples), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for i, (one, _) in enumerate(samples):
+        ids[i, :len(one)], mask[i, :len(one)] = one, 1
+    given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask),
+             "labels": torch.from_numpy(np.where(ids >= 6, ids, -100)),
+             "mm_token_type_ids": torch.from_numpy((ids == IMAGE).astype(np.int64)),
+             "pixel_values": torch.from_numpy(np.concatenate(pixels)),
+             "image_grid_thw": torch.tensor([s[1] for s in samples])}
+    if experts != "dense":
+        given["output_router_logits"] = True
+    return given
+
+
+def theirs_step(values, samples, pixels, threads, micro, attention, experts, compiled=None):
     import torch
     from oracle_cases import make, to_ours
     torch.set_num_threads(threads)
@@ -121,30 +164,26 @@ def theirs_step(values, samples, pixels, threads, attention, experts=None, compi
             array = weights(name, (shape[0], shape[2], shape[1]) if turned else shape)
             parameter.copy_(torch.from_numpy(to_ours(name, array)))
     model.set_attn_implementation(attention)
-    if experts:
+    if experts != "dense":
         model.set_experts_implementation(experts)
-    longest = max(len(s[0]) for s in samples)
-    ids = np.zeros((len(samples), longest), np.int64)
-    mask = np.zeros_like(ids)
-    for i, (one, _) in enumerate(samples):
-        ids[i, :len(one)], mask[i, :len(one)] = one, 1
-    given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask),
-             "labels": torch.from_numpy(np.where(ids >= 6, ids, -100)),
-             "mm_token_type_ids": torch.from_numpy((ids == IMAGE).astype(np.int64)),
-             "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-             "image_grid_thw": torch.tensor([s[1] for s in samples])}
-    if experts:
-        given["output_router_logits"] = True
+    given, share = [], []
+    for part in cut(samples, micro):
+        chosen = [samples[i] for i in part]
+        given.append(padded(chosen, [pixels[i] for i in part], experts))
+        share.append(count_targets(chosen) / count_targets(samples))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), foreach=True)
     call = torch.compile(model) if compiled else model
 
     def step():
         opt.zero_grad()
-        loss = call(**given).loss
-        loss.backward()
+        total = 0.0
+        for one, part in zip(given, share):
+            loss = call(**one).loss * part
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        return float(loss.detach())
+        return total
     return step
 
 
@@ -156,21 +195,21 @@ def resident_mib(which):
     raise KeyError(which)
 
 
-def run_row(case, way, threads, seconds):
+def run_row(case, way, threads, micro, seconds):
     """One warm-up step, then steps for about so many seconds: at least one, at most ten."""
     values, tokens = CASES[case]
     samples, pixels = batch(values, tokens)
     if way == "orchvlm":
         import orchvlm  # noqa: F401
         before = resident_mib("VmRSS")
-        step = ours_step(values, samples, pixels, threads)
+        step = ours_step(values, samples, pixels, threads, micro)
     else:
         import oracle_cases  # noqa: F401
         import torch  # noqa: F401
         import transformers.models.qwen3_vl.modeling_qwen3_vl
         import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe  # noqa: F401
         before = resident_mib("VmRSS")
-        step = theirs_step(values, samples, pixels, threads, *way.split("/"))
+        step = theirs_step(values, samples, pixels, threads, micro, *way.split("/"))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     loss, times = step(), []
     while not times or (sum(times) + times[-1] < seconds and len(times) < 10):
@@ -184,9 +223,8 @@ def run_row(case, way, threads, seconds):
 
 def ways_of(case):
     attention = ("eager", "sdpa")
-    experts = ("eager", "batched_mm", "grouped_mm") if "moe" in case else ("",)
-    return ["/".join(filter(None, (a, e or ("-" if c else ""), c)))
-            for c, e, a in product(("", "compile"), experts, attention)]
+    experts = ("eager", "batched_mm", "grouped_mm") if "moe" in case else ("dense",)
+    return ["/".join((a, e, *c)) for c, e, a in product(((), ("compile",)), experts, attention)]
 
 
 def print_case(case, given):
@@ -195,30 +233,34 @@ def print_case(case, given):
     print(f"\n{case}, {given.threads} thread(s)\n\n| way | best ms | median ms | steps | tokens/s |"
           " peak MiB | loss | time / ours | memory ours / its |\n|" + " --- |" * 9, flush=True)
     ours, best, eager = None, np.inf, np.inf
-    for way in ["orchvlm", *chosen]:
+    ours_peak = {}
+    for way, micro in product(["orchvlm", *chosen], map(int, given.micro.split(","))):
+        name = way if micro == 1 else f"{way} in {micro}"
         command = [sys.executable, __file__, case, "--threads", str(given.threads), "--seconds",
-                   str(given.seconds), "--row", way]
+                   str(given.seconds), "--micro", str(micro), "--row", way]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit)
         except subprocess.TimeoutExpired:
-            print(f"| {way} | not within {given.limit:.0f} s |", flush=True)
+            print(f"| {name} | not within {given.limit:.0f} s |", flush=True)
             continue
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-            print(f"| {way} | failed: {last[:90]} |", flush=True)
+            print(f"| {name} | failed: {last[:90]} |", flush=True)
             if way == "orchvlm":
                 return
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         ours = ours or row
         ratio = row["best_s"] / ours["best_s"]
-        if way != "orchvlm":
+        if way == "orchvlm":
+            ours_peak[micro] = row["peak_mib"]
+        else:
             best = min(best, ratio)
-            eager = min(eager, ratio) if "/" not in way or way.split("/")[1] == "eager" else eager
-        print(f"| {way} | {row['best_s'] * 1e3:.0f} | {row['median_s'] * 1e3:.0f} | {row['steps']} "
-              f"| {row['tokens'] / row['best_s']:.0f} | {row['peak_mib']:.0f} | "
-              f"{row['loss']:.5f} | {ratio:.2f} | {ours['peak_mib'] / row['peak_mib']:.2f} |",
-              flush=True)
+            eager = min(eager, ratio) if way.split("/")[1] in ("eager", "dense") else eager
+        cells = [name, f"{row['best_s'] * 1e3:.0f}", f"{row['median_s'] * 1e3:.0f}", row["steps"],
+                 f"{row['tokens'] / row['best_s']:.0f}", f"{row['peak_mib']:.0f}",
+                 f"{row['loss']:.5f}", f"{ratio:.2f}", f"{ours_peak[micro] / row['peak_mib']:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     print(f"\n{case}: {best:.2f} times as fast as the fastest of these, {eager:.2f} as eager "
           "experts", flush=True)
 
@@ -228,12 +270,14 @@ def main():
     parser.add_argument("cases", nargs="*", default=[], metavar="case", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ways", default="*", help="patterns of the peer's ways, by commas")
+    parser.add_argument("--micro", default="1,8", help="micro-batches of the peer, by commas")
     parser.add_argument("--seconds", type=float, default=20, help="of timed steps in a row")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a row may take")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
-        print(json.dumps(run_row(given.cases[0], given.row, given.threads, given.seconds)))
+        print(json.dumps(run_row(given.cases[0], given.row, given.threads, int(given.micro),
+                                 given.seconds)))
         return
     for case in given.cases or list(CASES):
         print_case(case, given)

@@ -94,6 +94,18 @@ static ovlm_status compute(ovlm_run *run, const ovlm_block *block,
     return ovlm_mlp_fwd(run, block, context, stack, redo, replay, h_mid, saved->h_out, saved);
 }
 
+ovlm_status ovlm_taps_keep(ovlm_run *run, const ovlm_taps *taps, int64_t entry, ovlm_tensor h)
+{
+    for (int64_t i = 0; i < taps->n; i++) {
+        if (taps->entry[i] == entry) {
+            taps->state[i] = ovlm_stack_tensor(run->keep, h.rows, h.cols, run->exact);
+            ovlm_scale copy = {.alpha = 1, .x = h, .y = taps->state[i]};
+            RUN(run, scale, fwd, &copy);
+        }
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
                            const ovlm_block_context *context, bool training, ovlm_tensor h_in,
                            ovlm_tensor h_out, ovlm_block_saved *saved)

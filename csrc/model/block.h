@@ -48,6 +48,18 @@ typedef struct ovlm_block_saved {
     int32_t *expert;               /* [T*k] device: what the router chose                      */
 } ovlm_block_saved;
 
+/* Hidden states that the caller wants to see: entry 0 is what a tower's first block reads, entry i
+ * what block i-1 gives. */
+typedef struct ovlm_taps {
+    int64_t n;
+    const int32_t *entry;          /* [n] host                                                 */
+    ovlm_tensor *state;            /* [n] host: where they are, in run->exact on run->keep     */
+} ovlm_taps;
+
+/* Keeps h where entry is asked for. */
+OVLM_NODISCARD ovlm_status ovlm_taps_keep(ovlm_run *run, const ovlm_taps *taps, int64_t entry,
+                                          ovlm_tensor h);
+
 /* h_out = block(h_in); both [T,width].  With a checkpoint of NONE or SELECTIVE what the backward
  * needs stays on run->keep; FULL keeps the routers' choices alone. training = false keeps nothing
  * (all memory is rewound). */

@@ -137,12 +137,15 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
     const ovlm_decoder_config *c = &pass->params->config.decoder;
     int64_t T = pass->tokens.T, depth = c->depth;
     ovlm_stack *stack = pass->training ? run->keep : run->work;
-    pass->hidden = ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    int64_t mark = run->work->used_bytes;
+    pass->hidden = ovlm_stack_tensor(run->keep, T, c->width, run->dtype);
     ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
     ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
     OVLM_TRY(embed(run, pass, stack, h));
     OVLM_TRY(prepare_context(run, pass, stack));
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
                                          : spare;
         pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
@@ -151,14 +154,20 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
         OVLM_TRY(note_counts(run, pass, i));
         spare = h;
         h = out;
+        if (i + 1 < depth) {
+            OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
+        }
         if (ovlm_tensor_given(&pass->features) && i < pass->params->config.vision.deepstack_n) {
             pass->deepstack[i].y = h;
             RUN(run, gather, fwd, &pass->deepstack[i]);
         }
+        ovlm_run_end(run, "decoder layer", i, start_s);
     }
     pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
                              .w = pass->params->norm.w, .y = pass->hidden};
     RUN_IN(run, norm, fwd, &pass->norm, stack);
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, depth, pass->hidden));
+    run->work->used_bytes = mark;
     return OVLM_OK;
 }
 
@@ -203,12 +212,14 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
     ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
     for (int64_t i = p->config.decoder.depth - 1; i >= 0; i--) {
+        double start_s = ovlm_run_begin(run);
         if (features && i < p->config.vision.deepstack_n) {
             OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dextra[i], 0));
         }
         pass->context.cache = NULL;
         OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "decoder layer backward", i, start_s);
     }
     if (features) {
         OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures, 0));

@@ -24,6 +24,7 @@ typedef struct ovlm_decoder_pass {
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
     int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
+    ovlm_taps taps;             /* entries 0 to depth; the last is hidden                    */
     ovlm_gather embed, mix, deepstack[OVLM_DEEPSTACK_MOST];
     ovlm_block_saved *block;    /* [depth] host                                              */
     ovlm_norm norm;
@@ -35,7 +36,7 @@ OVLM_NODISCARD ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t 
                                              int64_t feature_rows, int64_t *longest,
                                              ovlm_err *err);
 
-/* hidden, on run->keep when training, else on run->work. */
+/* hidden, on run->keep. */
 OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass);
 
 /* From dhidden to the weights' gradients and to dfeatures and dextra (left out: not wanted;

@@ -109,6 +109,8 @@ void ovlm_model_close(ovlm_model *model)
         ovlm_stack_free(&model->stage, model->backend, OVLM_STACK_HOST);
         model->backend->ops->close(model->backend);
     }
+    ovlm_trace_free(&model->trace);
+    ovlm_arena_free(&model->encode_call);
     ovlm_arena_free(&model->call);
     ovlm_arena_free(&model->lora);
     ovlm_arena_free(&model->arena);
@@ -125,6 +127,11 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model)
     return model->backend;
 }
 
+ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err)
+{
+    return model->backend->ops->queue_wait(model->queue, err);
+}
+
 ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
 {
     if (model->average.data != NULL) {
@@ -135,7 +142,7 @@ ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm
     ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
     ovlm_device_block_free(model, &model->grads);
     ovlm_device_block_free(model, &model->moments);
-    model->can_backward = false;
+    model->can_backward = model->can_encode_backward = false;
     ovlm_model_rebind(model);
     return status;
 }
@@ -198,4 +205,17 @@ void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
                           model->swapped.bytes,
         .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,
         .workspace_bytes = model->work.size_bytes, .cache_bytes = model->cache.bytes};
+}
+
+void ovlm_model_trace_start(ovlm_model *model)
+{
+    ovlm_trace_free(&model->trace);
+    model->tracing = true;
+}
+
+void ovlm_model_trace_stop(ovlm_model *model, ovlm_trace *trace)
+{
+    *trace = model->trace;
+    model->trace = (ovlm_trace){0};
+    model->tracing = false;
 }

@@ -24,6 +24,9 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model);
 OVLM_NODISCARD ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable,
                                                  ovlm_err *err);
 
+/* Until all work is done. */
+OVLM_NODISCARD ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err);
+
 /* One weight to and from host memory, in the dtype that it is stored in, dense; waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_read(ovlm_model *model, const ovlm_tensor *tensor,
                                            void *host, ovlm_err *err);
@@ -34,7 +37,13 @@ OVLM_NODISCARD ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor
 OVLM_NODISCARD ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err);
 
-/* ------------------------------------------------------------ passes */
+/* ------------------------------------------------------------ passes
+ *
+ * A forward is two phases, encode (images to features) and decode (tokens and features to hidden
+ * states and the loss); each can be run alone, with what lies between them in the caller's hands.
+ * Each keeps what its backward needs until it is run again, whatever the other does meanwhile.
+ * Memory grows in forward, encode, decode and, for dhidden and dlogits, backward; never between
+ * the layers of a pass.  "exact" is float32 (float64 in models of that dtype). */
 
 typedef struct ovlm_model_inputs {
     ovlm_tokens tokens;
@@ -45,6 +54,9 @@ typedef struct ovlm_model_inputs {
     const int32_t *grid_thw;   /* [images,3]                                                   */
     const void *pixels;        /* [P, ...]                                                     */
     ovlm_dtype pixel_dtype;
+    int64_t feature_rows;      /* of features, which stand for the images' own                 */
+    const void *features;      /* [feature_rows,width] exact; NULL: encode the images, if any  */
+    const void *extra;         /* [deepstack_n,feature_rows,width] exact; NULL without any     */
     double normalizer;         /* what the loss is divided by; < 0: this call's weight sum     */
     const int64_t *router_count; /* [E] of the whole global batch, or NULL: this call's        */
     double router_rows;        /* layers x tokens that router_count was taken over             */
@@ -56,19 +68,54 @@ typedef struct ovlm_model_output {
     int64_t target_tokens;
 } ovlm_model_output;
 
+/* Entries of a tower's hidden states that a pass keeps; 0 is what its first block reads. */
+typedef struct ovlm_tap_list {
+    int64_t n;
+    const int32_t *entry;      /* [n] in [0, depth]                                            */
+} ovlm_tap_list;
+
 typedef struct ovlm_pass_options {
     bool training;             /* a backward may follow                                        */
     bool entropy;
+    bool own_loss;             /* it will be of this forward's loss: the head's gradients are
+                                  computed on the way                                          */
     ovlm_checkpoint checkpoint;
+    ovlm_tap_list vision_taps, taps;
     int (*poll)(void *ctx);    /* between layers; non-zero stops; or NULL                      */
     void *poll_ctx;
 } ovlm_pass_options;
 
+/* Both phases: inputs->images are encoded, unless features are given. */
 OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                               const ovlm_pass_options *options, ovlm_err *err);
 
-/* Tokens of the last forward, or 0 when what it kept is gone: the T of the calls below. */
+/* The first phase alone: reads images (one or more), grid_thw and pixels of the inputs. */
+OVLM_NODISCARD ovlm_status ovlm_model_encode(ovlm_model *model, const ovlm_model_inputs *inputs,
+                                             const ovlm_pass_options *options, ovlm_err *err);
+
+/* The second alone: no images.  With label NULL there is no loss but the routers' balance. */
+OVLM_NODISCARD ovlm_status ovlm_model_decode(ovlm_model *model, const ovlm_model_inputs *inputs,
+                                             const ovlm_pass_options *options, ovlm_err *err);
+
+/* Waits.  features [rows,width] and extra [deepstack_n,rows,width] of the last encode (either may
+ * be NULL), exact. */
+OVLM_NODISCARD ovlm_status ovlm_model_features_read(ovlm_model *model, void *features,
+                                                    void *extra, ovlm_err *err);
+
+/* Tokens of the last forward or decode, or 0 when what it kept is gone: the T of the calls below.
+ * Rows of the features that it was given, or of those that the last encode made; -1: none. */
 int64_t ovlm_model_token_count(const ovlm_model *model);
+int64_t ovlm_model_given_rows(const ovlm_model *model);
+int64_t ovlm_model_encoded_rows(const ovlm_model *model);
+
+/* Waits.  Hidden states [T,width] after the last norm of the last forward or decode, exact. */
+OVLM_NODISCARD ovlm_status ovlm_model_hidden_read(ovlm_model *model, void *hidden, ovlm_err *err);
+
+/* Waits.  What options->taps (or vision_taps) number i of the last pass kept: [T,width] (or
+ * [P,vision width]) exact; its extents come from ovlm_model_tap, NULL when it is gone. */
+const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t i);
+OVLM_NODISCARD ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i,
+                                               void *state, ovlm_err *err);
 
 /* Waits.  logp and entropy [T] (or NULL) belong to the token at which they were predicted: entry t
  * is of token t's label, 0 at the start of a segment. */
@@ -88,15 +135,43 @@ OVLM_NODISCARD ovlm_status ovlm_model_router_layers(ovlm_model *model, int64_t *
 OVLM_NODISCARD ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count,
                                                      double speed, ovlm_err *err);
 
-/* Adds the gradients of the last forward's loss; or, with dlogp [T] (and dentropy, or NULL), of any
- * loss of the log-probabilities, in the order of ovlm_model_output_read.  Once per forward. */
-OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp,
-                                               const float *dentropy,
-                                               const ovlm_pass_options *options, ovlm_err *err);
-
 /* Float32 logits [rows, vocab] of rows of the last forward's hidden states; waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows,
                                              float *logits, ovlm_err *err);
+
+/* Slopes of a loss of the caller's, which may read all of these; what it does not read is NULL.
+ * Host arrays. */
+typedef struct ovlm_model_slopes {
+    const float *dlogp;        /* [T], in the order of ovlm_model_output_read                  */
+    const float *dentropy;     /* [T]; the forward was asked for the entropy                   */
+    const void *dhidden;       /* [T,width] exact: of ovlm_model_hidden_read                   */
+    int64_t rows;
+    const int32_t *row;        /* [rows], may repeat                                           */
+    const float *dlogits;      /* [rows,vocab] of ovlm_model_logits                            */
+} ovlm_model_slopes;
+
+/* Adds the gradients of the caller's loss, or, with no slope at all, of the last forward's own; in
+ * both cases with that of the routers' balance loss.  Once per forward or decode.  Goes through the
+ * encoder when the forward encoded; when features were given, writes their gradients [feature_rows,
+ * width] and [deepstack_n,feature_rows,width], exact (NULL: not wanted), and waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const ovlm_model_slopes *slopes,
+                                               void *dfeatures, void *dextra,
+                                               const ovlm_pass_options *options, ovlm_err *err);
+
+/* Adds the encoder's gradients from those of features and extra of the last encode in training,
+ * exact (NULL: zero).  Once per encode. */
+OVLM_NODISCARD ovlm_status ovlm_model_encode_backward(ovlm_model *model, const void *dfeatures,
+                                                      const void *dextra,
+                                                      const ovlm_pass_options *options,
+                                                      ovlm_err *err);
+
+/* ------------------------------------------------------------ trace */
+
+/* Starts to note when phases, layers and operations run; what was noted before is forgotten. */
+void ovlm_model_trace_start(ovlm_model *model);
+
+/* Ends that; *trace is what was noted, to be freed with ovlm_trace_free. */
+void ovlm_model_trace_stop(ovlm_model *model, ovlm_trace *trace);
 
 /* ------------------------------------------------------------ optimizer */
 

@@ -104,7 +104,7 @@ ovlm_status ovlm_model_average_swap(ovlm_model *model, bool in, ovlm_err *err)
                          : in ? "the weights are those of the average already"
                               : "the weights are the model's own already");
     }
-    model->can_backward = model->has_hidden = false;
+    model->can_backward = model->can_encode_backward = model->has_hidden = false;
     if (!in) {
         OVLM_TRY(stash(model, true, err));
         ovlm_device_block_free(model, &model->swapped);

@@ -76,8 +76,7 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
     int64_t n = model->cache_sequences, bytes = n * (int64_t)sizeof *start;
     void *device_start = NULL, *device_length = NULL;
     if (model->has_vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
+        OVLM_TRY(ovlm_model_walk_encode(run, model));
         pass->features = model->vision.features;
         memcpy(pass->extra, model->vision.extra, sizeof pass->extra);
         run->keep = &model->decoder_keep;
@@ -88,7 +87,10 @@ static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
         .n = n, .max_len = model->cache_length, .start = device_start, .length = device_length,
         .host_start = start, .host_length = run->measuring ? NULL : length};
     pass->cache = model->layer_cache;
-    return ovlm_decoder_fwd(run, pass);
+    double start_s = ovlm_run_begin(run);
+    OVLM_TRY(ovlm_decoder_fwd(run, pass));
+    ovlm_run_end(run, "decode", -1, start_s);
+    return OVLM_OK;
 }
 
 static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
@@ -138,9 +140,12 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
     int32_t *start = NULL, *length = NULL;
     model->can_backward = model->has_hidden = model->has_loss = false;
-    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    OVLM_TRY(ovlm_model_begin(model, err));
     ovlm_arena_free(&model->call);
-    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
+    model->has_vision = inputs->images > 0;
+    if (model->has_vision) {
+        OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
+    }
     OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, &forward, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */

@@ -128,7 +128,8 @@ ovlm_status ovlm_model_lora_merge(ovlm_model *model, bool in, ovlm_err *err)
     run.work = &work;
     OVLM_TRY(walk(&run, p, 1));
     OVLM_TRY(ovlm_model_need_work(model, work.peak_bytes, err));
-    model->can_backward = model->has_hidden = false; /* weights are not what the forward saw */
+    /* Weights are not what the forward saw. */
+    model->can_backward = model->can_encode_backward = model->has_hidden = false;
     run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
     OVLM_TRY(walk(&run, p, in ? 1 : -1));
     for (int64_t i = 0; i < p->loras; i++) {

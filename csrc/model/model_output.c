@@ -37,6 +37,98 @@ int64_t ovlm_model_token_count(const ovlm_model *model)
     return model->has_hidden ? model->decoder.tokens.T : 0;
 }
 
+int64_t ovlm_model_given_rows(const ovlm_model *model)
+{
+    bool given = model->has_hidden && !model->has_vision &&
+                 ovlm_tensor_given(&model->decoder.features);
+    return given ? model->decoder.features.rows : -1;
+}
+
+int64_t ovlm_model_encoded_rows(const ovlm_model *model)
+{
+    return model->has_features ? model->vision.features.rows : -1;
+}
+
+/* ---------------------------------------------------------------- activations */
+
+/* In memory that lives for the call, in the exact dtype. */
+static ovlm_status read_cast(ovlm_model *model, const ovlm_tensor *rows, void *memory, void *work,
+                             void *host, ovlm_err *err)
+{
+    ovlm_scale cast = {.alpha = 1, .x = *rows, .scratch.work = work,
+                       .y = ovlm_tensor_of(memory, rows->rows, rows->cols, model->exact)};
+    OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
+    return ovlm_model_read(model, &cast.y, host, err);
+}
+
+ovlm_status ovlm_model_rows_read(ovlm_model *model, const ovlm_tensor *rows, void *host,
+                                 ovlm_err *err)
+{
+    if (rows->dtype == model->exact) {
+        return ovlm_model_read(model, rows, host, err);
+    }
+    ovlm_device_block memory = {0};
+    int64_t bytes = rows->rows * rows->cols * ovlm_dtype_bytes(model->exact);
+    ovlm_scale cast = {.x = *rows, .y = *rows};
+    ovlm_op_bytes need = {0};
+    cast.y.dtype = model->exact;
+    OVLM_TRY(model->backend->ops->scale.measure(model->backend, &cast, &need, err));
+    bytes = (bytes + 63) / 64 * 64;
+    OVLM_TRY(ovlm_device_block_need(model, &memory, bytes + need.fwd_work + 64, false, err));
+    ovlm_status status = read_cast(model, rows, memory.data, (char *)memory.data + bytes, host,
+                                   err);
+    if (status != OVLM_OK) {
+        (void)model->backend->ops->queue_wait(model->queue, NULL); /* before it is freed */
+    }
+    ovlm_device_block_free(model, &memory);
+    return status;
+}
+
+ovlm_status ovlm_model_features_read(ovlm_model *model, void *features, void *extra,
+                                     ovlm_err *err)
+{
+    const ovlm_vision_pass *pass = &model->vision;
+    if (!model->has_features) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no features: no encode has run");
+    }
+    int64_t bytes = pass->features.rows * pass->features.cols * ovlm_dtype_bytes(model->exact);
+    if (features != NULL) {
+        OVLM_TRY(ovlm_model_rows_read(model, &pass->features, features, err));
+    }
+    for (int64_t k = 0; extra != NULL && k < model->params.config.vision.deepstack_n; k++) {
+        OVLM_TRY(ovlm_model_rows_read(model, &pass->extra[k], (char *)extra + k * bytes, err));
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_hidden_read(ovlm_model *model, void *hidden, ovlm_err *err)
+{
+    if (!model->has_hidden) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no hidden states: no forward has run");
+    }
+    return ovlm_model_rows_read(model, &model->decoder.hidden, hidden, err);
+}
+
+const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t i)
+{
+    const ovlm_taps *taps = vision ? &model->vision.taps : &model->decoder.taps;
+    bool kept = vision ? model->has_features : model->has_hidden;
+    return kept && i >= 0 && i < taps->n ? &taps->state[i] : NULL;
+}
+
+ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i, void *state,
+                                ovlm_err *err)
+{
+    const ovlm_tensor *tap = ovlm_model_tap(model, vision, i);
+    if (tap == NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the last pass kept no hidden states number %lld",
+                         (long long)i);
+    }
+    return ovlm_model_read(model, tap, state, err);
+}
+
+/* ---------------------------------------------------------------- the loss */
+
 ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output, float *logp,
                                    float *entropy, ovlm_err *err)
 {
@@ -68,6 +160,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
     run.stage = &stage;
     for (int walk = 0; walk < 2; walk++) {
         run.measuring = walk == 0;
+        double start_s = ovlm_run_begin(&run);
         int32_t *index = ovlm_stack_take(&work, rows * (int64_t)sizeof *index);
         if (!run.measuring) {
             OVLM_TRY(ops->copy(model->queue, index, row, rows * (int64_t)sizeof *index,
@@ -79,6 +172,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
         ovlm_linear head = {.x = pick.y, .w = model->params.head.w,
                             .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
         RUN(&run, linear, fwd, &head);
+        ovlm_run_end(&run, "logits", -1, start_s);
         if (!run.measuring) {
             return ovlm_model_fetch(model, logits, head.y.data,
                                     rows * V * (int64_t)sizeof *logits, err);
@@ -214,8 +308,10 @@ static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
     OVLM_TRY(ovlm_model_need_work(
         model, need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work, err));
     OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));
+    double start_s = ovlm_run_begin(&run);
     RUN(&run, grad_norm, fwd, &norm);
     RUN(&run, adamw, fwd, &adamw);
+    ovlm_run_end(&run, "optimizer", -1, start_s);
     OVLM_TRY(ovlm_model_fetch(model, &seen, stats, (int64_t)sizeof seen, err));
     *step = (ovlm_model_step){.grad_norm = sqrt(seen.norm_sq), .clip = seen.clip,
                               .non_finite = seen.non_finite};
@@ -241,7 +337,8 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
     ovlm_adamw_part *part = NULL;
     OVLM_TRY(OVLM_HEAP_NEW(&part, model->params.n, err));
     ovlm_status status = run_step(model, options, part, step, err);
-    model->can_backward = false; /* weights are not what the forward saw */
+    /* Weights are not what the forward saw. */
+    model->can_backward = model->can_encode_backward = false;
     free(part);
     return status;
 }

@@ -1,7 +1,7 @@
-/* model_pass.c - forward and backward of the whole model.
+/* model_pass.c - the phases forward: encode, decode, loss.
  *
- * Each call walks its passes twice: measuring, with the backward where one may follow, so that
- * memory grows here and nowhere else; then for real. */
+ * Each call walks its phases twice: measuring, with the backwards that may follow, so that memory
+ * grows here; then for real.  Between passes the workspace and the staging memory hold nothing. */
 #include "model/model_state.h"
 
 #include <string.h>
@@ -12,7 +12,15 @@ ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_optio
     return (ovlm_run){.queue = model->queue, .ops = model->backend->ops, .measuring = measuring,
                       .keep = &model->decoder_keep, .work = &model->work, .stage = &model->stage,
                       .dtype = model->dtype, .exact = model->exact, .poll = options->poll,
-                      .poll_ctx = options->poll_ctx, .err = err};
+                      .poll_ctx = options->poll_ctx,
+                      .trace = model->tracing ? &model->trace : NULL, .err = err};
+}
+
+ovlm_status ovlm_model_begin(ovlm_model *model, ovlm_err *err)
+{
+    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    model->work.used_bytes = model->stage.used_bytes = 0;
+    return OVLM_OK;
 }
 
 static ovlm_model_scalars *scalars(const ovlm_model *model)
@@ -22,14 +30,45 @@ static ovlm_model_scalars *scalars(const ovlm_model *model)
 
 /* ---------------------------------------------------------------- inputs */
 
+/* Host arrays that must live until the backward. */
+static ovlm_status keep_copy(ovlm_arena *arena, const void *from, int64_t count, size_t size,
+                             const void **out, ovlm_err *err)
+{
+    void *copy = NULL;
+    OVLM_TRY(ovlm_arena_alloc_raw(arena, &copy, count, size, err));
+    memcpy(copy, from, (size_t)count * size);
+    *out = copy;
+    return OVLM_OK;
+}
+
+static ovlm_status prepare_taps(ovlm_arena *arena, const ovlm_tap_list *list, int64_t depth,
+                                ovlm_taps *taps, ovlm_err *err)
+{
+    const void *entry = NULL;
+    *taps = (ovlm_taps){.n = list->n};
+    for (int64_t i = 0; i < list->n; i++) {
+        if (list->entry[i] < 0 || list->entry[i] > depth) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "taps[%lld] must be in [0, %lld]; got %d",
+                             (long long)i, (long long)depth, (int)list->entry[i]);
+        }
+    }
+    if (list->n > 0) {
+        OVLM_TRY(keep_copy(arena, list->entry, list->n, sizeof *list->entry, &entry, err));
+        OVLM_TRY(OVLM_ARENA_NEW(arena, &taps->state, list->n, err));
+        taps->entry = entry;
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_model_vision_prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
                                       const ovlm_pass_options *options, ovlm_err *err)
 {
     const ovlm_vision_config *c = &model->params.config.vision;
-    model->has_vision = inputs->images > 0;
-    if (!model->has_vision) {
-        return OVLM_OK;
+    model->has_features = model->can_encode_backward = false;
+    if (model->has_vision) { /* what the last forward encoded goes */
+        model->can_backward = false;
     }
+    ovlm_arena_free(&model->encode_call);
     if (c->depth == 0) {
         return OVLM_FAIL(err, OVLM_E_ARG, "this model has no vision tower; got %lld images",
                          (long long)inputs->images);
@@ -45,19 +84,31 @@ ovlm_status ovlm_model_vision_prepare(ovlm_model *model, const ovlm_model_inputs
                                .block = model->vision_block};
     pass->context.checkpoint = options->checkpoint;
     pass->context.params = &model->params;
-    OVLM_TRY(ovlm_grid_init(&pass->grid, c, inputs->grid_thw, inputs->images, &model->call, err));
+    OVLM_TRY(prepare_taps(&model->encode_call, &options->vision_taps, c->depth, &pass->taps, err));
+    OVLM_TRY(ovlm_grid_init(&pass->grid, c, inputs->grid_thw, inputs->images, &model->encode_call,
+                            err));
     pass->tokens = pass->grid.patches / (c->merge * c->merge);
     return OVLM_OK;
 }
 
-/* The segments' host mirror must live until the backward. */
-static ovlm_status keep_copy(ovlm_model *model, const void *from, int64_t count, size_t size,
-                             const void **out, ovlm_err *err)
+/* Rows of features that the tokens may name. */
+static ovlm_status count_features(const ovlm_model *model, const ovlm_model_inputs *inputs,
+                                  int64_t *rows, ovlm_err *err)
 {
-    void *copy = NULL;
-    OVLM_TRY(ovlm_arena_alloc_raw(&model->call, &copy, count, size, err));
-    memcpy(copy, from, (size_t)count * size);
-    *out = copy;
+    *rows = model->has_vision ? model->vision.tokens : 0;
+    if (inputs->features == NULL) {
+        return OVLM_OK;
+    }
+    if (model->has_vision) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "features stand for the images' own; give either "
+                                          "features or images");
+    }
+    if (model->params.config.vision.deepstack_n > 0 && inputs->extra == NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "extra is missing: this model adds DeepStack's features "
+                                          "after its first %lld layers",
+                         (long long)model->params.config.vision.deepstack_n);
+    }
+    *rows = inputs->feature_rows;
     return OVLM_OK;
 }
 
@@ -68,12 +119,16 @@ ovlm_status ovlm_model_tokens_prepare(ovlm_model *model, const ovlm_model_inputs
     ovlm_decoder_pass *pass = &model->decoder;
     *pass = (ovlm_decoder_pass){.params = &model->params, .tokens = *tokens,
                                 .training = options->training, .block = model->decoder_block};
-    OVLM_TRY(ovlm_tokens_check(tokens, model->params.config.decoder.vocab,
-                               model->has_vision ? model->vision.tokens : 0, &pass->longest, err));
+    int64_t rows = 0;
+    OVLM_TRY(count_features(model, inputs, &rows, err));
+    OVLM_TRY(ovlm_tokens_check(tokens, model->params.config.decoder.vocab, rows, &pass->longest,
+                               err));
     const void *start = NULL;
-    OVLM_TRY(keep_copy(model, tokens->start, tokens->segments + 1, sizeof *tokens->start, &start,
-                       err));
+    OVLM_TRY(keep_copy(&model->call, tokens->start, tokens->segments + 1, sizeof *tokens->start,
+                       &start, err));
     pass->tokens.start = start;
+    OVLM_TRY(prepare_taps(&model->call, &options->taps, model->params.config.decoder.depth,
+                          &pass->taps, err));
     pass->context = (ovlm_block_context){.checkpoint = options->checkpoint,
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
@@ -170,6 +225,16 @@ static ovlm_status head_fwd(ovlm_run *run, ovlm_model *model, const ovlm_model_i
         .logp = ovlm_stack_take(run->keep, bytes),
         .entropy = options->entropy ? ovlm_stack_take(run->keep, bytes) : NULL, .dlogp = dlogp,
         .loss = &scalars(model)->loss};
+    if (options->own_loss && options->training) {
+        /* The head's gradients in the pass that has the logits at hand; they wait for the
+         * backward, as a forward alone changes no gradient. */
+        const ovlm_tensor *x = &model->head.x, *w = &model->head.w;
+        model->head.fused = true;
+        model->head.dx = ovlm_stack_tensor(run->keep, x->rows, x->cols, run->dtype);
+        if (ovlm_tensor_given(&model->params.head.dw)) {
+            model->head.dw = ovlm_stack_tensor(run->keep, w->rows, w->cols, run->exact);
+        }
+    }
     RUN_IN(run, head, fwd, &model->head, run->keep);
     return OVLM_OK;
 }
@@ -205,152 +270,181 @@ static ovlm_status balance_fwd(ovlm_run *run, ovlm_model *model, const ovlm_mode
     return OVLM_OK;
 }
 
-/* ---------------------------------------------------------------- forward */
+/* ---------------------------------------------------------------- phases */
 
-static ovlm_status walk_forward(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
-                                const ovlm_pass_options *options)
+ovlm_status ovlm_model_walk_encode(ovlm_run *run, ovlm_model *model)
+{
+    double start_s = ovlm_run_begin(run);
+    run->keep = &model->vision_keep;
+    OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
+    ovlm_run_end(run, "encode", -1, start_s);
+    return OVLM_OK;
+}
+
+/* Features of the host, in the model's dtype. */
+static ovlm_status load_features(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs)
 {
     ovlm_decoder_pass *decoder = &model->decoder;
+    int64_t rows = inputs->feature_rows, width = model->params.config.decoder.width;
+    int64_t bytes = rows * width * ovlm_dtype_bytes(run->exact);
+    decoder->features = ovlm_stack_tensor(run->keep, rows, width, run->dtype);
+    OVLM_TRY(ovlm_run_load(run, inputs->features, &decoder->features, 0));
+    for (int64_t k = 0; k < model->params.config.vision.deepstack_n; k++) {
+        decoder->extra[k] = ovlm_stack_tensor(run->keep, rows, width, run->dtype);
+        OVLM_TRY(ovlm_run_load(run, (const char *)inputs->extra + k * bytes, &decoder->extra[k],
+                               0));
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status walk_decode(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
+                               const ovlm_pass_options *options)
+{
+    ovlm_decoder_pass *decoder = &model->decoder;
+    double start_s = ovlm_run_begin(run);
+    run->keep = &model->decoder_keep;
     OVLM_TRY(ovlm_run_zero(run, model->scalars.data, (int64_t)sizeof(ovlm_model_scalars)));
     OVLM_TRY(ovlm_run_zero(run, model->routing.data, model->routing.bytes));
-    if (model->has_vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
+    if (inputs->features != NULL) {
+        OVLM_TRY(load_features(run, model, inputs));
+    } else if (model->has_vision) {
         decoder->features = model->vision.features;
         memcpy(decoder->extra, model->vision.extra, sizeof decoder->extra);
-        run->keep = &model->decoder_keep;
     }
     OVLM_TRY(ovlm_decoder_fwd(run, decoder));
+    ovlm_run_end(run, "decode", -1, start_s);
+    start_s = ovlm_run_begin(run);
     if (inputs->label != NULL) {
         OVLM_TRY(head_fwd(run, model, inputs, options));
-        OVLM_TRY(balance_fwd(run, model, inputs));
     }
+    OVLM_TRY(balance_fwd(run, model, inputs));
+    ovlm_run_end(run, "loss", -1, start_s);
     return OVLM_OK;
 }
 
-static ovlm_status walk_backward(ovlm_run *run, ovlm_model *model)
+static ovlm_status walk(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
+                        const ovlm_pass_options *options, unsigned phases)
 {
-    const ovlm_params *p = &model->params;
-    ovlm_decoder_pass *decoder = &model->decoder;
-    ovlm_head *head = &model->head;
-    head->dx = ovlm_stack_tensor(run->work, decoder->hidden.rows, decoder->hidden.cols,
-                                 run->dtype);
-    head->dw = p->head.dw;
-    head->dw_beta = 1;
-    RUN(run, head, bwd, head);
+    if (phases & OVLM_PHASE_ENCODE) {
+        OVLM_TRY(ovlm_model_walk_encode(run, model));
+    }
+    return phases & OVLM_PHASE_DECODE ? walk_decode(run, model, inputs, options) : OVLM_OK;
+}
+
+/* What may follow, with the slopes that take the most memory of those whose size is known. */
+static ovlm_status measure_backward(ovlm_run *run, ovlm_model *model,
+                                    const ovlm_model_inputs *inputs,
+                                    const ovlm_pass_options *options, unsigned phases)
+{
+    const float some = 0; /* is not read while measuring */
     ovlm_tensor dfeatures = {0}, dextra[OVLM_DEEPSTACK_MOST] = {{0}};
-    bool vision = model->has_vision && model->vision.training;
-    if (vision) {
-        const ovlm_tensor *f = &model->vision.features;
-        dfeatures = ovlm_stack_tensor(run->work, f->rows, f->cols, run->dtype);
-        for (int64_t k = 0; k < p->config.vision.deepstack_n; k++) {
-            dextra[k] = ovlm_stack_tensor(run->work, f->rows, f->cols, run->dtype);
-        }
+    ovlm_model_slopes slopes = {0};
+    run->work->used_bytes = run->stage->used_bytes = 0;
+    if (!(phases & OVLM_PHASE_DECODE)) {
+        return model->vision.training
+                   ? ovlm_model_walk_encode_backward(run, model, &some, &some) : OVLM_OK;
     }
-    OVLM_TRY(ovlm_decoder_bwd(run, decoder, head->dx, dfeatures, dextra));
-    if (vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_bwd(run, &model->vision, dfeatures, dextra));
+    if (inputs->label != NULL) {
+        slopes.dlogp = &some;
+        slopes.dentropy = options->entropy ? &some : NULL;
+    } else {
+        slopes.dhidden = &some;
     }
-    return OVLM_OK;
+    return ovlm_model_walk_backward(run, model, &slopes, &dfeatures, dextra);
 }
 
-/* Sizes of a forward and of the backward that may follow. */
+/* Sizes of the phases and of the backwards that may follow; makes room for them. */
 static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
-                           const ovlm_pass_options *options, ovlm_err *err)
+                           const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
+    ovlm_stack *stacks[] = {&model->work, &model->stage, &model->vision_keep,
+                            &model->decoder_keep};
+    const bool fit[] = {true, true, phases & OVLM_PHASE_ENCODE, phases & OVLM_PHASE_DECODE};
     ovlm_stack held[4];
     for (int i = 0; i < 4; i++) {
         held[i] = *stacks[i];
         *stacks[i] = (ovlm_stack){0};
     }
     ovlm_run run = ovlm_model_run(model, true, options, err);
-    ovlm_status status = walk_forward(&run, model, inputs, options);
-    if (status == OVLM_OK && options->training && inputs->label != NULL) {
-        /* dlogp and dentropy of the caller are uploaded to the workspace. */
-        int64_t bytes = inputs->tokens.T * (int64_t)sizeof(float);
-        for (int i = 0; i < 2; i++) {
-            (void)ovlm_stack_take(run.work, bytes);
-            (void)ovlm_stack_take(run.stage, bytes);
-        }
-        status = walk_backward(&run, model);
+    ovlm_status status = walk(&run, model, inputs, options, phases);
+    if (status == OVLM_OK && options->training) {
+        status = measure_backward(&run, model, inputs, options, phases);
     }
     for (int i = 0; i < 4; i++) {
         int64_t peak = stacks[i]->peak_bytes;
         *stacks[i] = held[i];
-        if (status == OVLM_OK) {
+        if (status == OVLM_OK && fit[i]) {
             status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+                                    i == 1 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
         }
     }
     return status;
 }
 
+static ovlm_status prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
+                           const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
+{
+    if (phases & OVLM_PHASE_DECODE) {
+        model->can_backward = model->has_hidden = model->has_loss = false;
+        model->has_vision = phases & OVLM_PHASE_ENCODE;
+        ovlm_arena_free(&model->call);
+    }
+    if (phases & OVLM_PHASE_ENCODE) {
+        OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));
+    }
+    if (phases & OVLM_PHASE_DECODE) {
+        OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, options, err));
+        OVLM_TRY(check_labels(model, inputs, err));
+    }
+    return options->training ? ovlm_model_need_grads(model, err) : OVLM_OK;
+}
+
+static ovlm_status run_phases(ovlm_model *model, const ovlm_model_inputs *inputs,
+                              const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
+{
+    if (options->training && ovlm_model_lora_merged(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or pass "
+                                          "training=False");
+    }
+    OVLM_TRY(ovlm_model_begin(model, err));
+    OVLM_TRY(prepare(model, inputs, options, phases, err));
+    OVLM_TRY(measure(model, inputs, options, phases, err));
+    ovlm_run run = ovlm_model_run(model, false, options, err);
+    OVLM_TRY(walk(&run, model, inputs, options, phases));
+    if (phases & OVLM_PHASE_ENCODE) {
+        model->has_features = true;
+    }
+    if (phases & OVLM_PHASE_DECODE) {
+        model->has_hidden = true;
+        model->has_loss = inputs->label != NULL;
+        model->can_backward = options->training;
+    } else {
+        model->can_encode_backward = options->training;
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_encode(ovlm_model *model, const ovlm_model_inputs *inputs,
+                              const ovlm_pass_options *options, ovlm_err *err)
+{
+    if (inputs->images < 1) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no images to encode");
+    }
+    return run_phases(model, inputs, options, OVLM_PHASE_ENCODE, err);
+}
+
+ovlm_status ovlm_model_decode(ovlm_model *model, const ovlm_model_inputs *inputs,
+                              const ovlm_pass_options *options, ovlm_err *err)
+{
+    if (inputs->images > 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "decode takes features, not the images themselves");
+    }
+    return run_phases(model, inputs, options, OVLM_PHASE_DECODE, err);
+}
+
 ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                const ovlm_pass_options *options, ovlm_err *err)
 {
-    model->can_backward = model->has_hidden = false;
-    if (options->training && ovlm_model_lora_merged(model)) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or call "
-                                          "forward with training=False");
-    }
-    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err)); /* memory below is free now */
-    ovlm_arena_free(&model->call);
-    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));
-    OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, options, err));
-    OVLM_TRY(check_labels(model, inputs, err));
-    if (options->training) {
-        OVLM_TRY(ovlm_model_need_grads(model, err));
-    }
-    OVLM_TRY(measure(model, inputs, options, err));
-    ovlm_run run = ovlm_model_run(model, false, options, err);
-    OVLM_TRY(walk_forward(&run, model, inputs, options));
-    model->has_loss = inputs->label != NULL;
-    model->can_backward = options->training && model->has_loss;
-    model->has_hidden = true;
-    return OVLM_OK;
-}
-
-/* The caller's slopes, moved up by one like the labels; the forward's own when NULL. */
-static ovlm_status upload_slopes(ovlm_run *run, const ovlm_tokens *tokens, const float *host,
-                                 const float **device)
-{
-    if (host == NULL) {
-        return OVLM_OK;
-    }
-    int64_t bytes = tokens->T * (int64_t)sizeof(float);
-    float *staged = ovlm_stack_take(run->stage, bytes);
-    void *memory = ovlm_stack_take(run->work, bytes);
-    *device = memory;
-    for (int64_t i = 0; i < tokens->segments; i++) {
-        for (int64_t t = tokens->start[i]; t < tokens->start[i + 1]; t++) {
-            staged[t] = t + 1 < tokens->start[i + 1] ? host[t + 1] : 0.0f;
-        }
-    }
-    if (bytes == 0) {
-        return OVLM_OK;
-    }
-    return run->ops->copy(run->queue, memory, staged, bytes, OVLM_TO_DEVICE, run->err);
-}
-
-ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp, const float *dentropy,
-                                const ovlm_pass_options *options, ovlm_err *err)
-{
-    if (!model->can_backward) {
-        return OVLM_FAIL(err, OVLM_E_ARG,
-                         "backward follows a forward with labels in training mode, once");
-    }
-    if (dentropy != NULL && model->head.entropy == NULL) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "dentropy: the forward was not asked for the entropy");
-    }
-    model->can_backward = false;
-    ovlm_run run = ovlm_model_run(model, false, options, err);
-    int64_t mark = run.work->used_bytes;
-    OVLM_TRY(upload_slopes(&run, &model->decoder.tokens, dlogp, &model->head.dlogp));
-    OVLM_TRY(upload_slopes(&run, &model->decoder.tokens, dentropy, &model->head.dentropy));
-    OVLM_TRY(walk_backward(&run, model));
-    run.work->used_bytes = mark;
-    return OVLM_OK;
+    unsigned phases = OVLM_PHASE_DECODE | (inputs->images > 0 ? OVLM_PHASE_ENCODE : 0u);
+    return run_phases(model, inputs, options, phases, err);
 }

@@ -10,6 +10,9 @@ typedef struct ovlm_model_scalars {
     int64_t target_tokens;
 } ovlm_model_scalars;
 
+/* What a call runs. */
+typedef enum ovlm_phase { OVLM_PHASE_ENCODE = 1, OVLM_PHASE_DECODE = 2 } ovlm_phase;
+
 /* One device allocation of the model. */
 typedef struct ovlm_device_block {
     void *data;
@@ -18,7 +21,7 @@ typedef struct ovlm_device_block {
 
 struct ovlm_model {
     ovlm_arena arena;              /* host: parameter list, layer records                      */
-    ovlm_arena call;               /* host: what a forward needs until its backward            */
+    ovlm_arena call, encode_call;  /* host: what a decode, an encode needs until its backward  */
     ovlm_arena lora;               /* host: the list with adapters                             */
     ovlm_params params;
     ovlm_backend *backend;
@@ -36,7 +39,11 @@ struct ovlm_model {
                                                    each layer; [E] of the host                 */
     double *score_sum;             /* [E] */
     float *slope;                  /* [E] */
-    bool has_vision, has_loss, can_backward, has_hidden;
+    bool has_vision;               /* the last forward encoded; its backward goes on there     */
+    bool has_loss, can_backward, has_hidden; /* of the last forward or decode                  */
+    bool has_features, can_encode_backward;  /* of the last encode                             */
+    bool tracing;
+    ovlm_trace trace;
     /* generation */
     ovlm_device_block cache;
     ovlm_cache *layer_cache;       /* [depth] */
@@ -65,7 +72,14 @@ OVLM_NODISCARD ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const
 ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_options *options,
                         ovlm_err *err);
 
-/* Vision of the inputs, if there are images: checks them and fills model->vision. */
+/* Activations to the host, dense, exact; waits.  The workspace stays as it is. */
+OVLM_NODISCARD ovlm_status ovlm_model_rows_read(ovlm_model *model, const ovlm_tensor *rows,
+                                                void *host, ovlm_err *err);
+
+/* Before a pass: waits, so that stacks that hold nothing between passes are free from here on. */
+OVLM_NODISCARD ovlm_status ovlm_model_begin(ovlm_model *model, ovlm_err *err);
+
+/* Checks the inputs' images (one or more) and fills model->vision. */
 OVLM_NODISCARD ovlm_status ovlm_model_vision_prepare(ovlm_model *model,
                                                      const ovlm_model_inputs *inputs,
                                                      const ovlm_pass_options *options,
@@ -76,5 +90,18 @@ OVLM_NODISCARD ovlm_status ovlm_model_tokens_prepare(ovlm_model *model,
                                                      const ovlm_model_inputs *inputs,
                                                      const ovlm_pass_options *options,
                                                      ovlm_err *err);
+
+/* Encodes model->vision. */
+OVLM_NODISCARD ovlm_status ovlm_model_walk_encode(ovlm_run *run, ovlm_model *model);
+
+/* Backward of a decode and, where model->has_vision, of its encode.  dfeatures and dextra are, on
+ * the workspace, those of given features. */
+OVLM_NODISCARD ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
+                                                    const ovlm_model_slopes *slopes,
+                                                    ovlm_tensor *dfeatures, ovlm_tensor *dextra);
+
+OVLM_NODISCARD ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
+                                                           const void *dfeatures,
+                                                           const void *dextra);
 
 #endif

@@ -149,14 +149,18 @@ ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
     OVLM_TRY(embed(run, pass, h));
     OVLM_TRY(rotary(run, pass));
     OVLM_TRY(frames(run, pass));
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < c->depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, P, c->width, run->dtype)
                                          : spare;
         OVLM_TRY(ovlm_block_fwd(run, &pass->params->vision[i], &pass->context, pass->training, h,
                                 out, &pass->block[i]));
         spare = h;
         h = out;
+        OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
         OVLM_TRY(tap_deepstack(run, pass, i, h));
+        ovlm_run_end(run, "vision block", i, start_s);
     }
     OVLM_TRY(finish(run, pass, h));
     run->work->used_bytes = mark;
@@ -255,9 +259,11 @@ ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor d
                                        run->dtype);
     OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
     for (int64_t i = p->config.vision.depth - 1; i >= 0; i--) {
+        double start_s = ovlm_run_begin(run);
         OVLM_TRY(deepstack_bwd(run, pass, i, dextra, dh));
         OVLM_TRY(ovlm_block_bwd(run, &p->vision[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "vision block backward", i, start_s);
     }
     if (lowest < 0) {
         OVLM_TRY(embed_bwd(run, pass, dh));

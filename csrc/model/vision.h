@@ -20,6 +20,7 @@ typedef struct ovlm_vision_pass {
     ovlm_dtype pixel_dtype;       /* float32: normalised; uint8: (x/255 - 0.5)/0.5 is done here */
     bool training;
     ovlm_block_context context;
+    ovlm_taps taps;               /* entries 0 to depth                                      */
     ovlm_linear patch;
     ovlm_gather position;
     ovlm_norm final_norm;

@@ -133,6 +133,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL) {
         return NULL;
     }
+    self->exact = dtype == OVLM_F64 ? NPY_FLOAT64 : NPY_FLOAT32;
+    self->device = device;
     ovlm_model_config config = config_of(i, f);
     const ovlm_backend_options options = {.device = device, .threads = threads};
     const ovlm_ops *ops = NULL;
@@ -229,9 +231,8 @@ PyMethodDef ovlm_model_functions[] = {
 
 enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER, AVERAGE };
 
-/* The tensor of (parameter, which); left out where there is none. */
-static ovlm_status find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
-                               ovlm_tensor *tensor, ovlm_err *err)
+ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
+                                   ovlm_tensor *tensor, ovlm_err *err)
 {
     ovlm_tensor m = {0}, v = {0}, master = {0};
     if (which == GRAD) {
@@ -246,8 +247,8 @@ static ovlm_status find_tensor(ovlm_model *model, int64_t parameter, int64_t whi
     return OVLM_OK;
 }
 
-static int read_place(model_object *self, PyObject *const *args, int64_t *parameter,
-                      int64_t *which)
+int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *parameter,
+                    int64_t *which)
 {
     if (ovlm_arg_int(args[0], "parameter", parameter) < 0 ||
         ovlm_arg_int(args[1], "which", which) < 0) {
@@ -276,8 +277,7 @@ static void drop_export(PyObject *capsule)
     }
 }
 
-/* What keeps a view alive: the model, and for what can move a note that it must not. */
-static PyObject *view_owner(model_object *self, const ovlm_param *parameter, int64_t which)
+PyObject *ovlm_view_owner(model_object *self, const ovlm_param *parameter, int64_t which)
 {
     Py_INCREF(self);
     if (which == WEIGHT && parameter->kind != OVLM_PARAM_ADAPTER) {
@@ -302,7 +302,7 @@ static PyObject *new_view(model_object *self, int64_t parameter, int64_t which,
     }
     PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims, numpy_type(tensor->dtype),
                                                 tensor->data);
-    PyObject *owner = array == NULL ? NULL : view_owner(self, p, which);
+    PyObject *owner = array == NULL ? NULL : ovlm_view_owner(self, p, which);
     if (owner == NULL || PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) {
         Py_XDECREF(array);
         return NULL;
@@ -345,7 +345,8 @@ static OVLM_MODEL_METHOD(model_array)
     (void)kwnames;
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
-    if (ovlm_arg_count("array", nargs, 3) < 0 || read_place(self, args, &parameter, &which) < 0) {
+    if (ovlm_arg_count("array", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0) {
         return NULL;
     }
     int view = PyObject_IsTrue(args[2]);
@@ -355,7 +356,7 @@ static OVLM_MODEL_METHOD(model_array)
     ovlm_tensor tensor = {0};
     ovlm_err err = {0};
     PyObject *done = ovlm_model_leave(
-        self, type, find_tensor(self->model, parameter, which, &tensor, &err), &err);
+        self, type, ovlm_model_find_tensor(self->model, parameter, which, &tensor, &err), &err);
     if (done == NULL || tensor.cols == 0) {
         return done;
     }
@@ -373,13 +374,14 @@ static OVLM_MODEL_METHOD(model_write)
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
     const void *data = NULL;
-    if (ovlm_arg_count("write", nargs, 3) < 0 || read_place(self, args, &parameter, &which) < 0 ||
+    if (ovlm_arg_count("write", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_tensor tensor = {0};
     ovlm_err err = {0};
-    ovlm_status status = find_tensor(self->model, parameter, which, &tensor, &err);
+    ovlm_status status = ovlm_model_find_tensor(self->model, parameter, which, &tensor, &err);
     if (status == OVLM_OK &&
         ovlm_arg_exact(args[2], "array", numpy_type(tensor.dtype), tensor.rows * tensor.cols,
                        false, &data, NULL) < 0) {
@@ -474,6 +476,10 @@ static PyMethodDef model_methods[] = {
     METHOD("router_counts", ovlm_py_model_router_counts),
     METHOD("router_layers", ovlm_py_model_router_layers),
     METHOD("router_correct", ovlm_py_model_router_correct),
+    METHOD("encode", ovlm_py_model_encode),
+    METHOD("encode_backward", ovlm_py_model_encode_backward),
+    METHOD("hidden", ovlm_py_model_hidden),
+    METHOD("tap", ovlm_py_model_tap),
     METHOD("backward", ovlm_py_model_backward),
     METHOD("logits", ovlm_py_model_logits),
     METHOD("adamw", ovlm_py_model_adamw),
@@ -485,6 +491,10 @@ static PyMethodDef model_methods[] = {
     METHOD("cache_open", ovlm_py_model_cache_open),
     {"cache_close", model_cache_close, METH_NOARGS, NULL},
     METHOD("extend", ovlm_py_model_extend),
+    METHOD("trace_start", ovlm_py_model_trace_start),
+    METHOD("trace_stop", ovlm_py_model_trace_stop),
+    METHOD("dlpack", ovlm_py_model_dlpack),
+    METHOD("dlpack_device", ovlm_py_model_dlpack_device),
     {NULL, NULL, 0, NULL},
 };
 

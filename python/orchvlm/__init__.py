@@ -20,7 +20,7 @@ _HOME = {
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
-    "recipe": "recipes", "EMA": "averaging",
+    "recipe": "recipes", "EMA": "averaging", "profile": "profiling",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo",
 }

@@ -10,6 +10,8 @@ from . import _core
 from .adapters import KIND_ADAPTER, Adapters
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
+from .dlpack import Tensor
+from .profiling import watch
 
 _KIND_WEIGHT, _KIND_NORM, _KIND_BIAS, _KIND_BUFFER = range(4)
 _WEIGHT, _GRAD, _MOMENT1, _MOMENT2, _MASTER = range(5)
@@ -108,6 +110,7 @@ class Weights(Adapters):
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)
         self.grads = _Arrays(self, _GRAD)
+        watch(self)
 
     # ------------------------------------------------------------ making
 
@@ -299,6 +302,54 @@ class Weights(Adapters):
             self._write(i, _WEIGHT, values)
 
     # ------------------------------------------------------------ arrays
+
+    def tensor(self, name, grad=False):
+        """A weight or a gradient where it lies, for ``torch.from_dlpack`` and its like.
+
+        Nothing is copied or converted: bfloat16 comes as bfloat16, and what is written there is
+        written into the model.
+
+        Parameters
+        ----------
+        name : str
+            As in ``parameters``.
+        grad : bool
+            Its gradient instead.
+
+        Returns
+        -------
+        Tensor
+            With ``shape``, ``dtype``, ``__dlpack__`` and ``__dlpack_device__``.
+
+        Raises
+        ------
+        KeyError
+            No such parameter, or one that is not trained.
+        BufferError
+            On export: memory of a device that DLPack has no name for, or a copy was asked for.
+
+        Notes
+        -----
+        The export waits until the model is done with what came before, so that any stream may
+        read at once.  Let a stream that writes finish before the model's next call.  Gradients
+        that are held somewhere keep :meth:`freeze` from moving them.
+
+        Examples
+        --------
+        >>> import numpy as np, orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+        >>> norm = np.from_dlpack(model.tensor("model.language_model.norm.weight"))
+        >>> norm.shape, bool(np.shares_memory(norm, model.parameters[
+        ...     "model.language_model.norm.weight"]))
+        ((192,), True)
+        """
+        place = self._place(name)
+        if grad and not self.trainable(name):
+            raise KeyError(f"{name!r} is not trained")
+        kind, shape = self._list[place][1:3]
+        exact = self.dtype == "bfloat16" and (grad or kind == _KIND_BUFFER)
+        return Tensor(self._core, place, _GRAD if grad else _WEIGHT, name, shape,
+                      "float32" if exact else self.dtype)
 
     def _place(self, name):
         try:

@@ -58,7 +58,55 @@ def averaged():
 
 ENGINE = ([1.0, 2.0, 0.5], [0, 0, 1, 3], [0, 0, 1], [0, 1, 2, 3], [0, 1, 0], 2)
 
+def model():
+    """A tiny model, made once, with its inputs and what an encode gave."""
+    if not MADE:
+        from model_cases import draw_config, draw_model
+        config = draw_config(np.random.default_rng(5), True)
+        made = draw_model(0, config, threads=1)
+        patch = int(np.prod(made.parameters["model.visual.patch_embed.proj.weight"].shape[1:]))
+        inputs = orchvlm.Inputs(input_ids=[1, 3, 5], labels=[1, 3, 5], grid_thw=[[1, 2, 2]],
+                                pixels=np.zeros((4, patch), np.float32))
+        MADE.append((made, inputs, made.encode("vision", inputs)))
+    return MADE[0]
+
+
+def phases():
+    made, inputs, given = model()
+    made.encode("vision", inputs)
+    hidden = made.decode(inputs, *given)
+    made.encode_backward(*made.backward(
+        dhidden=hidden, rows=[0], dlogits=made.logits([0])))
+    made.forward(inputs, taps=[0], vision_taps=[1])
+    made.backward()
+
+
+def phase_errors():
+    made, inputs, (features, extra) = model()
+    must_fail(made.encode, "vision", inputs, checkpoint="x")
+    must_fail(made.decode, inputs)
+    must_fail(made.decode, inputs, features[:, 1:], extra)
+    must_fail(made.forward, inputs, taps=[99])
+    must_fail(made.encode_backward, features[:, 1:])
+    made.decode(inputs, features, extra)
+    must_fail(made.backward)
+    must_fail(made.backward, dlogits=features, rows=[0])
+    must_fail(made._core.tap, False, 9)
+
+
+def exports():
+    made, _, _ = model()
+    tensor = made.tensor("model.language_model.norm.weight")
+    np.from_dlpack(tensor), tensor.__dlpack__(), tensor.__dlpack__(max_version=(1, 0))
+    np.from_dlpack(made.tensor("model.language_model.norm.weight", grad=True))
+    made._core.trace_start()
+    made.forward(model()[1], training=False)
+    made._core.trace_stop()
+
+
+MADE = []
 CASES = {
+    "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),
                                 must_fail(_core.simulate, *ENGINE[:5], "x"),

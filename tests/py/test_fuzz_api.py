@@ -162,6 +162,16 @@ INPUTS = [orchvlm.Inputs(input_ids=[7, 8, 9], labels=[7, 8, 9]), orchvlm.Inputs(
           orchvlm.Inputs(input_ids=[1, 3, 5], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
                          labels=[1, -100, 5], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
           orchvlm.Inputs(input_ids=[9, 300], labels=[9, 400])]
+WIDTH, VOCAB = MODEL.config.text["hidden_size"], MODEL.config.text["vocab_size"]
+STACKED = len(MODEL.config.vision["deepstack_visual_indexes"])
+
+
+def states(*shapes):
+    """Arrays that may be hidden states, features or their gradients, of these shapes."""
+    return lambda rng: np.full(rng.choice(shapes), rng.choice([0.0, 1.0, -3.5]), rng.choice(
+        ["f4", "f8"]))
+
+
 GOOD = {
     "lengths": lambda r: some(r, lambda q: q.randint(1, 3000), 12),
     "seqlen_list": lambda r: [r.randint(1, 3000) for _ in range(r.randint(6, 12))],
@@ -182,6 +192,12 @@ GOOD = {
     "inputs": lambda r: r.choice(INPUTS), "normalizer": lambda r: r.uniform(1, 9),
     "checkpoint": lambda r: r.choice(["none", "selective", "full"]),
     "rows": lambda r: some(r, lambda q: q.randint(0, 2), 3), "stop": lambda r: [3],
+    "modality": lambda r: "vision", "taps": lambda r: [0, 1], "vision_taps": lambda r: [1],
+    "features": states((1, WIDTH)), "dfeatures": states((1, WIDTH)),
+    "extra": states((STACKED, 1, WIDTH)), "dextra": states((STACKED, 1, WIDTH)),
+    "dhidden": states((3, WIDTH)), "dlogits": states((1, VOCAB), (2, VOCAB), (0, VOCAB)),
+    "dlogprobs": states((3,)), "dentropy": states((3,)), "grad": lambda r: r.random() < 0.5,
+    "max_version": lambda r: (1, 0), "dl_device": lambda r: (1, 0), "copy": lambda r: False,
     "top_k": lambda r: r.randint(1, 99), "top_p": lambda r: r.uniform(0.01, 1),
     "temperature": lambda r: r.uniform(0, 2),
     "router_counts": lambda r: ([1] * MODEL.config.text["num_experts"], 16),
@@ -200,7 +216,8 @@ GOOD = {
 BOUNDED = {"work_limit": 100, "time_limit": 0.1, "n_ranks": 100, "n_gpus": 100,
            "k_partitions": 100, "n": 100, "max_new_tokens": 3}
 SLOW = {"plan_sequences_milp": 20, "demo.batch": 10, "Model().generate": 10,
-        "Model().forward": 5, "Model().logprobs": 5}  # so many times fewer calls
+        **{f"Model().{name}": 5 for name in ("forward", "logprobs", "encode", "decode")}
+        }  # so many times fewer calls
 
 
 def bounded(rng, most):
@@ -215,9 +232,12 @@ def bounded(rng, most):
 
 # ---------------------------------------------------------------- the public functions
 
+TENSOR = MODEL.tensor("model.language_model.norm.weight")
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
+
+
 def adapted(r=8, alpha=16.0, match=("*_proj",), seed=0, rslora=False):
     """Adds adapters and takes them away."""
     ADAPTED.add_lora(r, alpha, match, seed, rslora=rslora)
@@ -226,13 +246,18 @@ def adapted(r=8, alpha=16.0, match=("*_proj",), seed=0, rslora=False):
 
 METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCost(1.0, 2.0),
            **{f"Model().{name}": getattr(MODEL, name)
-              for name in ("forward", "logprobs", "backward", "logits", "generate",
-                           "load_state_dict", "freeze", "route", "correct_routers")},
+              for name in ("forward", "logprobs", "backward", "logits", "generate", "encode",
+                           "decode", "encode_backward", "tensor", "load_state_dict", "freeze",
+                           "route", "correct_routers")},
            "Model().add_lora": adapted,
+           "Tensor().__dlpack__": TENSOR.__dlpack__,
            "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,
            "AdamW().load_state_dict": orchvlm.AdamW(MODEL, 1e-3).load_state_dict,
            **{f"Route.{name}": getattr(ROUTE, name)
               for name in ("compose", "apply", "send_counts", "receive_counts")}}
+
+# What a protocol asks for beside the usual.
+PROTOCOL = {"Tensor().__dlpack__": (BufferError,), "Model().tensor": (KeyError,)}
 
 
 def callables():
@@ -286,7 +311,7 @@ def draw_arguments(rng, parameters):
 def attempt(name, function, positional, keywords):
     try:
         function(*positional, **keywords)
-    except FAIR:
+    except (*FAIR, *PROTOCOL.get(name, ())):
         pass
     except Exception as error:
         raise AssertionError(f"{name}(*{positional!r}, **{keywords!r}) raised {error!r}; "

@@ -352,10 +352,6 @@ ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_model_inputs *input
                                const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
     bool decode = phases & OVLM_PHASE_DECODE;
-    if (options->training && ovlm_model_lora_merged(model)) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or give "
-                                          "training=False");
-    }
     if (decode) {
         model->can_backward = model->has_hidden = model->has_loss = false;
         ovlm_arena_free(&model->call);
@@ -379,6 +375,10 @@ ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_model_inputs *input
 static ovlm_status run_phases(ovlm_model *model, const ovlm_model_inputs *inputs,
                               const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
+    if (options->training && ovlm_model_lora_merged(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or pass "
+                                          "training=False");
+    }
     OVLM_TRY(ovlm_model_begin(model, err));
     OVLM_TRY(ovlm_model_prepare(model, inputs, options, phases, err));
     OVLM_TRY(measure(model, inputs, options, phases, err));

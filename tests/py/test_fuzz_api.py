@@ -239,6 +239,8 @@ TENSOR = MODEL.tensor("model.language_model.norm.weight")
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
+
+
 def adapted(r=8, alpha=16.0, match=("*_proj",), seed=0, rslora=False):
     """Adds adapters and takes them away."""
     ADAPTED.add_lora(r, alpha, match, seed, rslora=rslora)

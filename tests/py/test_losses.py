@@ -172,7 +172,7 @@ def test_torch_says_the_same(rng):
     loss = -functional.logsigmoid((2 * torch.eye(9) - 1) * logits).sum() / 9
     loss.backward()
     got = losses.siglip(image.detach().numpy(), text.detach().numpy(), 4.0, -2.0)
-    assert got[0] == pytest.approx(float(loss), rel=1e-12)
+    assert got[0] == pytest.approx(loss.item(), rel=1e-12)
     np.testing.assert_allclose(got[1], image.grad.numpy(), atol=1e-13)
     np.testing.assert_allclose(got[2], text.grad.numpy(), atol=1e-13)
     image.grad = None
@@ -181,7 +181,7 @@ def test_torch_says_the_same(rng):
     loss = (1 - functional.cosine_similarity(image, text.detach()))[masked].mean()
     loss.backward()
     got = losses.masked_cosine(image.detach().numpy(), text.detach().numpy(), masked)
-    assert got[0] == pytest.approx(float(loss), rel=1e-12)
+    assert got[0] == pytest.approx(loss.item(), rel=1e-12)
     np.testing.assert_allclose(got[1], image.grad.numpy(), atol=1e-13)
     image.grad = None
     weight = torch.tensor(rng.standard_normal((12, 5)), requires_grad=True)
@@ -193,7 +193,7 @@ def test_torch_says_the_same(rng):
     loss = functional.cross_entropy(image @ weight.T, target, reduction="sum") / 9
     loss.backward()
     got = losses.superclass(image.detach().numpy(), weight.detach().numpy(), tokens, frequency)
-    assert got[0] == pytest.approx(float(loss), rel=1e-12)
+    assert got[0] == pytest.approx(loss.item(), rel=1e-12)
     np.testing.assert_allclose(got[1], image.grad.numpy(), atol=1e-13)
     np.testing.assert_allclose(got[2], weight.grad.numpy(), atol=1e-13)
 

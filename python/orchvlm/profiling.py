@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ._files import write_whole
 
-_models = weakref.WeakSet()  # all that are alive
+# All that are alive.  References without callbacks: a WeakSet's would run in the garbage collection,
+# where a Ctrl-C that comes just then is lost.
+_models = []
 _lock = threading.Lock()
 _current = []                # the profile that is on, if any
 
@@ -15,7 +17,8 @@ _current = []                # the profile that is on, if any
 def watch(model):
     """Called by every new model: a profile that is on traces it, too."""
     with _lock:
-        _models.add(model)
+        _models[:] = [one for one in _models if one() is not None]
+        _models.append(weakref.ref(model))
         if _current:
             _current[0]._start(model)
 
@@ -71,8 +74,9 @@ class profile:
             open(self.path, "a").close()  # a path that cannot be written is known now
             self._began, self._traced = time.monotonic(), []
             try:
-                for model in list(_models):
-                    self._start(model)
+                for model in [one() for one in _models]:
+                    if model is not None:
+                        self._start(model)
             except BaseException:
                 self._stop()
                 raise

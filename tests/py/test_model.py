@@ -417,9 +417,7 @@ def test_control_c_leaves_the_model_usable(what):
     model.zero_grad()
     if what == "backward":
         model.forward(short)
-    arguments = model._arguments(inputs)
-    call = {"forward": lambda: model._core.forward(*arguments, -1.0, None, 0.0, True, False, 0,
-                                                      None, None, True, None, None),
+    call = {"forward": lambda: model.forward(inputs),
             "backward": model.backward,
             "generate": lambda: model.generate(inputs, 50)}[what]
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))

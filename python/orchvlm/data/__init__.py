@@ -16,7 +16,7 @@ _HOME = {
     "read_messages": "chat",
     "Processor": "processor",
     "JsonLines": "datasets", "TarShards": "shards", "ZipPack": "packs", "load_pack": "packs",
-    "Mixture": "mixture", "Loader": "mixture",
+    "Mixture": "mixture", "Loader": "mixture", "Varied": "varied",
     "Tasks": "tasks", "contact_sheet": "sheet", "score": "verify",
 }
 __all__ = sorted(_HOME)

@@ -1,4 +1,4 @@
-"""Recordings that never sound alike: a function of seed and item, in bounds, the words untouched."""
+"""Recordings that never sound alike: functions of seed and item, in bounds, the words untouched."""
 import io
 import os
 import time

@@ -60,8 +60,8 @@ class Processor:
     frames of a video, starts at the next position s, has time s, height s + row and width s +
     column, and what follows starts at s + max(rows, columns).  ``qwen3_omni_moe``: the frames of a
     video share one start, time grows by 13 per second (``position_id_per_seconds``), and what
-    follows starts at the greatest position plus one; sounds count as text does.  ``seed1_5_vl``: 0, 1, 2, ... for all tokens, a
-    choice, for the report does not state its scheme.
+    follows starts at the greatest position plus one; sounds count as text does.  ``seed1_5_vl``: 0,
+    1, 2, ... for all tokens, a choice, for the report does not state its scheme.
 
     Labels are the assistant's words and the token that ends its turn.
 

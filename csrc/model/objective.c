@@ -226,9 +226,10 @@ static void superclass_row(ovlm_superclass *a, int64_t row, ovlm_tensor z, int64
     for (int64_t v = 0; v < V; v++) {
         most = fmax(most, get(z.data, z.dtype, at + v));
     }
-    for (int64_t v = 0; v < V; v++) {
-        sum += exp(get(z.data, z.dtype, at + v) - most);
-    }
+    int64_t first = 0;
+    do { /* there is a class, so the sum is 1 or more */
+        sum += exp(get(z.data, z.dtype, at + first) - most);
+    } while (++first < V);
     double log_sum = most + log(sum), all = 0;
     for (int64_t k = a->start[row]; k < a->start[row + 1]; k++) {
         a->loss += a->share[k] * (log_sum - get(z.data, z.dtype, at + a->token[k])) / a->total;

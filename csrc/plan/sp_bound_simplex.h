@@ -17,7 +17,7 @@ typedef struct sp_simplex {
     double *x, *price, *work; /* [rows] basic values, duals, entering direction    */
     int64_t *basis;           /* [rows] column, or -1-i: the artificial of row i   */
     double *limit;            /* [rows] cost of the artificial: the price's limit  */
-    double *floor;            /* [rows] least price, 0 at first; -HUGE_VAL: the row is an equality */
+    double *floor;            /* [rows] least price, 0 at first; -HUGE_VAL: an equality */
     double *cost;             /* [max_columns]                                     */
     int64_t *start;           /* [max_columns+1]                                   */
     int64_t *entry_row;       /* [max_entries]                                     */

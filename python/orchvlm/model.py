@@ -100,7 +100,7 @@ class Model(Phases):
     ...                                  {"type": "text", "text": "What is it?"}]},
     ...     {"role": "assistant", "content": "A tone"}]})
     >>> inputs
-    <Inputs: 1 sample, 43 tokens, 7 targets, 1 sound of 50 frames>
+    <Inputs: 1 sample, 30 tokens, 7 targets, 1 sound of 50 frames>
     >>> hears.forward(inputs).n_target_tokens
     7
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ._files import write_whole
 
-# All that are alive.  References without callbacks: a WeakSet's would run in the garbage collection,
+# All that are alive.  References without callbacks: a WeakSet's would run in garbage collections,
 # where a Ctrl-C that comes just then is lost.
 _models = []
 _lock = threading.Lock()

@@ -178,7 +178,7 @@ def resample(samples, rate, to=RATE):
 
 def _one_channel(samples):
     samples = np.asarray(samples)
-    if samples.size and samples.dtype.kind not in "iuf":
+    if samples.dtype.kind not in "iuf":
         raise TypeError(f"samples must be numbers; got dtype {samples.dtype}")
     if samples.ndim != 1:
         raise ValueError(f"samples must have one dimension; got shape {samples.shape}")

@@ -94,7 +94,7 @@ class Model(Weights):
     ...                                  {"type": "text", "text": "What is it?"}]},
     ...     {"role": "assistant", "content": "A tone"}]})
     >>> inputs
-    <Inputs: 1 sample, 43 tokens, 7 targets, 1 sound of 50 frames>
+    <Inputs: 1 sample, 47 tokens, 7 targets, 1 sound of 50 frames>
     >>> hears.forward(inputs).n_target_tokens
     7
     """

@@ -76,8 +76,8 @@ micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, int64_t ahead, 
 }
 
 #if defined(GEMM_FMA_NARROW)
-/* The first eight columns of a panel of b, in vectors of eight: a few rows of y, turned, would leave
- * most of a whole micro-tile unused.  The same chains of sums. */
+/* The first eight columns of a panel of b, in vectors of eight: a few rows of y, turned, would
+ * leave most of a whole micro-tile unused.  The same chains of sums. */
 enum { NARROW = 8 };
 typedef float narrow __attribute__((vector_size(NARROW * 4)));
 typedef float narrow_memory __attribute__((vector_size(NARROW * 4), aligned(4), may_alias));

@@ -389,7 +389,8 @@ def preset(name):
 
     ``tiny`` and ``tiny-moe`` (4M and 5M parameters) train on a laptop in minutes, ``small``
     (108M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about
-    20B active and 200B total parameters, whose shape the report does not state and which is a choice.
+    20B active and 200B total parameters, whose shape the report does not state and which is a
+    choice.
 
     Parameters
     ----------

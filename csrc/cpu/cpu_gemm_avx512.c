@@ -22,6 +22,7 @@
 #define GEMM_NV 2
 #define GEMM_DIRECT_COLS 128
 #define GEMM_FMA(sum, left, right) _mm512_fmadd_ps(_mm512_set1_ps(left), right, sum)
+#define GEMM_FMA_NARROW(sum, left, right) _mm256_fmadd_ps(_mm256_set1_ps(left), right, sum)
 #include "cpu/cpu_gemm_code.h"
 
 #if defined(__clang__)

@@ -349,6 +349,12 @@ def test_a_model_that_no_machine_holds():
         orchvlm.ModelConfig(config).parameters()
 
 
+@pytest.mark.parametrize("name, millions, off", (("tiny", 5, 1), ("tiny-moe", 5, 0.5),
+                                                 ("small", 110, 5)))
+def test_presets_are_of_their_promised_sizes(name, millions, off):
+    assert abs(orchvlm.preset(name).n_parameters / 1e6 - millions) < off
+
+
 @pytest.mark.parametrize("name, count", (("qwen", 31_070_754_032), ("vision", 538_631_408),
                                          ("seed", 532_046_080)))
 def test_published_parameter_counts(name, count):

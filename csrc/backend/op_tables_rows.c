@@ -100,7 +100,7 @@ const ovlm_op_schema ovlm_schema_scale = {SCHEMA(scale, OP, scale_dim_name, scal
 #define OP ovlm_unfold
 enum { UNFOLD_PIXELS = 1, UNFOLD_C, UNFOLD_PATCHES, UNFOLD_PATCH };
 static const char *const unfold_dim_name[OVLM_DIMS_MOST] = {
-    "1", "images*height*width", "C", "images*out_h*out_w", "C*kernel^2"};
+    "1", "images*height*width", "C", "images*out_h*out_w", "C*kernel_height*kernel_width"};
 
 static const ovlm_member unfold_members[] = {
     TENSOR(x, FLOAT, UNFOLD_PIXELS, UNFOLD_C, IN, UNUSED),
@@ -116,25 +116,28 @@ static ovlm_status unfold_scalars(const void *args, ovlm_pass pass, ovlm_err *er
     REQUIRE_COUNT("unfold", a, images, 0);
     REQUIRE_COUNT("unfold", a, height, 1);
     REQUIRE_COUNT("unfold", a, width, 1);
-    REQUIRE_COUNT("unfold", a, kernel, 1);
+    REQUIRE_COUNT("unfold", a, kernel_height, 1);
+    REQUIRE_COUNT("unfold", a, kernel_width, 1);
     REQUIRE_COUNT("unfold", a, stride, 1);
     REQUIRE_COUNT("unfold", a, padding, 0);
-    REQUIRE(a->kernel <= a->height + 2 * a->padding && a->kernel <= a->width + 2 * a->padding,
-            "unfold: kernel = %lld is larger than the padded image of %lld x %lld",
-            (long long)a->kernel, (long long)(a->height + 2 * a->padding),
-            (long long)(a->width + 2 * a->padding));
+    REQUIRE(a->kernel_height <= a->height + 2 * a->padding &&
+                a->kernel_width <= a->width + 2 * a->padding,
+            "unfold: a kernel of %lld x %lld is larger than the padded image of %lld x %lld",
+            (long long)a->kernel_height, (long long)a->kernel_width,
+            (long long)(a->height + 2 * a->padding), (long long)(a->width + 2 * a->padding));
     return OVLM_OK;
 }
 
 static void unfold_dims(const void *args, ovlm_pass pass, int64_t *dim)
 {
     const OP *a = args;
-    int64_t out_h = (a->height + 2 * a->padding - a->kernel) / a->stride + 1;
-    int64_t out_w = (a->width + 2 * a->padding - a->kernel) / a->stride + 1;
+    int64_t out_h = (a->height + 2 * a->padding - a->kernel_height) / a->stride + 1;
+    int64_t out_w = (a->width + 2 * a->padding - a->kernel_width) / a->stride + 1;
     dim[UNFOLD_PIXELS] = ovlm_extent_mul(a->images, ovlm_extent_mul(a->height, a->width));
     dim[UNFOLD_C] = pass == OVLM_PASS_BWD ? a->dx.cols : a->x.cols;
     dim[UNFOLD_PATCHES] = ovlm_extent_mul(a->images, ovlm_extent_mul(out_h, out_w));
-    dim[UNFOLD_PATCH] = ovlm_extent_mul(dim[UNFOLD_C], ovlm_extent_mul(a->kernel, a->kernel));
+    dim[UNFOLD_PATCH] =
+        ovlm_extent_mul(dim[UNFOLD_C], ovlm_extent_mul(a->kernel_height, a->kernel_width));
 }
 
 const ovlm_op_schema ovlm_schema_unfold = {SCHEMA(unfold, OP, unfold_dim_name, unfold_members)};

@@ -186,13 +186,14 @@ typedef struct ovlm_scale {
 } ovlm_scale;
 
 /* Patches of an image-like tensor for a convolution as a linear layer: y's columns are (channel,
- * row, column) of the kernel, zero outside.  Rows of x are (image, row, column). */
+ * row, column) of the kernel, zero outside.  Rows of x are (image, row, column).  A kernel as high
+ * as the image and one wide turns (row, column) rows of channels into one row per column. */
 typedef struct ovlm_unfold {
     ovlm_scratch scratch;
-    int64_t images, height, width, kernel, stride, padding;
-    ovlm_tensor x;      /* [images*height*width, C]         */
-    ovlm_tensor y;      /* [images*out_h*out_w, C*kernel^2] */
-    ovlm_tensor dy, dx; /* dx is overwritten                */
+    int64_t images, height, width, kernel_height, kernel_width, stride, padding;
+    ovlm_tensor x;      /* [images*height*width, C]                            */
+    ovlm_tensor y;      /* [images*out_h*out_w, C*kernel_height*kernel_width]  */
+    ovlm_tensor dy, dx; /* dx is overwritten                                   */
 } ovlm_unfold;
 
 /* Router of a mixture of experts.  score = softmax(logits), or sigmoid(logits); the k experts with

@@ -179,19 +179,25 @@ static void run_job(async_backend *backend, async_queue *queue, async_job *job)
     mark_drop(job->mark);
 }
 
+/* The job to run now, or NULL. */
+static async_job *job_due(const async_queue *queue)
+{
+    return !queue->held && queue->done < queue->due ? queue->first : NULL;
+}
+
 static void *work(void *argument)
 {
     async_queue *queue = argument;
     async_backend *backend = owner_of(queue);
     pthread_mutex_lock(&backend->mutex);
     for (;;) {
-        while (!queue->closing && (queue->held || queue->done >= queue->due)) {
+        async_job *job = NULL;
+        while (!queue->closing && (job = job_due(queue)) == NULL) {
             pthread_cond_wait(&backend->changed, &backend->mutex);
         }
-        if (queue->closing) {
+        if (job == NULL) { /* closing */
             break;
         }
-        async_job *job = queue->first;
         queue->first = job->next;
         queue->last = queue->first == NULL ? NULL : queue->last;
         run_job(backend, queue, job);

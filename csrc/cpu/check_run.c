@@ -237,7 +237,7 @@ static ovlm_status choose_again(const check_call *c, int64_t t, const int32_t *l
         bias[e] = ovlm_tensor_given(&one.bias) ? ovlm_ref_at(&one.bias, 0, e) : 0;
         most = fmax(most, fabs(bias[e]));
     }
-    for (int64_t j = 0; j < one.k && liked != NULL; j++) {
+    for (int64_t j = 0; j < one.k; j++) {
         if (liked[j] >= 0 && liked[j] < experts) {
             bias[liked[j]] += 0x1p-19 * most;
         }
@@ -260,20 +260,18 @@ static ovlm_status choose_again(const check_call *c, int64_t t, const int32_t *l
 static ovlm_status check_choice(check_call *c)
 {
     ovlm_router *a = c->reference;
-    const int32_t *expert = NULL;
     double *bias;
     int32_t *spare;
     for (int64_t i = 0; i < c->slot_n; i++) {
         if (strcmp(c->slot[i].member->name, "expert") == 0) {
-            expert = c->slot[i].raw;
-            memcpy(c->slot[i].reference.data, expert, (size_t)c->slot[i].bytes);
-            memcpy(c->slot[i].scale.data, expert, (size_t)c->slot[i].bytes);
+            memcpy(c->slot[i].reference.data, c->slot[i].raw, (size_t)c->slot[i].bytes);
+            memcpy(c->slot[i].scale.data, c->slot[i].raw, (size_t)c->slot[i].bytes);
         }
     }
     OVLM_TRY(OVLM_ARENA_NEW(&c->arena, &bias, a->logits.cols + a->k, c->err));
     OVLM_TRY(OVLM_ARENA_NEW(&c->arena, &spare, 3 * a->k + a->logits.cols + 1, c->err));
     for (int64_t t = 0; t < a->logits.rows && !a->replay; t++) {
-        const int32_t *chosen = expert + t * a->k;
+        const int32_t *chosen = a->expert + t * a->k;
         OVLM_TRY(choose_again(c, t, chosen, bias, spare));
         if (!same_set(chosen, spare, a->k)) {
             int32_t first = spare[0];

@@ -177,8 +177,8 @@ typedef struct grid {
 
 static grid grid_of(const ovlm_unfold *a)
 {
-    grid g = {a, (a->height + 2 * a->padding - a->kernel) / a->stride + 1,
-              (a->width + 2 * a->padding - a->kernel) / a->stride + 1};
+    grid g = {a, (a->height + 2 * a->padding - a->kernel_height) / a->stride + 1,
+              (a->width + 2 * a->padding - a->kernel_width) / a->stride + 1};
     return g;
 }
 
@@ -206,13 +206,13 @@ static void unfold_rows(const void *context, int64_t first, int64_t count, float
     (void)scratch;
     const grid *g = context;
     const ovlm_unfold *a = g->a;
-    int64_t bytes = ovlm_dtype_bytes(a->y.dtype), taps = a->kernel * a->kernel;
+    int64_t bytes = ovlm_dtype_bytes(a->y.dtype), taps = a->kernel_height * a->kernel_width;
     for (int64_t row = first; row < first + count; row++) {
         int64_t image = row / (g->out_h * g->out_w), place = row % (g->out_h * g->out_w);
         char *y = ovlm_cpu_at(&a->y, row, 0);
         for (int64_t tap = 0; tap < taps; tap++) {
-            int64_t i = place / g->out_w * a->stride + tap / a->kernel - a->padding;
-            int64_t j = place % g->out_w * a->stride + tap % a->kernel - a->padding;
+            int64_t i = place / g->out_w * a->stride + tap / a->kernel_width - a->padding;
+            int64_t j = place % g->out_w * a->stride + tap % a->kernel_width - a->padding;
             if (i < 0 || i >= a->height || j < 0 || j >= a->width) {
                 for (int64_t c = 0; c < a->x.cols; c++) {
                     memset(y + (c * taps + tap) * bytes, 0, (size_t)bytes);
@@ -240,15 +240,15 @@ static void fold_rows(const void *context, int64_t first, int64_t count, float *
 {
     const grid *g = context;
     const ovlm_unfold *a = g->a;
-    int64_t taps = a->kernel * a->kernel, size = ovlm_dtype_bytes(a->dy.dtype);
+    int64_t taps = a->kernel_height * a->kernel_width, size = ovlm_dtype_bytes(a->dy.dtype);
     for (int64_t row = first; row < first + count; row++) {
         int64_t j = row % a->width, i = row / a->width % a->height;
         int64_t image = row / (a->width * a->height);
         float *dx = ovlm_cpu_row_out(&a->dx, row, 0, scratch);
         memset(dx, 0, (size_t)a->dx.cols * sizeof *dx);
         for (int64_t tap = 0; tap < taps; tap++) {
-            int64_t top = i + a->padding - tap / a->kernel;
-            int64_t left = j + a->padding - tap % a->kernel;
+            int64_t top = i + a->padding - tap / a->kernel_width;
+            int64_t left = j + a->padding - tap % a->kernel_width;
             if (top < 0 || left < 0 || top % a->stride != 0 || left % a->stride != 0 ||
                 top / a->stride >= g->out_h || left / a->stride >= g->out_w) {
                 continue;
@@ -270,7 +270,7 @@ ovlm_status ovlm_cpu_unfold_bwd(ovlm_queue *queue, const ovlm_unfold *a, ovlm_er
     OVLM_CPU_CHECK(unfold, a, BWD, err);
     OVLM_TRY(ovlm_cpu_fits("unfold: columns of dx", a->dx.cols, err));
     grid g = grid_of(a);
-    ovlm_cpu_rows(ovlm_cpu_of(queue), a->dx.rows, a->kernel * a->kernel * a->dx.cols, fold_rows,
-                  &g);
+    ovlm_cpu_rows(ovlm_cpu_of(queue), a->dx.rows,
+                  a->kernel_height * a->kernel_width * a->dx.cols, fold_rows, &g);
     return OVLM_OK;
 }

@@ -5,6 +5,8 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -18,6 +20,8 @@
 #define GEMM_LANES 8
 #define GEMM_NV 2
 #define GEMM_DIRECT_COLS 128
+#define GEMM_FMA(sum, left, right) _mm256_fmadd_ps(_mm256_set1_ps(left), right, sum)
+#define GEMM_FMA_NARROW(sum, left, right) _mm256_fmadd_ps(_mm256_set1_ps(left), right, sum)
 #include "cpu/cpu_gemm_code.h"
 
 #if defined(__clang__)

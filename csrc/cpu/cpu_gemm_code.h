@@ -3,6 +3,9 @@
  *
  *   GEMM_NAME(x)  x with the set's suffix      GEMM_LANES  floats in a vector
  *   GEMM_MR       rows of a micro-tile         GEMM_NV     vectors in a row of it
+ *   GEMM_FMA(sum, left, right)                 sum + left right, left a float: fused where the set
+ *                                              has it, by name, so that no compiler decides
+ *   GEMM_FMA_NARROW(sum, left, right)          the same of eight floats; or left out
  *
  * The micro-tile's MR x NV sums fill the registers: every step of K loads NV vectors of one panel,
  * MR single floats of the other, and does MR * NV multiply-adds.  A panel of b (NR rows by one
@@ -48,7 +51,7 @@ micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, int64_t ahead, 
             for (int i = 0; i < GEMM_MR; i++) {
                 float left = a[i * a_row];
                 for (int j = 0; j < GEMM_NV; j++) {
-                    sum[i][j] += left * right[j];
+                    sum[i][j] = GEMM_FMA(sum[i][j], left, right[j]);
                 }
             }
             a += a_step;
@@ -71,6 +74,39 @@ micro(int64_t kc, const float *a, int64_t a_row, int64_t a_step, int64_t ahead, 
         }
     }
 }
+
+#if defined(GEMM_FMA_NARROW)
+/* The first eight columns of a panel of b, in vectors of eight: a few rows of y, turned, would
+ * leave most of a whole micro-tile unused.  The same chains of sums. */
+enum { NARROW = 8 };
+typedef float narrow __attribute__((vector_size(NARROW * 4)));
+typedef float narrow_memory __attribute__((vector_size(NARROW * 4), aligned(4), may_alias));
+
+static __attribute__((noinline)) void
+micro_narrow(int64_t kc, const float *a, int64_t a_row, const float *b, float *c, int64_t c_row,
+             bool accumulate)
+{
+    narrow sum[GEMM_MR];
+    for (int i = 0; i < GEMM_MR; i++) {
+        sum[i] = (narrow){0};
+    }
+    do {
+        narrow right = *(const narrow_memory *)b;
+        for (int i = 0; i < GEMM_MR; i++) {
+            sum[i] = GEMM_FMA_NARROW(sum[i], a[i * a_row], right);
+        }
+        a++;
+        b += GEMM_NR;
+    } while (--kc > 0);
+    for (int i = 0; i < GEMM_MR; i++) {
+        narrow_memory *out = (narrow_memory *)(c + i * c_row);
+        if (accumulate) {
+            sum[i] += *out;
+        }
+        *out = sum[i];
+    }
+}
+#endif
 
 static __attribute__((noinline)) void
 micro_packed(int64_t kc, const float *a, const float *b, float *c, int64_t c_row, bool accumulate)
@@ -165,6 +201,12 @@ static void walk_direct(const walk *w, int64_t at, int64_t n, int64_t k0, int64_
             const float *b = w->right_pack + j * kc;
             float *c = walk_sums(w, at) + i * w->sums_row + j;
             int64_t cols = w->right_n - j < GEMM_NR ? w->right_n - j : GEMM_NR;
+#if defined(GEMM_FMA_NARROW)
+            if (rows == GEMM_MR && cols <= NARROW && !w->in_place) {
+                micro_narrow(kc, a, w->left->stride, b, c, w->sums_row, accumulate);
+                continue;
+            }
+#endif
             if (rows == GEMM_MR && (cols == GEMM_NR || !w->in_place)) {
                 micro_direct(kc, a, w->left->stride, b, c, w->sums_row, accumulate);
             } else {

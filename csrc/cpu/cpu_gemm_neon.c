@@ -5,11 +5,14 @@
 #include <string.h>
 
 #if defined(__aarch64__)
+#include <arm_neon.h>
+
 #define GEMM_NAME(x) x##_neon
 #define GEMM_TITLE "neon"
 #define GEMM_MR 8
 #define GEMM_LANES 4
 #define GEMM_NV 3
 #define GEMM_DIRECT_COLS 128
+#define GEMM_FMA(sum, left, right) vfmaq_n_f32(sum, right, left)
 #include "cpu/cpu_gemm_code.h"
 #endif

@@ -10,4 +10,5 @@
 #define GEMM_LANES 4
 #define GEMM_NV 2
 #define GEMM_DIRECT_COLS 128
+#define GEMM_FMA(sum, left, right) ((sum) + (left) * (right))
 #include "cpu/cpu_gemm_code.h"

@@ -67,7 +67,7 @@ static void allow_teams(const ovlm_router *a, const float *value, float *team_va
 {
     int64_t size = a->logits.cols / a->teams;
     for (int64_t team = 0; team < a->teams; team++) {
-        int32_t best[2];
+        int32_t best[2] = {0, 0};
         choose(value + team * size, NULL, size, size < 2 ? 1 : 2, best);
         team_value[team] = value[team * size + best[0]];
         team_value[team] += size < 2 ? 0 : value[team * size + best[1]];

@@ -11,13 +11,13 @@
 
 /* One part of a row: n elements. */
 typedef struct part {
-    const float *x, *w, *bias, *dy; /* bias may be NULL */
+    const float *x, *w, *bias, *dy;
     float *y;                       /* or dx            */
     float *dw, *dbias;              /* added to; may be NULL */
     int64_t n;
     float eps;
     float mean, rstd;
-    bool rms, add;                  /* add to dx */
+    bool rms, biased, add;          /* add to dx */
 } part;
 
 OVLM_CPU_INLINE float sum_of(const float *x, int64_t n)
@@ -62,7 +62,7 @@ OVLM_CPU_INLINE void norm_part_body(part *p)
     float mean = p->mean, rstd = p->rstd;
     const float *restrict x = p->x, *restrict w = p->w, *restrict bias = p->bias;
     float *restrict y = p->y;
-    if (bias != NULL) {
+    if (p->biased) {
         for (int64_t i = 0; i < p->n; i++) {
             y[i] = (x[i] - mean) * rstd * w[i] + bias[i];
         }
@@ -143,9 +143,10 @@ static void forward_rows(const void *context, int64_t first, int64_t count, floa
     const ovlm_norm *a = context;
     int64_t n = a->w.cols;
     float *saved = a->scratch.saved, *x = scratch, *y = scratch + OVLM_CPU_ROW;
-    part p = {.n = n, .eps = (float)a->eps, .rms = a->rms};
+    part p = {.n = n, .eps = (float)a->eps, .rms = a->rms,
+              .biased = ovlm_tensor_given(&a->bias)};
     p.w = ovlm_cpu_row(&a->w, 0, 0, n, scratch + 2 * OVLM_CPU_ROW);
-    if (ovlm_tensor_given(&a->bias)) {
+    if (p.biased) {
         p.bias = ovlm_cpu_row(&a->bias, 0, 0, n, scratch + 3 * OVLM_CPU_ROW);
     }
     for (int64_t row = first; row < first + count; row++) {

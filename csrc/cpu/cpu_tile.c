@@ -2,6 +2,8 @@
 #define TILE_CODE ovlm_tile_plain
 #define TILE_LANES 8
 #define TILE_ROWS 4
+#define TILE_FMA_wide(sum, left, right) ((sum) + (left) * (right))
+#define TILE_FMA_eight TILE_FMA_wide
 #include "cpu/cpu_tile_code.h"
 
 const ovlm_tile_code *ovlm_tile_code_get(void)

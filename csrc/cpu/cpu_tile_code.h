@@ -3,6 +3,8 @@
  *
  *   TILE_CODE   name of the set's ovlm_tile_code     TILE_LANES  floats in a vector, 8 or 16
  *   TILE_ROWS   rows of a micro-tile
+ *   TILE_FMA_wide(sum, left, right), TILE_FMA_eight   sum + left right, left a float: fused where
+ *               the set has it, by name, so that no compiler decides
  *
  * The micro-tile's TILE_ROWS x 2 vectors of sums stay in registers. */
 #include "cpu/cpu_tile.h"
@@ -39,7 +41,7 @@ typedef float eight_any __attribute__((vector_size(32), aligned(4), may_alias));
             for (int r = 0; r < rows; r++) {                                                \
                 float left = a[r * a_row];                                                  \
                 for (int v = 0; v < vectors; v++) {                                         \
-                    sum[r][v] += left * right[v];                                           \
+                    sum[r][v] = TILE_FMA_##TYPE(sum[r][v], left, right[v]);                 \
                 }                                                                           \
             }                                                                               \
             a += a_k;                                                                       \

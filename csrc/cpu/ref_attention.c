@@ -239,7 +239,7 @@ static double log_sum_exp(const head_view *h, int64_t i)
     for (int64_t j = 0; j < seen; j++) {
         sum += exp(score(h, i, j) - most);
     }
-    return most + log(sum);
+    return seen == 0 ? -INFINITY : most + log(sum);
 }
 
 ovlm_status ovlm_ref_attention_fwd(ovlm_queue *queue, const ovlm_attention *a, ovlm_err *err)

@@ -58,7 +58,7 @@ static void keep_teams(const ovlm_router *a, double *choice, double *scratch)
     for (int64_t g = 0; g < a->teams; g++) {
         int64_t better = 0;
         for (int64_t other = 0; other < a->teams; other++) {
-            better += scratch[other] > scratch[g] || (scratch[other] == scratch[g] && other < g);
+            better += scratch[other] > scratch[g] || (other < g && scratch[other] == scratch[g]);
         }
         for (int64_t e = g * size; better >= a->limit && e < (g + 1) * size; e++) {
             choice[e] = -INFINITY;

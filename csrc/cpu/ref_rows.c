@@ -133,15 +133,20 @@ ovlm_status ovlm_ref_unfold_measure(ovlm_backend *backend, const ovlm_unfold *a,
     return ovlm_op_check_unfold(a, OVLM_PASS_MEASURE, err);
 }
 
-static int64_t unfold_out(const ovlm_unfold *a, int64_t in)
+static int64_t unfold_rows(const ovlm_unfold *a)
 {
-    return (in + 2 * a->padding - a->kernel) / a->stride + 1;
+    return (a->height + 2 * a->padding - a->kernel_height) / a->stride + 1;
+}
+
+static int64_t unfold_cols(const ovlm_unfold *a)
+{
+    return (a->width + 2 * a->padding - a->kernel_width) / a->stride + 1;
 }
 
 /* Row of x under pixel (ky, kx) of the kernel at patch p; -1 in the padding. */
 static int64_t unfold_source(const ovlm_unfold *a, int64_t p, int64_t ky, int64_t kx)
 {
-    int64_t out_w = unfold_out(a, a->width), out_h = unfold_out(a, a->height);
+    int64_t out_w = unfold_cols(a), out_h = unfold_rows(a);
     int64_t image = p / (out_w * out_h);
     int64_t row = p / out_w % out_h * a->stride + ky - a->padding;
     int64_t col = p % out_w * a->stride + kx - a->padding;
@@ -153,10 +158,10 @@ ovlm_status ovlm_ref_unfold_fwd(ovlm_queue *queue, const ovlm_unfold *a, ovlm_er
 {
     (void)queue;
     OVLM_TRY(ovlm_op_check_unfold(a, OVLM_PASS_FWD, err));
-    int64_t area = a->kernel * a->kernel;
+    int64_t area = a->kernel_height * a->kernel_width;
     for (int64_t p = 0; p < a->y.rows; p++) {
         for (int64_t c = 0; c < a->y.cols; c++) {
-            int64_t s = unfold_source(a, p, c % area / a->kernel, c % a->kernel);
+            int64_t s = unfold_source(a, p, c % area / a->kernel_width, c % a->kernel_width);
             ovlm_ref_put(&a->y, p, c, s < 0 ? 0 : ovlm_ref_at(&a->x, s, c / area));
         }
     }
@@ -166,17 +171,17 @@ ovlm_status ovlm_ref_unfold_fwd(ovlm_queue *queue, const ovlm_unfold *a, ovlm_er
 /* What the patches hand back to channel c of pixel (image, row, col). */
 static double unfold_sum(const ovlm_unfold *a, int64_t image, int64_t row, int64_t col, int64_t c)
 {
-    int64_t out_h = unfold_out(a, a->height), out_w = unfold_out(a, a->width);
+    int64_t out_h = unfold_rows(a), out_w = unfold_cols(a);
     double sum = 0;
-    for (int64_t ky = 0; ky < a->kernel; ky++) {
-        for (int64_t kx = 0; kx < a->kernel; kx++) {
+    for (int64_t ky = 0; ky < a->kernel_height; ky++) {
+        for (int64_t kx = 0; kx < a->kernel_width; kx++) {
             int64_t y = row + a->padding - ky, x = col + a->padding - kx;
             if (y < 0 || x < 0 || y % a->stride != 0 || x % a->stride != 0 ||
                 y / a->stride >= out_h || x / a->stride >= out_w) {
                 continue;
             }
             int64_t p = (image * out_h + y / a->stride) * out_w + x / a->stride;
-            sum += ovlm_ref_at(&a->dy, p, (c * a->kernel + ky) * a->kernel + kx);
+            sum += ovlm_ref_at(&a->dy, p, (c * a->kernel_height + ky) * a->kernel_width + kx);
         }
     }
     return sum;

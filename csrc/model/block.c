@@ -29,7 +29,8 @@ static ovlm_status store_in_cache(ovlm_run *run, const ovlm_block_context *conte
     return OVLM_OK;
 }
 
-/* Rotated queries and keys: in place without a norm, whose backward needs what it read. */
+/* Rotated queries and keys: in place without a norm, whose backward needs what it read; as they
+ * are where positions were added before the blocks. */
 static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
                           const ovlm_block_context *context, ovlm_stack *stack,
                           ovlm_block_saved *s)
@@ -47,8 +48,10 @@ static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
                        .x = ovlm_tensor_cols(qkv, q_cols, kv_cols), .w = block->k_norm.w,
                        .cos = context->cos, .sin = context->sin,
                        .y = ovlm_tensor_cols(turned, q_cols, kv_cols)};
-    RUN_IN(run, rope, fwd, &s->q, stack);
-    RUN_IN(run, rope, fwd, &s->k, stack);
+    if (!block->unturned) {
+        RUN_IN(run, rope, fwd, &s->q, stack);
+        RUN_IN(run, rope, fwd, &s->k, stack);
+    }
     return OVLM_OK;
 }
 
@@ -65,7 +68,7 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
     RUN_IN(run, norm, fwd, &s->norm1, stack);
     s->qkv = (ovlm_linear){.x = s->norm1.y, .w = block->qkv.w, .bias = block->qkv_bias.w,
                            .y = ovlm_stack_tensor(stack, T, q_cols + 2 * kv_cols, run->dtype)};
-    RUN_IN(run, linear, fwd, &s->qkv, stack);
+    OVLM_TRY(ovlm_linear_fwd(run, &s->qkv, &block->qkv, stack, &s->qkv_lora));
     OVLM_TRY(rotate(run, block, context, stack, s));
     s->attention = (ovlm_attention){
         .heads = block->heads, .kv_heads = block->kv_heads, .causal = block->causal,
@@ -81,8 +84,7 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
     RUN_IN(run, attention, fwd, &s->attention, stack);
     s->out = (ovlm_linear){.x = s->attention.o, .w = block->out.w, .bias = block->out_bias.w,
                            .add = s->h_in, .y = h_mid};
-    RUN_IN(run, linear, fwd, &s->out, stack);
-    return OVLM_OK;
+    return ovlm_linear_fwd(run, &s->out, &block->out, stack, &s->out_lora);
 }
 
 /* The whole block with given places for what is kept. */
@@ -93,6 +95,34 @@ static ovlm_status compute(ovlm_run *run, const ovlm_block *block,
     ovlm_tensor h_mid = ovlm_stack_tensor(stack, saved->h_in.rows, block->width, run->dtype);
     OVLM_TRY(attention_fwd(run, block, context, stack, redo, h_mid, saved));
     return ovlm_mlp_fwd(run, block, context, stack, redo, replay, h_mid, saved->h_out, saved);
+}
+
+ovlm_status ovlm_taps_init(ovlm_taps *taps, const int32_t *entry, int64_t n, int64_t depth,
+                           ovlm_arena *arena, ovlm_err *err)
+{
+    *taps = (ovlm_taps){.n = n};
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &taps->entry, n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &taps->state, n, err));
+    for (int64_t i = 0; i < n; i++) {
+        if (entry[i] < 0 || entry[i] > depth) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "taps[%lld] must be in [0, %lld]; got %d",
+                             (long long)i, (long long)depth, (int)entry[i]);
+        }
+        taps->entry[i] = entry[i];
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_taps_keep(ovlm_run *run, const ovlm_taps *taps, int64_t entry, ovlm_tensor h)
+{
+    for (int64_t i = 0; i < taps->n; i++) {
+        if (taps->entry[i] == entry) {
+            taps->state[i] = ovlm_stack_tensor(run->keep, h.rows, h.cols, run->exact);
+            ovlm_scale copy = {.alpha = 1, .x = h, .y = taps->state[i]};
+            RUN(run, scale, fwd, &copy);
+        }
+    }
+    return OVLM_OK;
 }
 
 ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
@@ -115,23 +145,6 @@ ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
 }
 
 /* ---------------------------------------------------------------- backward */
-
-ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
-                             const ovlm_weight *w, const ovlm_weight *bias, ovlm_tensor dx,
-                             float dx_beta)
-{
-    args->dy = dy;
-    args->dx = dx;
-    args->dx_beta = dx_beta;
-    args->dw = w->dw;
-    args->dbias = bias != NULL ? bias->dw : no_tensor();
-    args->dw_beta = 1;
-    if (ovlm_tensor_given(&dx) || ovlm_tensor_given(&args->dw) ||
-        ovlm_tensor_given(&args->dbias)) {
-        RUN(run, linear, bwd, args);
-    }
-    return OVLM_OK;
-}
 
 ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy, const ovlm_weight *w,
                            const ovlm_weight *bias, ovlm_tensor dx, float dx_beta)
@@ -165,21 +178,25 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     int64_t T = dh.rows, D = block->head_dim;
     int64_t q_cols = block->heads * D, kv_cols = block->kv_heads * D;
     ovlm_tensor d_o = ovlm_stack_tensor(run->work, T, q_cols, run->dtype);
-    OVLM_TRY(ovlm_linear_back(run, &s->out, dh, &block->out, &block->out_bias, d_o, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->out, dh, &block->out, &block->out_bias, d_o, 0,
+                              &s->out_lora));
     ovlm_tensor dqkv = ovlm_stack_tensor(run->work, T, q_cols + 2 * kv_cols, run->dtype);
     s->attention.dout = d_o;
     s->attention.dq = ovlm_tensor_cols(dqkv, 0, q_cols);
     s->attention.dk = ovlm_tensor_cols(dqkv, q_cols, kv_cols);
     s->attention.dv = ovlm_tensor_cols(dqkv, q_cols + kv_cols, kv_cols);
     RUN(run, attention, bwd, &s->attention);
-    OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
-    OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
+    if (!block->unturned) {
+        OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
+        OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
+    }
     bool norm_trained = ovlm_tensor_given(&block->norm1.dw);
     ovlm_tensor dn = no_tensor();
     if (below || norm_trained) {
         dn = ovlm_stack_tensor(run->work, T, block->width, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, &s->qkv, dqkv, &block->qkv, &block->qkv_bias, dn, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->qkv, dqkv, &block->qkv, &block->qkv_bias, dn, 0,
+                              &s->qkv_lora));
     if (below || norm_trained) {
         OVLM_TRY(ovlm_norm_back(run, &s->norm1, dn, &block->norm1, &block->norm1_bias,
                                 below ? dh : no_tensor(), 1));

@@ -3,8 +3,7 @@
 #ifndef OVLM_MODEL_BLOCK_H
 #define OVLM_MODEL_BLOCK_H
 
-#include "model/params.h"
-#include "model/run.h"
+#include "model/lora.h"
 
 /* What is kept between forward and backward. */
 typedef enum ovlm_checkpoint {
@@ -45,8 +44,25 @@ typedef struct ovlm_block_saved {
     ovlm_combine combine;
     ovlm_linear shared_up, shared_down;
     ovlm_gated shared_gated;
+    ovlm_lora_saved qkv_lora, out_lora, up_lora, down_lora, shared_up_lora, shared_down_lora;
     int32_t *expert;               /* [T*k] device: what the router chose                      */
 } ovlm_block_saved;
+
+/* Hidden states that the caller wants to see: entry 0 is what a tower's first block reads, entry i
+ * what block i-1 gives. */
+typedef struct ovlm_taps {
+    int64_t n;
+    int32_t *entry;                /* [n] host                                                 */
+    ovlm_tensor *state;            /* [n] host: where they are, in run->exact on run->keep     */
+} ovlm_taps;
+
+/* Copies n entries, each in [0, depth], to the arena. */
+OVLM_NODISCARD ovlm_status ovlm_taps_init(ovlm_taps *taps, const int32_t *entry, int64_t n,
+                                          int64_t depth, ovlm_arena *arena, ovlm_err *err);
+
+/* Keeps h where entry is asked for. */
+OVLM_NODISCARD ovlm_status ovlm_taps_keep(ovlm_run *run, const ovlm_taps *taps, int64_t entry,
+                                          ovlm_tensor h);
 
 /* h_out = block(h_in); both [T,width].  With a checkpoint of NONE or SELECTIVE what the backward
  * needs stays on run->keep; FULL keeps the routers' choices alone. training = false keeps nothing
@@ -71,13 +87,7 @@ OVLM_NODISCARD ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
                                         const ovlm_block_context *context, ovlm_tensor dh,
                                         ovlm_block_saved *saved);
 
-/* Backward of a linear layer whose arguments the forward filled: adds to dw and dbias where they
- * are trained, writes dx where it is given. */
-OVLM_NODISCARD ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
-                                            const ovlm_weight *w, const ovlm_weight *bias,
-                                            ovlm_tensor dx, float dx_beta);
-
-/* The same for a norm. */
+/* Backward of a norm whose arguments the forward filled, as ovlm_linear_back. */
 OVLM_NODISCARD ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy,
                                           const ovlm_weight *w, const ovlm_weight *bias,
                                           ovlm_tensor dx, float dx_beta);

@@ -67,6 +67,36 @@ static ovlm_status check_vision(const ovlm_vision_config *c, ovlm_err *err)
     return OVLM_OK;
 }
 
+static ovlm_status check_audio(const ovlm_audio_config *c, int64_t width, ovlm_err *err)
+{
+    const range ranges[] = {
+        {"depth", c->depth, 1, LAYERS_MOST},
+        {"width", c->width, 4, SIZE_MOST},
+        {"heads", c->heads, 1, SIZE_MOST},
+        {"hidden", c->hidden, 1, SIZE_MOST},
+        {"bins", c->bins, 1, 1 << 14},
+        {"channels", c->channels, 1, 1 << 16},
+        {"chunk", c->chunk, 1, 1 << 16},
+        {"window", c->window, 1, 1 << 16},
+        {"out_width", c->out_width, 1, SIZE_MOST},
+    };
+    OVLM_TRY(check_ranges("audio", ranges, (int64_t)(sizeof ranges / sizeof *ranges), err));
+    if (c->width % c->heads != 0 || c->width % 2 != 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "audio: width must be even and a multiple of heads; got %lld and %lld",
+                         (long long)c->width, (long long)c->heads);
+    }
+    if (!(c->eps > 0)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "audio: eps must be > 0; got %g", c->eps);
+    }
+    if (c->out_width != width) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "audio: out_width must be the decoder's width %lld; got %lld",
+                         (long long)width, (long long)c->out_width);
+    }
+    return OVLM_OK;
+}
+
 static ovlm_status check_experts(const ovlm_decoder_config *c, ovlm_err *err)
 {
     const range ranges[] = {
@@ -131,6 +161,9 @@ static ovlm_status check_decoder(const ovlm_decoder_config *c, ovlm_err *err)
 ovlm_status ovlm_model_config_check(const ovlm_model_config *config, ovlm_err *err)
 {
     OVLM_TRY(check_decoder(&config->decoder, err));
+    if (config->audio.depth != 0) {
+        OVLM_TRY(check_audio(&config->audio, config->decoder.width, err));
+    }
     if (config->vision.depth == 0) {
         return OVLM_OK;
     }
@@ -147,4 +180,13 @@ ovlm_status ovlm_model_config_check(const ovlm_model_config *config, ovlm_err *e
                          (long long)config->decoder.depth);
     }
     return OVLM_OK;
+}
+
+int64_t ovlm_decoder_sparse_layers(const ovlm_decoder_config *config)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < config->depth; i++) {
+        n += ovlm_decoder_layer_sparse(config, i) ? 1 : 0;
+    }
+    return n;
 }

@@ -29,6 +29,18 @@ typedef struct ovlm_vision_config {
     double eps, theta;
 } ovlm_vision_config;
 
+/* The audio encoder of Qwen3-Omni's thinker (oracles B.5). */
+typedef struct ovlm_audio_config {
+    int64_t depth, width, heads, hidden; /* depth 0: no audio tower                             */
+    int64_t bins;                 /* of the log-mel frames                                      */
+    int64_t channels;             /* of the three convolutions                                  */
+    int64_t chunk;                /* frames that are convolved together                         */
+    int64_t window;               /* chunks that attend to each other                           */
+    int64_t out_width;            /* the decoder's width                                        */
+    ovlm_act act;                 /* of the blocks and of the projection                        */
+    double eps;
+} ovlm_audio_config;
+
 typedef struct ovlm_decoder_config {
     int64_t depth, width, heads, kv_heads, head_dim, vocab;
     int64_t hidden;               /* of a dense layer                                           */
@@ -47,8 +59,15 @@ typedef struct ovlm_decoder_config {
 
 typedef struct ovlm_model_config {
     ovlm_vision_config vision;
+    ovlm_audio_config audio;
     ovlm_decoder_config decoder;
 } ovlm_model_config;
+
+/* Rows or columns that a 3x3 convolution of stride 2 with a border of 1 leaves of n >= 1. */
+static inline int64_t ovlm_audio_halved(int64_t n)
+{
+    return (n - 1) / 2 + 1;
+}
 
 /* Whether decoder layer l has experts. */
 static inline bool ovlm_decoder_layer_sparse(const ovlm_decoder_config *config, int64_t layer)
@@ -56,6 +75,9 @@ static inline bool ovlm_decoder_layer_sparse(const ovlm_decoder_config *config, 
     return config->experts > 0 && layer >= config->first_dense &&
            (layer + 1) % config->sparse_step == 0;
 }
+
+/* How many decoder layers have experts. */
+int64_t ovlm_decoder_sparse_layers(const ovlm_decoder_config *config);
 
 /* OVLM_E_ARG names the first size or switch that makes no model. */
 OVLM_NODISCARD ovlm_status ovlm_model_config_check(const ovlm_model_config *config,

@@ -31,54 +31,68 @@ ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab, int64_t 
         int64_t row = tokens->feature_row == NULL ? -1 : tokens->feature_row[t];
         if (row < -1 || row >= feature_rows) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "token %lld stands for feature %lld, but the images give %lld",
+                             "token %lld stands for feature %lld, but images and sounds give %lld",
                              (long long)t, (long long)row, (long long)feature_rows);
         }
     }
     return OVLM_OK;
 }
 
-/* Token t's row of the embedding table, or -1 where a feature stands; and the features' rows. */
+/* What the residual stream is gathered from. */
+typedef enum source { FROM_TABLE, FROM_IMAGES, FROM_SOUNDS } source;
+
+/* Token t's row of a source, or -1 where it stands for something else. */
+static int32_t row_of(const ovlm_decoder_pass *pass, int64_t t, source from)
+{
+    int64_t row = pass->tokens.feature_row == NULL ? -1 : pass->tokens.feature_row[t];
+    int64_t images = ovlm_tensor_given(&pass->features.image) ? pass->features.image.rows : 0;
+    switch (from) {
+    case FROM_TABLE: return row < 0 ? pass->tokens.id[t] : -1;
+    case FROM_IMAGES: return row < images ? (int32_t)row : -1;
+    case FROM_SOUNDS: return row >= images ? (int32_t)(row - images) : -1;
+    }
+    return -1;
+}
+
 static ovlm_status upload_rows(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack,
-                               const int32_t **embed, const int32_t **mix)
+                               source from, const int32_t **rows)
 {
     int64_t T = pass->tokens.T, bytes = T * (int64_t)sizeof(int32_t);
-    const int32_t *feature_row = pass->tokens.feature_row;
     int32_t *staged = ovlm_stack_take(run->stage, bytes);
     int32_t *device = ovlm_stack_take(stack, bytes);
-    *embed = device;
-    if (!run->measuring && T > 0) {
-        for (int64_t t = 0; t < T; t++) {
-            bool feature = feature_row != NULL && feature_row[t] >= 0;
-            staged[t] = feature ? -1 : pass->tokens.id[t];
-        }
-        OVLM_TRY(run->ops->copy(run->queue, device, staged, bytes, OVLM_TO_DEVICE, run->err));
+    *rows = device;
+    if (run->measuring || T == 0) {
+        return OVLM_OK;
     }
-    *mix = NULL;
-    if (ovlm_tensor_given(&pass->features)) {
-        void *rows = NULL;
-        OVLM_TRY(ovlm_run_upload(run, stack, feature_row, bytes, &rows));
-        *mix = rows;
+    for (int64_t t = 0; t < T; t++) {
+        staged[t] = row_of(pass, t, from);
     }
-    return OVLM_OK;
+    return run->ops->copy(run->queue, device, staged, bytes, OVLM_TO_DEVICE, run->err);
 }
 
 /* Embeddings, with features where they stand. */
 static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *stack, ovlm_tensor h)
 {
-    const int32_t *embed_row = NULL, *feature_row = NULL;
-    OVLM_TRY(upload_rows(run, pass, stack, &embed_row, &feature_row));
+    const int32_t *embed_row = NULL, *feature_row = NULL, *sound_row = NULL;
+    OVLM_TRY(upload_rows(run, pass, stack, FROM_TABLE, &embed_row));
     pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
     RUN_IN(run, gather, fwd, &pass->embed, stack);
-    if (!ovlm_tensor_given(&pass->features)) {
+    if (ovlm_tensor_given(&pass->features.sound)) {
+        OVLM_TRY(upload_rows(run, pass, stack, FROM_SOUNDS, &sound_row));
+        pass->mix_sounds = (ovlm_gather){.taps = 1, .unique = true, .index = sound_row,
+                                         .x = pass->features.sound, .y = h, .y_beta = 1};
+        RUN_IN(run, gather, fwd, &pass->mix_sounds, stack);
+    }
+    if (!ovlm_tensor_given(&pass->features.image)) {
         return OVLM_OK;
     }
+    OVLM_TRY(upload_rows(run, pass, stack, FROM_IMAGES, &feature_row));
     pass->mix = (ovlm_gather){.taps = 1, .unique = true, .index = feature_row,
-                              .x = pass->features, .y = h, .y_beta = 1};
+                              .x = pass->features.image, .y = h, .y_beta = 1};
     RUN_IN(run, gather, fwd, &pass->mix, stack);
     for (int64_t k = 0; k < pass->params->config.vision.deepstack_n; k++) {
         pass->deepstack[k] = pass->mix;
-        pass->deepstack[k].x = pass->extra[k];
+        pass->deepstack[k].x = pass->features.extra[k];
     }
     return OVLM_OK;
 }
@@ -121,32 +135,54 @@ static ovlm_status prepare_context(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_
     return OVLM_OK;
 }
 
+/* A layer's own counts are differences of these. */
+static ovlm_status note_counts(ovlm_run *run, const ovlm_decoder_pass *pass, int64_t layer)
+{
+    int64_t E = pass->params->config.decoder.experts;
+    if (pass->count_after == NULL || E == 0 || run->measuring) {
+        return OVLM_OK;
+    }
+    return run->ops->copy(run->queue, pass->count_after + layer * E, pass->context.count,
+                          E * (int64_t)sizeof(int64_t), OVLM_ON_DEVICE, run->err);
+}
+
 ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
 {
     const ovlm_decoder_config *c = &pass->params->config.decoder;
     int64_t T = pass->tokens.T, depth = c->depth;
     ovlm_stack *stack = pass->training ? run->keep : run->work;
-    pass->hidden = ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    int64_t mark = run->work->used_bytes;
+    pass->hidden = ovlm_stack_tensor(run->keep, T, c->width, run->dtype);
     ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
     ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
     OVLM_TRY(embed(run, pass, stack, h));
     OVLM_TRY(prepare_context(run, pass, stack));
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
                                          : spare;
         pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
         OVLM_TRY(ovlm_block_fwd(run, &pass->params->decoder[i], &pass->context, pass->training, h,
                                 out, &pass->block[i]));
+        OVLM_TRY(note_counts(run, pass, i));
         spare = h;
         h = out;
-        if (ovlm_tensor_given(&pass->features) && i < pass->params->config.vision.deepstack_n) {
+        if (i + 1 < depth) {
+            OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
+        }
+        if (ovlm_tensor_given(&pass->features.image) &&
+            i < pass->params->config.vision.deepstack_n) {
             pass->deepstack[i].y = h;
             RUN(run, gather, fwd, &pass->deepstack[i]);
         }
+        ovlm_run_end(run, "decoder layer", i, start_s);
     }
     pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
                              .w = pass->params->norm.w, .y = pass->hidden};
     RUN_IN(run, norm, fwd, &pass->norm, stack);
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, depth, pass->hidden));
+    run->work->used_bytes = mark;
     return OVLM_OK;
 }
 
@@ -181,26 +217,27 @@ static ovlm_status gather_back(ovlm_run *run, ovlm_gather *args, ovlm_tensor dh,
 }
 
 ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor dhidden,
-                             ovlm_tensor dfeatures, const ovlm_tensor *dextra)
+                             const ovlm_decoder_features *dfeatures)
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
-    bool features = ovlm_tensor_given(&dfeatures);
-    int64_t lowest = lowest_wanted(pass, features);
+    bool images = ovlm_tensor_given(&dfeatures->image);
+    int64_t lowest = lowest_wanted(pass, images || ovlm_tensor_given(&dfeatures->sound));
     ovlm_weight none = {0};
     ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
     for (int64_t i = p->config.decoder.depth - 1; i >= 0; i--) {
-        if (features && i < p->config.vision.deepstack_n) {
-            OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dextra[i], 0));
+        double start_s = ovlm_run_begin(run);
+        if (images && i < p->config.vision.deepstack_n) {
+            OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dfeatures->extra[i], 0));
         }
         pass->context.cache = NULL;
         OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "decoder layer backward", i, start_s);
     }
-    if (features) {
-        OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures, 0));
-    }
+    OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures->image, 0));
+    OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, dfeatures->sound, 0));
     OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
     run->work->used_bytes = mark;
     return OVLM_OK;

@@ -10,8 +10,16 @@ typedef struct ovlm_tokens {
     const int32_t *id;          /* [T] in [0, vocab)                                         */
     const int32_t *start;       /* [segments+1] ascending from 0 to T                        */
     const float *position;      /* [3,T]: time, height, width                                */
-    const int32_t *feature_row; /* [T]: row of the features that stands here, or -1; or NULL */
+    const int32_t *feature_row; /* [T]: row of the features that stands here, or -1; or NULL.
+                                   The sounds' rows follow those of the images.              */
 } ovlm_tokens;
+
+/* What stands for images and sounds, or its gradients; left out: none, or not wanted. */
+typedef struct ovlm_decoder_features {
+    ovlm_tensor image;          /* [F,width] device                                          */
+    ovlm_tensor extra[OVLM_DEEPSTACK_MOST]; /* [F,width] each: DeepStack's part              */
+    ovlm_tensor sound;          /* [S,width]                                                 */
+} ovlm_decoder_features;
 
 /* One pass, from its forward to its backward. */
 typedef struct ovlm_decoder_pass {
@@ -19,11 +27,12 @@ typedef struct ovlm_decoder_pass {
     ovlm_tokens tokens;
     int64_t longest;            /* segment                                                   */
     bool training;
-    ovlm_tensor features;       /* [F,width] device; left out without any                    */
-    ovlm_tensor extra[OVLM_DEEPSTACK_MOST];
+    ovlm_decoder_features features;
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
+    int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
     const ovlm_cache *cache;    /* [depth], with context.key; or NULL                        */
-    ovlm_gather embed, mix, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_taps taps;             /* entries 0 to depth; the last is hidden                    */
+    ovlm_gather embed, mix, mix_sounds, deepstack[OVLM_DEEPSTACK_MOST];
     ovlm_block_saved *block;    /* [depth] host                                              */
     ovlm_norm norm;
     ovlm_tensor hidden;         /* [T,width], after the last norm                            */
@@ -34,13 +43,12 @@ OVLM_NODISCARD ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t 
                                              int64_t feature_rows, int64_t *longest,
                                              ovlm_err *err);
 
-/* hidden, on run->keep when training, else on run->work. */
+/* hidden, on run->keep. */
 OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass);
 
-/* From dhidden to the weights' gradients and to dfeatures and dextra (left out: not wanted;
- * overwritten). */
+/* From dhidden to the weights' gradients and to those of the features (overwritten). */
 OVLM_NODISCARD ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass,
-                                            ovlm_tensor dhidden, ovlm_tensor dfeatures,
-                                            const ovlm_tensor *dextra);
+                                            ovlm_tensor dhidden,
+                                            const ovlm_decoder_features *dfeatures);
 
 #endif

@@ -34,31 +34,27 @@ static ovlm_status pool_fwd(ovlm_run *run, ovlm_stack *stack, int64_t m, ovlm_te
     return OVLM_OK;
 }
 
-ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
-                            const ovlm_merge_weights *weights, ovlm_stack *stack, ovlm_tensor h,
-                            ovlm_tensor out, ovlm_merge_saved *s)
+ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights, ovlm_stack *stack,
+                            ovlm_tensor h, ovlm_tensor out, ovlm_merge_saved *s)
 {
-    const ovlm_vision_config *config = &params->config.vision;
-    int64_t m = config->merge;
-    ovlm_tensor x = h;
+    int64_t m = weights->merge;
+    ovlm_tensor x;
     *s = (ovlm_merge_saved){0};
     if (weights->kind == OVLM_MERGE_POOL) {
         OVLM_TRY(pool_fwd(run, stack, m, h, &s->pool));
         x = s->pool.y;
     } else {
         ovlm_tensor in = weights->kind == OVLM_MERGE_CONCAT_NORM ? joined(h, m) : h;
-        s->norm = (ovlm_norm){.eps = config->eps, .groups = 1, .x = in, .w = weights->norm.w,
+        s->norm = (ovlm_norm){.eps = weights->eps, .groups = 1, .x = in, .w = weights->norm.w,
                               .bias = weights->norm_bias.w,
                               .y = ovlm_stack_tensor(stack, in.rows, in.cols, run->dtype)};
         RUN_IN(run, norm, fwd, &s->norm, stack);
         x = weights->kind == OVLM_MERGE_CONCAT_NORM ? s->norm.y : joined(s->norm.y, m);
     }
     s->fc1 = (ovlm_linear){.x = x, .w = weights->fc1.w, .bias = weights->fc1_bias.w,
-                           .act = config->merger_act,
-                           .pre = ovlm_stack_tensor(stack, x.rows, config->merger_hidden,
-                                                    run->dtype),
-                           .y = ovlm_stack_tensor(stack, x.rows, config->merger_hidden,
-                                                  run->dtype)};
+                           .act = weights->act,
+                           .pre = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype),
+                           .y = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype)};
     RUN_IN(run, linear, fwd, &s->fc1, stack);
     s->fc2 = (ovlm_linear){.x = s->fc1.y, .w = weights->fc2.w, .bias = weights->fc2_bias.w,
                            .y = out};
@@ -72,13 +68,13 @@ ovlm_status ovlm_merger_bwd(ovlm_run *run, const ovlm_merge_weights *weights, ov
     int64_t mark = run->work->used_bytes;
     bool below = ovlm_tensor_given(&dh);
     ovlm_tensor da = ovlm_stack_tensor(run->work, s->fc1.y.rows, s->fc1.y.cols, run->dtype);
-    OVLM_TRY(ovlm_linear_back(run, &s->fc2, dout, &weights->fc2, &weights->fc2_bias, da, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->fc2, dout, &weights->fc2, &weights->fc2_bias, da, 0, NULL));
     bool norm_trained = ovlm_tensor_given(&weights->norm.dw);
     ovlm_tensor dx = {0};
     if (below || norm_trained) {
         dx = ovlm_stack_tensor(run->work, s->fc1.x.rows, s->fc1.x.cols, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, &s->fc1, da, &weights->fc1, &weights->fc1_bias, dx, 0));
+    OVLM_TRY(ovlm_linear_back(run, &s->fc1, da, &weights->fc1, &weights->fc1_bias, dx, 0, NULL));
     if (weights->kind == OVLM_MERGE_POOL && below) {
         s->pool.dy = dx;
         s->pool.dx = dh;

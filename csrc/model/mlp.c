@@ -23,7 +23,7 @@ static ovlm_status dense_fwd(ovlm_run *run, const ovlm_block *block, ovlm_stack 
     ovlm_tensor hidden = {0};
     if (block->gated) {
         s->up.y = ovlm_stack_tensor(stack, T, 2 * F, run->dtype);
-        RUN_IN(run, linear, fwd, &s->up, stack);
+        OVLM_TRY(ovlm_linear_fwd(run, &s->up, &block->up, stack, &s->up_lora));
         OVLM_TRY(gated_fwd(run, block, redo, stack, s->up.y, &s->gated));
         hidden = s->gated.y;
     } else {
@@ -35,8 +35,7 @@ static ovlm_status dense_fwd(ovlm_run *run, const ovlm_block *block, ovlm_stack 
     }
     s->down = (ovlm_linear){.x = hidden, .w = block->down.w, .bias = block->down_bias.w,
                             .add = h_mid, .y = s->h_out};
-    RUN_IN(run, linear, fwd, &s->down, stack);
-    return OVLM_OK;
+    return ovlm_linear_fwd(run, &s->down, &block->down, stack, &s->down_lora);
 }
 
 static ovlm_status route_fwd(ovlm_run *run, const ovlm_block *block,
@@ -69,12 +68,12 @@ static ovlm_status shared_fwd(ovlm_run *run, const ovlm_block *block, ovlm_stack
     s->shared_up = (ovlm_linear){
         .x = s->norm2.y, .w = block->shared_up.w,
         .y = ovlm_stack_tensor(stack, h_mid.rows, 2 * block->moe->shared_hidden, run->dtype)};
-    RUN_IN(run, linear, fwd, &s->shared_up, stack);
+    OVLM_TRY(ovlm_linear_fwd(run, &s->shared_up, &block->shared_up, stack, &s->shared_up_lora));
     OVLM_TRY(gated_fwd(run, block, redo, stack, s->shared_up.y, &s->shared_gated));
     s->shared_down = (ovlm_linear){.x = s->shared_gated.y, .w = block->shared_down.w,
                                    .add = h_mid, .y = s->h_out};
-    RUN_IN(run, linear, fwd, &s->shared_down, stack);
-    return OVLM_OK;
+    return ovlm_linear_fwd(run, &s->shared_down, &block->shared_down, stack,
+                           &s->shared_down_lora);
 }
 
 static ovlm_status experts_fwd(ovlm_run *run, const ovlm_block *block,
@@ -147,26 +146,33 @@ static ovlm_status gated_bwd(ovlm_run *run, ovlm_gated *args, ovlm_tensor dy,
     return OVLM_OK;
 }
 
-/* A SwiGLU layer of linear products: dn is set, or added to with beta. */
+/* The parts of a SwiGLU layer of linear products, which a block has up to twice. */
+typedef struct gated_parts {
+    ovlm_linear *up, *down;
+    ovlm_gated *gated;
+    const ovlm_weight *up_w, *down_w;
+    ovlm_lora_saved *up_lora, *down_lora;
+} gated_parts;
+
+/* dn is set, or added to with beta. */
 static ovlm_status gated_mlp_bwd(ovlm_run *run, const ovlm_block_context *context,
-                                 ovlm_linear *up, ovlm_gated *gated, ovlm_linear *down,
-                                 const ovlm_weight *up_w, const ovlm_weight *down_w,
-                                 ovlm_tensor dh, ovlm_tensor dn, float beta)
+                                 const gated_parts *p, ovlm_tensor dh, ovlm_tensor dn, float beta)
 {
-    ovlm_tensor da = ovlm_stack_tensor(run->work, gated->y.rows, gated->y.cols, run->dtype);
+    ovlm_tensor da = ovlm_stack_tensor(run->work, p->gated->y.rows, p->gated->y.cols, run->dtype);
     ovlm_tensor dgate_up = {0};
-    OVLM_TRY(redo_gated(run, context, gated, &down->x));
-    OVLM_TRY(ovlm_linear_back(run, down, dh, down_w, NULL, da, 0));
-    OVLM_TRY(gated_bwd(run, gated, da, &dgate_up));
-    return ovlm_linear_back(run, up, dgate_up, up_w, NULL, dn, beta);
+    OVLM_TRY(redo_gated(run, context, p->gated, &p->down->x));
+    OVLM_TRY(ovlm_linear_back(run, p->down, dh, p->down_w, NULL, da, 0, p->down_lora));
+    OVLM_TRY(gated_bwd(run, p->gated, da, &dgate_up));
+    return ovlm_linear_back(run, p->up, dgate_up, p->up_w, NULL, dn, beta, p->up_lora);
 }
 
 static ovlm_status plain_mlp_bwd(ovlm_run *run, const ovlm_block *block, ovlm_tensor dh,
                                  ovlm_tensor dn, ovlm_block_saved *s)
 {
     ovlm_tensor da = ovlm_stack_tensor(run->work, dh.rows, block->hidden, run->dtype);
-    OVLM_TRY(ovlm_linear_back(run, &s->down, dh, &block->down, &block->down_bias, da, 0));
-    return ovlm_linear_back(run, &s->up, da, &block->up, &block->up_bias, dn, 0);
+    OVLM_TRY(ovlm_linear_back(run, &s->down, dh, &block->down, &block->down_bias, da, 0,
+                              &s->down_lora));
+    return ovlm_linear_back(run, &s->up, da, &block->up, &block->up_bias, dn, 0, NULL);
 }
 
 static ovlm_status grouped_back(ovlm_run *run, ovlm_grouped_linear *args, ovlm_tensor dy,
@@ -207,7 +213,7 @@ static ovlm_status experts_bwd(ovlm_run *run, const ovlm_block *block,
     s->router.aux = context->aux;
     s->router.dlogits = ovlm_stack_tensor(run->work, T, moe->experts, run->exact);
     RUN(run, router, bwd, &s->router);
-    return ovlm_linear_back(run, &s->gate, s->router.dlogits, &block->router, NULL, dn, 1);
+    return ovlm_linear_back(run, &s->gate, s->router.dlogits, &block->router, NULL, dn, 1, NULL);
 }
 
 ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
@@ -222,12 +228,15 @@ ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
     if (block->moe != NULL) {
         OVLM_TRY(experts_bwd(run, block, context, dh, dn, s));
         if (block->moe->shared_hidden > 0) {
-            OVLM_TRY(gated_mlp_bwd(run, context, &s->shared_up, &s->shared_gated, &s->shared_down,
-                                   &block->shared_up, &block->shared_down, dh, dn, 1));
+            const gated_parts shared = {&s->shared_up, &s->shared_down, &s->shared_gated,
+                                        &block->shared_up, &block->shared_down,
+                                        &s->shared_up_lora, &s->shared_down_lora};
+            OVLM_TRY(gated_mlp_bwd(run, context, &shared, dh, dn, 1));
         }
     } else if (block->gated) {
-        OVLM_TRY(gated_mlp_bwd(run, context, &s->up, &s->gated, &s->down, &block->up,
-                               &block->down, dh, dn, 0));
+        const gated_parts dense = {&s->up, &s->down, &s->gated, &block->up, &block->down,
+                                   &s->up_lora, &s->down_lora};
+        OVLM_TRY(gated_mlp_bwd(run, context, &dense, dh, dn, 0));
     } else {
         OVLM_TRY(plain_mlp_bwd(run, block, dh, dn, s));
     }

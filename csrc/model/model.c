@@ -26,29 +26,22 @@ void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block)
     *block = (ovlm_device_block){0};
 }
 
+void ovlm_model_forget(ovlm_model *model)
+{
+    model->can_backward = false;
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        model->encoder[m].can_backward = false;
+    }
+}
+
 void ovlm_model_rebind(ovlm_model *model)
 {
     ovlm_params_bind(&model->params,
                      &(ovlm_params_memory){.weights = model->weights.data,
                                            .buffers = model->buffers.data,
+                                           .adapters = model->adapters.data,
                                            .grads = model->grads.data,
                                            .dtype = model->dtype, .exact = model->exact});
-}
-
-/* Router statistics: counts, score sums and slopes of all experts, one after the other. */
-static ovlm_status open_routing(ovlm_model *model, ovlm_err *err)
-{
-    int64_t E = model->params.config.decoder.experts;
-    int64_t count_bytes = E * (int64_t)sizeof(int64_t), sum_bytes = E * (int64_t)sizeof(double);
-    OVLM_TRY(ovlm_device_block_need(model, &model->routing,
-                                    count_bytes + sum_bytes + E * (int64_t)sizeof(float), true,
-                                    err));
-    if (E > 0) {
-        model->count = model->routing.data;
-        model->score_sum = (double *)(void *)((char *)model->routing.data + count_bytes);
-        model->slope = (float *)(void *)((char *)model->routing.data + count_bytes + sum_bytes);
-    }
-    return OVLM_OK;
 }
 
 static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
@@ -62,8 +55,9 @@ static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
     OVLM_TRY(ovlm_device_block_need(model, &model->scalars,
                                     (int64_t)(sizeof(ovlm_model_scalars) +
                                               sizeof(ovlm_grad_stats)), true, err));
-    OVLM_TRY(open_routing(model, err));
+    OVLM_TRY(ovlm_model_routing_open(model, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->vision_block, p->config.vision.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->audio_block, p->config.audio.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->decoder_block, p->config.decoder.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(&model->arena, &model->layer_cache, p->config.decoder.depth, err));
     ovlm_model_rebind(model);
@@ -111,19 +105,27 @@ void ovlm_model_close(ovlm_model *model)
     }
     if (model->backend != NULL) {
         ovlm_device_block *blocks[] = {&model->weights, &model->buffers, &model->grads,
-                                       &model->moments, &model->scalars, &model->routing};
+                                       &model->moments, &model->scalars, &model->routing,
+                                       &model->average, &model->swapped, &model->adapters};
         for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {
             ovlm_device_block_free(model, blocks[i]);
         }
         ovlm_model_cache_close(model);
-        ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work};
+        ovlm_stack *stacks[] = {&model->encoder[OVLM_VISION].keep,
+                                &model->encoder[OVLM_AUDIO].keep, &model->decoder_keep,
+                                &model->work};
         for (size_t i = 0; i < sizeof stacks / sizeof *stacks; i++) {
             ovlm_stack_free(stacks[i], model->backend, OVLM_STACK_DEVICE);
         }
         ovlm_stack_free(&model->stage, model->backend, OVLM_STACK_HOST);
         model->backend->ops->close(model->backend);
     }
+    ovlm_trace_free(&model->trace);
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        ovlm_arena_free(&model->encoder[m].call);
+    }
     ovlm_arena_free(&model->call);
+    ovlm_arena_free(&model->lora);
     ovlm_arena_free(&model->arena);
     free(model);
 }
@@ -138,14 +140,22 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model)
     return model->backend;
 }
 
+ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err)
+{
+    return model->backend->ops->queue_wait(model->queue, err);
+}
+
 ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm_err *err)
 {
-    ovlm_params *p = &model->params;
-    OVLM_TRY(ovlm_params_train_only(p, trainable, err));
+    if (model->average.data != NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "an average of what is trained is kept; close it before "
+                                          "changing what that is");
+    }
+    OVLM_TRY(ovlm_params_train_only(&model->params, trainable, err));
     ovlm_status status = model->backend->ops->queue_wait(model->queue, err);
     ovlm_device_block_free(model, &model->grads);
     ovlm_device_block_free(model, &model->moments);
-    model->can_backward = false;
+    ovlm_model_forget(model);
     ovlm_model_rebind(model);
     return status;
 }
@@ -203,8 +213,24 @@ ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err)
 void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
 {
     *memory = (ovlm_model_memory){
-        .weights_bytes = model->weights.bytes + model->buffers.bytes,
-        .training_bytes = model->grads.bytes + model->moments.bytes,
-        .activations_bytes = model->vision_keep.size_bytes + model->decoder_keep.size_bytes,
+        .weights_bytes = model->weights.bytes + model->buffers.bytes + model->adapters.bytes,
+        .training_bytes = model->grads.bytes + model->moments.bytes + model->average.bytes +
+                          model->swapped.bytes,
+        .activations_bytes = model->encoder[OVLM_VISION].keep.size_bytes +
+                             model->encoder[OVLM_AUDIO].keep.size_bytes +
+                             model->decoder_keep.size_bytes,
         .workspace_bytes = model->work.size_bytes, .cache_bytes = model->cache.bytes};
+}
+
+void ovlm_model_trace_start(ovlm_model *model)
+{
+    ovlm_trace_free(&model->trace);
+    model->tracing = true;
+}
+
+void ovlm_model_trace_stop(ovlm_model *model, ovlm_trace *trace)
+{
+    *trace = model->trace;
+    model->trace = (ovlm_trace){0};
+    model->tracing = false;
 }

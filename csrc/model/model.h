@@ -5,6 +5,7 @@
 #ifndef OVLM_MODEL_MODEL_H
 #define OVLM_MODEL_MODEL_H
 
+#include "model/audio.h"
 #include "model/decoder.h"
 #include "model/vision.h"
 
@@ -24,6 +25,9 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model);
 OVLM_NODISCARD ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable,
                                                  ovlm_err *err);
 
+/* Until all work is done. */
+OVLM_NODISCARD ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err);
+
 /* One weight to and from host memory, in the dtype that it is stored in, dense; waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_read(ovlm_model *model, const ovlm_tensor *tensor,
                                            void *host, ovlm_err *err);
@@ -34,7 +38,16 @@ OVLM_NODISCARD ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor
 OVLM_NODISCARD ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err);
 
-/* ------------------------------------------------------------ passes */
+/* ------------------------------------------------------------ passes
+ *
+ * A forward is phases: encode (images to features, sounds to features) and decode (tokens and
+ * features to hidden states and the loss); each can be run alone, with what lies between them in
+ * the caller's hands.  Each keeps what its backward needs until it is run again, whatever the
+ * others do meanwhile.
+ * Memory grows in forward, encode, decode and, for dhidden and dlogits, backward; never between
+ * the layers of a pass.  "exact" is float32 (float64 in models of that dtype). */
+
+typedef enum ovlm_modality { OVLM_VISION, OVLM_AUDIO, OVLM_MODALITIES } ovlm_modality;
 
 typedef struct ovlm_model_inputs {
     ovlm_tokens tokens;
@@ -45,6 +58,15 @@ typedef struct ovlm_model_inputs {
     const int32_t *grid_thw;   /* [images,3]                                                   */
     const void *pixels;        /* [P, ...]                                                     */
     ovlm_dtype pixel_dtype;
+    int64_t sounds;
+    const int32_t *mel_length; /* [sounds]                                                     */
+    const float *mel;          /* [frames, bins]                                               */
+    struct {
+        int64_t rows;
+        const void *features;  /* [rows,width] exact, which stand for the images' or sounds' own;
+                                  NULL: encode those, if there are any                         */
+    } given[OVLM_MODALITIES];
+    const void *extra;         /* [deepstack_n,rows,width] exact, of the images; NULL without  */
     double normalizer;         /* what the loss is divided by; < 0: this call's weight sum     */
     const int64_t *router_count; /* [E] of the whole global batch, or NULL: this call's        */
     double router_rows;        /* layers x tokens that router_count was taken over             */
@@ -56,19 +78,53 @@ typedef struct ovlm_model_output {
     int64_t target_tokens;
 } ovlm_model_output;
 
+/* Entries of a tower's hidden states that a pass keeps; 0 is what its first block reads. */
+typedef struct ovlm_tap_list {
+    int64_t n;
+    const int32_t *entry;      /* [n] in [0, depth]                                            */
+} ovlm_tap_list;
+
 typedef struct ovlm_pass_options {
     bool training;             /* a backward may follow                                        */
     bool entropy;
+    bool own_loss;             /* it will be of this forward's loss: the head's gradients are
+                                  computed on the way                                          */
     ovlm_checkpoint checkpoint;
+    ovlm_tap_list vision_taps, taps;
     int (*poll)(void *ctx);    /* between layers; non-zero stops; or NULL                      */
     void *poll_ctx;
 } ovlm_pass_options;
 
+/* The decode, after an encode of the images and one of the sounds, where there are any.  With label
+ * NULL there is no loss but the routers' balance. */
 OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                               const ovlm_pass_options *options, ovlm_err *err);
 
-/* Tokens of the last forward, or 0 when what it kept is gone: the T of the calls below. */
+/* An encode alone: reads images (one or more), grid_thw and pixels of the inputs; or sounds,
+ * mel_length and mel. */
+OVLM_NODISCARD ovlm_status ovlm_model_encode(ovlm_model *model, ovlm_modality modality,
+                                             const ovlm_model_inputs *inputs,
+                                             const ovlm_pass_options *options, ovlm_err *err);
+
+/* Waits.  features [rows,width] and, of images, extra [deepstack_n,rows,width] of the last encode
+ * (either may be NULL), exact. */
+OVLM_NODISCARD ovlm_status ovlm_model_features_read(ovlm_model *model, ovlm_modality modality,
+                                                    void *features, void *extra, ovlm_err *err);
+
+/* Tokens of the last forward, or 0 when what it kept is gone: the T of the calls below.  Rows of
+ * the features that it was given, or of those that the last encode made; -1: none. */
 int64_t ovlm_model_token_count(const ovlm_model *model);
+int64_t ovlm_model_given_rows(const ovlm_model *model, ovlm_modality modality);
+int64_t ovlm_model_encoded_rows(const ovlm_model *model, ovlm_modality modality);
+
+/* Waits.  Hidden states [T,width] after the last norm of the last forward, exact. */
+OVLM_NODISCARD ovlm_status ovlm_model_hidden_read(ovlm_model *model, void *hidden, ovlm_err *err);
+
+/* Waits.  What options->taps (or vision_taps) number i of the last pass kept: [T,width] (or
+ * [P,vision width]) exact; its extents come from ovlm_model_tap, NULL when it is gone. */
+const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t i);
+OVLM_NODISCARD ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i,
+                                               void *state, ovlm_err *err);
 
 /* Waits.  logp and entropy [T] (or NULL) belong to the token at which they were predicted: entry t
  * is of token t's label, 0 at the start of a segment. */
@@ -79,15 +135,57 @@ OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_
 OVLM_NODISCARD ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count,
                                                   ovlm_err *err);
 
-/* Adds the gradients of the last forward's loss; or, with dlogp [T] (and dentropy, or NULL), of any
- * loss of the log-probabilities, in the order of ovlm_model_output_read.  Once per forward. */
-OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp,
-                                               const float *dentropy,
-                                               const ovlm_pass_options *options, ovlm_err *err);
+/* The same by layer with experts, [ovlm_decoder_sparse_layers,E]; waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_router_layers(ovlm_model *model, int64_t *count,
+                                                    ovlm_err *err);
+
+/* Moves the corrections of sigmoid routers against such counts, of a whole global batch: up by
+ * speed where an expert got fewer slots than the mean of its layer, down where more.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count,
+                                                     double speed, ovlm_err *err);
 
 /* Float32 logits [rows, vocab] of rows of the last forward's hidden states; waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows,
                                              float *logits, ovlm_err *err);
+
+/* Slopes of a loss of the caller's, which may read all of these; what it does not read is NULL.
+ * Host arrays. */
+typedef struct ovlm_model_slopes {
+    const float *dlogp;        /* [T], in the order of ovlm_model_output_read                  */
+    const float *dentropy;     /* [T]; the forward was asked for the entropy                   */
+    const void *dhidden;       /* [T,width] exact: of ovlm_model_hidden_read                   */
+    int64_t rows;
+    const int32_t *row;        /* [rows], may repeat                                           */
+    const float *dlogits;      /* [rows,vocab] of ovlm_model_logits                            */
+} ovlm_model_slopes;
+
+/* Where gradients of given features go, exact; NULL: not wanted. */
+typedef struct ovlm_feature_slopes {
+    void *dfeatures[OVLM_MODALITIES]; /* [rows,width]                                          */
+    void *dextra;              /* [deepstack_n,rows,width] of the images                       */
+} ovlm_feature_slopes;
+
+/* Adds the gradients of the caller's loss, or, with no slope at all, of the last forward's own; in
+ * both cases with that of the routers' balance loss.  Once per forward.  Goes through the encoders
+ * that the forward ran; writes the gradients of the features that it was given, and waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_backward(ovlm_model *model, const ovlm_model_slopes *slopes,
+                                               const ovlm_feature_slopes *dfeatures,
+                                               const ovlm_pass_options *options, ovlm_err *err);
+
+/* Adds the encoder's gradients from those of features and, of images, extra of the last encode in
+ * training, exact (NULL: zero).  Once per encode. */
+OVLM_NODISCARD ovlm_status ovlm_model_encode_backward(ovlm_model *model, ovlm_modality modality,
+                                                      const void *dfeatures, const void *dextra,
+                                                      const ovlm_pass_options *options,
+                                                      ovlm_err *err);
+
+/* ------------------------------------------------------------ trace */
+
+/* Starts to note when phases, layers and operations run; what was noted before is forgotten. */
+void ovlm_model_trace_start(ovlm_model *model);
+
+/* Ends that; *trace is what was noted, to be freed with ovlm_trace_free. */
+void ovlm_model_trace_stop(ovlm_model *model, ovlm_trace *trace);
 
 /* ------------------------------------------------------------ optimizer */
 
@@ -114,6 +212,41 @@ OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t paramet
 /* To be called after a weight was written: a master that exists takes its value.  Waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter,
                                                    ovlm_err *err);
+
+/* ------------------------------------------------------------ average of the weights */
+
+/* A float32 moving average of what is trained, from its present values; one per model, until it is
+ * closed.  What is trained cannot change meanwhile. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_open(ovlm_model *model, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_model_average_close(ovlm_model *model, ovlm_err *err);
+
+/* average = decay average + (1 - decay) weight.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_update(ovlm_model *model, double decay,
+                                                     ovlm_err *err);
+
+/* The averages become the model's weights (in), or its own come back, to the bit.  No optimizer
+ * step meanwhile.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_average_swap(ovlm_model *model, bool in, ovlm_err *err);
+bool ovlm_model_average_in(const ovlm_model *model);
+
+/* A parameter's average; left out where there is none. */
+ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter);
+
+/* ------------------------------------------------------------ adapters */
+
+/* Low-rank adapters (zero) of the weights adapted[n], behind the other parameters:
+ * y += scale B A x.  They are what is trained from then on.  OVLM_E_ARG when one of the weights
+ * cannot have any. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted,
+                                                int64_t rank, double scale, ovlm_err *err);
+
+/* Takes them away; the whole model is trained again. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_close(ovlm_model *model, ovlm_err *err);
+
+/* Adds them to the weights, so that passes cost nothing more, or takes them out again (up to
+ * rounding).  Merged, there is no training.  Waits. */
+OVLM_NODISCARD ovlm_status ovlm_model_lora_merge(ovlm_model *model, bool in, ovlm_err *err);
+bool ovlm_model_lora_merged(const ovlm_model *model);
 
 /* ------------------------------------------------------------ generation */
 

@@ -69,49 +69,25 @@ static ovlm_status prepare_keys(ovlm_model *model, const ovlm_tokens *tokens, in
     return OVLM_OK;
 }
 
-static ovlm_status walk(ovlm_run *run, ovlm_model *model, const int32_t *start,
+static ovlm_status walk(ovlm_run *run, ovlm_model *model, unsigned phases, const int32_t *start,
                         const int32_t *length)
 {
     ovlm_decoder_pass *pass = &model->decoder;
     int64_t n = model->cache_sequences, bytes = n * (int64_t)sizeof *start;
     void *device_start = NULL, *device_length = NULL;
-    if (model->has_vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
-        pass->features = model->vision.features;
-        memcpy(pass->extra, model->vision.extra, sizeof pass->extra);
-        run->keep = &model->decoder_keep;
-    }
+    OVLM_TRY(ovlm_model_walk_encode(run, model, phases));
+    ovlm_model_take_features(model);
+    run->keep = &model->decoder_keep;
     OVLM_TRY(ovlm_run_upload(run, run->work, start, bytes, &device_start));
     OVLM_TRY(ovlm_run_upload(run, run->work, length, bytes, &device_length));
     pass->context.key = (ovlm_segments){
         .n = n, .max_len = model->cache_length, .start = device_start, .length = device_length,
         .host_start = start, .host_length = run->measuring ? NULL : length};
     pass->cache = model->layer_cache;
-    return ovlm_decoder_fwd(run, pass);
-}
-
-static ovlm_status measure_walk(ovlm_model *model, const ovlm_pass_options *options,
-                                const int32_t *start, const int32_t *length, ovlm_err *err)
-{
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
-    ovlm_stack held[4];
-    for (int i = 0; i < 4; i++) {
-        held[i] = *stacks[i];
-        *stacks[i] = (ovlm_stack){0};
-    }
-    ovlm_run run = ovlm_model_run(model, true, options, err);
-    ovlm_status status = walk(&run, model, start, length);
-    for (int i = 0; i < 4; i++) {
-        int64_t peak = stacks[i]->peak_bytes;
-        *stacks[i] = held[i];
-        if (status == OVLM_OK) {
-            status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
-        }
-    }
-    return status;
+    double start_s = ovlm_run_begin(run);
+    OVLM_TRY(ovlm_decoder_fwd(run, pass));
+    ovlm_run_end(run, "decode", -1, start_s);
+    return OVLM_OK;
 }
 
 /* Logits after the last token of each segment that has one. */
@@ -137,17 +113,19 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
 {
     const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
     int32_t *start = NULL, *length = NULL;
-    model->can_backward = model->has_hidden = model->has_loss = false;
-    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
-    ovlm_arena_free(&model->call);
-    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, &forward, err));
-    OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, &forward, err));
+    const unsigned phases = ovlm_model_phases(inputs);
+    OVLM_TRY(ovlm_model_begin(model, err));
+    OVLM_TRY(ovlm_model_prepare(model, inputs, &forward, phases, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
-    OVLM_TRY(measure_walk(model, &forward, start, length, err));
-    ovlm_run run = ovlm_model_run(model, false, &forward, err);
-    OVLM_TRY(walk(&run, model, start, length));
+    model->decoder.count_after = NULL;
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, &forward, held, err);
+    ovlm_status status = walk(&run, model, phases, start, length);
+    OVLM_TRY(ovlm_model_measure_end(model, held, phases, status, err));
+    run = ovlm_model_run(model, false, &forward, err);
+    OVLM_TRY(walk(&run, model, phases, start, length));
     model->has_hidden = true;
     OVLM_TRY(last_logits(model, logits, err));
     for (int64_t i = 0; i < model->cache_sequences; i++) {

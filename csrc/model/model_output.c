@@ -4,8 +4,8 @@
 #include <math.h>
 #include <stdlib.h>
 
-static ovlm_status fetch(ovlm_model *model, void *host, const void *device, int64_t bytes,
-                         ovlm_err *err)
+ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const void *device, int64_t bytes,
+                             ovlm_err *err)
 {
     const ovlm_ops *ops = model->backend->ops;
     if (bytes > 0) {
@@ -19,7 +19,7 @@ static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *de
                                  ovlm_err *err)
 {
     const ovlm_tokens *tokens = &model->decoder.tokens;
-    OVLM_TRY(fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
+    OVLM_TRY(ovlm_model_fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
     for (int64_t i = 0; i < tokens->segments; i++) {
         int64_t first = tokens->start[i];
         for (int64_t t = (int64_t)tokens->start[i + 1] - 1; t > first; t--) {
@@ -37,6 +37,69 @@ int64_t ovlm_model_token_count(const ovlm_model *model)
     return model->has_hidden ? model->decoder.tokens.T : 0;
 }
 
+/* ---------------------------------------------------------------- activations */
+
+/* In memory that lives for the call, in the exact dtype. */
+static ovlm_status read_cast(ovlm_model *model, const ovlm_tensor *rows, void *memory, void *work,
+                             void *host, ovlm_err *err)
+{
+    ovlm_scale cast = {.alpha = 1, .x = *rows, .scratch.work = work,
+                       .y = ovlm_tensor_of(memory, rows->rows, rows->cols, model->exact)};
+    OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
+    return ovlm_model_read(model, &cast.y, host, err);
+}
+
+ovlm_status ovlm_model_rows_read(ovlm_model *model, const ovlm_tensor *rows, void *host,
+                                 ovlm_err *err)
+{
+    if (rows->dtype == model->exact) {
+        return ovlm_model_read(model, rows, host, err);
+    }
+    ovlm_device_block memory = {0};
+    int64_t bytes = rows->rows * rows->cols * ovlm_dtype_bytes(model->exact);
+    ovlm_scale cast = {.x = *rows, .y = *rows};
+    ovlm_op_bytes need = {0};
+    cast.y.dtype = model->exact;
+    OVLM_TRY(model->backend->ops->scale.measure(model->backend, &cast, &need, err));
+    bytes = (bytes + 63) / 64 * 64;
+    OVLM_TRY(ovlm_device_block_need(model, &memory, bytes + need.fwd_work + 64, false, err));
+    ovlm_status status = read_cast(model, rows, memory.data, (char *)memory.data + bytes, host,
+                                   err);
+    if (status != OVLM_OK) {
+        (void)model->backend->ops->queue_wait(model->queue, NULL); /* before it is freed */
+    }
+    ovlm_device_block_free(model, &memory);
+    return status;
+}
+
+ovlm_status ovlm_model_hidden_read(ovlm_model *model, void *hidden, ovlm_err *err)
+{
+    if (!model->has_hidden) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no hidden states: no forward has run");
+    }
+    return ovlm_model_rows_read(model, &model->decoder.hidden, hidden, err);
+}
+
+const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t i)
+{
+    const ovlm_taps *taps = vision ? &model->vision.taps : &model->decoder.taps;
+    bool kept = vision ? model->encoder[OVLM_VISION].has_features : model->has_hidden;
+    return kept && i >= 0 && i < taps->n ? &taps->state[i] : NULL;
+}
+
+ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i, void *state,
+                                ovlm_err *err)
+{
+    const ovlm_tensor *tap = ovlm_model_tap(model, vision, i);
+    if (tap == NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the last pass kept no hidden states number %lld",
+                         (long long)i);
+    }
+    return ovlm_model_read(model, tap, state, err);
+}
+
+/* ---------------------------------------------------------------- the loss */
+
 ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output, float *logp,
                                    float *entropy, ovlm_err *err)
 {
@@ -44,7 +107,7 @@ ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
     if (!model->has_hidden) {
         return OVLM_FAIL(err, OVLM_E_ARG, "there is no output: no forward has run");
     }
-    OVLM_TRY(fetch(model, &s, model->scalars.data, (int64_t)sizeof s, err));
+    OVLM_TRY(ovlm_model_fetch(model, &s, model->scalars.data, (int64_t)sizeof s, err));
     *output = (ovlm_model_output){.loss = s.loss, .aux_loss = s.aux_loss,
                                   .weight_sum = s.weight_sum, .target_tokens = s.target_tokens};
     if (logp != NULL && model->has_loss) {
@@ -54,12 +117,6 @@ ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
         OVLM_TRY(fetch_shifted(model, entropy, model->head.entropy, err));
     }
     return OVLM_OK;
-}
-
-ovlm_status ovlm_model_router_read(ovlm_model *model, int64_t *count, ovlm_err *err)
-{
-    return fetch(model, count, model->count,
-                 model->params.config.decoder.experts * (int64_t)sizeof *count, err);
 }
 
 /* Memory that lives for one call: rows to read, and what comes of them. */
@@ -74,6 +131,7 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
     run.stage = &stage;
     for (int walk = 0; walk < 2; walk++) {
         run.measuring = walk == 0;
+        double start_s = ovlm_run_begin(&run);
         int32_t *index = ovlm_stack_take(&work, rows * (int64_t)sizeof *index);
         if (!run.measuring) {
             OVLM_TRY(ops->copy(model->queue, index, row, rows * (int64_t)sizeof *index,
@@ -85,8 +143,10 @@ static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const
         ovlm_linear head = {.x = pick.y, .w = model->params.head.w,
                             .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
         RUN(&run, linear, fwd, &head);
+        ovlm_run_end(&run, "logits", -1, start_s);
         if (!run.measuring) {
-            return fetch(model, logits, head.y.data, rows * V * (int64_t)sizeof *logits, err);
+            return ovlm_model_fetch(model, logits, head.y.data,
+                                    rows * V * (int64_t)sizeof *logits, err);
         }
         OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
         work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
@@ -187,6 +247,14 @@ static ovlm_status fill_parts(ovlm_model *model, const ovlm_model_adamw *options
     return OVLM_OK;
 }
 
+ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err)
+{
+    if (model->work.size_bytes < bytes) { /* the queue may still use what is freed */
+        OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    }
+    return ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err);
+}
+
 static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
                             ovlm_adamw_part *part, ovlm_model_step *step, ovlm_err *err)
 {
@@ -203,21 +271,14 @@ static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
     ovlm_op_bytes need = {0}, more = {0};
     OVLM_TRY(run.ops->grad_norm.measure(model->backend, &norm, &need, err));
     OVLM_TRY(run.ops->adamw.measure(model->backend, &adamw, &more, err));
-    int64_t bytes = need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work;
-    if (model->work.size_bytes < bytes) {
-        OVLM_TRY(run.ops->queue_wait(model->queue, err));
-        OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err));
-        model->has_hidden = false;
-    }
-    int64_t held = model->work.used_bytes; /* logits of the last forward may still be asked for */
-    if (model->work.size_bytes - held < bytes) {
-        model->work.used_bytes = held = 0;
-        model->has_hidden = false;
-    }
+    OVLM_TRY(ovlm_model_need_work(
+        model, need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work, err));
     OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));
+    double start_s = ovlm_run_begin(&run);
     RUN(&run, grad_norm, fwd, &norm);
     RUN(&run, adamw, fwd, &adamw);
-    OVLM_TRY(fetch(model, &seen, stats, (int64_t)sizeof seen, err));
+    ovlm_run_end(&run, "optimizer", -1, start_s);
+    OVLM_TRY(ovlm_model_fetch(model, &seen, stats, (int64_t)sizeof seen, err));
     *step = (ovlm_model_step){.grad_norm = sqrt(seen.norm_sq), .clip = seen.clip,
                               .non_finite = seen.non_finite};
     return OVLM_OK;
@@ -231,6 +292,10 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
         return OVLM_FAIL(err, OVLM_E_ARG, "step must be at least 1; got %lld",
                          (long long)options->step);
     }
+    if (ovlm_model_average_in(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the weights are those of the average; a step is of the "
+                                          "model's own");
+    }
     if (model->params.grad_elements == 0) {
         return OVLM_OK;
     }
@@ -238,7 +303,7 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
     ovlm_adamw_part *part = NULL;
     OVLM_TRY(OVLM_HEAP_NEW(&part, model->params.n, err));
     ovlm_status status = run_step(model, options, part, step, err);
-    model->can_backward = false; /* weights are not what the forward saw */
+    ovlm_model_forget(model);
     free(part);
     return status;
 }

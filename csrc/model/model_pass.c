@@ -1,7 +1,7 @@
-/* model_pass.c - forward and backward of the whole model.
+/* model_pass.c - the phases forward: encode, decode, loss.
  *
- * Each call walks its passes twice: measuring, with the backward where one may follow, so that
- * memory grows here and nowhere else; then for real. */
+ * Each call walks its phases twice: measuring, with the backwards that may follow, so that memory
+ * grows here; then for real.  Between passes the workspace and the staging memory hold nothing. */
 #include "model/model_state.h"
 
 #include <string.h>
@@ -12,7 +12,47 @@ ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_optio
     return (ovlm_run){.queue = model->queue, .ops = model->backend->ops, .measuring = measuring,
                       .keep = &model->decoder_keep, .work = &model->work, .stage = &model->stage,
                       .dtype = model->dtype, .exact = model->exact, .poll = options->poll,
-                      .poll_ctx = options->poll_ctx, .err = err};
+                      .poll_ctx = options->poll_ctx,
+                      .trace = model->tracing ? &model->trace : NULL, .err = err};
+}
+
+ovlm_status ovlm_model_begin(ovlm_model *model, ovlm_err *err)
+{
+    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    model->work.used_bytes = model->stage.used_bytes = 0;
+    return OVLM_OK;
+}
+
+/* Bit i of the phases needs stack i, and all of them the last two; the host's comes last. */
+#define STACKS(model)                                                                        \
+    {&(model)->encoder[OVLM_VISION].keep, &(model)->encoder[OVLM_AUDIO].keep,                \
+     &(model)->decoder_keep, &(model)->work, &(model)->stage}
+
+ovlm_run ovlm_model_measure_begin(ovlm_model *model, const ovlm_pass_options *options,
+                                  ovlm_stack held[OVLM_MODEL_STACKS], ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        held[i] = *stacks[i];
+        *stacks[i] = (ovlm_stack){0};
+    }
+    return ovlm_model_run(model, true, options, err);
+}
+
+ovlm_status ovlm_model_measure_end(ovlm_model *model, const ovlm_stack held[OVLM_MODEL_STACKS],
+                                   unsigned phases, ovlm_status status, ovlm_err *err)
+{
+    ovlm_stack *const stacks[OVLM_MODEL_STACKS] = STACKS(model);
+    for (int i = 0; i < OVLM_MODEL_STACKS; i++) {
+        int64_t peak = stacks[i]->peak_bytes;
+        *stacks[i] = held[i];
+        if (status == OVLM_OK && (i > OVLM_MODALITIES || phases & 1u << i)) {
+            bool host = i + 1 == OVLM_MODEL_STACKS;
+            status = ovlm_stack_fit(stacks[i], model->backend,
+                                    host ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+        }
+    }
+    return status;
 }
 
 static ovlm_model_scalars *scalars(const ovlm_model *model)
@@ -22,61 +62,52 @@ static ovlm_model_scalars *scalars(const ovlm_model *model)
 
 /* ---------------------------------------------------------------- inputs */
 
-ovlm_status ovlm_model_vision_prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
-                                      const ovlm_pass_options *options, ovlm_err *err)
+/* Rows of features that the tokens may name. */
+static ovlm_status count_features(const ovlm_model *model, const ovlm_model_inputs *inputs,
+                                  int64_t *rows, ovlm_err *err)
 {
-    const ovlm_vision_config *c = &model->params.config.vision;
-    model->has_vision = inputs->images > 0;
-    if (!model->has_vision) {
-        return OVLM_OK;
+    static const char *const what[OVLM_MODALITIES] = {"images", "sounds"};
+    *rows = 0;
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        bool encoded = model->encoder[m].in_forward, given = inputs->given[m].features != NULL;
+        if (encoded && given) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "features stand for the %s' own; give either "
+                                              "features or %s", what[m], what[m]);
+        }
+        *rows += encoded ? ovlm_model_feature_rows(model, (ovlm_modality)m)
+                 : given ? inputs->given[m].rows
+                         : 0;
     }
-    if (c->depth == 0) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "this model has no vision tower; got %lld images",
-                         (long long)inputs->images);
+    if (inputs->given[OVLM_VISION].features != NULL && inputs->extra == NULL &&
+        model->params.config.vision.deepstack_n > 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "extra is missing: this model adds DeepStack's features "
+                                          "after its first %lld layers",
+                         (long long)model->params.config.vision.deepstack_n);
     }
-    if (inputs->pixel_dtype != OVLM_F32 && inputs->pixel_dtype != OVLM_U8) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "pixels must be float32 or uint8; got %s",
-                         ovlm_dtype_name(inputs->pixel_dtype));
-    }
-    ovlm_vision_pass *pass = &model->vision;
-    *pass = (ovlm_vision_pass){.params = &model->params, .pixels = inputs->pixels,
-                               .pixel_dtype = inputs->pixel_dtype,
-                               .training = options->training && ovlm_vision_trained(&model->params),
-                               .block = model->vision_block};
-    pass->context.checkpoint = options->checkpoint;
-    pass->context.params = &model->params;
-    OVLM_TRY(ovlm_grid_init(&pass->grid, c, inputs->grid_thw, inputs->images, &model->call, err));
-    pass->tokens = pass->grid.patches / (c->merge * c->merge);
     return OVLM_OK;
 }
 
-/* The segments' host mirror must live until the backward. */
-static ovlm_status keep_copy(ovlm_model *model, const void *from, int64_t count, size_t size,
-                             const void **out, ovlm_err *err)
+static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *inputs,
+                                  const ovlm_pass_options *options, ovlm_err *err)
 {
-    void *copy = NULL;
-    OVLM_TRY(ovlm_arena_alloc_raw(&model->call, &copy, count, size, err));
-    memcpy(copy, from, (size_t)count * size);
-    *out = copy;
-    return OVLM_OK;
-}
-
-ovlm_status ovlm_model_tokens_prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
-                                      const ovlm_pass_options *options, ovlm_err *err)
-{
+    const ovlm_decoder_config *c = &model->params.config.decoder;
     const ovlm_tokens *tokens = &inputs->tokens;
     ovlm_decoder_pass *pass = &model->decoder;
     *pass = (ovlm_decoder_pass){.params = &model->params, .tokens = *tokens,
                                 .training = options->training, .block = model->decoder_block};
-    OVLM_TRY(ovlm_tokens_check(tokens, model->params.config.decoder.vocab,
-                               model->has_vision ? model->vision.tokens : 0, &pass->longest, err));
-    const void *start = NULL;
-    OVLM_TRY(keep_copy(model, tokens->start, tokens->segments + 1, sizeof *tokens->start, &start,
-                       err));
+    int64_t rows = 0;
+    OVLM_TRY(count_features(model, inputs, &rows, err));
+    OVLM_TRY(ovlm_tokens_check(tokens, c->vocab, rows, &pass->longest, err));
+    int32_t *start = NULL; /* must live until the backward */
+    OVLM_TRY(OVLM_ARENA_RAW(&model->call, &start, tokens->segments + 1, err));
+    memcpy(start, tokens->start, (size_t)(tokens->segments + 1) * sizeof *start);
     pass->tokens.start = start;
+    OVLM_TRY(ovlm_taps_init(&pass->taps, options->taps.entry, options->taps.n, c->depth,
+                            &model->call, err));
     pass->context = (ovlm_block_context){.checkpoint = options->checkpoint,
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
+    pass->count_after = model->count_after;
     return OVLM_OK;
 }
 
@@ -169,6 +200,16 @@ static ovlm_status head_fwd(ovlm_run *run, ovlm_model *model, const ovlm_model_i
         .logp = ovlm_stack_take(run->keep, bytes),
         .entropy = options->entropy ? ovlm_stack_take(run->keep, bytes) : NULL, .dlogp = dlogp,
         .loss = &scalars(model)->loss};
+    if (options->own_loss && options->training) {
+        /* The head's gradients in the pass that has the logits at hand; they wait for the
+         * backward, as a forward alone changes no gradient. */
+        const ovlm_tensor *x = &model->head.x, *w = &model->head.w;
+        model->head.fused = true;
+        model->head.dx = ovlm_stack_tensor(run->keep, x->rows, x->cols, run->dtype);
+        if (ovlm_tensor_given(&model->params.head.dw)) {
+            model->head.dw = ovlm_stack_tensor(run->keep, w->rows, w->cols, run->exact);
+        }
+    }
     RUN_IN(run, head, fwd, &model->head, run->keep);
     return OVLM_OK;
 }
@@ -181,11 +222,7 @@ static ovlm_status balance_fwd(ovlm_run *run, ovlm_model *model, const ovlm_mode
     if (c->experts == 0) {
         return OVLM_OK;
     }
-    int64_t sparse = 0;
-    for (int64_t i = 0; i < c->depth; i++) {
-        sparse += ovlm_decoder_layer_sparse(c, i) ? 1 : 0;
-    }
-    double rows = (double)(sparse * inputs->tokens.T);
+    double rows = (double)(ovlm_decoder_sparse_layers(c) * inputs->tokens.T);
     void *count = model->count;
     int64_t mark = run->work->used_bytes;
     if (inputs->router_count != NULL) {
@@ -208,148 +245,174 @@ static ovlm_status balance_fwd(ovlm_run *run, ovlm_model *model, const ovlm_mode
     return OVLM_OK;
 }
 
-/* ---------------------------------------------------------------- forward */
+/* ---------------------------------------------------------------- phases */
 
-static ovlm_status walk_forward(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
-                                const ovlm_pass_options *options)
+/* Rows of the host, in the model's dtype. */
+static ovlm_status load_rows(ovlm_run *run, const ovlm_model *model, const void *host,
+                             int64_t rows, ovlm_tensor *to)
 {
-    ovlm_decoder_pass *decoder = &model->decoder;
+    *to = ovlm_stack_tensor(run->keep, rows, model->params.config.decoder.width, run->dtype);
+    return ovlm_run_load(run, host, to, 0);
+}
+
+/* Features that the caller gives. */
+static ovlm_status load_features(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs)
+{
+    ovlm_decoder_features *to = &model->decoder.features;
+    ovlm_tensor *all[OVLM_MODALITIES] = {&to->image, &to->sound};
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        if (inputs->given[m].features != NULL) {
+            OVLM_TRY(load_rows(run, model, inputs->given[m].features, inputs->given[m].rows,
+                               all[m]));
+        }
+    }
+    if (inputs->given[OVLM_VISION].features == NULL) {
+        return OVLM_OK;
+    }
+    int64_t rows = inputs->given[OVLM_VISION].rows;
+    int64_t bytes = rows * model->params.config.decoder.width * ovlm_dtype_bytes(run->exact);
+    for (int64_t k = 0; k < model->params.config.vision.deepstack_n; k++) {
+        OVLM_TRY(load_rows(run, model, (const char *)inputs->extra + k * bytes, rows,
+                           &to->extra[k]));
+    }
+    return OVLM_OK;
+}
+
+static ovlm_status walk_decode(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
+                               const ovlm_pass_options *options)
+{
+    double start_s = ovlm_run_begin(run);
+    run->keep = &model->decoder_keep;
     OVLM_TRY(ovlm_run_zero(run, model->scalars.data, (int64_t)sizeof(ovlm_model_scalars)));
     OVLM_TRY(ovlm_run_zero(run, model->routing.data, model->routing.bytes));
-    if (model->has_vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_fwd(run, &model->vision));
-        decoder->features = model->vision.features;
-        memcpy(decoder->extra, model->vision.extra, sizeof decoder->extra);
-        run->keep = &model->decoder_keep;
-    }
-    OVLM_TRY(ovlm_decoder_fwd(run, decoder));
+    ovlm_model_take_features(model);
+    OVLM_TRY(load_features(run, model, inputs));
+    OVLM_TRY(ovlm_decoder_fwd(run, &model->decoder));
+    ovlm_run_end(run, "decode", -1, start_s);
+    start_s = ovlm_run_begin(run);
     if (inputs->label != NULL) {
         OVLM_TRY(head_fwd(run, model, inputs, options));
-        OVLM_TRY(balance_fwd(run, model, inputs));
     }
+    OVLM_TRY(balance_fwd(run, model, inputs));
+    ovlm_run_end(run, "loss", -1, start_s);
     return OVLM_OK;
 }
 
-static ovlm_status walk_backward(ovlm_run *run, ovlm_model *model)
+static ovlm_status walk(ovlm_run *run, ovlm_model *model, const ovlm_model_inputs *inputs,
+                        const ovlm_pass_options *options, unsigned phases)
 {
-    const ovlm_params *p = &model->params;
-    ovlm_decoder_pass *decoder = &model->decoder;
-    ovlm_head *head = &model->head;
-    head->dx = ovlm_stack_tensor(run->work, decoder->hidden.rows, decoder->hidden.cols,
-                                 run->dtype);
-    head->dw = p->head.dw;
-    head->dw_beta = 1;
-    RUN(run, head, bwd, head);
-    ovlm_tensor dfeatures = {0}, dextra[OVLM_DEEPSTACK_MOST] = {{0}};
-    bool vision = model->has_vision && model->vision.training;
-    if (vision) {
-        const ovlm_tensor *f = &model->vision.features;
-        dfeatures = ovlm_stack_tensor(run->work, f->rows, f->cols, run->dtype);
-        for (int64_t k = 0; k < p->config.vision.deepstack_n; k++) {
-            dextra[k] = ovlm_stack_tensor(run->work, f->rows, f->cols, run->dtype);
-        }
-    }
-    OVLM_TRY(ovlm_decoder_bwd(run, decoder, head->dx, dfeatures, dextra));
-    if (vision) {
-        run->keep = &model->vision_keep;
-        OVLM_TRY(ovlm_vision_bwd(run, &model->vision, dfeatures, dextra));
-    }
-    return OVLM_OK;
+    OVLM_TRY(ovlm_model_walk_encode(run, model, phases));
+    return phases & OVLM_PHASE_DECODE ? walk_decode(run, model, inputs, options) : OVLM_OK;
 }
 
-/* Sizes of a forward and of the backward that may follow. */
+/* What may follow, with the slopes that take the most memory of those whose size is known. */
+static ovlm_status measure_backward(ovlm_run *run, ovlm_model *model,
+                                    const ovlm_model_inputs *inputs,
+                                    const ovlm_pass_options *options, unsigned phases)
+{
+    const float some = 0; /* is not read while measuring */
+    ovlm_decoder_features dfeatures = {0};
+    ovlm_model_slopes slopes = {0};
+    run->work->used_bytes = run->stage->used_bytes = 0;
+    if (!(phases & OVLM_PHASE_DECODE)) {
+        return ovlm_model_walk_encode_backward(
+            run, model, phases & 1u << OVLM_VISION ? OVLM_VISION : OVLM_AUDIO, &some, &some);
+    }
+    if (inputs->label != NULL) {
+        slopes.dlogp = &some;
+        slopes.dentropy = options->entropy ? &some : NULL;
+    } else {
+        slopes.dhidden = &some;
+    }
+    return ovlm_model_walk_backward(run, model, &slopes, &dfeatures);
+}
+
+/* Sizes of the phases and of the backwards that may follow; makes room for them. */
 static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
-                           const ovlm_pass_options *options, ovlm_err *err)
+                           const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
 {
-    ovlm_stack *stacks[] = {&model->vision_keep, &model->decoder_keep, &model->work,
-                            &model->stage};
-    ovlm_stack held[4];
-    for (int i = 0; i < 4; i++) {
-        held[i] = *stacks[i];
-        *stacks[i] = (ovlm_stack){0};
+    ovlm_stack held[OVLM_MODEL_STACKS];
+    ovlm_run run = ovlm_model_measure_begin(model, options, held, err);
+    ovlm_status status = walk(&run, model, inputs, options, phases);
+    if (status == OVLM_OK && options->training) {
+        status = measure_backward(&run, model, inputs, options, phases);
     }
-    ovlm_run run = ovlm_model_run(model, true, options, err);
-    ovlm_status status = walk_forward(&run, model, inputs, options);
-    if (status == OVLM_OK && options->training && inputs->label != NULL) {
-        /* dlogp and dentropy of the caller are uploaded to the workspace. */
-        int64_t bytes = inputs->tokens.T * (int64_t)sizeof(float);
-        for (int i = 0; i < 2; i++) {
-            (void)ovlm_stack_take(run.work, bytes);
-            (void)ovlm_stack_take(run.stage, bytes);
+    return ovlm_model_measure_end(model, held, phases, status, err);
+}
+
+/* ---------------------------------------------------------------- calls */
+
+unsigned ovlm_model_phases(const ovlm_model_inputs *inputs)
+{
+    return (unsigned)OVLM_PHASE_DECODE | (inputs->images > 0 ? 1u << OVLM_VISION : 0u) |
+           (inputs->sounds > 0 ? 1u << OVLM_AUDIO : 0u);
+}
+
+ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
+                               const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
+{
+    bool decode = phases & OVLM_PHASE_DECODE;
+    if (decode) {
+        model->can_backward = model->has_hidden = model->has_loss = false;
+        ovlm_arena_free(&model->call);
+    }
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        bool encode = phases & 1u << m;
+        if (decode) {
+            model->encoder[m].in_forward = encode;
         }
-        status = walk_backward(&run, model);
-    }
-    for (int i = 0; i < 4; i++) {
-        int64_t peak = stacks[i]->peak_bytes;
-        *stacks[i] = held[i];
-        if (status == OVLM_OK) {
-            status = ovlm_stack_fit(stacks[i], model->backend,
-                                    i == 3 ? OVLM_STACK_HOST : OVLM_STACK_DEVICE, peak, err);
+        if (encode) {
+            OVLM_TRY(ovlm_model_encode_prepare(model, (ovlm_modality)m, inputs, options, err));
         }
     }
-    return status;
+    if (decode) {
+        OVLM_TRY(prepare_tokens(model, inputs, options, err));
+        OVLM_TRY(check_labels(model, inputs, err));
+    }
+    return options->training ? ovlm_model_need_grads(model, err) : OVLM_OK;
+}
+
+static ovlm_status run_phases(ovlm_model *model, const ovlm_model_inputs *inputs,
+                              const ovlm_pass_options *options, unsigned phases, ovlm_err *err)
+{
+    if (options->training && ovlm_model_lora_merged(model)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the adapters are merged: unmerge them to train, or pass "
+                                          "training=False");
+    }
+    OVLM_TRY(ovlm_model_begin(model, err));
+    OVLM_TRY(ovlm_model_prepare(model, inputs, options, phases, err));
+    OVLM_TRY(measure(model, inputs, options, phases, err));
+    ovlm_run run = ovlm_model_run(model, false, options, err);
+    OVLM_TRY(walk(&run, model, inputs, options, phases));
+    bool decode = phases & OVLM_PHASE_DECODE;
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        if (phases & 1u << m) {
+            model->encoder[m].has_features = true;
+            model->encoder[m].can_backward = options->training && !decode;
+        }
+    }
+    if (decode) {
+        model->has_hidden = true;
+        model->has_loss = inputs->label != NULL;
+        model->can_backward = options->training;
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_encode(ovlm_model *model, ovlm_modality modality,
+                              const ovlm_model_inputs *inputs, const ovlm_pass_options *options,
+                              ovlm_err *err)
+{
+    bool vision = modality == OVLM_VISION;
+    if ((vision ? inputs->images : inputs->sounds) < 1) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "there are no %s to encode",
+                         vision ? "images" : "sounds");
+    }
+    return run_phases(model, inputs, options, 1u << modality, err);
 }
 
 ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                const ovlm_pass_options *options, ovlm_err *err)
 {
-    model->can_backward = model->has_hidden = false;
-    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err)); /* memory below is free now */
-    ovlm_arena_free(&model->call);
-    OVLM_TRY(ovlm_model_vision_prepare(model, inputs, options, err));
-    OVLM_TRY(ovlm_model_tokens_prepare(model, inputs, options, err));
-    OVLM_TRY(check_labels(model, inputs, err));
-    if (options->training) {
-        OVLM_TRY(ovlm_model_need_grads(model, err));
-    }
-    OVLM_TRY(measure(model, inputs, options, err));
-    ovlm_run run = ovlm_model_run(model, false, options, err);
-    OVLM_TRY(walk_forward(&run, model, inputs, options));
-    model->has_loss = inputs->label != NULL;
-    model->can_backward = options->training && model->has_loss;
-    model->has_hidden = true;
-    return OVLM_OK;
-}
-
-/* The caller's slopes, moved up by one like the labels; the forward's own when NULL. */
-static ovlm_status upload_slopes(ovlm_run *run, const ovlm_tokens *tokens, const float *host,
-                                 const float **device)
-{
-    if (host == NULL) {
-        return OVLM_OK;
-    }
-    int64_t bytes = tokens->T * (int64_t)sizeof(float);
-    float *staged = ovlm_stack_take(run->stage, bytes);
-    void *memory = ovlm_stack_take(run->work, bytes);
-    *device = memory;
-    for (int64_t i = 0; i < tokens->segments; i++) {
-        for (int64_t t = tokens->start[i]; t < tokens->start[i + 1]; t++) {
-            staged[t] = t + 1 < tokens->start[i + 1] ? host[t + 1] : 0.0f;
-        }
-    }
-    if (bytes == 0) {
-        return OVLM_OK;
-    }
-    return run->ops->copy(run->queue, memory, staged, bytes, OVLM_TO_DEVICE, run->err);
-}
-
-ovlm_status ovlm_model_backward(ovlm_model *model, const float *dlogp, const float *dentropy,
-                                const ovlm_pass_options *options, ovlm_err *err)
-{
-    if (!model->can_backward) {
-        return OVLM_FAIL(err, OVLM_E_ARG,
-                         "backward follows a forward with labels in training mode, once");
-    }
-    if (dentropy != NULL && model->head.entropy == NULL) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "dentropy: the forward was not asked for the entropy");
-    }
-    model->can_backward = false;
-    ovlm_run run = ovlm_model_run(model, false, options, err);
-    int64_t mark = run.work->used_bytes;
-    OVLM_TRY(upload_slopes(&run, &model->decoder.tokens, dlogp, &model->head.dlogp));
-    OVLM_TRY(upload_slopes(&run, &model->decoder.tokens, dentropy, &model->head.dentropy));
-    OVLM_TRY(walk_backward(&run, model));
-    run.work->used_bytes = mark;
-    return OVLM_OK;
+    return run_phases(model, inputs, options, ovlm_model_phases(inputs), err);
 }

@@ -120,7 +120,8 @@ static void add_merger(builder *b, ovlm_merge_weights *merge, ovlm_merger kind,
 {
     const ovlm_vision_config *c = &b->params->config.vision;
     int64_t merged = kind == OVLM_MERGE_POOL ? c->width : c->width * c->merge * c->merge;
-    *merge = (ovlm_merge_weights){.kind = kind};
+    *merge = (ovlm_merge_weights){.kind = kind, .merge = c->merge, .hidden = c->merger_hidden,
+                                  .act = c->merger_act, .eps = c->eps};
     if (kind != OVLM_MERGE_POOL) {
         add_layer_norm(b, &merge->norm, &merge->norm_bias,
                        kind == OVLM_MERGE_NORM_CONCAT ? c->width : merged, prefix, "norm");
@@ -160,6 +161,71 @@ static void add_vision(builder *b)
                        (long long)i);
         add_merger(b, &p->deepstack[i], OVLM_MERGE_CONCAT_NORM, prefix);
     }
+}
+
+/* ---------------------------------------------------------------- audio */
+
+/* q, k and v are three parameters of one product. */
+static void add_audio_qkv(builder *b, ovlm_block *block, const char *prefix)
+{
+    static const char *const names[] = {"q_proj", "k_proj", "v_proj"};
+    int64_t width = block->width;
+    begin(b, &block->qkv);
+    for (int i = 0; i < 3; i++) {
+        add(b, &block->qkv, OVLM_PARAM_WEIGHT, DIMS(width, width), "%sself_attn.%s.weight", prefix,
+            names[i]);
+    }
+    begin(b, &block->qkv_bias);
+    for (int i = 0; i < 3; i++) {
+        add(b, &block->qkv_bias, OVLM_PARAM_BIAS, DIMS(width), "%sself_attn.%s.bias", prefix,
+            names[i]);
+    }
+}
+
+static void add_audio_block(builder *b, ovlm_block *block, int64_t number)
+{
+    const ovlm_audio_config *c = &b->params->config.audio;
+    char prefix[OVLM_NAME_BYTES];
+    (void)snprintf(prefix, sizeof prefix, "model.audio_tower.layers.%lld.", (long long)number);
+    *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->heads,
+                          .head_dim = c->width / c->heads, .hidden = c->hidden, .eps = c->eps,
+                          .act = c->act, .unturned = true};
+    add_layer_norm(b, &block->norm1, &block->norm1_bias, c->width, prefix, "self_attn_layer_norm");
+    add_audio_qkv(b, block, prefix);
+    add_linear(b, &block->out, &block->out_bias, c->width, c->width, prefix, "self_attn.out_proj");
+    add_layer_norm(b, &block->norm2, &block->norm2_bias, c->width, prefix, "final_layer_norm");
+    add_linear(b, &block->up, &block->up_bias, c->hidden, c->width, prefix, "fc1");
+    add_linear(b, &block->down, &block->down_bias, c->width, c->hidden, prefix, "fc2");
+}
+
+static void add_audio(builder *b)
+{
+    ovlm_params *p = b->params;
+    const ovlm_audio_config *c = &p->config.audio;
+    static const char prefix[] = "model.audio_tower.";
+    for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
+        begin(b, &p->conv[i]);
+        add(b, &p->conv[i], OVLM_PARAM_WEIGHT, DIMS(c->channels, i == 0 ? 1 : c->channels, 3, 3),
+            "%sconv2d%d.weight", prefix, i + 1);
+        begin(b, &p->conv_bias[i]);
+        add(b, &p->conv_bias[i], OVLM_PARAM_BIAS, DIMS(c->channels), "%sconv2d%d.bias", prefix,
+            i + 1);
+    }
+    int64_t bins = c->bins;
+    for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
+        bins = ovlm_audio_halved(bins);
+    }
+    add_one(b, &p->conv_out, OVLM_PARAM_WEIGHT, c->width, c->channels * bins, prefix, "conv_out",
+            ".weight");
+    for (int64_t i = 0; i < c->depth; i++) {
+        ovlm_block unused = {0};
+        add_audio_block(b, p->audio != NULL ? &p->audio[i] : &unused, i);
+    }
+    p->project = (ovlm_merge_weights){.kind = OVLM_MERGE_NORM_CONCAT, .merge = 1,
+                                      .hidden = c->width, .act = c->act, .eps = c->eps};
+    add_layer_norm(b, &p->project.norm, &p->project.norm_bias, c->width, prefix, "ln_post");
+    add_linear(b, &p->project.fc1, &p->project.fc1_bias, c->width, c->width, prefix, "proj1");
+    add_linear(b, &p->project.fc2, &p->project.fc2_bias, c->out_width, c->width, prefix, "proj2");
 }
 
 /* ---------------------------------------------------------------- decoder */
@@ -256,6 +322,9 @@ static void add_all(builder *b)
     if (p->config.vision.depth > 0) {
         add_vision(b);
     }
+    if (p->config.audio.depth > 0) {
+        add_audio(b);
+    }
     add_one(b, &p->embed, OVLM_PARAM_WEIGHT, c->vocab, c->width, "model.language_model.",
             "embed_tokens", ".weight");
     for (int64_t i = 0; i < c->depth; i++) {
@@ -282,10 +351,12 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
     }
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->param, count.n, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->vision, config->vision.depth, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &params->audio, config->audio.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->decoder, config->decoder.depth, err));
     builder fill = {.params = params};
     add_all(&fill);
-    params->n = fill.n;
+    params->n = params->base_n = fill.n;
+    params->base_param = params->param;
     params->count = fill.count;
     params->weight_elements = round_up(fill.offset, 64);
     params->buffer_elements = round_up(fill.buffer_offset, 64);

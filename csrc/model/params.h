@@ -9,13 +9,15 @@
 #include "base/arena.h"
 #include "model/config.h"
 
-enum { OVLM_DIMS_MOST = 5, OVLM_NAME_BYTES = 96 };
+enum { OVLM_DIMS_MOST = 5, OVLM_NAME_BYTES = 96, OVLM_CONVOLUTIONS = 3,
+       OVLM_FUSED_MOST = 3 /* modules of a product */ };
 
 typedef enum ovlm_param_kind {
     OVLM_PARAM_WEIGHT,   /* of a product or an embedding: decays        */
     OVLM_PARAM_NORM,     /* starts at 1                                 */
     OVLM_PARAM_BIAS,     /* starts at 0                                 */
-    OVLM_PARAM_BUFFER    /* not trained by gradients (router correction) */
+    OVLM_PARAM_BUFFER,   /* not trained by gradients (router correction) */
+    OVLM_PARAM_ADAPTER   /* A or B of a low-rank adapter: decays         */
 } ovlm_param_kind;
 
 typedef struct ovlm_param {
@@ -26,7 +28,7 @@ typedef struct ovlm_param {
     int64_t fused;        /* number of the product it belongs to: one more than the last
                              parameter's, or the same                                       */
     bool trainable;
-    int64_t offset;       /* elements from the start of the weights, or of the buffers       */
+    int64_t offset;       /* elements from the start of the weights, buffers or adapters     */
     int64_t grad_offset;  /* elements from the start of the gradients; -1: none             */
     ovlm_tensor w, grad;  /* views; grad left out when it is not trained                    */
 } ovlm_param;
@@ -35,36 +37,57 @@ typedef struct ovlm_param {
 typedef struct ovlm_weight {
     int64_t first, count;
     ovlm_tensor w, dw;    /* both left out when the model has no such weight                */
+    const struct ovlm_lora *lora; /* its adapters, or NULL                                  */
 } ovlm_weight;
 
-/* A transformer block of either tower. */
+/* Low-rank adapters of one product: see lora.h. */
+typedef struct ovlm_lora {
+    double scale;
+    int64_t rank, n;      /* n modules of the product have one                              */
+    ovlm_weight a;        /* [n*rank,K]                                                     */
+    ovlm_weight b[OVLM_FUSED_MOST]; /* [N_i,rank]                                           */
+    int64_t col[OVLM_FUSED_MOST];   /* where module i's columns begin in the product's y    */
+    bool merged;          /* added to the weights: nothing to do in a pass                  */
+} ovlm_lora;
+
+/* A transformer block of any tower. */
 typedef struct ovlm_block {
     int64_t width, heads, kv_heads, head_dim, hidden;
-    bool rms, causal, gated, qk_norm;
+    bool rms, causal, gated, qk_norm, unturned; /* unturned: no rotary embedding            */
     double eps;
     ovlm_act act;
     const ovlm_decoder_config *moe; /* NULL: dense                                          */
     ovlm_weight norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias;
     ovlm_weight norm2, norm2_bias, up, up_bias, down, down_bias; /* up: gate and up         */
     ovlm_weight router, router_bias, experts_up, experts_down, shared_up, shared_down;
+    int64_t adapter_first, adapter_count; /* parameters                                     */
 } ovlm_block;
 
+/* merge^2 neighbouring rows become one feature; 1: only normalised and projected. */
 typedef struct ovlm_merge_weights {
     ovlm_merger kind;
+    int64_t merge, hidden;
+    ovlm_act act;
+    double eps;
     ovlm_weight norm, norm_bias, fc1, fc1_bias, fc2, fc2_bias;
 } ovlm_merge_weights;
 
 typedef struct ovlm_params {
     ovlm_model_config config;
-    int64_t n;
-    ovlm_param *param;                                   /* [n]                             */
+    int64_t n, base_n;                                   /* with and without adapters       */
+    ovlm_param *param, *base_param;                      /* [n], [base_n]                   */
     ovlm_weight patch, patch_bias, position, final_norm, final_norm_bias;
     ovlm_block *vision;                                  /* [vision.depth]                  */
     ovlm_merge_weights merger, deepstack[OVLM_DEEPSTACK_MOST];
+    ovlm_weight conv[OVLM_CONVOLUTIONS], conv_bias[OVLM_CONVOLUTIONS], conv_out;
+    ovlm_block *audio;                                   /* [audio.depth]                   */
+    ovlm_merge_weights project;                          /* of sounds                       */
     ovlm_weight embed, norm, head;                       /* head is embed when tied         */
     ovlm_block *decoder;                                 /* [decoder.depth]                 */
     int64_t weight_elements, buffer_elements, grad_elements; /* with padding                */
     int64_t count;                                       /* parameters, without padding     */
+    int64_t loras, adapter_elements;
+    ovlm_lora *lora;                                     /* [loras], or NULL                */
 } ovlm_params;
 
 /* Lists the weights of a checked configuration, all trainable but buffers; memory comes from the
@@ -80,15 +103,19 @@ OVLM_NODISCARD ovlm_status ovlm_params_train_only(ovlm_params *params, const boo
 /* Offsets of gradients, from `trainable`. */
 void ovlm_params_place_grads(ovlm_params *params);
 
-/* Where the weights are, on the device: `weights` in the model's dtype, the others in `exact`
- * (float32; float64 with the reference backend).  NULL while measuring. */
+/* Where the weights are, on the device: weights and adapters in the model's dtype, the others in
+ * `exact` (float32; float64 with the reference backend).  NULL while measuring. */
 typedef struct ovlm_params_memory {
-    void *weights, *buffers, *grads;
+    void *weights, *buffers, *adapters, *grads;
     ovlm_dtype dtype, exact;
 } ovlm_params_memory;
 
 /* Points all views at the memory. */
 void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory);
+
+/* Blocks of all towers, and the i-th of them. */
+int64_t ovlm_params_blocks(const ovlm_params *params);
+ovlm_block *ovlm_params_block(const ovlm_params *params, int64_t i);
 
 /* Whether anything of a weight, or of a block, is trained. */
 bool ovlm_weight_trained(const ovlm_params *params, const ovlm_weight *weight);

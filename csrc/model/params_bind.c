@@ -95,8 +95,10 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     for (int64_t i = 0; i < params->n; i++) {
         ovlm_param *p = &params->param[i];
         bool buffer = p->kind == OVLM_PARAM_BUFFER;
-        p->w = view(buffer ? memory->buffers : memory->weights, p->offset, p->rows, p->cols,
-                    buffer ? memory->exact : memory->dtype);
+        p->w = view(buffer                          ? memory->buffers
+                    : p->kind == OVLM_PARAM_ADAPTER ? memory->adapters
+                                                    : memory->weights,
+                    p->offset, p->rows, p->cols, buffer ? memory->exact : memory->dtype);
         p->grad = (ovlm_tensor){0};
         if (p->grad_offset >= 0) {
             p->grad = view(memory->grads, p->grad_offset, p->rows, p->cols, memory->exact);
@@ -104,19 +106,28 @@ void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory)
     }
     ovlm_weight *single[] = {&params->patch, &params->patch_bias, &params->position,
                              &params->final_norm, &params->final_norm_bias, &params->embed,
-                             &params->norm, &params->head};
+                             &params->norm, &params->head, &params->conv_out};
     for (size_t i = 0; i < sizeof single / sizeof *single; i++) {
         bind_weight(params, single[i]);
     }
-    for (int64_t i = 0; i < params->config.vision.depth; i++) {
-        bind_block(params, &params->vision[i]);
+    for (int64_t i = 0; i < ovlm_params_blocks(params); i++) {
+        bind_block(params, ovlm_params_block(params, i));
     }
     bind_merger(params, &params->merger);
     for (int64_t i = 0; i < params->config.vision.deepstack_n; i++) {
         bind_merger(params, &params->deepstack[i]);
     }
-    for (int64_t i = 0; i < params->config.decoder.depth; i++) {
-        bind_block(params, &params->decoder[i]);
+    for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
+        bind_weight(params, &params->conv[i]);
+        bind_weight(params, &params->conv_bias[i]);
+    }
+    bind_merger(params, &params->project);
+    for (int64_t i = 0; i < params->loras; i++) {
+        ovlm_lora *lora = &params->lora[i];
+        bind_weight(params, &lora->a);
+        for (int64_t k = 0; k < lora->n; k++) {
+            bind_weight(params, &lora->b[k]);
+        }
     }
 }
 
@@ -137,13 +148,29 @@ static bool any_trained(const ovlm_params *params, const ovlm_weight *first,
     return false;
 }
 
+int64_t ovlm_params_blocks(const ovlm_params *params)
+{
+    const ovlm_model_config *c = &params->config;
+    return c->vision.depth + c->audio.depth + c->decoder.depth;
+}
+
+ovlm_block *ovlm_params_block(const ovlm_params *params, int64_t i)
+{
+    int64_t vision = params->config.vision.depth, heard = i - vision;
+    int64_t said = heard - params->config.audio.depth;
+    return heard < 0  ? &params->vision[i]
+           : said < 0 ? &params->audio[heard]
+                      : &params->decoder[said];
+}
+
 bool ovlm_block_trained(const ovlm_params *params, const ovlm_block *block)
 {
     const ovlm_weight *last = block->moe == NULL            ? &block->down
                               : block->shared_down.count > 0 ? &block->shared_down
                                                              : &block->experts_down;
     last = block->down_bias.count > 0 ? &block->down_bias : last;
-    return any_trained(params, &block->norm1, last);
+    const ovlm_weight adapters = {.first = block->adapter_first, .count = block->adapter_count};
+    return any_trained(params, &block->norm1, last) || any_trained(params, &adapters, &adapters);
 }
 
 bool ovlm_merge_trained(const ovlm_params *params, const ovlm_merge_weights *merge)

@@ -95,3 +95,26 @@ ovlm_status ovlm_run_zero_tensor(ovlm_run *run, const ovlm_tensor *tensor)
     return ovlm_run_zero(run, tensor->data,
                          tensor->rows * tensor->cols * ovlm_dtype_bytes(tensor->dtype));
 }
+
+ovlm_status ovlm_run_load(ovlm_run *run, const void *host, const ovlm_tensor *to, double beta)
+{
+    int64_t mark = run->work->used_bytes;
+    void *loaded = NULL;
+    OVLM_TRY(ovlm_run_upload(run, run->work, host,
+                             to->rows * to->cols * ovlm_dtype_bytes(run->exact), &loaded));
+    ovlm_scale cast = {.alpha = 1, .beta = beta, .y = *to,
+                       .x = ovlm_tensor_of(loaded, to->rows, to->cols, run->exact)};
+    RUN(run, scale, fwd, &cast);
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_run_end_op(const ovlm_run *run, const char *name, double start_s)
+{
+    if (run->trace == NULL) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(run->ops->queue_wait(run->queue, run->err));
+    ovlm_trace_end(run->trace, name, -1, start_s);
+    return OVLM_OK;
+}

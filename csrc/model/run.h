@@ -11,6 +11,7 @@
 #include "backend/backend.h"
 #include "backend/tensor.h"
 #include "base/status.h"
+#include "model/trace.h"
 
 /* A stack of device memory: base NULL only counts. */
 typedef struct ovlm_stack {
@@ -27,6 +28,7 @@ typedef struct ovlm_run {
     ovlm_dtype dtype, exact;   /* of activations; of gradients and statistics */
     int (*poll)(void *ctx);    /* between layers; non-zero stops the pass; or NULL */
     void *poll_ctx;
+    ovlm_trace *trace;         /* NULL: not traced */
     ovlm_err *err;
 } ovlm_run;
 
@@ -60,23 +62,47 @@ OVLM_NODISCARD ovlm_status ovlm_run_zero(ovlm_run *run, void *device, int64_t by
 /* Fills the tensor (dense) with zeros. */
 OVLM_NODISCARD ovlm_status ovlm_run_zero_tensor(ovlm_run *run, const ovlm_tensor *tensor);
 
-/* Runs a pass of an operation with scratch from run->work, and `saved` from `stack` in the forward
- * when stack is not NULL; the backward finds it in the arguments. */
-#define RUN_IN(run, op, pass, args, stack)                                                     \
+/* Host rows in run->exact, dense, become (beta 0) or are added to (beta 1) those of `to`. */
+OVLM_NODISCARD ovlm_status ovlm_run_load(ovlm_run *run, const void *host, const ovlm_tensor *to,
+                                         double beta);
+
+/* Starts a span of the trace; ends it (index: of a layer, or -1). */
+static inline double ovlm_run_begin(const ovlm_run *run)
+{
+    return run->measuring ? 0 : ovlm_trace_begin(run->trace);
+}
+
+static inline void ovlm_run_end(const ovlm_run *run, const char *name, int64_t index,
+                                double start_s)
+{
+    if (!run->measuring) {
+        ovlm_trace_end(run->trace, name, index, start_s);
+    }
+}
+
+/* Waits for a traced operation and notes its time. */
+OVLM_NODISCARD ovlm_status ovlm_run_end_op(const ovlm_run *run, const char *name, double start_s);
+
+/* Runs a pass of an operation with scratch from run->work.  RUN_IN takes `saved` from `stack`, for
+ * the forward; the backward finds it in the arguments. */
+#define RUN_STEP(run, op, pass, args, take_saved)                                              \
     do {                                                                                       \
         ovlm_op_bytes run_need = {0};                                                          \
         OVLM_TRY((run)->ops->op.measure((run)->queue->backend, (args), &run_need, (run)->err)); \
-        if ((stack) != NULL) {                                                                 \
-            (args)->scratch.saved = ovlm_stack_take((stack), run_need.saved);                  \
-        }                                                                                      \
+        take_saved;                                                                            \
         int64_t run_mark = (run)->work->used_bytes;                                            \
         (args)->scratch.work = ovlm_stack_take((run)->work, run_need.pass##_work);             \
         if (!(run)->measuring) {                                                               \
+            double run_start_s = ovlm_trace_begin((run)->trace);                               \
             OVLM_TRY((run)->ops->op.pass((run)->queue, (args), (run)->err));                   \
+            OVLM_TRY(ovlm_run_end_op((run), #op " " #pass, run_start_s));                      \
         }                                                                                      \
         (run)->work->used_bytes = run_mark;                                                    \
     } while (0)
 
-#define RUN(run, op, pass, args) RUN_IN(run, op, pass, args, (ovlm_stack *)NULL)
+#define RUN_IN(run, op, pass, args, stack) \
+    RUN_STEP(run, op, pass, args, (args)->scratch.saved = ovlm_stack_take((stack), run_need.saved))
+
+#define RUN(run, op, pass, args) RUN_STEP(run, op, pass, args, (void)0)
 
 #endif

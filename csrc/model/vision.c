@@ -108,7 +108,7 @@ static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
         }
         ovlm_stack *stack = pass->training ? run->keep : run->work;
         int64_t mark = run->work->used_bytes;
-        OVLM_TRY(ovlm_merger_fwd(run, pass->params, &pass->params->deepstack[k], stack, h,
+        OVLM_TRY(ovlm_merger_fwd(run, &pass->params->deepstack[k], stack, h,
                                  pass->extra[k], &pass->deepstack[k]));
         run->work->used_bytes = mark;
     }
@@ -128,7 +128,7 @@ static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
         RUN_IN(run, norm, fwd, &pass->final_norm, stack);
         h = pass->final_norm.y;
     }
-    OVLM_TRY(ovlm_merger_fwd(run, p, &p->merger, stack, h, pass->features, &pass->merger));
+    OVLM_TRY(ovlm_merger_fwd(run, &p->merger, stack, h, pass->features, &pass->merger));
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
@@ -149,14 +149,18 @@ ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
     OVLM_TRY(embed(run, pass, h));
     OVLM_TRY(rotary(run, pass));
     OVLM_TRY(frames(run, pass));
+    OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < c->depth; i++) {
+        double start_s = ovlm_run_begin(run);
         ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, P, c->width, run->dtype)
                                          : spare;
         OVLM_TRY(ovlm_block_fwd(run, &pass->params->vision[i], &pass->context, pass->training, h,
                                 out, &pass->block[i]));
         spare = h;
         h = out;
+        OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
         OVLM_TRY(tap_deepstack(run, pass, i, h));
+        ovlm_run_end(run, "vision block", i, start_s);
     }
     OVLM_TRY(finish(run, pass, h));
     run->work->used_bytes = mark;
@@ -172,6 +176,11 @@ bool ovlm_vision_trained(const ovlm_params *params)
                                          : &params->merger;
     for (int64_t i = params->patch.first; i <= last->fc2_bias.first; i++) {
         if (params->param[i].trainable) {
+            return true;
+        }
+    }
+    for (int64_t i = 0; i < params->config.vision.depth; i++) {
+        if (ovlm_block_trained(params, &params->vision[i])) {
             return true;
         }
     }
@@ -202,7 +211,8 @@ static ovlm_status embed_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor 
         pass->position.dx_beta = 1;
         RUN(run, gather, bwd, &pass->position);
     }
-    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0);
+    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0,
+                            NULL);
 }
 
 /* Adds the gradient that came by way of DeepStack after block i. */
@@ -249,9 +259,11 @@ ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor d
                                        run->dtype);
     OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
     for (int64_t i = p->config.vision.depth - 1; i >= 0; i--) {
+        double start_s = ovlm_run_begin(run);
         OVLM_TRY(deepstack_bwd(run, pass, i, dextra, dh));
         OVLM_TRY(ovlm_block_bwd(run, &p->vision[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
+        ovlm_run_end(run, "vision block backward", i, start_s);
     }
     if (lowest < 0) {
         OVLM_TRY(embed_bwd(run, pass, dh));

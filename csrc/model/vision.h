@@ -20,6 +20,7 @@ typedef struct ovlm_vision_pass {
     ovlm_dtype pixel_dtype;       /* float32: normalised; uint8: (x/255 - 0.5)/0.5 is done here */
     bool training;
     ovlm_block_context context;
+    ovlm_taps taps;               /* entries 0 to depth                                      */
     ovlm_linear patch;
     ovlm_gather position;
     ovlm_norm final_norm;
@@ -39,9 +40,8 @@ OVLM_NODISCARD ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass
 /* Whether any weight of the tower is trained. */
 bool ovlm_vision_trained(const ovlm_params *params);
 
-OVLM_NODISCARD ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_params *params,
-                                           const ovlm_merge_weights *weights, ovlm_stack *stack,
-                                           ovlm_tensor h, ovlm_tensor out,
+OVLM_NODISCARD ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights,
+                                           ovlm_stack *stack, ovlm_tensor h, ovlm_tensor out,
                                            ovlm_merge_saved *saved);
 
 /* dh gets (with beta 1: is added) the gradient of what the merger read; left out: not needed. */

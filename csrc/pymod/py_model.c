@@ -14,6 +14,17 @@ int ovlm_model_enter(model_object *self)
     return 0;
 }
 
+int ovlm_model_movable(const model_object *self)
+{
+    if (self->exports > 0) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "%lld arrays of gradients, moments or adapters are still in use; delete them "
+                     "first, or take copies", (long long)self->exports);
+        return -1;
+    }
+    return 0;
+}
+
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err)
 {
@@ -73,14 +84,17 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
                     .sigmoid_router = i[47] != 0, .normalise_router = i[48] != 0,
                     .expert_kn = i[49] != 0,
                     .out_bias = i[50] != 0, .eps = f[2], .theta = f[3], .router_scale = f[4],
-                    .aux_coef = f[5]}};
+                    .aux_coef = f[5]},
+        .audio = {.depth = i[51], .width = i[52], .heads = i[53], .hidden = i[54], .bins = i[55],
+                  .channels = i[56], .chunk = i[57], .window = i[58], .out_width = i[59],
+                  .act = (ovlm_act)i[60], .eps = f[6]}};
     for (int k = 0; k < OVLM_DEEPSTACK_MOST; k++) {
         c.vision.deepstack[k] = i[17 + k];
     }
     return c;
 }
 
-enum { CONFIG_INTS = 51, CONFIG_FLOATS = 6 };
+enum { CONFIG_INTS = 61, CONFIG_FLOATS = 7 };
 
 static const struct {
     const char *name;
@@ -122,6 +136,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL) {
         return NULL;
     }
+    self->exact = dtype == OVLM_F64 ? NPY_FLOAT64 : NPY_FLOAT32;
+    self->device = device;
     ovlm_model_config config = config_of(i, f);
     const ovlm_backend_options options = {.device = device, .threads = threads};
     const ovlm_ops *ops = NULL;
@@ -216,33 +232,33 @@ PyMethodDef ovlm_model_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER };
+enum { WEIGHT, GRAD, MOMENT1, MOMENT2, MASTER, AVERAGE };
 
-/* The tensor of (parameter, which); left out where there is none. */
-static ovlm_status find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
-                               ovlm_tensor *tensor, ovlm_err *err)
+ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t which,
+                                   ovlm_tensor *tensor, ovlm_err *err)
 {
     ovlm_tensor m = {0}, v = {0}, master = {0};
     if (which == GRAD) {
         OVLM_TRY(ovlm_model_need_grads(model, err));
-    } else if (which > GRAD) {
+    } else if (which > GRAD && which < AVERAGE) {
         OVLM_TRY(ovlm_model_moments(model, parameter, &m, &v, &master, err));
     }
     const ovlm_param *p = &ovlm_model_params(model)->param[parameter];
-    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master};
+    const ovlm_tensor average = ovlm_model_average(model, parameter);
+    const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];
     return OVLM_OK;
 }
 
-static int read_place(model_object *self, PyObject *const *args, int64_t *parameter,
-                      int64_t *which)
+int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *parameter,
+                    int64_t *which)
 {
     if (ovlm_arg_int(args[0], "parameter", parameter) < 0 ||
         ovlm_arg_int(args[1], "which", which) < 0) {
         return -1;
     }
     if (*parameter < 0 || *parameter >= ovlm_model_params(self->model)->n || *which < WEIGHT ||
-        *which > MASTER) {
+        *which > AVERAGE) {
         PyErr_Format(PyExc_ValueError, "no tensor %lld of parameter %lld", (long long)*which,
                      (long long)*parameter);
         return -1;
@@ -264,11 +280,11 @@ static void drop_export(PyObject *capsule)
     }
 }
 
-/* What keeps a view alive: the model, and for what can move a note that it must not. */
-static PyObject *view_owner(model_object *self, int64_t which)
+PyObject *ovlm_view_owner(model_object *self, int64_t parameter, int64_t which)
 {
     Py_INCREF(self);
-    if (which == WEIGHT) {
+    if (which == WEIGHT &&
+        ovlm_model_params(self->model)->param[parameter].kind != OVLM_PARAM_ADAPTER) {
         return (PyObject *)self;
     }
     PyObject *capsule = PyCapsule_New(self, "orchvlm.export", drop_export);
@@ -290,7 +306,7 @@ static PyObject *new_view(model_object *self, int64_t parameter, int64_t which,
     }
     PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims, numpy_type(tensor->dtype),
                                                 tensor->data);
-    PyObject *owner = array == NULL ? NULL : view_owner(self, which);
+    PyObject *owner = array == NULL ? NULL : ovlm_view_owner(self, parameter, which);
     if (owner == NULL || PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) {
         Py_XDECREF(array);
         return NULL;
@@ -333,7 +349,8 @@ static OVLM_MODEL_METHOD(model_array)
     (void)kwnames;
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
-    if (ovlm_arg_count("array", nargs, 3) < 0 || read_place(self, args, &parameter, &which) < 0) {
+    if (ovlm_arg_count("array", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0) {
         return NULL;
     }
     int view = PyObject_IsTrue(args[2]);
@@ -343,7 +360,7 @@ static OVLM_MODEL_METHOD(model_array)
     ovlm_tensor tensor = {0};
     ovlm_err err = {0};
     PyObject *done = ovlm_model_leave(
-        self, type, find_tensor(self->model, parameter, which, &tensor, &err), &err);
+        self, type, ovlm_model_find_tensor(self->model, parameter, which, &tensor, &err), &err);
     if (done == NULL || tensor.cols == 0) {
         return done;
     }
@@ -361,13 +378,14 @@ static OVLM_MODEL_METHOD(model_write)
     model_object *self = (model_object *)object;
     int64_t parameter = 0, which = 0;
     const void *data = NULL;
-    if (ovlm_arg_count("write", nargs, 3) < 0 || read_place(self, args, &parameter, &which) < 0 ||
+    if (ovlm_arg_count("write", nargs, 3) < 0 ||
+        ovlm_arg_tensor(self, args, &parameter, &which) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_tensor tensor = {0};
     ovlm_err err = {0};
-    ovlm_status status = find_tensor(self->model, parameter, which, &tensor, &err);
+    ovlm_status status = ovlm_model_find_tensor(self->model, parameter, which, &tensor, &err);
     if (status == OVLM_OK &&
         ovlm_arg_exact(args[2], "array", numpy_type(tensor.dtype), tensor.rows * tensor.cols,
                        false, &data, NULL) < 0) {
@@ -396,13 +414,7 @@ static OVLM_MODEL_METHOD(model_train_only)
                        NULL) < 0) {
         return NULL;
     }
-    if (self->exports > 0) {
-        PyErr_Format(PyExc_RuntimeError,
-                     "%lld arrays of gradients or moments are still in use; delete them before "
-                     "freezing, or take copies", (long long)self->exports);
-        return NULL;
-    }
-    if (ovlm_model_enter(self) < 0) {
+    if (ovlm_model_movable(self) < 0 || ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_err err = {0};
@@ -466,12 +478,27 @@ static PyMethodDef model_methods[] = {
     METHOD("forward", ovlm_py_model_forward),
     METHOD("output", ovlm_py_model_output),
     METHOD("router_counts", ovlm_py_model_router_counts),
+    METHOD("router_layers", ovlm_py_model_router_layers),
+    METHOD("router_correct", ovlm_py_model_router_correct),
+    METHOD("encode", ovlm_py_model_encode),
+    METHOD("encode_backward", ovlm_py_model_encode_backward),
+    METHOD("hidden", ovlm_py_model_hidden),
+    METHOD("tap", ovlm_py_model_tap),
     METHOD("backward", ovlm_py_model_backward),
     METHOD("logits", ovlm_py_model_logits),
     METHOD("adamw", ovlm_py_model_adamw),
+    METHOD("average", ovlm_py_model_average),
+    METHOD("average_update", ovlm_py_model_average_update),
+    METHOD("lora_open", ovlm_py_model_lora_open),
+    METHOD("lora_close", ovlm_py_model_lora_close),
+    METHOD("lora_merge", ovlm_py_model_lora_merge),
     METHOD("cache_open", ovlm_py_model_cache_open),
     {"cache_close", model_cache_close, METH_NOARGS, NULL},
     METHOD("extend", ovlm_py_model_extend),
+    METHOD("trace_start", ovlm_py_model_trace_start),
+    METHOD("trace_stop", ovlm_py_model_trace_stop),
+    METHOD("dlpack", ovlm_py_model_dlpack),
+    METHOD("dlpack_device", ovlm_py_model_dlpack_device),
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,7 +1,7 @@
 /* py_model_pass.c - orchvlm._core.Model: passes, optimizer, generation. */
 #include "py_model.h"
 
-static int poll_signals(void *ctx)
+int ovlm_poll_signals(void *ctx)
 {
     (void)ctx;
     PyGILState_STATE gil = PyGILState_Ensure();
@@ -12,16 +12,19 @@ static int poll_signals(void *ctx)
 
 /* The arguments of forward and extend, positions in their vector. */
 enum {
-    IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, N_TOKEN_ARGS,
+    IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, MEL_LENGTHS, MEL,
+    N_TOKEN_ARGS,
     NORMALIZER = N_TOKEN_ARGS, ROUTER_COUNT, ROUTER_ROWS, TRAINING, ENTROPY, CHECKPOINT,
-    N_FORWARD_ARGS
+    FEATURES, EXTRA, SOUNDS, OWN_LOSS, TAPS, VISION_TAPS, N_FORWARD_ARGS
 };
 
-static int read_pixels(PyObject *const *args, const ovlm_vision_config *c, ovlm_model_inputs *in)
+int ovlm_arg_images(const model_object *self, PyObject *grid_thw, PyObject *pixels,
+                    ovlm_model_inputs *in)
 {
+    const ovlm_vision_config *c = &ovlm_model_params(self->model)->config.vision;
     const void *grid = NULL;
     int64_t n = 0, patches = 0;
-    if (ovlm_arg_exact(args[GRID], "grid_thw", NPY_INT32, -1, true, &grid, &n) < 0) {
+    if (ovlm_arg_exact(grid_thw, "grid_thw", NPY_INT32, -1, true, &grid, &n) < 0) {
         return -1;
     }
     if (grid == NULL || n == 0) {
@@ -43,12 +46,42 @@ static int read_pixels(PyObject *const *args, const ovlm_vision_config *c, ovlm_
         }
         patches += (int64_t)g[0] * g[1] * g[2];
     }
-    bool bytes = PyArray_Check(args[PIXELS]) &&
-                 PyArray_TYPE((PyArrayObject *)args[PIXELS]) == NPY_UINT8;
+    bool bytes = PyArray_Check(pixels) && PyArray_TYPE((PyArrayObject *)pixels) == NPY_UINT8;
     in->pixel_dtype = bytes ? OVLM_U8 : OVLM_F32;
-    return ovlm_arg_exact(args[PIXELS], "pixels", bytes ? NPY_UINT8 : NPY_FLOAT32,
+    return ovlm_arg_exact(pixels, "pixels", bytes ? NPY_UINT8 : NPY_FLOAT32,
                           patches * c->channels * c->temporal * c->patch * c->patch, false,
                           &in->pixels, NULL);
+}
+
+int ovlm_arg_sounds(const model_object *self, PyObject *lengths, PyObject *mel,
+                    ovlm_model_inputs *in)
+{
+    const ovlm_audio_config *c = &ovlm_model_params(self->model)->config.audio;
+    const void *length = NULL, *frame = NULL;
+    int64_t n = 0, frames = 0;
+    if (ovlm_arg_exact(lengths, "mel_lengths", NPY_INT32, -1, true, &length, &n) < 0) {
+        return -1;
+    }
+    if (length == NULL || n == 0) {
+        return 0;
+    }
+    in->sounds = n;
+    in->mel_length = length;
+    for (int64_t i = 0; i < n; i++) {
+        if (in->mel_length[i] < 1) {
+            PyErr_Format(PyExc_ValueError, "mel_lengths[%lld] must be >= 1; got %d", (long long)i,
+                         in->mel_length[i]);
+            return -1;
+        }
+        frames += in->mel_length[i];
+    }
+    /* Without a tower bins is 0: the model refuses sounds before it looks at them. */
+    if (ovlm_arg_exact(mel, "mel", NPY_FLOAT32, c->depth > 0 ? frames * c->bins : -1, false,
+                       &frame, NULL) < 0) {
+        return -1;
+    }
+    in->mel = frame;
+    return 0;
 }
 
 static int read_tokens(const model_object *self, PyObject *const *args, ovlm_model_inputs *in)
@@ -75,39 +108,100 @@ static int read_tokens(const model_object *self, PyObject *const *args, ovlm_mod
     in->label = label;
     in->weight = weight;
     in->normalizer = -1;
-    return read_pixels(args, &ovlm_model_params(self->model)->config.vision, in);
+    return ovlm_arg_images(self, args[GRID], args[PIXELS], in) < 0
+               ? -1
+               : ovlm_arg_sounds(self, args[MEL_LENGTHS], args[MEL], in);
 }
 
-/* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, normalizer or -1,
- *         router_count, router_rows, training, entropy, checkpoint) */
+/* Features [rows,width], or None. */
+static int read_given(const model_object *self, PyObject *object, const char *name,
+                      ovlm_modality modality, ovlm_model_inputs *in)
+{
+    const int64_t width = ovlm_model_params(self->model)->config.decoder.width;
+    int64_t n = 0;
+    if (ovlm_arg_exact(object, name, self->exact, -1, true, &in->given[modality].features, &n) <
+        0) {
+        return -1;
+    }
+    if (n % width != 0) {
+        PyErr_Format(PyExc_ValueError, "%s must have rows of %lld numbers", name,
+                     (long long)width);
+        return -1;
+    }
+    in->given[modality].rows = n / width;
+    return 0;
+}
+
+/* Those of images and of sounds, and extra [deepstack_n,rows,width], or None. */
+static int read_features(const model_object *self, PyObject *const *args, ovlm_model_inputs *in)
+{
+    const ovlm_model_config *c = &ovlm_model_params(self->model)->config;
+    if (read_given(self, args[FEATURES], "features", OVLM_VISION, in) < 0 ||
+        read_given(self, args[SOUNDS], "sounds", OVLM_AUDIO, in) < 0) {
+        return -1;
+    }
+    return ovlm_arg_exact(args[EXTRA], "extra", self->exact,
+                          c->vision.deepstack_n * in->given[OVLM_VISION].rows * c->decoder.width,
+                          true, &in->extra, NULL);
+}
+
+ovlm_checkpoint ovlm_checkpoint_of(int64_t number)
+{
+    return number < 1   ? OVLM_CHECKPOINT_NONE
+           : number > 1 ? OVLM_CHECKPOINT_FULL
+                        : OVLM_CHECKPOINT_SELECTIVE;
+}
+
+int ovlm_arg_taps(PyObject *object, const char *name, ovlm_tap_list *list)
+{
+    const void *entry = NULL;
+    if (ovlm_arg_exact(object, name, NPY_INT32, -1, true, &entry, &list->n) < 0) {
+        return -1;
+    }
+    list->entry = entry;
+    return 0;
+}
+
+static int read_options(PyObject *const *args, ovlm_pass_options *options)
+{
+    int64_t checkpoint = 0;
+    int training = PyObject_IsTrue(args[TRAINING]), entropy = PyObject_IsTrue(args[ENTROPY]);
+    int own_loss = PyObject_IsTrue(args[OWN_LOSS]);
+    if (training < 0 || entropy < 0 || own_loss < 0 ||
+        ovlm_arg_int(args[CHECKPOINT], "checkpoint", &checkpoint) < 0 ||
+        ovlm_arg_taps(args[TAPS], "taps", &options->taps) < 0 ||
+        ovlm_arg_taps(args[VISION_TAPS], "vision_taps", &options->vision_taps) < 0) {
+        return -1;
+    }
+    options->training = training != 0;
+    options->entropy = entropy != 0;
+    options->own_loss = own_loss != 0;
+    options->checkpoint = ovlm_checkpoint_of(checkpoint);
+    return 0;
+}
+
+/* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, mel_lengths, mel,
+ *         normalizer or -1, router_count, router_rows, training, entropy, checkpoint, features,
+ *         extra, sounds, own loss, taps, vision taps) */
 PyObject *ovlm_py_model_forward(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                 Py_ssize_t nargs, PyObject *kwnames)
 {
     (void)kwnames;
     model_object *self = (model_object *)object;
     ovlm_model_inputs in = {0};
-    ovlm_pass_options options = {.poll = poll_signals};
-    int64_t checkpoint = 0;
+    ovlm_pass_options options = {.poll = ovlm_poll_signals};
     const void *count = NULL;
-    int training = 0, entropy = 0;
     if (ovlm_arg_count("forward", nargs, N_FORWARD_ARGS) < 0 || read_tokens(self, args, &in) < 0 ||
         ovlm_arg_double(args[NORMALIZER], "normalizer", &in.normalizer) < 0 ||
         ovlm_arg_exact(args[ROUTER_COUNT], "router_counts", NPY_INT64,
                        ovlm_model_params(self->model)->config.decoder.experts, true, &count,
                        NULL) < 0 ||
         ovlm_arg_double(args[ROUTER_ROWS], "router_rows", &in.router_rows) < 0 ||
-        (training = PyObject_IsTrue(args[TRAINING])) < 0 ||
-        (entropy = PyObject_IsTrue(args[ENTROPY])) < 0 ||
-        ovlm_arg_int(args[CHECKPOINT], "checkpoint", &checkpoint) < 0 ||
+        read_features(self, args, &in) < 0 || read_options(args, &options) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }
     in.router_count = count;
-    options.training = training != 0;
-    options.entropy = entropy != 0;
-    options.checkpoint = checkpoint < 1   ? OVLM_CHECKPOINT_NONE
-                         : checkpoint > 1 ? OVLM_CHECKPOINT_FULL
-                                          : OVLM_CHECKPOINT_SELECTIVE;
     ovlm_err err = {0};
     ovlm_status status = OVLM_OK;
     Py_BEGIN_ALLOW_THREADS
@@ -195,29 +289,6 @@ PyObject *ovlm_py_model_router_counts(PyObject *object, PyTypeObject *type, PyOb
     }
     Py_XDECREF(none);
     return counts;
-}
-
-/* backward(dlogp or None, dentropy or None) */
-PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject *const *args,
-                                 Py_ssize_t nargs, PyObject *kwnames)
-{
-    (void)kwnames;
-    model_object *self = (model_object *)object;
-    const void *dlogp = NULL, *dentropy = NULL;
-    const int64_t T = ovlm_model_token_count(self->model);
-    if (ovlm_arg_count("backward", nargs, 2) < 0 ||
-        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, T, true, &dlogp, NULL) < 0 ||
-        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, T, true, &dentropy, NULL) < 0 ||
-        ovlm_model_enter(self) < 0) {
-        return NULL;
-    }
-    const ovlm_pass_options options = {.poll = poll_signals};
-    ovlm_err err = {0};
-    ovlm_status status = OVLM_OK;
-    Py_BEGIN_ALLOW_THREADS
-    status = ovlm_model_backward(self->model, dlogp, dentropy, &options, &err);
-    Py_END_ALLOW_THREADS
-    return ovlm_model_leave(self, type, status, &err);
 }
 
 /* logits(rows int32) -> float32[len(rows), V] */
@@ -308,7 +379,7 @@ PyObject *ovlm_py_model_cache_open(PyObject *object, PyTypeObject *type, PyObjec
     return ovlm_model_leave(self, type, status, &err);
 }
 
-/* extend(ids, cu_seqlens, position, feature_row, None, None, grid, pixels)
+/* extend(ids, cu_seqlens, position, feature_row, None, None, grid, pixels, mel_lengths, mel)
  *     -> float32[sequences, V] */
 PyObject *ovlm_py_model_extend(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                Py_ssize_t nargs, PyObject *kwnames)
@@ -316,7 +387,7 @@ PyObject *ovlm_py_model_extend(PyObject *object, PyTypeObject *type, PyObject *c
     (void)kwnames;
     model_object *self = (model_object *)object;
     ovlm_model_inputs in = {0};
-    const ovlm_pass_options options = {.poll = poll_signals};
+    const ovlm_pass_options options = {.poll = ovlm_poll_signals};
     if (ovlm_arg_count("extend", nargs, N_TOKEN_ARGS) < 0 || read_tokens(self, args, &in) < 0) {
         return NULL;
     }

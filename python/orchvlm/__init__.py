@@ -20,8 +20,8 @@ _HOME = {
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
-    "recipe": "recipes",
-    "Inputs": "inputs", "data": "data",
+    "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
+    "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo",
 }
 __all__ = sorted(_HOME)

@@ -1,4 +1,7 @@
 """Numbers from callers: what is no real number, or too large for a float, is refused by name."""
+import math
+import sys
+
 import numpy as np
 
 
@@ -36,3 +39,12 @@ def reals(value, name):
     elif array.dtype.kind not in "iuf":
         raise TypeError(f"{name} must hold numbers; got dtype {array.dtype}")
     return array.astype(np.float64, copy=False)
+
+
+def finite_number(value, name, low, high=math.inf):
+    """The float, or ValueError with the argument's name."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
+            np.iscomplexobj(value) or not low <= (number := real(value, name)) <= \
+            min(high, sys.float_info.max):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
+    return number

@@ -169,8 +169,8 @@ def _tensor_bytes(name, shape, dtype):
     return math.prod(shape) * (2 if _narrow(name, dtype) else 4)
 
 
-def _write_file(path, tensors, dtype):
-    """tensors: [(name, shape, function that gives float32)], in order."""
+def write_file(path, tensors, dtype):
+    """Writes one file; tensors: [(name, shape, function that gives float32)], in order."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape, _ in tensors:
         end = offset + _tensor_bytes(name, shape, dtype)
@@ -201,13 +201,13 @@ def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
         shards[-1].append(entry)
         used += count
     if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0], dtype)
+        write_file(folder / "model.safetensors", shards[0], dtype)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         return
     names, total = {}, 0
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / file, shard, dtype)
+        write_file(folder / file, shard, dtype)
         for name, shape, _ in shard:
             names[name] = file
             total += _tensor_bytes(name, shape, dtype)

@@ -7,6 +7,7 @@ _TRAIN_EXAMPLES = """examples:
   orchvlm train --preset tiny --resume            goes on where it was stopped
   orchvlm train --preset small --data chats.jsonl shards/ emoji.zip --minutes 60
   orchvlm train --model run-tiny --data chats.jsonl --lr 1e-4 --out run-chats
+  orchvlm train --preset tiny-omni --data speech.zip --kinds digits
 
 Data are .jsonl files with messages, .tar shards, .zip packs with a records.jsonl, or folders of
 these; without --data, pictures with questions are drawn as they are needed.  Files are mixed by
@@ -14,6 +15,7 @@ their lengths; packs with a split are trained on "train" and evaluated on the ot
 """
 _GENERATE_EXAMPLES = """examples:
   orchvlm generate run-tiny --image shapes.png "How many shapes?"
+  orchvlm generate run-tiny-omni --audio nine.wav "Which digit?"
 """
 
 
@@ -47,7 +49,7 @@ def _add_tasks(parser):
                        help=".jsonl, .tar or .zip files, or folders of them")
     group.add_argument("--kinds", metavar="A,B,...",
                        help="of embedded tasks: read, colour, count, point, box, chart, puzzle, "
-                            "screen")
+                            "screen; of packs in a zip: captions, nlvr, nlvr_captions, digits")
     group.add_argument("--difficulty", type=_share, metavar="D", help="of embedded tasks, 0 to 1")
 
 
@@ -56,7 +58,8 @@ def _add_train(commands, raw):
                                  help="train a model, evaluate it, write a report",
                                  description="Trains a vision-language model on this computer.")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", metavar="NAME", help="tiny (default), tiny-moe or small")
+    start.add_argument("--preset", metavar="NAME",
+                       help="tiny (default), tiny-moe, tiny-omni or small")
     start.add_argument("--model", metavar="DIR", help="go on from a model's or run's weights")
     _add_tasks(parser)
     group = parser.add_argument_group("run")
@@ -85,12 +88,14 @@ def add_model_commands(commands, raw):
     """
     _add_train(commands, raw)
     generate = commands.add_parser("generate", formatter_class=raw, epilog=_GENERATE_EXAMPLES,
-                                   help="ask a model about pictures",
+                                   help="ask a model about pictures and sounds",
                                    description="Prints a model's answer.")
     generate.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
     generate.add_argument("question", metavar="QUESTION")
     generate.add_argument("--image", action="append", default=[], metavar="FILE",
                           help="a picture; several times for several")
+    generate.add_argument("--audio", action="append", default=[], metavar="WAV",
+                          help="a sound, likewise")
     generate.add_argument("--max-new-tokens", type=_whole, default=64, metavar="N",
                           help="default %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T",
@@ -111,7 +116,8 @@ def add_model_commands(commands, raw):
     look = commands.add_parser("inspect", help="parameters, FLOPs and memory of a model",
                                description="Counts what a configuration makes, without making it.")
     look.add_argument("model", metavar="MODEL|PRESET",
-                      help="folder with a config.json, a run, or tiny, tiny-moe, small, seed1.5-vl")
+                      help="folder with a config.json, a run, or a preset: tiny, tiny-moe, "
+                           "tiny-omni, small, seed1.5-vl, qwen3-omni-thinker")
     look.add_argument("--image", default="448x448", metavar="WxH",
                       help="of the sample that is counted; default %(default)s")
     look.add_argument("--text-tokens", type=_whole, default=128, metavar="T",

@@ -238,7 +238,8 @@ def generate(arguments):
     """``orchvlm generate``"""
     model, processor = _open(arguments.model, arguments.threads)
     parts = [{"type": "image", "image": str(path)} for path in arguments.image]
-    for path in arguments.image:
+    parts += [{"type": "audio", "audio": str(path)} for path in arguments.audio]
+    for path in (*arguments.image, *arguments.audio):
         if not Path(path).exists():
             raise CommandError(f"{path}: no such file")
     parts.append({"type": "text", "text": arguments.question})

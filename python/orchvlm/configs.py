@@ -9,11 +9,13 @@ import numpy as np
 
 from . import _core
 from ._files import write_whole
+from .sounds import CHUNK
+from .thinker import thinker_values
 
 _ACTS = {"gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3, "silu": 4}
 _MERGERS = {"norm_concat": 0, "pool": 2}
 _DEEPSTACK_MOST = 8  # of the C core
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
 
 # What a family has that its config.json does not say.
 _FAMILY = {
@@ -21,6 +23,8 @@ _FAMILY = {
                  "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
     "qwen3_vl_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
                      "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
+    "qwen3_omni_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
+                       "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
     # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
     # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
     "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
@@ -31,9 +35,12 @@ _TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"}
 _VISION = {"depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
            "spatial_merge_size"}
+_AUDIO = {"d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
+          "num_mel_bins", "downsample_hidden_size", "output_dim", "n_window", "n_window_infer"}
+_AUDIO_EPS = 1e-5  # of every norm, whatever the configuration says
 
 # Sizes of either part; those that may be left out may be null.
-_WHOLE = _TEXT - {"rms_norm_eps"} | _VISION | {
+_WHOLE = _TEXT - {"rms_norm_eps"} | _VISION | _AUDIO | {
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
     "mlp_only_layers", "n_group", "topk_group", "shared_expert_intermediate_size",
     "first_k_dense_replace", "in_channels", "temporal_patch_size", "out_hidden_size",
@@ -50,6 +57,10 @@ _IGNORED = {
     "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id",
     "task_specific_params",
     "experts_implementation", "_experts_implementation",
+    # of Qwen3-Omni's thinker: read by nobody, or by whoever prepares inputs
+    "position_id_per_seconds", "seconds_per_chunk", "user_token_id", "audio_token_id",
+    "audio_start_token_id", "audio_end_token_id", "image_size", "in_chans", "spatial_patch_size",
+    "tokens_per_second", "conv_chunksize", "max_source_positions", "prefix", "is_decoder",
 }
 
 
@@ -113,7 +124,9 @@ class ModelConfig:
     ----------
     values : dict
         The content of a ``config.json``: ``model_type`` one of ``qwen3_vl``, ``qwen3_vl_moe`` and
-        ``seed1_5_vl``, with ``text_config`` and ``vision_config``.
+        ``seed1_5_vl``, with ``text_config`` and ``vision_config``; or
+        ``qwen3_omni_moe_thinker``, with ``audio_config`` besides (of a whole ``qwen3_omni_moe``
+        its ``thinker_config`` is taken).
 
     Raises
     ------
@@ -135,7 +148,7 @@ class ModelConfig:
     def __post_init__(self):
         if not isinstance(self.values, dict):
             raise TypeError(f"a configuration is a dict; got {type(self.values).__name__}")
-        object.__setattr__(self, "values", copy.deepcopy(self.values))
+        object.__setattr__(self, "values", thinker_values(copy.deepcopy(self.values)))
         if self.family not in FAMILIES:
             raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}; got "
                               f"{self.values.get('model_type')!r}")
@@ -143,7 +156,7 @@ class ModelConfig:
         if isinstance(text, dict) and "num_local_experts" in text:
             # transformers 5 writes it so, and reads either.
             text.setdefault("num_experts", text.pop("num_local_experts"))
-        for name in ("text_config", "vision_config"):
+        for name in ("text_config", "vision_config", "audio_config")[:3 if self.audible else 2]:
             if not isinstance(self.values.get(name), dict):
                 raise ConfigError(f"config: {name} missing")
         self._check()
@@ -151,8 +164,9 @@ class ModelConfig:
 
     @property
     def family(self):
-        """``model_type``."""
-        return self.values.get("model_type")
+        """``model_type``, of a thinker that of the whole."""
+        name = self.values.get("model_type")
+        return name.removesuffix("_thinker") if isinstance(name, str) else name
 
     @property
     def text(self):
@@ -163,6 +177,21 @@ class ModelConfig:
     def vision(self):
         """``vision_config``."""
         return self.values["vision_config"]
+
+    @property
+    def audible(self):
+        """Whether it has an audio encoder."""
+        return self.family == "qwen3_omni_moe"
+
+    @property
+    def audio(self):
+        """``audio_config``."""
+        return self.values["audio_config"]
+
+    @property
+    def sound_tokens(self):
+        """Ids of the placeholders that features of sounds replace."""
+        return (self.values["audio_token_id"],) if self.audible else ()
 
     @property
     def tied(self):
@@ -195,14 +224,46 @@ class ModelConfig:
             "hidden_act", "in_channels", "temporal_patch_size", "out_hidden_size",
             "num_position_embeddings", "deepstack_visual_indexes", "rope_theta",
             "adapter_hidden_size", "adapter_act", "layer_norm_eps"}
+        if self.audible:
+            self._check_audio()
+            # Two switches of the first files, on in all of them.
+            for part, key in ((text, "use_qk_norm"), (vision, "apply_vit_abs_pos_embed")):
+                if part.get(key) not in (None, True):
+                    raise ConfigError(f"config: {key} = {part[key]!r}; only true")
+            known_text, known_vision = known_text | {"use_qk_norm"}, known_vision | {
+                "apply_vit_abs_pos_embed", "tie_word_embeddings"}
         _refuse_fractions(text, "text_config")
         _refuse_fractions(vision, "vision_config")
         _refuse_unknown(text, known_text, "text_config")
         _refuse_unknown(vision, known_vision, "vision_config")
-        _refuse_unknown(self.values, {"text_config", "vision_config", "tie_word_embeddings"},
-                        "config")
+        known = {"text_config", "vision_config", "tie_word_embeddings"}
+        _refuse_unknown(self.values, known | {"audio_config"} if self.audible else known, "config")
         if text.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"text_config: hidden_act {text['hidden_act']!r}; only 'silu'")
+
+    def _check_audio(self):
+        audio = self.audio
+        _need(audio, _AUDIO, "audio_config")
+        _need(self.values, {"audio_token_id"}, "config")
+        token = self.values["audio_token_id"]
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise ConfigError(f"config: audio_token_id must be a whole number; got {token!r}")
+        _refuse_fractions(audio, "audio_config")
+        for key in _AUDIO:
+            if isinstance(audio[key], list):
+                raise ConfigError(f"audio_config: {key} must be a whole number; got a list")
+        _refuse_unknown(audio, _AUDIO | {"activation_function", "tie_word_embeddings"},
+                        "audio_config")
+        if audio["encoder_layers"] < 1:
+            raise ConfigError("audio_config: encoder_layers must be >= 1; got "
+                              f"{audio['encoder_layers']}")
+        # transformers counts 13 tokens a chunk whatever n_window is; both agree at 50.
+        if 2 * audio["n_window"] != CHUNK:
+            raise ConfigError(f"audio_config: n_window must be {CHUNK // 2}; got "
+                              f"{audio['n_window']!r}")
+        if audio["n_window_infer"] < CHUNK:
+            raise ConfigError(f"audio_config: n_window_infer must be >= {CHUNK}; got "
+                              f"{audio['n_window_infer']!r}")
 
     def _dense_first(self):
         """How many layers at the bottom have no experts."""
@@ -239,6 +300,7 @@ class ModelConfig:
     def _text_numbers(self):
         t, family = self.text, _FAMILY[self.family]
         theta, sections, interleaved = _rope(t, "text_config")
+        interleaved = interleaved or self.audible  # the thinker has no other way
         sections = list(sections or [t["head_dim"] // 2, 0, 0])
         experts = int(t.get("num_experts") or 0)
         scoring = t.get("scoring_func", "softmax")
@@ -257,13 +319,23 @@ class ModelConfig:
         return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
 
+    def _audio_numbers(self):
+        if not self.audible:
+            return [0] * 10, [0.0]
+        a = self.audio
+        return [a["encoder_layers"], a["d_model"], a["encoder_attention_heads"],
+                a["encoder_ffn_dim"], a["num_mel_bins"], a["downsample_hidden_size"], CHUNK,
+                a["n_window_infer"] // CHUNK, a["output_dim"],
+                _act(a.get("activation_function", "gelu"), "audio_config: activation_function")
+                ], [_AUDIO_EPS]
+
     def numbers(self):
         """The sizes and switches in the C core's order.
 
         Returns
         -------
-        ints : int64[51]
-        floats : float64[6]
+        ints : int64[61]
+        floats : float64[7]
 
         Raises
         ------
@@ -272,9 +344,10 @@ class ModelConfig:
         """
         vision_ints, vision_floats = self._vision_numbers()
         text_ints, text_floats = self._text_numbers()
+        audio_ints, audio_floats = self._audio_numbers()
         try:
-            return (np.array(vision_ints + text_ints, dtype=np.int64),
-                    np.array(vision_floats + text_floats, dtype=np.float64))
+            return (np.array(vision_ints + text_ints + audio_ints, dtype=np.int64),
+                    np.array(vision_floats + text_floats + audio_floats, dtype=np.float64))
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"config: a size is not a number: {error}") from None
 
@@ -365,15 +438,52 @@ def _text(hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, **more
             "intermediate_size": intermediate, "vocab_size": vocab, **more}
 
 
+def _omni(vision, audio, text, **top):
+    """A thinker of Qwen3-Omni; without ``top``, over the built-in tokenizer's tokens."""
+    vision = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+              "in_channels": 3, "hidden_act": "gelu_pytorch_tanh", **vision,
+              "out_hidden_size": text["hidden_size"]}
+    audio = {"n_window": CHUNK // 2, "n_window_infer": 8 * CHUNK, "activation_function": "gelu",
+             **audio, "output_dim": text["hidden_size"]}
+    text = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **text}
+    return {"model_type": "qwen3_omni_moe_thinker", "image_token_id": 262, "video_token_id": 263,
+            "vision_start_token_id": 260, "vision_end_token_id": 261, "audio_start_token_id": 264,
+            "audio_end_token_id": 265, "audio_token_id": 266, "position_id_per_seconds": 13,
+            "vision_config": vision, "audio_config": audio, "text_config": text, **top}
+
+
 _PRESETS = {
     "tiny": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
                   _text(192, 6, 6, 2, 32, 512, _BYTE_VOCAB), tie_word_embeddings=True),
     "tiny-moe": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
                       _text(192, 4, 6, 2, 32, 512, _BYTE_VOCAB, num_experts=16,
-                            num_experts_per_tok=2, moe_intermediate_size=128,
+                            num_experts_per_tok=2, moe_intermediate_size=64,
                             router_aux_loss_coef=0.001), tie_word_embeddings=True),
+    "tiny-omni": _omni(
+        {"depth": 3, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768,
+         "num_position_embeddings": 256, "deepstack_visual_indexes": [1]},
+        {"encoder_layers": 3, "d_model": 192, "encoder_attention_heads": 3,
+         "encoder_ffn_dim": 768, "num_mel_bins": 80, "downsample_hidden_size": 32},
+        _text(192, 3, 6, 2, 32, 512, _BYTE_VOCAB, num_experts=8, num_experts_per_tok=2,
+              moe_intermediate_size=128, router_aux_loss_coef=0.001,
+              rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                               "mrope_section": [6, 5, 5], "mrope_interleaved": True}),
+        tie_word_embeddings=True),
     "small": _seed({"depth": 8, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048},
-                   _text(640, 12, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
+                   _text(640, 16, 10, 2, 64, 1792, 16384), tie_word_embeddings=True),
+    # As published: 30B of parameters, of which a token meets 3B.
+    "qwen3-omni-thinker": _omni(
+        {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
+         "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24]},
+        {"encoder_layers": 32, "d_model": 1280, "encoder_attention_heads": 20,
+         "encoder_ffn_dim": 5120, "num_mel_bins": 128, "downsample_hidden_size": 480},
+        _text(2048, 48, 32, 4, 128, 768, 152064, num_experts=128, num_experts_per_tok=8,
+              moe_intermediate_size=768, router_aux_loss_coef=0.001, norm_topk_prob=True,
+              rope_parameters={"rope_type": "default", "rope_theta": 1e6,
+                               "mrope_section": [24, 20, 20], "mrope_interleaved": True}),
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
+        vision_end_token_id=151653, audio_start_token_id=151669, audio_end_token_id=151670,
+        audio_token_id=151675, tie_word_embeddings=False),
     # The report gives the tower and 20B active parameters; the decoder's shape is our choice, of
     # the size that its sister report names (about 200B in all).
     "seed1.5-vl": _seed({"depth": 27, "hidden_size": 1280, "num_heads": 20,
@@ -387,9 +497,11 @@ _PRESETS = {
 def preset(name):
     """A configuration by name.
 
-    ``tiny`` and ``tiny-moe`` (4M and 7M parameters) train on a laptop in minutes, ``small``
-    (90M) on a workstation; ``seed1.5-vl`` is the published tower (532M) with a decoder of about 20B
-    active and 200B total parameters, whose shape the report does not state and which is a choice.
+    ``tiny`` and ``tiny-moe`` (4M and 5M parameters) train on a laptop in minutes, and so does
+    ``tiny-omni`` (7M), which also hears; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
+    published tower (532M) with a decoder of about 20B active and 200B total parameters, whose shape
+    the report does not state and which is a choice; ``qwen3-omni-thinker`` is the published one
+    (32B with its encoders).
 
     Parameters
     ----------

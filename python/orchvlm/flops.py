@@ -1,9 +1,10 @@
-"""Floating-point operations of a model on a batch: vision per patch, language per token, attention
-by the true lengths of segments.  Recomputation is not counted."""
+"""Floating-point operations of a model on a batch: vision per patch, sounds per frame, language per
+token, attention by the true lengths of segments.  Recomputation is not counted."""
 import numpy as np
 
 from .configs import ModelConfig
 from .inputs import Inputs
+from .sounds import halved, sound_chunks, sound_tokens, window_squares
 
 
 def _vision_flops(config, grid):
@@ -23,6 +24,20 @@ def _vision_flops(config, grid):
         patches / cells * mergers * (merged * middle + middle * out))
     attention = 2 * float((frame ** 2 * grid[:, 0]).sum()) * d * v["depth"]
     return 2 * (products + attention)
+
+
+def _audio_flops(config, lengths):
+    """Forward FLOPs of the audio encoder; the convolutions' with the padding of last chunks."""
+    a = config.audio
+    d, hidden, channels = a["d_model"], a["encoder_ffn_dim"], a["downsample_hidden_size"]
+    (chunks, width), tokens = sound_chunks(lengths), float(sound_tokens(lengths).sum())
+    cells = [float((chunks * halved(width, k)).sum()) * halved(a["num_mel_bins"], k)
+             for k in (1, 2, 3)]
+    convolutions = 9 * channels * (cells[0] + channels * (cells[1] + cells[2]))
+    products = convolutions + cells[2] * channels * d + tokens * (
+        a["encoder_layers"] * (4 * d * d + 2 * d * hidden) + d * d + d * a["output_dim"])
+    squares = window_squares(lengths, a["n_window_infer"] // (2 * a["n_window"]))
+    return 2 * (products + 2 * squares * d * a["encoder_layers"])
 
 
 def _active_layer(text, layer, config):
@@ -75,11 +90,13 @@ def model_flops(config, inputs, training=True):
     if not isinstance(config, ModelConfig) or not isinstance(inputs, Inputs):
         raise TypeError("model_flops takes a ModelConfig and Inputs; got "
                         f"{type(config).__name__} and {type(inputs).__name__}")
-    return count_flops(config, inputs.cu_seqlens, inputs.n_target_tokens, inputs.grid_thw, training)
+    return count_flops(config, inputs.cu_seqlens, inputs.n_target_tokens, inputs.grid_thw, training,
+                       inputs.mel_lengths)
 
 
-def count_flops(config, cu_seqlens, n_targets, grid_thw, training):
-    """The same from what of the inputs matters: segments, targets, grids (or None)."""
+def count_flops(config, cu_seqlens, n_targets, grid_thw, training, mel_lengths=None):
+    """The same from what of the inputs matters: segments, targets, grids, lengths of sounds (the
+    last two may be None)."""
     text = config.text
     lengths = np.diff(cu_seqlens).astype(float)
     per_token = sum(_active_layer(text, i, config) for i in range(text["num_hidden_layers"]))
@@ -90,4 +107,8 @@ def count_flops(config, cu_seqlens, n_targets, grid_thw, training):
     total = 2 * (lengths.sum() * per_token + attention + head)
     if grid_thw is not None and len(grid_thw):
         total += _vision_flops(config, np.asarray(grid_thw))
+    if mel_lengths is not None and len(mel_lengths):
+        if not config.audible:
+            raise ValueError(f"{config.family} has no audio encoder; got sounds")
+        total += _audio_flops(config, mel_lengths)
     return float(total * (3 if training else 1))

@@ -1,8 +1,8 @@
 """Continuing samples token by token, with kept keys and values."""
 import numpy as np
 
+from ._numbers import finite_number
 from .inputs import Inputs
-from .optim import finite_number
 
 
 def _next_positions(inputs):
@@ -130,8 +130,8 @@ def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, t
                           cu_seqlens=np.cumsum([0] + [b in fresh for b in range(n)]),
                           position_ids=np.tile(position[active], (3, 1)))
             position[active] += 1
-            logits = core.extend(step.input_ids, step.cu_seqlens, step.position_ids, None, None,
-                                 None, None, None)
+            logits = core.extend(step.input_ids, step.cu_seqlens, step.position_ids,
+                                 *[None] * 7)
     finally:
         core.cache_close()
     return said

@@ -19,8 +19,8 @@ def _column(value, name, length, dtype):
     return _frozen(array.astype(dtype))
 
 
-def floats(value, name, shape):
-    """A read-only float32 array of this shape, where None stands for any length."""
+def floats(value, name, shape, dtype=np.float32):
+    """A read-only array of this shape, where None stands for any length; float32 as a rule."""
     array = np.asarray(value)
     if array.size and array.dtype.kind not in "iuf":
         raise TypeError(f"{name} must hold numbers; got dtype {array.dtype}")
@@ -31,9 +31,9 @@ def floats(value, name, shape):
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite")
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)
+        array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds a value that float32 cannot hold")
+        raise ValueError(f"{name} holds a value that {np.dtype(dtype)} cannot hold")
     return _frozen(array)
 
 

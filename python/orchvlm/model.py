@@ -1,14 +1,12 @@
 """The vision-language model's passes: loss, gradients and generation, computed in C."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ._numbers import finite_number
 from .batch import integers
-from .inputs import Inputs, floats
-from .optim import finite_number
-from .weights import Weights
-
-_CHECKPOINTS = {"none": 0, "selective": 1, "full": 2}
+from .inputs import floats
+from .phases import Phases, rows32
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,14 @@ class Output:
         Routed slots per expert, over all layers and tokens.
     weight_sum : float
         Sum of this call's label weights.
+    hidden_states : dict of int to float32[T, C]
+        The decoder's, for each entry of ``taps``.
+    vision_states : dict of int to float32[patches, C]
+        The vision tower's, for each entry of ``vision_taps``.
 
     Attributes
     ----------
-    loss, n_target_tokens, aux_loss, router_counts, weight_sum
+    loss, n_target_tokens, aux_loss, router_counts, weight_sum, hidden_states, vision_states
         As above.
 
     Examples
@@ -49,10 +51,13 @@ class Output:
     aux_loss: float
     router_counts: np.ndarray
     weight_sum: float
+    hidden_states: dict = field(default_factory=dict)
+    vision_states: dict = field(default_factory=dict)
 
 
-class Model(Weights):
-    """A native-resolution vision encoder and a (mixture-of-experts) decoder.
+class Model(Phases):
+    """A native-resolution vision encoder, where the family has one an audio encoder, and a
+    (mixture-of-experts) decoder.
 
     Made by :meth:`from_config` or :meth:`from_pretrained`.
 
@@ -61,11 +66,14 @@ class Model(Weights):
     config : ModelConfig
     parameters, grads : mapping
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
-        changes the model.  bfloat16 comes as a float32 copy.
+        changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
     device, dtype : str
 
     Notes
     -----
+    A forward is two phases, :meth:`encode` and :meth:`decode`, which can be run one by one: each
+    keeps what its backward needs until it is run again, whatever the other does meanwhile.
+
     One call at a time: a second thread gets RuntimeError.  Ctrl-C stops between layers; weights
     and optimizer stay as they were, what the forward kept is gone.
 
@@ -80,30 +88,26 @@ class Model(Weights):
     >>> model.backward()
     >>> model.grads["model.language_model.norm.weight"].shape
     (192,)
+
+    A family with an audio encoder takes sounds as others take pictures:
+
+    >>> import numpy as np
+    >>> hears = orchvlm.Model.from_config(orchvlm.preset("tiny-omni"), seed=0)
+    >>> processor = orchvlm.data.Processor.from_config(hears.config.values)
+    >>> tone = (np.sin(np.arange(8000) * 0.2), 16000)
+    >>> inputs = processor({"messages": [
+    ...     {"role": "user", "content": [{"type": "audio", "audio": tone},
+    ...                                  {"type": "text", "text": "What is it?"}]},
+    ...     {"role": "assistant", "content": "A tone"}]})
+    >>> inputs
+    <Inputs: 1 sample, 30 tokens, 7 targets, 1 sound of 50 frames>
+    >>> hears.forward(inputs).n_target_tokens
+    7
     """
 
-    def _arguments(self, inputs):
-        if not isinstance(inputs, Inputs):
-            raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
-        visual = self.config.visual_tokens
-        feature_row = None
-        if inputs.grid_thw is not None and len(inputs.grid_thw):
-            merge = self.config.vision["spatial_merge_size"]
-            spots = np.isin(inputs.input_ids, visual)
-            rows = int(np.prod(inputs.grid_thw, axis=1, dtype=np.int64).sum()) // merge ** 2
-            if spots.sum() != rows:
-                raise ValueError(f"the images give {rows} features, but {spots.sum()} tokens wait "
-                                 "for one (image_token_id, video_token_id)")
-            feature_row = np.where(spots, np.cumsum(spots) - 1, -1).astype(np.int32)
-        elif visual and np.isin(inputs.input_ids, visual).any():
-            raise ValueError("there are image tokens but no images")
-        if inputs.mel is not None and len(inputs.mel):
-            raise ValueError(f"{self.config.family} has no audio encoder; got sounds")
-        return [inputs.input_ids, inputs.cu_seqlens, inputs.position_ids, feature_row,
-                inputs.labels, inputs.weights, inputs.grid_thw, inputs.pixels]
-
     def forward(self, inputs, normalizer=None, router_counts=None, *, training=True,
-                checkpoint="none"):
+                checkpoint="none", taps=(), vision_taps=(), features=None, extra=None,
+                sounds=None):
         """Loss of a packed batch.
 
         The loss is sum(weight * cross-entropy) / normalizer, so that the gradients of several
@@ -115,13 +119,27 @@ class Model(Weights):
         normalizer : float, optional
             What the sum is divided by: the weight sum of the global batch.  By default this
             call's own.
-        router_counts : (int64[E], int), optional
+        router_counts : (int64[E], float), optional
             Routed slots of the whole global batch and the rows (layers x tokens) they were
-            counted over, for a balance loss that does not depend on how the batch was cut.
+            counted over, for a balance loss that does not depend on how the batch was cut;
+            :meth:`route` finds them.
         training : bool
             Whether a backward may follow.
         checkpoint : {"none", "selective", "full"}
             What is computed again in the backward to save memory; gradients are the same.
+        taps : iterable of int
+            Hidden states to return, numbered as ``output_hidden_states`` of ``transformers`` does:
+            0 is what the first layer reads, i what layer i - 1 gives (before DeepStack adds to
+            it), and the last, the number of layers, the hidden states after the last norm.
+        vision_taps : iterable of int
+            The same of the vision tower, whose last entry is what its last block gives.
+        features : float32[rows, C], optional
+            In the stead of the inputs' images, which are then not encoded; from :meth:`encode`,
+            here or elsewhere.  :meth:`backward` returns their gradients.
+        extra : float32[layers, rows, C], optional
+            DeepStack's part of them.
+        sounds : float32[rows, C], optional
+            As features, in the stead of the inputs' sounds.
 
         Returns
         -------
@@ -130,61 +148,148 @@ class Model(Weights):
         Raises
         ------
         ValueError
-            Tokens outside the vocabulary, images that do not fit their tokens, ...
+            Tokens outside the vocabulary, images or sounds that do not fit their tokens, ...
         RuntimeError
             The model is busy.
         """
-        logp = self._forward(inputs, normalizer, router_counts, training, checkpoint, False)
-        return self._output(inputs, *logp[:4])
-
-    def _forward(self, inputs, normalizer, router_counts, training, checkpoint, entropy,
-                 per_token=False):
-        if not isinstance(checkpoint, str) or checkpoint not in _CHECKPOINTS:
-            raise ValueError(f"checkpoint must be one of {', '.join(_CHECKPOINTS)}; got "
-                             f"{checkpoint!r}")
-        if normalizer is not None:
-            normalizer = finite_number(normalizer, "normalizer", 0)
-        counts, rows = self._router_counts(router_counts)
-        self._core.forward(*self._arguments(inputs), -1.0 if normalizer is None else
-                           normalizer, counts, rows, training, entropy, _CHECKPOINTS[checkpoint])
-        return self._core.output(per_token, entropy)
-
-    def _router_counts(self, given):
-        """(counts or None, rows) of the argument of forward."""
-        if given is None:
-            return None, 0.0
-        if not self.config.sparse:
-            raise ValueError("router_counts: this model has no experts")
-        if not isinstance(given, tuple) or len(given) != 2:
-            raise TypeError("router_counts must be a pair (counts per expert, rows); got "
-                            f"{type(given).__name__}")
-        counts = integers(given[0], "router_counts", self.config.text["num_experts"])
-        rows = finite_number(given[1], "router_counts' rows", 1)
-        return np.ascontiguousarray(counts, np.int64), rows
-
-    def _output(self, inputs, loss, aux, weight_sum, targets):
+        taps = {"hidden_states": np.unique(rows32(taps, "taps")),
+                "vision_states": np.unique(rows32(vision_taps, "vision_taps"))}
+        self._run(inputs, features, extra, sounds, normalizer=normalizer,
+                  router_counts=router_counts, training=training, checkpoint=checkpoint,
+                  own_loss=True, taps=list(taps.values()))
+        loss, aux, weight_sum, targets = self._core.output(False, False)[:4]
         counts = self._core.router_counts() if self.config.sparse else None
-        return Output(loss, targets, aux, counts, weight_sum)
+        states = {name: {int(entry): self._core.tap(name == "vision_states", i)
+                         for i, entry in enumerate(entries)} for name, entries in taps.items()}
+        return Output(loss, targets, aux, counts, weight_sum, **states)
 
-    def backward(self, dlogprobs=None, dentropy=None):
+    def route(self, inputs):
+        """Where the routers send a packed batch: a forward without a head, nothing kept.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            Labels are not used.
+
+        Returns
+        -------
+        counts : int64[E]
+            Routed slots per expert, over all layers and tokens; those of several calls add up.
+        rows : int
+            Layers x tokens: with the counts what :meth:`forward` takes as ``router_counts``.
+
+        Raises
+        ------
+        ValueError
+            The model has no experts, or as in :meth:`forward`.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
+        >>> counts, rows = model.route(orchvlm.Inputs(input_ids=[72, 105, 33]))
+        >>> int(counts.sum()), rows  # two experts for each of 3 tokens in 4 layers
+        (24, 12)
+        """
+        if not self.config.sparse:
+            raise ValueError("route: this model has no experts")
+        self._run(inputs, labels=False, training=False)
+        counts = self._core.router_counts()
+        return counts, int(counts.sum()) // self.config.text["num_experts_per_tok"]
+
+    def layer_counts(self):
+        """Routed slots of the last forward by layer.
+
+        Returns
+        -------
+        int64[n, E]
+            Of the n layers with experts, the lowest first; what :meth:`correct_routers` takes.
+
+        Raises
+        ------
+        ValueError
+            The model has no experts.
+        """
+        if not self.config.sparse:
+            raise ValueError("layer_counts: this model has no experts")
+        return self._core.router_layers()
+
+    def correct_routers(self, counts, rate):
+        """Balances sigmoid routers without a loss: corrections move against the counts.
+
+        Adds ``rate`` to ``e_score_correction_bias`` of an expert that got fewer slots than the mean
+        of its layer, and takes it away where the expert got more.
+
+        Parameters
+        ----------
+        counts : int64[n, E]
+            Of a whole global batch: the sum of :meth:`layer_counts`.
+        rate : float
+
+        Raises
+        ------
+        ValueError
+            Routers without corrections, wrong shape, negative counts.
+
+        References
+        ----------
+        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024,
+        algorithm 1.
+        """
+        if self.config.text.get("scoring_func") != "sigmoid" or not self.config.sparse:
+            raise ValueError("correct_routers: no corrections; only sigmoid routers have them")
+        rate = finite_number(rate, "rate", 0)
+        shape = self._core.router_layers().shape
+        if np.shape(counts) != shape:
+            raise ValueError(f"counts must have the shape {shape}; got {np.shape(counts)}")
+        counts = integers(np.reshape(counts, -1), "counts").reshape(shape)
+        if counts.size and not 0 <= counts.min() <= counts.max() < 2**40:
+            raise ValueError("counts must be in [0, 2^40)")
+        self._core.router_correct(np.ascontiguousarray(counts, np.int64), rate)
+
+    def backward(self, dlogprobs=None, dentropy=None, *, dhidden=None, dlogits=None, rows=None):
         """Adds the gradients of the last forward's loss, or of a loss of your own.
+
+        A loss of your own may read all of these; its slopes add up.  Without any, it is the
+        forward's.  The routers' balance loss, times its coefficient, is part of either.
 
         Parameters
         ----------
         dlogprobs, dentropy : float32[T], optional
             Slopes of any loss of what :meth:`logprobs` returned.
+        dhidden : float32[T, C], optional
+            Slopes of a loss of the hidden states after the last norm: what :meth:`decode` returns
+            and the last of :meth:`forward`'s ``taps``.
+        dlogits : float32[n, V], optional
+            Slopes of a loss of what :meth:`logits` returned for these rows.
+        rows : int[n], optional
+            Of ``dlogits``; a row that is named twice counts twice.
+
+        Returns
+        -------
+        None, or (float32[rows, C], float32[layers, rows, C] or None)
+            Where features were given, in :meth:`decode` or :meth:`forward`: their gradients and
+            those of DeepStack's part, for :meth:`encode_backward`.  Of a model that hears, those of
+            given sounds are third; None stands for what was not given.
 
         Raises
         ------
         ValueError
-            No forward in training mode came before, or wrong lengths.
+            No forward in training mode came before, wrong shapes, slopes of what the last call
+            did not compute.
         """
         slopes = []
         for name, value in (("dlogprobs", dlogprobs), ("dentropy", dentropy)):
             if value is not None:
                 value = floats(value, name, (None,))
             slopes.append(value)
-        self._core.backward(*slopes)
+        slopes.append(self._exact(dhidden, "dhidden", (None, self._width())))
+        if (rows is None) != (dlogits is None):
+            raise ValueError("dlogits and rows belong together; one is missing")
+        if rows is not None:
+            rows = rows32(rows, "rows")
+            dlogits = floats(dlogits, "dlogits", (len(rows), self.config.text["vocab_size"]))
+        return self._core.backward(*slopes, rows, dlogits)
 
     def logprobs(self, inputs, entropy=False, *, training=True, checkpoint="none"):
         """Log-probability of every label, and the entropy where it was predicted.
@@ -204,8 +309,8 @@ class Model(Weights):
         entropy : float32[T] or None
             In nats, of the prediction of every token but the first of a sample.
         """
-        out = self._forward(inputs, None, None, training, checkpoint, entropy, per_token=True)
-        return out[4], out[5]
+        self._run(inputs, training=training, checkpoint=checkpoint, entropy=entropy)
+        return self._core.output(True, entropy)[4:]
 
     def logits(self, rows):
         """Logits of some rows of the last forward.
@@ -224,7 +329,7 @@ class Model(Weights):
         ValueError
             A row that is no token, or no forward came before.
         """
-        return self._core.logits(integers(rows, "rows").clip(-1, 2**31 - 1).astype(np.int32))
+        return self._core.logits(rows32(rows, "rows"))
 
     def zero_grad(self):
         """Sets all gradients to 0."""
@@ -281,3 +386,4 @@ class Model(Weights):
     def __repr__(self):
         return (f"<Model {self.config.family}: {self.n_parameters / 1e6:,.1f}M parameters, "
                 f"{self.dtype} on {self.device}>")
+

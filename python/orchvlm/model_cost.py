@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .cost import BatchCost, Cluster, SequenceCost, _coefficient
+from .sounds import CHUNK, CHUNK_TOKENS, halved
 
 #: Bytes per parameter of weights, gradients and AdamW states in mixed precision (ZeRO, section 3).
 _STATE_BYTES = 16
@@ -278,12 +279,15 @@ def _count_vision(vision, text):
 
 def _count_audio(audio, text):
     """Per input (mel) frame: two convolutions of width 3, the second of stride 2, on frames padded
-    to the longest; then a transformer on half as many positions."""
+    to the longest; then a transformer on half as many positions.  Where downsample_hidden_size is
+    given, Qwen3-Omni's encoder instead."""
     hidden = audio("d_model", "hidden_size")
     layers = audio("encoder_layers", "num_hidden_layers")
     weights, saved = _encoder_layer(audio, hidden)
     bins = audio("num_mel_bins", default=80)
     output = audio("output_dim", default=text("hidden_size"))
+    if audio.values.get("downsample_hidden_size") is not None:
+        return _count_chunked_audio(audio, hidden, layers, weights, saved, bins, output)
     ratio = 0.5
     return _Count(
         parameters=layers * weights + 3 * hidden * (bins + hidden) + hidden * output,
@@ -292,6 +296,23 @@ def _count_audio(audio, text):
         quadratic=ratio**2 * 4.0 * hidden * layers,
         conv=2.0 * 3 * hidden * (bins + ratio * hidden),
         activation_bytes=ratio * layers * saved)
+
+
+def _count_chunked_audio(audio, hidden, layers, weights, saved, bins, output):
+    """Three convolutions of 3 x 3 and stride 2 on full chunks, 13 positions of 100 frames, and
+    attention inside windows of n_window_infer frames."""
+    channels, ratio = audio("downsample_hidden_size"), CHUNK_TOKENS / CHUNK
+    cells = [halved(bins, k) * halved(CHUNK, k) / CHUNK for k in (1, 2, 3)]
+    window = audio("n_window_infer", default=800) * ratio
+    join = channels * halved(bins) * hidden
+    project = hidden * hidden + hidden * output
+    return _Count(
+        parameters=layers * weights + 9 * channels * (1 + 2 * channels) + join + project,
+        layers=layers,
+        linear=2.0 * (9 * channels * (cells[0] + channels * (cells[1] + cells[2]))
+                      + ratio * (join + layers * weights + project))
+        + ratio * 4.0 * hidden * window * layers,
+        quadratic=0.0, conv=0.0, activation_bytes=ratio * layers * saved)
 
 
 def _gather_bandwidth(cluster):

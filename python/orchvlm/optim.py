@@ -1,22 +1,13 @@
 """AdamW on a model's gradients, and schedules of its rate."""
 import math
-import sys
 
 import numpy as np
 
-from ._numbers import real
+from ._numbers import finite_number
 from .weights import Weights, matching
 
+_DECAYING = (0, 4)  # kinds: matrices and adapters
 _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
-
-
-def finite_number(value, name, low, high=math.inf):
-    """The float, or ValueError with the argument's name."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or \
-            np.iscomplexobj(value) or not low <= (number := real(value, name)) <= \
-            min(high, sys.float_info.max):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
-    return number
 
 
 class AdamW:
@@ -29,7 +20,7 @@ class AdamW:
     betas : (float, float)
     eps : float
     weight_decay : float
-        Of weight matrices and embeddings; norms and biases do not decay.
+        Of weight matrices, embeddings and adapters; norms and biases do not decay.
     max_grad_norm : float or None
         Gradients are scaled so that their global norm is at most this.
     groups : list of dict
@@ -85,7 +76,7 @@ class AdamW:
         """Per parameter: rate relative to lr, and decay."""
         rows = self.model._list
         scale = np.ones(len(rows))
-        decay = np.array([self.weight_decay if row[1] == 0 else 0.0 for row in rows])
+        decay = np.array([self.weight_decay if row[1] in _DECAYING else 0.0 for row in rows])
         for group in groups:
             if not isinstance(group, dict):
                 raise TypeError(f"a group is a dict; got {type(group).__name__}")

@@ -1,5 +1,6 @@
 """What a configuration makes, counted without making it: parameters, FLOPs and memory by part."""
 from .flops import count_flops
+from .sounds import halved
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -23,6 +24,20 @@ def _vision(config):
             "vision blocks": v["depth"] * block + (2 * d if seed else 0),
             "adapter": project + (0 if seed else 2 * d),
             "DeepStack adapters": taps * (project + 2 * merged)}
+
+
+def _audio(config):
+    """{part: parameters} of the audio encoder, where there is one."""
+    if not config.audible:
+        return {}
+    a = config.audio
+    d, hidden, channels = a["d_model"], a["encoder_ffn_dim"], a["downsample_hidden_size"]
+    out = a["output_dim"]
+    block = 4 * d + 4 * (d * d + d) + (2 * d * hidden + hidden + d)  # norms, attention, MLP
+    return {"convolutions": (9 * channels + channels) + 2 * (9 * channels ** 2 + channels)
+            + channels * halved(a["num_mel_bins"]) * d,
+            "audio blocks": a["encoder_layers"] * block,
+            "audio adapter": 2 * d + d * d + d + d * out + out}
 
 
 def _layers(config):
@@ -72,7 +87,7 @@ def count_parameters(config):
     -------
     dict of str to (int, int)
         Parameters of each part that has any, and those that one token (of a part of the vision
-        tower: one patch) uses.
+        tower: one patch, of the audio encoder: one frame) uses.
 
     Examples
     --------
@@ -82,7 +97,8 @@ def count_parameters(config):
     >>> sum(parts[name][0] for name in ("patch embedding", "vision blocks"))
     532046080
     """
-    parts = {name: (count, count) for name, count in _vision(config).items()}
+    parts = {name: (count, count)
+             for name, count in (_vision(config) | _audio(config)).items()}
     parts |= _language(config)
     return {name: (int(all_), int(used)) for name, (all_, used) in parts.items() if used}
 

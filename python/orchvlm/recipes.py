@@ -47,10 +47,11 @@ TASKS = {"kinds": ["colour", "count", "point"], "difficulty": 0.1, "max_side": 5
 
 _STARTS = {"tiny": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
            "tiny-moe": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
+           "tiny-omni": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
            "small": {"lr": 6e-4, "tokens": 4096, "minutes": 120.0}}
 #: Deviation of the first weights: about 1 / sqrt(width), with which small models learn sooner than
 #: with the 0.02 of large ones.
-FIRST_STD = {"tiny": 0.06, "tiny-moe": 0.06, "small": 0.04}
+FIRST_STD = {"tiny": 0.06, "tiny-moe": 0.06, "tiny-omni": 0.06, "small": 0.04}
 _OTHERS = {"lr": 1e-4, "tokens": 4096, "minutes": 60.0}
 
 

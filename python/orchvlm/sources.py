@@ -36,23 +36,29 @@ def _files(paths):
     return found
 
 
-def _pack(path, split):
-    """A zip's records of a split; of known packs as questions, else as samples."""
+def _packs(path, split, kinds=None):
+    """A zip's records of a split; of known packs as questions, else as samples.  ``kinds`` picks
+    among the packs of a zip that holds several; without it the first one is taken."""
     from .data import DataError, ZipPack, load_pack
+    if kinds:
+        try:
+            return [load_pack(path, kind, split) for kind in kinds]
+        except (DataError, ValueError) as error:
+            raise CommandError(f"{path}: --kinds {','.join(kinds)}: {error}") from None
     plain = None
     try:
         plain = ZipPack(path)
         record = plain.record(0) if len(plain) else {}
         if "messages" in record or "conversations" in record:
-            return ZipPack(path, split=split) if "split" in record else plain
+            return [ZipPack(path, split=split) if "split" in record else plain]
         if "caption" in record:
-            return load_pack(path, "captions", split)
+            return [load_pack(path, "captions", split)]
     except DataError:
         if plain is not None:
             raise
     for kind in ("nlvr", "digits"):  # packs whose records lie in a folder of their own
         try:
-            return load_pack(path, kind, split)
+            return [load_pack(path, kind, split)]
         except DataError:
             continue
     raise CommandError(f"{path}: no records.jsonl with messages or captions in this zip file")
@@ -64,8 +70,8 @@ def training_source(settings):
     Parameters
     ----------
     settings : dict
-        ``data`` (paths) or, without it, ``kinds`` and ``difficulty`` of the embedded tasks;
-        ``seed``.
+        ``data`` (paths) and ``kinds`` (packs of zip files that hold several), or, without data,
+        ``kinds`` and ``difficulty`` of the embedded tasks; ``seed``.
 
     Returns
     -------
@@ -76,13 +82,16 @@ def training_source(settings):
     CommandError
         A path that holds no data.
     """
-    from .data import JsonLines, Mixture, TarShards
+    from .data import JsonLines, Mixture, TarShards, VariedSounds
     seed = settings.get("seed", 0)
     if not settings.get("data"):
         return Mixture([_tasks(settings, "train", seed)], seed=seed)
     files = _files(settings["data"])
-    sets = [JsonLines(p) if p.suffix == ".jsonl" else _pack(p, "train") for p in files
-            if p.suffix != ".tar"]
+    sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
+    packs = [pack for p in files if p.suffix == ".zip"
+             for pack in _packs(p, "train", settings.get("kinds"))]
+    # A few thousand recordings are soon known by heart, unless they never sound alike.
+    sets += [VariedSounds(pack, seed) if "audio" in pack.record(0) else pack for pack in packs]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
@@ -116,9 +125,9 @@ def held_out(settings, split, samples):
     for path in _files(settings["data"]):
         if path.suffix == ".zip":
             try:
-                pack = _pack(path, split)
+                packs = _packs(path, split, settings.get("kinds"))
             except (DataError, CommandError):  # no such split
                 continue
-            rows = [pack[i] for i in range(min(samples, len(pack)))]
+            rows = [pack[i] for pack in packs for i in range(min(samples, len(pack)))]
             found += [row for row in rows if "answer" in row and "check" in row]
     return found

@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ._files import write_whole
+from ._numbers import finite_number
+from .averaging import EMA
 from .flops import model_flops
 from .model import Model
 from .optim import AdamW, schedule
+from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
 _AHEAD = 3  # packs that are made before they are asked for
@@ -119,6 +122,15 @@ class TrainingConfig:
         one larger pack.
     checkpoint : {"none", "selective", "full"}
         Activations that are computed again.
+    aux : {"exact", "lagged", "bias"}
+        How experts are kept evenly used, over a step's whole batch and added once: by the balance
+        loss with the batch's own router counts (with several micro-batches a forward for the
+        counts alone comes first; ``routing_seconds`` tells its cost), by that loss with the counts
+        of the step before, or without a loss by moving the corrections of sigmoid routers.
+    bias_rate : float
+        By which ``aux="bias"`` moves a correction in a step, see :meth:`Model.correct_routers`.
+    ema : float, optional
+        Decay of a moving average of the weights, the trainer's ``ema``; checkpoints hold it.
     save_every : int
         Steps between checkpoints; 0: at the end only.
     keep : int
@@ -127,7 +139,8 @@ class TrainingConfig:
     Raises
     ------
     ValueError
-        Steps or micro-batches below 1, minutes that are not positive, a negative count.
+        Steps or micro-batches below 1, minutes that are not positive, a negative count, an unknown
+        ``aux``.
 
     Examples
     --------
@@ -150,6 +163,9 @@ class TrainingConfig:
     freeze: tuple = ()
     micro_batches: int = 1
     checkpoint: str = "none"
+    aux: str = "exact"
+    bias_rate: float = 1e-3
+    ema: float = None
     save_every: int = 0
     keep: int = 0
 
@@ -162,6 +178,11 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a whole number >= {least}; got {value!r}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes must be positive and finite; got {self.minutes!r}")
+        if self.aux not in MODES:
+            raise ValueError(f"aux must be one of {', '.join(MODES)}; got {self.aux!r}")
+        finite_number(self.bias_rate, "bias_rate", 0)
+        if self.ema is not None:
+            finite_number(self.ema, "ema", 0, 1 - 1e-12)
 
 
 class Trainer:
@@ -181,7 +202,8 @@ class Trainer:
     Raises
     ------
     ValueError
-        A rate, schedule or group that :class:`AdamW` or :func:`schedule` refuses.
+        A rate, schedule or group that :class:`AdamW` or :func:`schedule` refuses; ``aux="bias"``
+        with a model whose routers have no corrections.
 
     Notes
     -----
@@ -217,6 +239,8 @@ class Trainer:
             model.freeze(*patterns)
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
+        self.ema = None if config.ema is None else EMA(model, config.ema)
+        self._balance = Balance(model, config.aux, config.bias_rate)
         self._warmup = min(config.warmup, config.steps)
         self._rate = schedule(config.schedule, config.lr, config.steps, self._warmup,
                               config.min_lr)
@@ -244,8 +268,9 @@ class Trainer:
         ------
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
-            tflops, seconds, elapsed_s; also a line of ``metrics.jsonl``.  A loss that is no number
-            is None there.
+            tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
+            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
+            ``metrics.jsonl``.  A loss that is no number is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         ahead = _Ahead(self.loader, self._left)
@@ -272,8 +297,11 @@ class Trainer:
         total = sum(_weight_sum(pack) for pack in packs)
         self.model.zero_grad()
         loss, targets = 0.0, 0
+        counts = self._balance.begin(packs)
         for pack in packs:
-            out = self.model.forward(pack, normalizer=total, checkpoint=self.config.checkpoint)
+            out = self.model.forward(pack, normalizer=total, router_counts=counts,
+                                     checkpoint=self.config.checkpoint)
+            self._balance.note(out)
             loss, targets = loss + out.loss, targets + out.n_target_tokens
             self.model.backward()
         # The warm-up is counted in steps, what follows in whatever ends the run.
@@ -282,6 +310,9 @@ class Trainer:
         rate = self._rate(place if self.config.minutes else self.step)
         with _held_back():
             done = self.optimizer.step(rate)
+            experts = self._balance.end(done["skipped"])
+            if self.ema is not None and not done["skipped"]:
+                self.ema.update()
             seconds = time.perf_counter() - start
             self.step += 1
             self.elapsed_s += seconds
@@ -291,7 +322,7 @@ class Trainer:
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "tokens": tokens, "targets": targets,
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-                   "seconds": seconds, "elapsed_s": self.elapsed_s}
+                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts}
             log.write(json.dumps({key: value if math.isfinite(value) else None
                                   for key, value in row.items()}) + "\n")
             log.flush()
@@ -315,8 +346,13 @@ class Trainer:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
         try:
             self.model.save_pretrained(temporary)
+            if self.model.lora is not None:
+                self.model.save_adapter(temporary)
             state = self.optimizer.state_dict()
-            facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state}
+            if self.ema is not None:
+                state |= self.ema.state_dict()
+            facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
+                     "routing": self._balance.state_dict()}
             write_whole(temporary / _STATE, lambda stream: np.savez(
                 stream, __facts__=np.array(json.dumps(facts)), **state))
             os.chmod(temporary, 0o755)
@@ -356,12 +392,18 @@ class Trainer:
         """
         checkpoint = Path(checkpoint or latest_checkpoint(self.folder))
         stored = Model.from_pretrained(checkpoint, threads=1)
+        if self.model.lora is not None:
+            stored.load_adapter(checkpoint)
         with np.load(checkpoint / _STATE, allow_pickle=False) as state:
             facts = json.loads(str(state["__facts__"]))
+            self._balance.load_state_dict(facts.get("routing"))
             self.loader.load_state_dict(facts["loader"])
             self.model.load_state_dict(stored.state_dict())
+            average = {k for k in state.files if k.endswith("/average")}
+            if self.ema is not None:
+                self.ema.load_state_dict({k: state[k] for k in average})
             self.optimizer.load_state_dict({k: state[k] for k in state.files
-                                            if k != "__facts__"})
+                                            if k != "__facts__" and k not in average})
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
         self._loader_state, self._left, self._saved = facts["loader"], [], self.step
         _cut(self.folder / "metrics.jsonl", self.step)

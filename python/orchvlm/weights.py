@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from . import _core
+from .adapters import KIND_ADAPTER, Adapters
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
+from .dlpack import Tensor
+from .profiling import watch
+from .thinker import file_parts, plain_name
 
 _KIND_WEIGHT, _KIND_NORM, _KIND_BIAS, _KIND_BUFFER = range(4)
 _WEIGHT, _GRAD, _MOMENT1, _MOMENT2, _MASTER = range(5)
@@ -91,7 +95,7 @@ class _Arrays(Mapping):
         return f"<{len(self)} arrays of {self._model!r}>"
 
 
-class Weights:
+class Weights(Adapters):
     """What :class:`orchvlm.Model` is beside its passes."""
 
     def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
@@ -107,6 +111,7 @@ class Weights:
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)
         self.grads = _Arrays(self, _GRAD)
+        watch(self)
 
     # ------------------------------------------------------------ making
 
@@ -189,10 +194,13 @@ class Weights:
         writes [E, out, in], the hub's files hold [E, in, out]; either is read, by shape."""
         text = self.config.text
         width, hidden = text["hidden_size"], text.get("moe_intermediate_size")
-        return self.config.sparse and hidden is not None and width in (hidden, 2 * hidden)
+        return self.config.sparse and not self.config.audible and hidden is not None and \
+            width in (hidden, 2 * hidden)
 
     def save_pretrained(self, folder, dtype=None):
         """Writes ``config.json`` and ``model.safetensors`` (in shards above 5 GiB).
+
+        Adapters that are not merged are left out, see :meth:`save_adapter`.
 
         Parameters
         ----------
@@ -213,18 +221,31 @@ class Weights:
         folder.mkdir(parents=True, exist_ok=True)
         square = self._square_experts()
 
-        write_folder(folder, [self._entry(name, shape, square and name.endswith(_EXPERTS))
-                              for name, _, shape, _ in self._list], dtype)
+        write_folder(folder, [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
+                              for entry in self._entries(name, shape,
+                                                         square and name.endswith(_EXPERTS))],
+                     dtype)
         config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
             if square else self.config
         config.save(folder)
 
-    def _entry(self, name, shape, turned):
+    def _parts(self, name, shape):
+        """[(name in files, index into the parameter or None: all of it)]"""
+        return file_parts(name, shape) if self.config.audible else [(name, None)]
+
+    def _entries(self, name, shape, turned):
         """What write_folder takes."""
         if turned:
-            return (name, (shape[0], shape[2], shape[1]),
-                    lambda: self._array(name, _WEIGHT, view=True).transpose(0, 2, 1))
-        return name, shape, lambda: self._array(name, _WEIGHT, view=True)
+            return [(name, (shape[0], shape[2], shape[1]),
+                     lambda: self._array(name, _WEIGHT, view=True).transpose(0, 2, 1))]
+
+        def part(index):
+            array = self._array(name, _WEIGHT, view=True)
+            return array if index is None else array[index].T
+        # Of an indexed part the shape alone is needed here, not the numbers.
+        empty = np.broadcast_to(np.float32(0), shape)
+        return [(there, shape if index is None else empty[index].T.shape,
+                 lambda index=index: part(index)) for there, index in self._parts(name, shape)]
 
     def state_dict(self):
         """All weights.
@@ -259,9 +280,10 @@ class Weights:
         for name, i in self._index.items():
             self._write(i, _WEIGHT, arrays[name])
 
-    def _check_names(self, names, where):
-        surplus = sorted(set(names) - set(self._index))
-        missing = [name for name in self._index if name not in names]
+    def _check_names(self, names, where, wanted=None):
+        wanted = self._index if wanted is None else wanted
+        surplus = sorted(set(names) - set(wanted))
+        missing = [name for name in wanted if name not in names]
         if self.config.tied and surplus == ["lm_head.weight"]:
             surplus = []  # some files keep the tied head as well
         if missing or surplus:
@@ -283,6 +305,9 @@ class Weights:
 
     def _read_files(self, folder):
         files = open_folder(folder)
+        if self.config.audible:
+            self._read_parts(files, folder)
+            return
         self._check_names(files.keys(), folder)
         recent = str(self.config.values.get("transformers_version", "")).startswith("5")
         always = recent and self._square_experts()
@@ -294,7 +319,77 @@ class Weights:
             self._check_values(i, values, folder)
             self._write(i, _WEIGHT, values)
 
+    def _read_parts(self, files, folder):
+        """Weights that lie in files under other names, and experts one by one."""
+        stored = {plain_name(name): name for name in files}
+        stored.pop(None, None)
+        parts = {name: self._parts(name, shape) for name, _, shape, _ in self._list}
+        self._check_names(stored.keys(), folder,
+                          dict.fromkeys(there for some in parts.values() for there, _ in some))
+        for i, (name, _, shape, _) in enumerate(self._list):
+            values = None
+            for there, index in parts[name]:
+                one = files[stored[there]].read(stored[there])
+                if index is None:
+                    values = one
+                    continue
+                values = np.empty(shape, np.float32) if values is None else values
+                if one.T.shape != values[index].shape:
+                    raise CheckpointError(f"{folder}: {stored[there]} has shape {one.shape}; the "
+                                          f"configuration says {values[index].T.shape}")
+                values[index] = one.T
+            self._check_values(i, values, folder)
+            self._write(i, _WEIGHT, values)
+
     # ------------------------------------------------------------ arrays
+
+    def tensor(self, name, grad=False):
+        """A weight or a gradient where it lies, for ``torch.from_dlpack`` and its like.
+
+        Nothing is copied or converted: bfloat16 comes as bfloat16, and what is written there is
+        written into the model.
+
+        Parameters
+        ----------
+        name : str
+            As in ``parameters``.
+        grad : bool
+            Its gradient instead.
+
+        Returns
+        -------
+        Tensor
+            With ``shape``, ``dtype``, ``__dlpack__`` and ``__dlpack_device__``.
+
+        Raises
+        ------
+        KeyError
+            No such parameter, or one that is not trained.
+        BufferError
+            On export: memory of a device that DLPack has no name for, or a copy was asked for.
+
+        Notes
+        -----
+        The export waits until the model is done with what came before, so that any stream may
+        read at once.  Let a stream that writes finish before the model's next call.  Gradients
+        that are held somewhere keep :meth:`freeze` from moving them.
+
+        Examples
+        --------
+        >>> import numpy as np, orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+        >>> norm = np.from_dlpack(model.tensor("model.language_model.norm.weight"))
+        >>> norm.shape, bool(np.shares_memory(norm, model.parameters[
+        ...     "model.language_model.norm.weight"]))
+        ((192,), True)
+        """
+        place = self._place(name)
+        if grad and not self.trainable(name):
+            raise KeyError(f"{name!r} is not trained")
+        kind, shape = self._list[place][1:3]
+        exact = self.dtype == "bfloat16" and (grad or kind == _KIND_BUFFER)
+        return Tensor(self._core, place, _GRAD if grad else _WEIGHT, name, shape,
+                      "float32" if exact else self.dtype)
 
     def _place(self, name):
         try:

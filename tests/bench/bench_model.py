@@ -1,21 +1,31 @@
 """One training step (forward, backward, AdamW) beside transformers with torch on the CPU: same
-weights, same samples, float32, same number of threads, one run.
+weights, same samples, float32, same number of threads.
 
-    python tests/bench/bench_model.py [tiny] [small] [moe16] [moe64] [--threads 1,2] [--repeats 5]
+    python tests/bench/bench_model.py [tiny] [small] [moe16] [moe64] [--threads 2]
+        [--ways "sdpa/*"] [--micro 1,8] [--seconds 20]
 
-Needs torch and transformers.  The peer gets each of its ways (eager or SDPA attention; eager,
-batched or grouped experts; --compile adds torch.compile) and its fastest counts.  It pads samples
-to the longest of the batch, as its users do; tokens per second count real tokens.
+Needs torch and transformers.  The peer gets each of its ways: eager or SDPA attention; eager,
+batched or grouped experts; compiled or not; --ways chooses, and its fastest counts.  It pads
+samples to the longest of the batch; "in 8" sorts them by length first and cuts them into eight
+micro-batches with the same gradient, so that little is padded.  Tokens per second count real ones.
+
+Every row is a process of its own.  Peak memory is the highest resident size during the steps, less
+what the process held when its libraries were loaded: weights, gradients, moments, activations.  It
+is compared with ours in as many micro-batches.
 """
 import argparse
-import resource
+import json
 import subprocess
 import sys
 import time
+import zlib
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 
-import orchvlm
+sys.path.insert(0, str(Path(__file__).parents[1] / "py"))
 
 IMAGE, START, END = 3, 1, 2
 
@@ -46,7 +56,7 @@ def config(hidden, layers, heads, kv, head_dim, mlp, vocab, vision, experts=0, t
 TINY = (4, 192, 3, 768)
 CASES = {  # configuration, tokens of a step, typical sample
     "tiny": (config(192, 6, 6, 2, 32, 512, 272, TINY), 2048),
-    "small": (config(640, 12, 10, 2, 64, 1792, 16384, (8, 512, 8, 2048)), 4096),
+    "small": (config(640, 16, 10, 2, 64, 1792, 16384, (8, 512, 8, 2048)), 4096),
     "moe16": (config(192, 4, 6, 2, 32, 512, 272, TINY, 16, 2, 128), 2048),
     "moe64": (config(256, 4, 8, 2, 32, 512, 272, TINY, 64, 4, 128), 2048),
 }
@@ -70,32 +80,63 @@ def batch(values, tokens, seed=0):
     return samples, pixels
 
 
-def ours_step(values, samples, pixels, state, threads):
+def weights(name, shape):
+    """The same on both sides, whoever asks, in the hub's layout."""
+    from model_cases import scale_of
+    mean, deviation = scale_of(name, shape)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return mean + deviation * rng.standard_normal(shape, np.float32)
+
+
+def cut(samples, micro):
+    """Places of samples, by length, in micro-batches of about equally many tokens."""
+    if micro == 1:
+        return [np.arange(len(samples))]
+    order = np.argsort([len(s[0]) for s in samples])
+    ends = np.cumsum([len(samples[i][0]) for i in order])
+    parts = np.split(order, np.searchsorted(ends, ends[-1] / micro * np.arange(1, micro)))
+    return [part for part in parts if len(part)]
+
+
+def count_targets(samples):
+    return sum(int((np.array(s[0][1:]) >= 6).sum()) for s in samples)
+
+
+def packed(samples, pixels):
+    import orchvlm
     from model_cases import positions
-    model = orchvlm.Model(values, threads=threads)
-    model.load_state_dict(state)
-    opt = orchvlm.AdamW(model, lr=1e-4)
     ids = np.concatenate([s[0] for s in samples])
-    inputs = orchvlm.Inputs(
+    return orchvlm.Inputs(
         input_ids=ids, cu_seqlens=np.cumsum([0] + [len(s[0]) for s in samples]),
         position_ids=np.concatenate([positions(s[0], [(IMAGE, *s[1])]) for s in samples], axis=1),
         labels=np.where(ids >= 6, ids, -100), pixels=np.concatenate(pixels),
         grid_thw=[s[1] for s in samples])
 
+
+def ours_step(values, samples, pixels, threads, micro):
+    import orchvlm
+    model = orchvlm.Model(values, threads=threads)
+    model.load_state_dict({name: weights(name, shape)
+                           for name, shape in model.config.parameters().items()})
+    opt = orchvlm.AdamW(model, lr=1e-4)
+    inputs = [packed([samples[i] for i in part], [pixels[i] for i in part])
+              for part in cut(samples, micro)]
+    targets = count_targets(samples)
+
     def step():
         model.zero_grad()
-        loss = model.forward(inputs).loss
-        model.backward()
+        total = 0.0
+        for one in inputs:
+            total += model.forward(one, normalizer=targets).loss
+            model.backward()
         opt.step()
-        return loss
+        return total
     return step
 
 
-def theirs_step(model, samples, pixels, attention, experts, compiled):
+def padded(samples, pixels, experts):
+    """Arguments of the peer's forward."""
     import torch
-    model.set_attn_implementation(attention)
-    if experts:
-        model.set_experts_implementation(experts)
     longest = max(len(s[0]) for s in samples)
     ids = np.zeros((len(samples), longest), np.int64)
     mask = np.zeros_like(ids)
@@ -106,114 +147,140 @@ def theirs_step(model, samples, pixels, attention, experts, compiled):
              "mm_token_type_ids": torch.from_numpy((ids == IMAGE).astype(np.int64)),
              "pixel_values": torch.from_numpy(np.concatenate(pixels)),
              "image_grid_thw": torch.tensor([s[1] for s in samples])}
-    if experts:
+    if experts != "dense":
         given["output_router_logits"] = True
+    return given
+
+
+def theirs_step(values, samples, pixels, threads, micro, attention, experts, compiled=None):
+    import torch
+    from oracle_cases import make, to_ours
+    torch.set_num_threads(threads)
+    model = make(values)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            turned = parameter.ndim == 3 and "experts" in name  # [E, out, in] there
+            shape = tuple(parameter.shape)
+            array = weights(name, (shape[0], shape[2], shape[1]) if turned else shape)
+            parameter.copy_(torch.from_numpy(to_ours(name, array)))
+    model.set_attn_implementation(attention)
+    if experts != "dense":
+        model.set_experts_implementation(experts)
+    given, share = [], []
+    for part in cut(samples, micro):
+        chosen = [samples[i] for i in part]
+        given.append(padded(chosen, [pixels[i] for i in part], experts))
+        share.append(count_targets(chosen) / count_targets(samples))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), foreach=True)
     call = torch.compile(model) if compiled else model
 
     def step():
         opt.zero_grad()
-        loss = call(**given).loss
-        loss.backward()
+        total = 0.0
+        for one, part in zip(given, share):
+            loss = call(**one).loss * part
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        return float(loss.detach())
+        return total
     return step
 
 
-def time_step(step, repeats):
-    first = step()
-    times = []
-    for _ in range(repeats):
+def resident_mib(which):
+    """VmRSS (now) or VmHWM (highest)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(which):
+            return int(line.split()[1]) / 1024
+    raise KeyError(which)
+
+
+def run_row(case, way, threads, micro, seconds):
+    """One warm-up step, then steps for about so many seconds: at least one, at most ten."""
+    values, tokens = CASES[case]
+    samples, pixels = batch(values, tokens)
+    if way == "orchvlm":
+        import orchvlm  # noqa: F401
+        before = resident_mib("VmRSS")
+        step = ours_step(values, samples, pixels, threads, micro)
+    else:
+        import oracle_cases  # noqa: F401
+        import torch  # noqa: F401
+        import transformers.models.qwen3_vl.modeling_qwen3_vl
+        import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe  # noqa: F401
+        before = resident_mib("VmRSS")
+        step = theirs_step(values, samples, pixels, threads, micro, *way.split("/"))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    loss, times = step(), []
+    while not times or (sum(times) + times[-1] < seconds and len(times) < 10):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return first, float(np.median(times))
+    return {"loss": loss, "best_s": min(times), "median_s": float(np.median(times)),
+            "steps": len(times), "peak_mib": resident_mib("VmHWM") - before,
+            "tokens": sum(len(s[0]) for s in samples)}
 
 
-def peak_mib(case, who, threads):
-    """Peak resident memory of a process of its own that runs two steps, less one that runs none."""
-    sizes = []
-    for steps in (0, 2):
-        done = subprocess.run([sys.executable, __file__, "--memory", who, case, "--threads",
-                               str(threads), "--repeats", str(steps)], capture_output=True,
-                              text=True, check=True)
-        sizes.append(float(done.stdout.split()[-1]))
-    return sizes[1] - sizes[0]
+def ways_of(case):
+    attention = ("eager", "sdpa")
+    experts = ("eager", "batched_mm", "grouped_mm") if "moe" in case else ("dense",)
+    return ["/".join((a, e, *c)) for c, e, a in product(((), ("compile",)), experts, attention)]
 
 
-def run_memory(case, who, threads, steps):
-    values, tokens = CASES[case]
-    samples, pixels = batch(values, tokens)
-    if who == "ours":
-        step = ours_step(values, samples, pixels, fresh_state(values), threads) if steps else None
-    else:
-        import torch
-        from oracle_cases import build
-        torch.set_num_threads(threads)
-        model = build(values, np.random.default_rng(0)) if steps else None
-        step = theirs_step(model, samples, pixels, "sdpa", None, False) if steps else None
-    for _ in range(steps):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def fresh_state(values):
-    return orchvlm.Model.from_config(values, seed=0).state_dict()
-
-
-def run_case(case, threads, repeats, compiled):
-    import torch
-    from oracle_cases import build, state_of
-    torch.set_num_threads(threads)
-    values, tokens = CASES[case]
-    samples, pixels = batch(values, tokens)
-    model = build(values, np.random.default_rng(0))
-    state = {name: array.copy() for name, array in state_of(model).items()}
-    loss, ours = time_step(ours_step(values, samples, pixels, state, threads), repeats)
-    real = sum(len(s[0]) for s in samples)
-    print(f"{case}: {len(state)} tensors, {sum(a.size for a in state.values()) / 1e6:.1f}M "
-          f"parameters, {real} tokens, {sum(len(p) for p in pixels)} patches, {threads} threads")
-    print(f"  {'orchvlm':18} {ours * 1e3:8.1f} ms  {real / ours:8.0f} tokens/s  loss {loss:.6f}")
-    best, eager = np.inf, np.inf
-    for experts in (("eager", "batched_mm", "grouped_mm") if "moe" in case else (None,)):
-        for attention in ("eager", "sdpa"):
-            for comp in (False, True) if compiled else (False,):
-                name = "/".join(filter(None, (attention, experts, comp and "compile")))
-                try:
-                    model.load_state_dict(model.state_dict())
-                    theirs, took = time_step(theirs_step(model, samples, pixels, attention, experts,
-                                                         comp), repeats)
-                except Exception as error:  # a way that this build of the peer does not have
-                    print(f"  {name:18} not available: {str(error).splitlines()[0][:60]}")
-                    continue
-                best = min(best, took)
-                eager = min(eager, took) if experts in (None, "eager") else eager
-                print(f"  {name:18} {took * 1e3:8.1f} ms  {real / took:8.0f} tokens/s  "
-                      f"ratio {took / ours:.2f}")
-    print(f"  ratio to the fastest {best / ours:.2f}, to eager experts {eager / ours:.2f}")
+def print_case(case, given):
+    chosen = [way for way in ways_of(case)
+              if any(fnmatchcase(way, pattern) for pattern in given.ways.split(","))]
+    print(f"\n{case}, {given.threads} thread(s)\n\n| way | best ms | median ms | steps | tokens/s |"
+          " peak MiB | loss | time / ours | memory ours / its |\n|" + " --- |" * 9, flush=True)
+    ours, best, eager = None, np.inf, np.inf
+    ours_peak = {}
+    for way, micro in product(["orchvlm", *chosen], map(int, given.micro.split(","))):
+        name = way if micro == 1 else f"{way} in {micro}"
+        command = [sys.executable, __file__, case, "--threads", str(given.threads), "--seconds",
+                   str(given.seconds), "--micro", str(micro), "--row", way]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit)
+        except subprocess.TimeoutExpired:
+            print(f"| {name} | not within {given.limit:.0f} s |", flush=True)
+            continue
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+            print(f"| {name} | failed: {last[:90]} |", flush=True)
+            if way == "orchvlm":
+                return
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        ours = ours or row
+        ratio = row["best_s"] / ours["best_s"]
+        if way == "orchvlm":
+            ours_peak[micro] = row["peak_mib"]
+        else:
+            best = min(best, ratio)
+            eager = min(eager, ratio) if way.split("/")[1] in ("eager", "dense") else eager
+        cells = [name, f"{row['best_s'] * 1e3:.0f}", f"{row['median_s'] * 1e3:.0f}", row["steps"],
+                 f"{row['tokens'] / row['best_s']:.0f}", f"{row['peak_mib']:.0f}",
+                 f"{row['loss']:.5f}", f"{ratio:.2f}", f"{ours_peak[micro] / row['peak_mib']:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(f"\n{case}: {best:.2f} times as fast as the fastest of these, {eager:.2f} as eager "
+          "experts", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", default=[])
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--memory", choices=("ours", "theirs", "both"))
+    parser.add_argument("cases", nargs="*", default=[], metavar="case", help=", ".join(CASES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", default="*", help="patterns of the peer's ways, by commas")
+    parser.add_argument("--micro", default="1,8", help="micro-batches of the peer, by commas")
+    parser.add_argument("--seconds", type=float, default=20, help="of timed steps in a row")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a row may take")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    cases = given.cases or list(CASES)
-    if given.memory in ("ours", "theirs"):
-        return run_memory(cases[0], given.memory, int(given.threads.split(",")[0]), given.repeats)
-    for case in cases:
-        if given.memory == "both":
-            mine, other = (peak_mib(case, who, 2) for who in ("ours", "theirs"))
-            print(f"{case}: peak of a step {mine:.0f} MiB, transformers {other:.0f} MiB, "
-                  f"ratio {mine / other:.2f}")
-            continue
-        for threads in map(int, given.threads.split(",")):
-            run_case(case, threads, given.repeats, given.compile)
-    return None
+    if given.row:
+        print(json.dumps(run_row(given.cases[0], given.row, given.threads, int(given.micro),
+                                 given.seconds)))
+        return
+    for case in given.cases or list(CASES):
+        print_case(case, given)
 
 
 if __name__ == "__main__":

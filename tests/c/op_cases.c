@@ -319,15 +319,16 @@ static void draw_unfold(draw *d, ovlm_unfold *a)
     a->height = between(d, 1, 9);
     a->width = between(d, 1, 9);
     a->padding = between(d, 0, 2);
-    int64_t least = a->height < a->width ? a->height : a->width;
-    a->kernel = between(d, 1, least + 2 * a->padding < 4 ? least + 2 * a->padding : 4);
+    int64_t high = a->height + 2 * a->padding, wide = a->width + 2 * a->padding;
+    a->kernel_height = chance(d, 4) ? high : between(d, 1, high < 4 ? high : 4);
+    a->kernel_width = between(d, 1, wide < 4 ? wide : 4);
     a->stride = between(d, 1, 3);
-    int64_t out_h = (a->height + 2 * a->padding - a->kernel) / a->stride + 1;
-    int64_t out_w = (a->width + 2 * a->padding - a->kernel) / a->stride + 1;
+    int64_t out_h = (high - a->kernel_height) / a->stride + 1;
+    int64_t out_w = (wide - a->kernel_width) / a->stride + 1;
     int64_t pixels = a->images * a->height * a->width, patches = a->images * out_h * out_w;
     a->x = tensor(d, pixels, cols);
-    a->y = blank(d, patches, cols * a->kernel * a->kernel);
-    a->dy = tensor(d, patches, cols * a->kernel * a->kernel);
+    a->y = blank(d, patches, cols * a->kernel_height * a->kernel_width);
+    a->dy = tensor(d, patches, cols * a->kernel_height * a->kernel_width);
     a->dx = blank(d, pixels, cols);
 }
 

@@ -85,27 +85,28 @@ static void unfold_case(rig *r, ovlm_dtype dtype)
 {
     ovlm_unfold a = {.images = rig_below(4), .height = 1 + rig_below(8), .width = 1 + rig_below(8),
                      .stride = 1 + rig_below(3), .padding = rig_below(3)};
-    int64_t shorter = a.height < a.width ? a.height : a.width;
-    a.kernel = 1 + rig_below(shorter + 2 * a.padding);
-    int64_t k = a.kernel, n = 1 + rig_below(6);
-    int64_t out_h = (a.height + 2 * a.padding - k) / a.stride + 1;
-    int64_t out_w = (a.width + 2 * a.padding - k) / a.stride + 1;
+    a.kernel_height = 1 + rig_below(a.height + 2 * a.padding);
+    a.kernel_width = 1 + rig_below(a.width + 2 * a.padding);
+    int64_t high = a.kernel_height, wide = a.kernel_width, taps = high * wide;
+    int64_t n = 1 + rig_below(6);
+    int64_t out_h = (a.height + 2 * a.padding - high) / a.stride + 1;
+    int64_t out_w = (a.width + 2 * a.padding - wide) / a.stride + 1;
     int64_t pixels = a.images * a.height * a.width, patches = a.images * out_h * out_w;
     a.x = rig_random(pixels, n, dtype);
-    a.y = rig_empty(patches, n * k * k, dtype);
-    a.dy = rig_random(patches, n * k * k, dtype);
+    a.y = rig_empty(patches, n * taps, dtype);
+    a.dy = rig_random(patches, n * taps, dtype);
     a.dx = rig_empty(pixels, n, dtype);
-    double *y = calloc((size_t)(patches * n * k * k + 1), 8);
+    double *y = calloc((size_t)(patches * n * taps + 1), 8);
     double *dx = calloc((size_t)(pixels * n + 1), 8);
     for (int64_t p = 0; p < patches; p++) {
         int64_t image = p / (out_h * out_w), oi = p / out_w % out_h, oj = p % out_w;
-        for (int64_t c = 0; c < n * k * k; c++) {
-            int64_t i = oi * a.stride + c / k % k - a.padding;
-            int64_t j = oj * a.stride + c % k - a.padding;
+        for (int64_t c = 0; c < n * taps; c++) {
+            int64_t i = oi * a.stride + c % taps / wide - a.padding;
+            int64_t j = oj * a.stride + c % wide - a.padding;
             if (i >= 0 && i < a.height && j >= 0 && j < a.width) {
                 int64_t pixel = (image * a.height + i) * a.width + j;
-                y[p * n * k * k + c] = rig_get(&a.x, pixel, c / k / k);
-                dx[pixel * n + c / k / k] += rig_get(&a.dy, p, c);
+                y[p * n * taps + c] = rig_get(&a.x, pixel, c / taps);
+                dx[pixel * n + c / taps] += rig_get(&a.dy, p, c);
             }
         }
     }

@@ -197,7 +197,9 @@ static void test_scalars(void)
     REFUSED(attention, OVLM_PASS_FWD, query.max_len = -1, "query has n");
     REFUSED(gather, OVLM_PASS_FWD, taps = 0, "taps must be");
     REFUSED(scale, OVLM_PASS_FWD, alpha = 1.0 / 0.0, "alpha must be finite");
-    REFUSED(unfold, OVLM_PASS_FWD, kernel = 100, "larger than the padded image");
+    REFUSED(unfold, OVLM_PASS_FWD, kernel_height = 100, "larger than the padded image");
+    REFUSED(unfold, OVLM_PASS_FWD, kernel_width = 100, "larger than the padded image");
+    REFUSED(unfold, OVLM_PASS_FWD, kernel_width = 0, "kernel_width must be");
     REFUSED(unfold, OVLM_PASS_FWD, stride = 0, "stride must be");
     REFUSED(router, OVLM_PASS_FWD, k = 100, "k = 100 is more than");
     REFUSED(router, OVLM_PASS_FWD, teams = 77, "teams = 77 must divide");

@@ -38,9 +38,75 @@ def plan():
     return orchvlm.plan_sequences(LENGTHS[:12], 4, SMALL, work_limit=0, time_limit=None)
 
 
+FEATURES = np.ones((3, 2))
+SEGMENTS = (np.array([0, 1, 2, 3]), np.zeros(3, np.int32), np.ones(3))
+CONFIG = orchvlm.preset("tiny").values
+CONFIG["vision_config"] |= {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+                            "out_hidden_size": 32, "adapter_hidden_size": 32}
+CONFIG["text_config"] |= {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48,
+                          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+ADAPTED = orchvlm.Model(CONFIG, threads=1)
+
+
+def averaged():
+    ema = orchvlm.EMA(ADAPTED)
+    ema.update()
+    with ema.swap():
+        must_fail(ema.update)
+    ema.close()
+
+
 ENGINE = ([1.0, 2.0, 0.5], [0, 0, 1, 3], [0, 0, 1], [0, 1, 2, 3], [0, 1, 0], 2)
 
+def model():
+    """A tiny model, made once, with its inputs and what an encode gave."""
+    if not MADE:
+        from model_cases import draw_config, draw_model
+        config = draw_config(np.random.default_rng(5), True)
+        made = draw_model(0, config, threads=1)
+        patch = int(np.prod(made.parameters["model.visual.patch_embed.proj.weight"].shape[1:]))
+        inputs = orchvlm.Inputs(input_ids=[1, 3, 5], labels=[1, 3, 5], grid_thw=[[1, 2, 2]],
+                                pixels=np.zeros((4, patch), np.float32))
+        MADE.append((made, inputs, made.encode("vision", inputs)))
+    return MADE[0]
+
+
+def phases():
+    made, inputs, given = model()
+    made.encode("vision", inputs)
+    hidden = made.decode(inputs, *given)
+    made.encode_backward(*made.backward(
+        dhidden=hidden, rows=[0], dlogits=made.logits([0])))
+    made.forward(inputs, taps=[0], vision_taps=[1])
+    made.backward()
+
+
+def phase_errors():
+    made, inputs, (features, extra) = model()
+    must_fail(made.encode, "vision", inputs, checkpoint="x")
+    must_fail(made.decode, inputs)
+    must_fail(made.decode, inputs, features[:, 1:], extra)
+    must_fail(made.forward, inputs, taps=[99])
+    must_fail(made.encode_backward, features[:, 1:])
+    made.decode(inputs, features, extra)
+    must_fail(made.backward)
+    must_fail(made.backward, dlogits=features, rows=[0])
+    must_fail(made._core.tap, False, 9)
+
+
+def exports():
+    made, _, _ = model()
+    tensor = made.tensor("model.language_model.norm.weight")
+    np.from_dlpack(tensor), tensor.__dlpack__(), tensor.__dlpack__(max_version=(1, 0))
+    np.from_dlpack(made.tensor("model.language_model.norm.weight", grad=True))
+    made._core.trace_start()
+    made.forward(model()[1], training=False)
+    made._core.trace_stop()
+
+
+MADE = []
 CASES = {
+    "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),
                                 must_fail(_core.simulate, *ENGINE[:5], "x"),
@@ -77,6 +143,18 @@ CASES = {
                             must_fail(orchvlm.plan_sequences, [1], 0, SEQUENCE),
                             must_fail(orchvlm.plan_sequences, [-1], 8, SEQUENCE),
                             must_fail(orchvlm.SequencePlan.from_bytes, b"not a plan")),
+    "losses": lambda: (orchvlm.losses.masked_cosine(FEATURES, FEATURES, FEATURES[:, 0] > 1),
+                       orchvlm.losses.siglip(FEATURES, FEATURES, 1.0, 0.0, threads=1),
+                       orchvlm.losses.superclass(FEATURES, FEATURES, [[0]] * 3, threads=1)),
+    "losses_errors": lambda: (
+        must_fail(_core.siglip, FEATURES, FEATURES[:2], 0, 1.0, 0.0, 1.0, 1),
+        must_fail(_core.siglip, FEATURES, FEATURES, 0, 1.0, 0.0, -1.0, 1),
+        must_fail(_core.superclass, FEATURES, FEATURES, *SEGMENTS, 0.0, 1),
+        must_fail(_core.masked_cosine, FEATURES, FEATURES[0], None, 1.0)),
+    "adapters": lambda: (ADAPTED.add_lora(r=1, match=["*q_proj"]), ADAPTED.merge_lora(),
+                         must_fail(ADAPTED.add_lora), ADAPTED.remove_lora(),
+                         must_fail(ADAPTED.add_lora, match=["*embed*"])),
+    "average": lambda: (averaged(), must_fail(orchvlm.EMA, ADAPTED, 2.0)),
 }
 #: Cases whose calls reach no NumPy object, so that a debug interpreter can count them exactly:
 #: NumPy from a wheel does not report its references.

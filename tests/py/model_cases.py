@@ -78,7 +78,8 @@ def scale_of(name, shape):
     """(mean, deviation) of random weights that leave nothing at its trivial value."""
     if len(shape) > 1:
         return 0.0, 0.6 / shape[-1] ** 0.5
-    return (1.0 if "norm" in name and "weight" in name else 0.0), 0.2
+    norm = "norm" in name or ".ln_" in name
+    return (1.0 if norm and "weight" in name else 0.0), 0.2
 
 
 def fill(model, rng):

@@ -9,11 +9,13 @@ import pytest
 
 import orchvlm
 from model_cases import draw_config, draw_model, draw_seed_config
+from omni_cases import draw_omni_config
 from orchvlm.checkpoint import SafeTensors, narrowed, open_folder, widened, write_folder
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
-            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True)}
+            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True),
+            "omni": (draw_omni_config, True)}
 
 
 def draw(family="dense", number=0, **options):

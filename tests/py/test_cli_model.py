@@ -1,8 +1,10 @@
 """``orchvlm train``, ``generate``, ``eval``, ``inspect``: what they write and what they refuse."""
+import io
 import json
 import re
 import sys
 import types
+import wave
 import zipfile
 from html.parser import HTMLParser
 
@@ -119,6 +121,41 @@ def test_data_from_files(tmp_path, capsys):
     assert main(["train", "--model", str(tmp_path / "run"), "--steps", "1", "--data",
                  str(folder / "a.jsonl"), "--out", str(tmp_path / "more"), *FEW]) == 0
     assert not (tmp_path / "more" / "evaluation.json").exists()  # nothing was held out
+
+
+def spoken(path, tmp_path):
+    """A zip like the pack of spoken digits, beside another pack."""
+    rng, rows = np.random.default_rng(0), []
+    with zipfile.ZipFile(path, "w") as pack:
+        pack.writestr("nlvr/records.jsonl", json.dumps({"image": "none.png", "split": "train"}))
+        for i, split in enumerate(("train", "train", "test")):
+            body = io.BytesIO()
+            with wave.open(body, "wb") as out:
+                out.setparams((1, 2, 8000, 0, "NONE", ""))
+                out.writeframes(rng.integers(-999, 999, 1500 + 700 * i).astype("<i2").tobytes())
+            pack.writestr(f"fsdd/{i}.wav", body.getvalue())
+            rows.append({"audio": f"{i}.wav", "text": "nine", "split": split})
+        pack.writestr("fsdd/records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "nine.wav").write_bytes(body.getvalue())
+
+
+def test_spoken_digits(refuse, tmp_path, capsys):
+    """One of a zip's packs, by --kinds; a sound that is asked about."""
+    spoken(tmp_path / "a.zip", tmp_path)
+    run = str(tmp_path / "run")
+    command = ["train", "--preset", "tiny-omni", "--data", str(tmp_path / "a.zip")]
+    assert main([*command, "--kinds", "digits", "--steps", "2", "--out", run, *FEW]) == 0
+    assert "qwen3_omni_moe" in capsys.readouterr().out
+    assert "--kinds digits" in (tmp_path / "run" / "report.html").read_text()
+    assert main(["eval", run, "--json", "--report", str(tmp_path / "seen.html")]) == 0
+    assert json.loads(capsys.readouterr().out)["digit"]["samples"] == 1
+    assert main(["generate", run, "Which digit?", "--audio", str(tmp_path / "nine.wav"),
+                 "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert "no such file" in refuse("generate", run, "What?", "--audio", tmp_path / "no.wav")
+    other = [*command, "--steps", "2", "--out", tmp_path / "x"]
+    assert "captions" in refuse(*other, "--kinds", "captions")
+    assert "kind must be one of" in refuse(*other, "--kinds", "songs")
 
 
 def test_refusals(refuse, trained, tmp_path):

@@ -19,6 +19,7 @@ import orchvlm
 from orchvlm import Batch, BatchCost, Cluster, Items, Route, SequenceCost, _core, demo
 from orchvlm.policies import POLICIES
 from model_cases import draw_config, draw_model
+from omni_cases import draw_omni_config
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**32))
 EXAMPLES = int(os.environ.get("ORCHVLM_FUZZ_EXAMPLES", "1000"))
@@ -149,13 +150,31 @@ def by_phase(draw):
     return lambda rng: {phase: draw(rng) for phase in ("vision", "llm") if rng.random() < 0.6}
 
 
+def matrix(rng):
+    values = np.array([[rng.uniform(-2, 2) for _ in range(4)] for _ in range(3)])
+    return values.astype(rng.choice(["f4", "f8"]))
+
+
 # A good value for each parameter name: junk in one argument should meet sense in the others.
-MODEL = draw_model(0, draw_config(np.random.default_rng(5), True), threads=1)
+MODEL = draw_model(0, draw_omni_config(np.random.default_rng(5)), threads=1)
+ADAPTED = draw_model(0, draw_config(np.random.default_rng(5), False), threads=1)
 PATCH_VALUES = int(np.prod(MODEL.parameters["model.visual.patch_embed.proj.weight"].shape[1:]))
 INPUTS = [orchvlm.Inputs(input_ids=[7, 8, 9], labels=[7, 8, 9]), orchvlm.Inputs(input_ids=[]),
-          orchvlm.Inputs(input_ids=[1, 3, 5], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
-                         labels=[1, -100, 5], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
+          orchvlm.Inputs(input_ids=[6, 5, 5, 7], labels=[-100, -100, -100, 7], mel_lengths=[9],
+                         mel=np.zeros((9, MODEL.config.audio["num_mel_bins"]))),
+          orchvlm.Inputs(input_ids=[1, 3, 9], cu_seqlens=[0, 2, 3], grid_thw=[[1, 2, 2]],
+                         labels=[1, -100, 9], pixels=np.zeros((4, PATCH_VALUES), np.uint8)),
           orchvlm.Inputs(input_ids=[9, 300], labels=[9, 400])]
+WIDTH, VOCAB = MODEL.config.text["hidden_size"], MODEL.config.text["vocab_size"]
+STACKED = len(MODEL.config.vision["deepstack_visual_indexes"])
+
+
+def states(*shapes):
+    """Arrays that may be hidden states, features or their gradients, of these shapes."""
+    return lambda rng: np.full(rng.choice(shapes), rng.choice([0.0, 1.0, -3.5]), rng.choice(
+        ["f4", "f8"]))
+
+
 GOOD = {
     "lengths": lambda r: some(r, lambda q: q.randint(1, 3000), 12),
     "seqlen_list": lambda r: [r.randint(1, 3000) for _ in range(r.randint(6, 12))],
@@ -176,16 +195,32 @@ GOOD = {
     "inputs": lambda r: r.choice(INPUTS), "normalizer": lambda r: r.uniform(1, 9),
     "checkpoint": lambda r: r.choice(["none", "selective", "full"]),
     "rows": lambda r: some(r, lambda q: q.randint(0, 2), 3), "stop": lambda r: [3],
+    "modality": lambda r: "vision", "taps": lambda r: [0, 1], "vision_taps": lambda r: [1],
+    "features": states((1, WIDTH)), "dfeatures": states((1, WIDTH)),
+    "extra": states((STACKED, 1, WIDTH)), "dextra": states((STACKED, 1, WIDTH)),
+    "dhidden": states((3, WIDTH)), "dlogits": states((1, VOCAB), (2, VOCAB), (0, VOCAB)),
+    "dlogprobs": states((3,)), "dentropy": states((3,)), "grad": lambda r: r.random() < 0.5,
+    "max_version": lambda r: (1, 0), "dl_device": lambda r: (1, 0), "copy": lambda r: False,
     "top_k": lambda r: r.randint(1, 99), "top_p": lambda r: r.uniform(0.01, 1),
     "temperature": lambda r: r.uniform(0, 2),
     "router_counts": lambda r: ([1] * MODEL.config.text["num_experts"], 16),
+    **{name: matrix for name in ("image", "text", "student", "teacher", "feature", "weight")},
+    "masked": lambda r: [True, False, True], "total": lambda r: r.uniform(1, 9),
+    "bias": lambda r: r.uniform(-9, 9), "offset": lambda r: r.randint(0, 1),
+    "tokens": lambda r: [[r.randint(0, 2)] for _ in range(3)], "documents": lambda r: [[0, 1], [2]],
+    "vocabulary": lambda r: r.randint(1, 9), "frequency": lambda r: [0.5, 1.0, 0.0],
+    "match": lambda r: r.choice([["*_proj"], ["*.q_proj", "*"], ["*attn*"]]),
+    "r": lambda r: r.randint(1, 4), "alpha": number, "decay": lambda r: r.random(),
+    "counts": lambda r: np.ones(MODEL.layer_counts().shape, np.int64),
+    "rate": lambda r: r.random(),
     "rng": lambda r: np.random.default_rng(0), "samples_per_rank": lambda r: r.randint(1, 4),
 }
 # What bounds the work stays small or invalid: a valid 2^31 ranks, or 40 s, are only slow.
 BOUNDED = {"work_limit": 100, "time_limit": 0.1, "n_ranks": 100, "n_gpus": 100,
            "k_partitions": 100, "n": 100, "max_new_tokens": 3}
 SLOW = {"plan_sequences_milp": 20, "demo.batch": 10, "Model().generate": 10,
-        "Model().forward": 5, "Model().logprobs": 5}  # so many times fewer calls
+        **{f"Model().{name}": 5 for name in ("forward", "logprobs", "encode", "decode")}
+        }  # so many times fewer calls
 
 
 def bounded(rng, most):
@@ -200,17 +235,32 @@ def bounded(rng, most):
 
 # ---------------------------------------------------------------- the public functions
 
+TENSOR = MODEL.tensor("model.language_model.norm.weight")
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
+
+
+def adapted(r=8, alpha=16.0, match=("*_proj",), seed=0, rslora=False):
+    """Adds adapters and takes them away."""
+    ADAPTED.add_lora(r, alpha, match, seed, rslora=rslora)
+    ADAPTED.remove_lora()
+
+
 METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCost(1.0, 2.0),
            **{f"Model().{name}": getattr(MODEL, name)
-              for name in ("forward", "logprobs", "backward", "logits", "generate",
-                           "load_state_dict", "freeze")},
+              for name in ("forward", "logprobs", "backward", "logits", "generate", "encode",
+                           "decode", "encode_backward", "tensor", "load_state_dict", "freeze",
+                           "route", "correct_routers")},
+           "Tensor().__dlpack__": TENSOR.__dlpack__,
+           "Model().add_lora": adapted,
            "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,
            "AdamW().load_state_dict": orchvlm.AdamW(MODEL, 1e-3).load_state_dict,
            **{f"Route.{name}": getattr(ROUTE, name)
               for name in ("compose", "apply", "send_counts", "receive_counts")}}
+
+# What a protocol asks for beside the usual.
+PROTOCOL = {"Tensor().__dlpack__": (BufferError,), "Model().tensor": (KeyError,)}
 
 
 def callables():
@@ -264,7 +314,7 @@ def draw_arguments(rng, parameters):
 def attempt(name, function, positional, keywords):
     try:
         function(*positional, **keywords)
-    except FAIR:
+    except (*FAIR, *PROTOCOL.get(name, ())):
         pass
     except Exception as error:
         raise AssertionError(f"{name}(*{positional!r}, **{keywords!r}) raised {error!r}; "
@@ -319,6 +369,10 @@ def record(monkeypatch):
         orchvlm.simulate(PLAIN[0], pair, {"vision": COSTS[0], "llm": COSTS[0]},
                          policies=("orchmllm",), **limits)
         COSTS[0]([1, 2], [1.0, 4.0]), COSTS[4]([1, 2], 2)
+        x = np.ones((3, 2))
+        orchvlm.losses.masked_cosine(x, x, [True, False, True])
+        orchvlm.losses.siglip(x, x, 1.0, 0.0, threads=1)
+        orchvlm.losses.superclass(x, x, [[0], [1, 2], []], threads=1)
         orchvlm.fit([([1, 2], 1.0), ([3], 2.0)]), orchvlm.fit([([1, 2], 1, 1.0, 9.0)])
     return calls
 
@@ -330,8 +384,8 @@ def spoil(rng, value):
         return (*value[:at], spoil(rng, value[at]), *value[at + 1:])
     if isinstance(value, np.ndarray) and value.size and rng.random() < 0.6:
         value = value.copy()
-        value.flat[rng.randrange(value.size)] = rng.choice(
-            FLOATS if value.dtype.kind == "f" else [-1, 0, 1, 5, 2**53, 2**62, -2**63])
+        odd = rng.choice(FLOATS if value.dtype.kind == "f" else [-1, 0, 1, 5, 2**53, 2**62, -2**63])
+        value.flat[rng.randrange(value.size)] = np.array(odd).astype(value.dtype)  # may wrap
         return value
     while True:  # counts that only take gigabytes are left out
         made = junk(rng)

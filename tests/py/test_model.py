@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (FIRST_TEXT, IMAGE, draw_config, draw_model, draw_samples,
-                         draw_seed_config, grads_of, pack)
+from model_cases import FIRST_TEXT, IMAGE, draw_config, draw_model, draw_seed_config, grads_of
+from omni_cases import draw_any as draw_samples
+from omni_cases import draw_omni_config
+from omni_cases import pack_any as pack
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 DEVICES = ("cpu", "async")
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
-            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True)}
+            "seed": (draw_seed_config, False), "sigmoid experts": (draw_seed_config, True),
+            "omni": (draw_omni_config, True)}
 families = pytest.mark.parametrize("family", FAMILIES)
 devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -346,6 +349,12 @@ def test_a_model_that_no_machine_holds():
         orchvlm.ModelConfig(config).parameters()
 
 
+@pytest.mark.parametrize("name, millions, off", (("tiny", 5, 1), ("tiny-moe", 5, 0.5),
+                                                 ("small", 110, 5)))
+def test_presets_are_of_their_promised_sizes(name, millions, off):
+    assert abs(orchvlm.preset(name).n_parameters / 1e6 - millions) < off
+
+
 @pytest.mark.parametrize("name, count", (("qwen", 31_070_754_032), ("vision", 538_631_408),
                                          ("seed", 532_046_080)))
 def test_published_parameter_counts(name, count):
@@ -414,8 +423,7 @@ def test_control_c_leaves_the_model_usable(what):
     model.zero_grad()
     if what == "backward":
         model.forward(short)
-    arguments = model._arguments(inputs)
-    call = {"forward": lambda: model._core.forward(*arguments, -1.0, None, 0.0, True, False, 0),
+    call = {"forward": lambda: model.forward(inputs),
             "backward": model.backward,
             "generate": lambda: model.generate(inputs, 50)}[what]
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (IMAGE, VIDEO, draw_config, draw_model, draw_samples,
-                         draw_seed_config, grads_of, pack)
+from model_cases import IMAGE, VIDEO, draw_config, draw_model, draw_seed_config, grads_of
+from omni_cases import AUDIO, draw_omni_config
+from omni_cases import draw_any as draw_samples
+from omni_cases import pack_any as pack
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
-            "sigmoid experts": (draw_seed_config, True)}
+            "sigmoid experts": (draw_seed_config, True), "omni": (draw_omni_config, True)}
 families = pytest.mark.parametrize("family", FAMILIES)
 devices = pytest.mark.parametrize("device", ("cpu", "async"))
 
@@ -37,6 +39,7 @@ def longer(sample, inputs, said):
     first = inputs.position_ids.max() + 1
     more = np.tile(first + np.arange(len(said), dtype=np.float32), (3, 1))
     return orchvlm.Inputs(input_ids=ids, pixels=inputs.pixels, grid_thw=inputs.grid_thw,
+                          mel=inputs.mel, mel_lengths=inputs.mel_lengths,
                           position_ids=np.concatenate([inputs.position_ids, more], axis=1))
 
 
@@ -47,7 +50,7 @@ def test_the_cache_changes_nothing(family, device):
     model, samples, _ = draw(family, device=device)
     for sample in samples:
         prompt = pack([sample])
-        said = model.generate(prompt, 6, stop=[IMAGE, VIDEO])[0]  # those would need an image
+        said = model.generate(prompt, 6, stop=[IMAGE, VIDEO, AUDIO])[0]  # they need more
         for n in range(len(said)):
             model.forward(longer(sample, prompt, said[:n]), training=False)
             logits = model.logits([len(sample[0]) + n - 1])[0]

@@ -29,7 +29,7 @@ def part(tensors, prefix):
 
 
 def test_the_fixtures_are_here_and_small():
-    assert len(FILES) == 3 and sum(f.stat().st_size for f in FILES) <= 2 << 20
+    assert len(FILES) == 4 and sum(f.stat().st_size for f in FILES) <= 2 << 20
 
 
 @pytest.mark.parametrize("device", ("cpu", "async", "ref"))

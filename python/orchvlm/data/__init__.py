@@ -17,6 +17,7 @@ _HOME = {
     "Processor": "processor",
     "JsonLines": "datasets", "TarShards": "shards", "ZipPack": "packs", "load_pack": "packs",
     "Mixture": "mixture", "Loader": "mixture", "Varied": "vary",
+    "VariedSounds": "vary_sounds",
     "Tasks": "tasks", "contact_sheet": "sheet", "score": "verify",
 }
 __all__ = sorted(_HOME)

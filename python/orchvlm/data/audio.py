@@ -6,13 +6,12 @@ import struct
 
 import numpy as np
 
+from ..sounds import sound_tokens
 from .assets import DataError, as_asset
 
 RATE = 16_000      # samples per second that the encoders take
 WINDOW = 400       # samples of a Fourier window: 25 ms
 HOP = 160          # samples from one frame to the next: 10 ms
-CHUNK = 100        # mel frames that the audio encoder convolves at once
-CHUNK_TOKENS = 13  # tokens of a full chunk
 MOST_SECONDS = 4 * 3600
 RATES = (1_000, 768_000)
 
@@ -167,19 +166,19 @@ def resample(samples, rate, to=RATE):
     n_out = -(-len(samples) * up // down)
     out = np.empty(n_out, np.float32)
     offsets = np.arange(-reach, reach + 1)
-    block = max(1, (1 << 18) // len(offsets))  # what a core's cache holds
-    for start in range(0, n_out, block):
-        # Output m lies at m*down on the grid of `up` points per input; input k lies at k*up.
-        at = np.arange(start, min(start + block, n_out), dtype=np.int64) * down
-        values = padded[(at // up + reach)[:, None] + offsets]
-        weights = taps[(at % up + half + margin)[:, None] - offsets * up]
-        out[start:start + len(at)] = np.einsum("ij,ij->i", values, weights)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(offsets))
+    for phase in range(min(up, n_out)):
+        # Output m lies at m*down on the grid of `up` points per input, input k at k*up: every
+        # up-th output meets the same part of the filter, `down` inputs further on.
+        at = phase * down
+        part = out[phase::up]
+        part[:] = windows[at // up::down][:len(part)] @ taps[at % up + half + margin - offsets * up]
     return out
 
 
 def _one_channel(samples):
     samples = np.asarray(samples)
-    if samples.size and samples.dtype.kind not in "iuf":
+    if samples.dtype.kind not in "iuf":
         raise TypeError(f"samples must be numbers; got dtype {samples.dtype}")
     if samples.ndim != 1:
         raise ValueError(f"samples must have one dimension; got shape {samples.shape}")
@@ -188,10 +187,13 @@ def _one_channel(samples):
     return samples
 
 
+@functools.lru_cache(maxsize=8)
 def _low_pass(half, divisor):
     place = np.arange(-half, half + 1)
     taps = np.sinc(place / divisor) * np.kaiser(2 * half + 1, 5.0)
-    return taps / taps.sum()
+    taps /= taps.sum()
+    taps.flags.writeable = False
+    return taps
 
 
 @functools.lru_cache(maxsize=4)
@@ -308,10 +310,7 @@ def audio_tokens(n_frames):
         raise TypeError(f"n_frames must be an integer; got {type(n_frames).__name__}")
     if not 0 <= n_frames <= 2**40:
         raise ValueError(f"n_frames must be in 0 .. 2^40; got {n_frames}")
-    full, rest = divmod(int(n_frames), CHUNK)
-    for _ in range(3):
-        rest = (rest - 1) // 2 + 1
-    return full * CHUNK_TOKENS + rest
+    return int(sound_tokens(int(n_frames)))
 
 
 def load_sound(source, bins=128, name="sound"):

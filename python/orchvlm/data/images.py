@@ -173,11 +173,11 @@ def _image_of(array, name):
 def _rgb(image, name):
     """Decoded, upright, on white."""
     from PIL import ImageOps
-    if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"{name}: an animation of {image.n_frames} pictures; give it as a video, "
-                        "or one of its pictures")
     _check_size(image, name)
     try:
+        if getattr(image, "n_frames", 1) > 1:
+            raise DataError(f"{name}: an animation of {image.n_frames} pictures; give it as a "
+                            "video, or one of its pictures")
         image = ImageOps.exif_transpose(image)
         return np.asarray(to_rgb(image, name))
     except DataError:

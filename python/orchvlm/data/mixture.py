@@ -18,7 +18,7 @@ def _mixed(*numbers):
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _shuffled(n, *key):
+def shuffled(n, *key):
     """A permutation of 0 .. n - 1 that depends on the key alone."""
     words = np.random.PCG64(np.random.SeedSequence([k & MASK for k in key])).random_raw(n)
     return np.argsort(words, kind="stable")
@@ -51,7 +51,7 @@ class _Part:
             return self.data[place]
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = _shuffled(self.size, self.seed, self.number, epoch)
+            self._order = shuffled(self.size, self.seed, self.number, epoch)
         return self.data[int(self._order[place])]
 
     def _streamed(self, k):

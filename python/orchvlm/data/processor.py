@@ -14,7 +14,7 @@ from .tokenizer import ByteTokenizer, HubTokenizer
 from .video import VideoRule, open_video
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
-POSITIONS_PER_SECOND = 13  # of Qwen3-Omni's temporal axis
+POSITIONS_PER_SECOND = 13  # of Qwen3-Omni's temporal axis, in its published files
 
 
 @dataclass
@@ -59,9 +59,9 @@ class Processor:
     Positions: text counts up on all three axes.  ``qwen3_vl``: every picture, and every group of
     frames of a video, starts at the next position s, has time s, height s + row and width s +
     column, and what follows starts at s + max(rows, columns).  ``qwen3_omni_moe``: the frames of a
-    video share one start, time grows by 13 per second, and what follows starts at the greatest
-    position plus one; sounds count as text does.  ``seed1_5_vl``: 0, 1, 2, ... for all tokens, a
-    choice, for the report does not state its scheme.
+    video share one start, time grows by 13 per second (``position_id_per_seconds``), and what
+    follows starts at the greatest position plus one; sounds count as text does.  ``seed1_5_vl``:
+    0, 1, 2, ... for all tokens, a choice, for the report does not state its scheme.
 
     Labels are the assistant's words and the token that ends its turn.
 
@@ -95,6 +95,7 @@ class Processor:
             raise TypeError("tokenizer must be a ByteTokenizer or HubTokenizer; got "
                             f"{type(tokenizer).__name__}")
         self.mel_bins, self.max_tokens = mel_bins, max_tokens
+        self.positions_per_second = POSITIONS_PER_SECOND
         self._template = None
         if isinstance(self.tokenizer, HubTokenizer):
             self._template = Template(self.tokenizer.template or CHATML, self.tokenizer.variables)
@@ -134,12 +135,16 @@ class Processor:
         keys = {"patch_size": "patch_size", "spatial_merge_size": "merge_size",
                 "temporal_patch_size": "temporal_size"}
         sizes = {name: vision[key] for key, name in keys.items() if key in vision}
+        if bins := (config.get("audio_config") or {}).get("num_mel_bins"):
+            own.setdefault("mel_bins", bins)
         family = str(config.get("model_type")).removesuffix("_thinker")
         processor = cls(tokenizer, family, **own)
         if "images" not in own:
             processor.images = replace(processor.images, **sizes, **changes)
         elif changes:
             raise TypeError(f"{', '.join(changes)} come beside images; put them into it")
+        processor.positions_per_second = config.get("position_id_per_seconds",
+                                                    POSITIONS_PER_SECOND)
         processor.check_ids(config)
         return processor
 
@@ -344,7 +349,7 @@ class Processor:
                 start += first - place
                 size = block[0] * block[1] * block[2]
                 t, h, w = np.indices(block).reshape(3, -1)
-                step = medium.seconds * POSITIONS_PER_SECOND if omni else 1.0
+                step = medium.seconds * self.positions_per_second if omni else 1.0
                 out[:, first:first + size] = start + np.stack([t * step, h, w])
                 start = (out[:, first:first + size].max() + 1 if omni
                          else start + max(block[1:]))

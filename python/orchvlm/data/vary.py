@@ -6,7 +6,7 @@ import numpy as np
 
 from .assets import need
 from .images import load_image
-from .mixture import _shuffled
+from .mixture import shuffled
 
 WHITE = (255, 255, 255)
 
@@ -80,7 +80,7 @@ class Varied:
             raise IndexError(f"samples are numbered from 0; got {index}")
         turn, place = divmod(index, len(self._data))
         if self._order[0] != turn:
-            self._order = turn, _shuffled(len(self._data), self.seed, turn)
+            self._order = turn, shuffled(len(self._data), self.seed, turn)
         sample = self._data[int(self._order[1][place])]
         text = f"{self.seed}/{index}"
         rng = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))

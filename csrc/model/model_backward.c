@@ -1,0 +1,305 @@
+/* model_backward.c - the phases backward, from a forward's own loss or from the caller's slopes. */
+#include "model/model_state.h"
+
+#include <string.h>
+
+/* ---------------------------------------------------------------- slopes */
+
+static bool own_loss(const ovlm_model_slopes *slopes)
+{
+    return slopes->dlogp == NULL && slopes->dentropy == NULL && slopes->dhidden == NULL &&
+           slopes->row == NULL;
+}
+
+/* A slope per token, moved up by one like the labels; zero where there is none. */
+static ovlm_status upload_slopes(ovlm_run *run, const ovlm_tokens *tokens, const float *host,
+                                 const float **device)
+{
+    int64_t bytes = tokens->T * (int64_t)sizeof(float);
+    float *staged = ovlm_stack_take(run->stage, bytes);
+    void *memory = ovlm_stack_take(run->work, bytes);
+    *device = memory;
+    if (run->measuring || bytes == 0) {
+        return OVLM_OK;
+    }
+    memset(staged, 0, (size_t)bytes);
+    for (int64_t i = 0; i < tokens->segments && host != NULL; i++) {
+        for (int64_t t = tokens->start[i]; t + 1 < tokens->start[i + 1]; t++) {
+            staged[t] = host[t + 1];
+        }
+    }
+    return run->ops->copy(run->queue, memory, staged, bytes, OVLM_TO_DEVICE, run->err);
+}
+
+/* Of the log-probabilities and entropies, or of the loss where it was not computed on the way. */
+static ovlm_status head_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model_slopes *slopes,
+                            ovlm_tensor dhidden)
+{
+    ovlm_head head = model->head;
+    head.fused = false;
+    head.dx = dhidden;
+    head.dw = model->params.head.dw;
+    head.dw_beta = 1;
+    if (!own_loss(slopes)) {
+        OVLM_TRY(upload_slopes(run, &model->decoder.tokens, slopes->dlogp, &head.dlogp));
+    }
+    if (slopes->dentropy != NULL) {
+        OVLM_TRY(upload_slopes(run, &model->decoder.tokens, slopes->dentropy, &head.dentropy));
+    }
+    RUN(run, head, bwd, &head);
+    return OVLM_OK;
+}
+
+/* Of logits = x w^T for some rows of x; beta as in an operation's. */
+static ovlm_status logits_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model_slopes *slopes,
+                              ovlm_tensor dhidden, float beta)
+{
+    const ovlm_weight *w = &model->params.head;
+    int64_t rows = slopes->rows, C = dhidden.cols, V = w->w.rows;
+    int64_t mark = run->work->used_bytes;
+    void *index = NULL, *dlogits = NULL;
+    OVLM_TRY(ovlm_run_upload(run, run->work, slopes->row, rows * (int64_t)sizeof *slopes->row,
+                             &index));
+    OVLM_TRY(ovlm_run_upload(run, run->work, slopes->dlogits,
+                             rows * V * (int64_t)sizeof *slopes->dlogits, &dlogits));
+    ovlm_gather pick = {.taps = 1, .index = index, .x = model->decoder.hidden,
+                        .y = ovlm_stack_tensor(run->work, rows, C, run->dtype)};
+    RUN_IN(run, gather, fwd, &pick, run->work);
+    ovlm_tensor dy = ovlm_tensor_of(dlogits, rows, V, OVLM_F32);
+    ovlm_linear head = {.x = pick.y, .w = w->w, .y = dy, .dy = dy,
+                        .dx = ovlm_stack_tensor(run->work, rows, C, run->dtype), .dw = w->dw,
+                        .dw_beta = 1};
+    RUN(run, linear, bwd, &head);
+    pick.dy = head.dx;
+    pick.dx = dhidden;
+    pick.dx_beta = beta;
+    RUN(run, gather, bwd, &pick);
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
+/* What the fused head left: its weight's gradients are added, those of its input taken. */
+static ovlm_status fused_head(ovlm_run *run, ovlm_model *model, ovlm_tensor *dhidden)
+{
+    *dhidden = model->head.dx;
+    if (!ovlm_tensor_given(&model->head.dw)) {
+        return OVLM_OK;
+    }
+    ovlm_scale add = {.alpha = 1, .beta = 1, .x = model->head.dw, .y = model->params.head.dw};
+    RUN(run, scale, fwd, &add);
+    return OVLM_OK;
+}
+
+/* Of the hidden states, by way of all that was computed from them. */
+static ovlm_status hidden_slopes(ovlm_run *run, ovlm_model *model,
+                                 const ovlm_model_slopes *slopes, ovlm_tensor *dhidden)
+{
+    const ovlm_tensor *hidden = &model->decoder.hidden;
+    bool own = own_loss(slopes);
+    float beta = 0; /* 1 as soon as dhidden holds something */
+    if (own && model->head.fused) {
+        return fused_head(run, model, dhidden);
+    }
+    *dhidden = ovlm_stack_tensor(run->work, hidden->rows, hidden->cols, run->dtype);
+    if (own || slopes->dlogp != NULL || slopes->dentropy != NULL) {
+        OVLM_TRY(head_bwd(run, model, slopes, *dhidden));
+        beta = 1;
+    }
+    if (slopes->dhidden != NULL) {
+        OVLM_TRY(ovlm_run_load(run, slopes->dhidden, dhidden, (double)beta));
+        beta = 1;
+    }
+    return slopes->row != NULL ? logits_bwd(run, model, slopes, *dhidden, beta) : OVLM_OK;
+}
+
+/* ---------------------------------------------------------------- phases */
+
+/* Whether anything is trained there. */
+static bool trained(const ovlm_model *model, ovlm_modality modality)
+{
+    return modality == OVLM_VISION ? model->vision.training : model->audio.training;
+}
+
+static ovlm_status encode_bwd(ovlm_run *run, ovlm_model *model, ovlm_modality modality,
+                              const ovlm_decoder_features *d)
+{
+    double start_s = ovlm_run_begin(run);
+    run->keep = &model->encoder[modality].keep;
+    if (modality == OVLM_VISION) {
+        OVLM_TRY(ovlm_vision_bwd(run, &model->vision, d->image, d->extra));
+        ovlm_run_end(run, "encode vision backward", -1, start_s);
+    } else {
+        OVLM_TRY(ovlm_audio_bwd(run, &model->audio, d->sound));
+        ovlm_run_end(run, "encode audio backward", -1, start_s);
+    }
+    return OVLM_OK;
+}
+
+/* Room for the gradient of x. */
+static ovlm_tensor gradient_of(ovlm_run *run, const ovlm_tensor *x)
+{
+    return ovlm_stack_tensor(run->work, x->rows, x->cols, run->dtype);
+}
+
+/* Whether the gradient of these features has a taker: the caller, who gave them, or an encoder. */
+static bool wanted(const ovlm_model *model, ovlm_modality modality, const ovlm_tensor *features)
+{
+    return ovlm_tensor_given(features) &&
+           (!model->encoder[modality].in_forward || trained(model, modality));
+}
+
+ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
+                                     const ovlm_model_slopes *slopes,
+                                     ovlm_decoder_features *dfeatures)
+{
+    const ovlm_decoder_features *f = &model->decoder.features;
+    double start_s = ovlm_run_begin(run);
+    ovlm_tensor dhidden = {0};
+    OVLM_TRY(hidden_slopes(run, model, slopes, &dhidden));
+    ovlm_run_end(run, "loss backward", -1, start_s);
+    if (wanted(model, OVLM_VISION, &f->image)) {
+        dfeatures->image = gradient_of(run, &f->image);
+        for (int64_t k = 0; k < model->params.config.vision.deepstack_n; k++) {
+            dfeatures->extra[k] = gradient_of(run, &f->image);
+        }
+    }
+    if (wanted(model, OVLM_AUDIO, &f->sound)) {
+        dfeatures->sound = gradient_of(run, &f->sound);
+    }
+    start_s = ovlm_run_begin(run);
+    OVLM_TRY(ovlm_decoder_bwd(run, &model->decoder, dhidden, dfeatures));
+    ovlm_run_end(run, "decode backward", -1, start_s);
+    for (int m = OVLM_MODALITIES - 1; m >= 0; m--) {
+        if (model->encoder[m].in_forward && trained(model, (ovlm_modality)m)) {
+            OVLM_TRY(encode_bwd(run, model, (ovlm_modality)m, dfeatures));
+        }
+    }
+    return OVLM_OK;
+}
+
+/* A gradient of the host, in the model's dtype. */
+static ovlm_status load_gradient(ovlm_run *run, const void *host, const ovlm_tensor *of,
+                                 ovlm_tensor *d)
+{
+    *d = gradient_of(run, of);
+    return ovlm_run_load(run, host, d, 0);
+}
+
+ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
+                                            ovlm_modality modality, const void *dfeatures,
+                                            const void *dextra)
+{
+    ovlm_decoder_features d = {0};
+    if (!trained(model, modality)) {
+        return OVLM_OK;
+    }
+    if (modality == OVLM_AUDIO) {
+        if (dfeatures == NULL) { /* zero */
+            return OVLM_OK;
+        }
+        OVLM_TRY(load_gradient(run, dfeatures, &model->audio.features, &d.sound));
+        return encode_bwd(run, model, modality, &d);
+    }
+    const ovlm_tensor *f = &model->vision.features;
+    int64_t bytes = run->measuring ? 0 : f->rows * f->cols * ovlm_dtype_bytes(run->exact);
+    if (dfeatures != NULL) {
+        OVLM_TRY(load_gradient(run, dfeatures, f, &d.image));
+    }
+    for (int64_t k = 0; dextra != NULL && k < model->params.config.vision.deepstack_n; k++) {
+        OVLM_TRY(load_gradient(run, (const char *)dextra + k * bytes, f, &d.extra[k]));
+    }
+    return encode_bwd(run, model, modality, &d);
+}
+
+/* ---------------------------------------------------------------- calls */
+
+static ovlm_status check_slopes(const ovlm_model *model, const ovlm_model_slopes *slopes,
+                                ovlm_err *err)
+{
+    if (!model->can_backward) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "backward follows a forward or decode in training mode, once");
+    }
+    if (!model->has_loss && (slopes->dlogp != NULL || slopes->dentropy != NULL)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "dlogprobs and dentropy belong to a forward, which has "
+                                          "labels; after decode give dhidden, or dlogits and rows");
+    }
+    if (!model->has_loss && own_loss(slopes)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "decode has no loss of its own: give dhidden, or dlogits "
+                                          "and rows");
+    }
+    if (slopes->dentropy != NULL && model->head.entropy == NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "dentropy: the forward was not asked for the entropy");
+    }
+    for (int64_t i = 0; i < slopes->rows; i++) {
+        if (slopes->row[i] < 0 || slopes->row[i] >= model->decoder.tokens.T) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "rows[%lld] must be in [0, %lld); got %d",
+                             (long long)i, (long long)model->decoder.tokens.T, slopes->row[i]);
+        }
+    }
+    return OVLM_OK;
+}
+
+/* Room for slopes whose size the forward did not know. */
+static ovlm_status measure_backward(ovlm_model *model, const ovlm_model_slopes *slopes,
+                                    const ovlm_pass_options *options, ovlm_err *err)
+{
+    ovlm_decoder_features dfeatures = {0};
+    ovlm_stack work = model->work, stage = model->stage;
+    model->work = model->stage = (ovlm_stack){0};
+    ovlm_run run = ovlm_model_run(model, true, options, err);
+    ovlm_status status = ovlm_model_walk_backward(&run, model, slopes, &dfeatures);
+    int64_t work_bytes = model->work.peak_bytes, stage_bytes = model->stage.peak_bytes;
+    model->work = work;
+    model->stage = stage;
+    OVLM_TRY(status);
+    OVLM_TRY(ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, work_bytes, err));
+    return ovlm_stack_fit(&model->stage, model->backend, OVLM_STACK_HOST, stage_bytes, err);
+}
+
+/* Where there is such a gradient and a taker. */
+static ovlm_status read_gradient(ovlm_model *model, const ovlm_tensor *d, void *host,
+                                 ovlm_err *err)
+{
+    return host != NULL && ovlm_tensor_given(d) ? ovlm_model_rows_read(model, d, host, err)
+                                                : OVLM_OK;
+}
+
+ovlm_status ovlm_model_backward(ovlm_model *model, const ovlm_model_slopes *slopes,
+                                const ovlm_feature_slopes *dfeatures,
+                                const ovlm_pass_options *options, ovlm_err *err)
+{
+    ovlm_decoder_features d = {0};
+    OVLM_TRY(check_slopes(model, slopes, err));
+    OVLM_TRY(ovlm_model_begin(model, err));
+    model->can_backward = false;
+    if (slopes->dhidden != NULL || slopes->row != NULL) {
+        OVLM_TRY(measure_backward(model, slopes, options, err));
+    }
+    ovlm_run run = ovlm_model_run(model, false, options, err);
+    OVLM_TRY(ovlm_model_walk_backward(&run, model, slopes, &d));
+    model->work.used_bytes = 0;
+    OVLM_TRY(read_gradient(model, &d.image, dfeatures->dfeatures[OVLM_VISION], err));
+    OVLM_TRY(read_gradient(model, &d.sound, dfeatures->dfeatures[OVLM_AUDIO], err));
+    int64_t bytes = d.image.rows * d.image.cols * ovlm_dtype_bytes(model->exact);
+    for (int64_t k = 0; dfeatures->dextra != NULL && k < OVLM_DEEPSTACK_MOST; k++) {
+        OVLM_TRY(read_gradient(model, &d.extra[k], (char *)dfeatures->dextra + k * bytes, err));
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_encode_backward(ovlm_model *model, ovlm_modality modality,
+                                       const void *dfeatures, const void *dextra,
+                                       const ovlm_pass_options *options, ovlm_err *err)
+{
+    if (!model->encoder[modality].can_backward) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "encode_backward follows an encode in training mode, "
+                                          "once");
+    }
+    OVLM_TRY(ovlm_model_begin(model, err));
+    model->encoder[modality].can_backward = false;
+    ovlm_run run = ovlm_model_run(model, false, options, err);
+    OVLM_TRY(ovlm_model_walk_encode_backward(&run, model, modality, dfeatures, dextra));
+    model->work.used_bytes = 0;
+    return OVLM_OK;
+}

@@ -1,0 +1,128 @@
+"""A moving average of the weights, and the model with it for a while."""
+from contextlib import contextmanager
+
+import numpy as np
+
+from ._numbers import finite_number
+from .weights import Weights
+
+_AVERAGE = 5
+
+
+class EMA:
+    """An exponential moving average of what is trained.
+
+    Begins with the present weights; :meth:`update` after every optimizer step moves it by
+    ``average = decay * average + (1 - decay) * weight``, in float32 (of bfloat16 models: over the
+    optimizer's float32 masters).
+
+    Parameters
+    ----------
+    model : Model
+        One average per model, until :meth:`close`.  What is trained cannot change meanwhile.
+    decay : float
+        In [0, 1).
+
+    Raises
+    ------
+    TypeError
+        ``model`` is none.
+    ValueError
+        A decay out of range, a model that has an average already or trains nothing.
+
+    Examples
+    --------
+    >>> import orchvlm
+    >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+    >>> ema = orchvlm.EMA(model, decay=0.5)
+    >>> model.parameters["model.language_model.norm.weight"][:] = 3.0
+    >>> ema.update()
+    >>> with ema.swap():  # evaluate, save_pretrained, ...
+    ...     print(model.parameters["model.language_model.norm.weight"][0])
+    2.0
+    >>> print(model.parameters["model.language_model.norm.weight"][0])
+    3.0
+    """
+
+    def __init__(self, model, decay=0.999):
+        if not isinstance(model, Weights):
+            raise TypeError(f"model must be an orchvlm.Model; got {type(model).__name__}")
+        self.decay = finite_number(decay, "decay", 0, 1 - 1e-12)
+        self.model = model
+        model._core.average("open")
+
+    def update(self):
+        """Follows the weights by one step.
+
+        Raises
+        ------
+        ValueError
+            Inside :meth:`swap`, or after :meth:`close`.
+        """
+        self.model._core.average_update(self.decay)
+
+    @contextmanager
+    def swap(self):
+        """The model with the average for weights, until the block ends; then its own, to the bit.
+
+        Within, there is no optimizer step, and what is written to the weights is lost.
+
+        Yields
+        ------
+        Model
+
+        Raises
+        ------
+        ValueError
+            Within another such block, or after :meth:`close`.
+        """
+        self.model._core.average("in")
+        try:
+            yield self.model
+        finally:
+            self.model._core.average("out")
+
+    def state_dict(self):
+        """The averages.
+
+        Returns
+        -------
+        dict
+            A float32 copy for each trained parameter, as ``NAME/average``.
+        """
+        state = {}
+        for name, i in self.model._index.items():
+            array = self.model._core.array(i, _AVERAGE, False)
+            if array is not None:
+                state[f"{name}/average"] = array
+        return state
+
+    def load_state_dict(self, state):
+        """Sets what :meth:`state_dict` gave; all of it or, when it does not fit, nothing.
+
+        Parameters
+        ----------
+        state : mapping
+
+        Raises
+        ------
+        ValueError
+            What is missing, surplus or mis-shaped, by name.
+        """
+        wanted = self.state_dict()
+        if set(wanted) != set(state):
+            odd = sorted(set(wanted) ^ set(state))
+            raise ValueError(f"average: {odd[0]} is missing or surplus ({len(odd)} such)")
+        arrays = {}
+        for key, have in wanted.items():
+            arrays[key] = np.array(state[key], have.dtype, order="C")
+            if arrays[key].shape != have.shape:
+                raise ValueError(f"average: {key} has shape {arrays[key].shape}; needed "
+                                 f"{have.shape}")
+        for name, i in self.model._index.items():
+            if f"{name}/average" in arrays:
+                self.model._core.write(i, _AVERAGE, arrays[f"{name}/average"])
+
+    def close(self):
+        """Gives the memory back; the weights are the model's own."""
+        self.model._core.average("close")

@@ -1,0 +1,136 @@
+"""What keeps a mixture's experts evenly used in a run, over the whole global batch."""
+import math
+import time
+
+import numpy as np
+
+MODES = ("exact", "lagged", "bias")
+
+
+class Balance:
+    """Counts of a run's routers, and what they are for.
+
+    Parameters
+    ----------
+    model : Model
+    mode : {"exact", "lagged", "bias"}
+        As ``aux`` of :class:`orchvlm.TrainingConfig`.
+    rate : float
+        By which ``"bias"`` moves a correction in a step.
+
+    Raises
+    ------
+    ValueError
+        ``"bias"`` with routers that have no corrections.
+    """
+
+    def __init__(self, model, mode, rate):
+        text = model.config.text
+        if mode == "bias" and text.get("scoring_func") != "sigmoid":
+            raise ValueError("aux='bias' needs a model with experts and scoring_func 'sigmoid': no "
+                             "other router has corrections")
+        self._model, self._mode, self._rate = model, mode, rate
+        self._sparse = model.config.sparse
+        self._loss = self._sparse and mode != "bias" and text.get(
+            "router_aux_loss_coef", 0.001) > 0
+        self._before = None  # "lagged": (counts, rows) of the step before
+
+    def begin(self, packs):
+        """Before a step's forwards.
+
+        Parameters
+        ----------
+        packs : list of Inputs
+            The step's micro-batches.
+
+        Returns
+        -------
+        (int64[E], float) or None
+            What every forward of the step takes as ``router_counts``.
+        """
+        self._counts, self._aux_loss, self.seconds = None, 0.0, 0.0
+        self._layers = self._model._core.router_layers().shape[0] if self._sparse else 0
+        if self._sparse and self._mode == "bias":
+            return np.zeros(self._model.config.text["num_experts"], np.int64), 1  # no loss
+        if not self._loss or len(packs) == 1 and self._mode == "exact":
+            return None  # the forward's own counts are the whole batch's
+        if self._mode == "lagged" and self._before is not None:
+            counts, rows = self._before
+            # The loss divides counts and scores by one number of rows: f = count / rows of then and
+            # P = score / rows of now make the product of both that of their geometric mean.
+            now = self._layers * sum(pack.n_tokens for pack in packs)
+            return counts, math.sqrt(rows * max(1, now))
+        start = time.perf_counter()
+        parts = [self._model.route(pack) for pack in packs]
+        self.seconds = time.perf_counter() - start
+        return sum(counts for counts, _ in parts), max(1, sum(rows for _, rows in parts))
+
+    def note(self, out):
+        """After a forward of the step.
+
+        Parameters
+        ----------
+        out : Output
+        """
+        if self._sparse:
+            counts = self._model.layer_counts()
+            self._counts = counts if self._counts is None else self._counts + counts
+            self._aux_loss += out.aux_loss
+
+    def end(self, skipped):
+        """After the optimizer's step.
+
+        Parameters
+        ----------
+        skipped : bool
+            It changed nothing, so neither do the corrections.
+
+        Returns
+        -------
+        dict
+            ``aux_loss`` of the whole batch without its coefficient, ``expert_load``: slots of the
+            fullest expert of any layer over the mean, and ``routing_seconds``: what the forwards
+            for the counts alone took.
+        """
+        if not self._sparse:
+            return {}
+        total = self._counts.sum(axis=0)
+        if self._mode == "lagged":
+            rows = int(total.sum()) // self._model.config.text["num_experts_per_tok"]
+            self._before = (total, rows) if rows else self._before
+        if self._mode == "bias" and not skipped:
+            self._model.correct_routers(self._counts, self._rate)
+        mean = self._counts.mean() if self._counts.size else 0.0
+        return {"aux_loss": self._aux_loss, "routing_seconds": self.seconds,
+                "expert_load": float(self._counts.max() / mean) if mean else 1.0}
+
+    def state_dict(self):
+        """What the next step depends on, as JSON takes it.
+
+        Returns
+        -------
+        dict
+        """
+        if self._before is None:
+            return {}
+        return {"counts": self._before[0].tolist(), "rows": self._before[1]}
+
+    def load_state_dict(self, state):
+        """Sets what :meth:`state_dict` gave.
+
+        Parameters
+        ----------
+        state : dict
+
+        Raises
+        ------
+        ValueError
+            Counts of another number of experts.
+        """
+        self._before = None
+        if state:
+            counts = np.array(state["counts"], np.int64)
+            if counts.shape != (self._model.config.text.get("num_experts"),):
+                raise ValueError("the checkpoint counts another number of experts: "
+                                 f"{len(counts)}")
+            self._before = counts, state["rows"]

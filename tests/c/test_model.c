@@ -1,0 +1,445 @@
+/* test_model.c - the model over the op table: gradients of the reference backend in double against
+ * finite differences; `cpu` and `async` bit for bit alike; recomputation without a trace; every
+ * allocation that fails, and an interruption after every layer, survived. */
+#include <math.h>
+#include <string.h>
+
+#include "base/arena.h"
+#include "cpu/cpu_device.h"
+#include "cpu_rig.h"
+#include "model/model.h"
+
+enum { VOCAB = 40, TOKENS = 21, SEGMENTS = 4, PATCHES = 28, PATCH_SIZE = 12, IMAGES = 2 };
+
+/* ---- models ---- */
+
+static ovlm_model_config qwen(bool sparse)
+{
+    ovlm_model_config c = {
+        .vision = {.depth = 2, .width = 16, .heads = 2, .hidden = 22, .patch = 2, .temporal = 1,
+                   .channels = 3, .merge = 2, .out_width = 20, .merger_hidden = 18,
+                   .position_side = 3, .deepstack_n = 1, .deepstack = {1}, .patch_bias = true,
+                   .merger = OVLM_MERGE_NORM_CONCAT, .act = OVLM_ACT_GELU_TANH,
+                   .merger_act = OVLM_ACT_GELU_ERF, .eps = 1e-6, .theta = 1e4},
+        .decoder = {.depth = 2, .width = 20, .heads = 4, .kv_heads = 2, .head_dim = 8,
+                    .vocab = VOCAB, .hidden = 26, .k = 1, .expert_hidden = 1, .sparse_step = 1,
+                    .teams = 1, .limit = 1, .section = {2, 1, 1}, .interleaved_sections = true,
+                    .qk_norm = true, .tied = true, .normalise_router = true, .expert_kn = true,
+                    .router_scale = 1, .eps = 1e-6, .theta = 1e4}};
+    if (sparse) {
+        c.decoder.experts = 5;
+        c.decoder.k = 2;
+        c.decoder.expert_hidden = 10;
+        c.decoder.aux_coef = 0.01;
+        c.decoder.tied = false;
+    }
+    return c;
+}
+
+/* Sigmoid routing in groups, a shared expert, a dense layer, pooling. */
+static ovlm_model_config seed(void)
+{
+    ovlm_model_config c = qwen(true);
+    c.vision.position_side = c.vision.deepstack_n = 0;
+    c.vision.merger = OVLM_MERGE_POOL;
+    c.vision.final_norm = true;
+    c.decoder.experts = 6;
+    c.decoder.teams = 3;
+    c.decoder.limit = 2;
+    c.decoder.shared_hidden = 7;
+    c.decoder.first_dense = 1;
+    c.decoder.sigmoid_router = true;
+    c.decoder.qk_norm = false;
+    c.decoder.qkv_bias = true;
+    c.decoder.router_scale = 1.7;
+    c.decoder.aux_coef = 0;
+    return c;
+}
+
+/* ---- a batch: an image and text, text, nothing, an image and text ---- */
+
+typedef struct batch {
+    int32_t id[TOKENS], start[SEGMENTS + 1], feature_row[TOKENS], label[TOKENS];
+    int32_t grid[3 * IMAGES];
+    float position[3 * TOKENS], weight[TOKENS], pixel[PATCHES * PATCH_SIZE];
+} batch;
+
+static void draw_batch(batch *b)
+{
+    static const int32_t start[] = {0, 10, 15, 15, TOKENS}, grid[] = {1, 4, 6, 1, 2, 2};
+    memcpy(b->start, start, sizeof start);
+    memcpy(b->grid, grid, sizeof grid);
+    int32_t feature = 0;
+    for (int t = 0; t < TOKENS; t++) {
+        bool image = (t >= 2 && t < 8) || t == 16;
+        b->id[t] = (int32_t)rig_below(VOCAB);
+        b->feature_row[t] = image ? feature++ : -1;
+        b->label[t] = image || rig_below(4) == 0 ? -100 : b->id[t];
+        b->weight[t] = (float)(0.25 + 0.25 * (double)rig_below(4));
+        for (int axis = 0; axis < 3; axis++) {
+            b->position[axis * TOKENS + t] = (float)(t + (image ? rig_below(3) : 0));
+        }
+    }
+    b->label[TOKENS - 1] = b->id[TOKENS - 1]; /* at least one */
+    for (int i = 0; i < PATCHES * PATCH_SIZE; i++) {
+        b->pixel[i] = (float)rig_normal();
+    }
+}
+
+static ovlm_model_inputs inputs_of(const batch *b)
+{
+    return (ovlm_model_inputs){
+        .tokens = {.T = TOKENS, .segments = SEGMENTS, .id = b->id, .start = b->start,
+                   .position = b->position, .feature_row = b->feature_row},
+        .label = b->label, .weight = b->weight, .images = IMAGES, .grid_thw = b->grid,
+        .pixels = b->pixel, .pixel_dtype = OVLM_F32, .normalizer = -1};
+}
+
+/* ---- a session: all calls of a model's life, one after the other ---- */
+
+typedef struct session {
+    const ovlm_ops *ops;
+    ovlm_model_config config;
+    ovlm_dtype dtype;
+    const batch *batch;
+    uint64_t seed;          /* of the weights                            */
+    ovlm_pass_options pass;
+    ovlm_model *model;
+    ovlm_model_output out;
+    ovlm_model_step step;
+    float logp[TOKENS], logits[TOKENS * VOCAB], next[3][SEGMENTS * VOCAB];
+    char *state;            /* all gradients, then all weights, as they lie on the host */
+    int64_t state_bytes;
+} session;
+
+static ovlm_status write_weights(session *s, ovlm_err *err)
+{
+    const ovlm_params *p = ovlm_model_params(s->model);
+    ovlm_rng held = test_rng;
+    ovlm_status status = OVLM_OK;
+    ovlm_rng_init(&test_rng, s->seed);
+    for (int64_t i = 0; i < p->n && status == OVLM_OK; i++) {
+        const ovlm_param *one = &p->param[i];
+        ovlm_tensor host = rig_empty(one->rows, one->cols, one->w.dtype);
+        host.stride = host.cols;
+        for (int64_t j = 0; j < host.rows * host.cols; j++) {
+            bool matrix = one->kind == OVLM_PARAM_WEIGHT;
+            double spread = matrix ? 0.6 / sqrt((double)host.cols) : 0.2;
+            rig_set(&host, 0, j, (one->kind == OVLM_PARAM_NORM ? 1 : 0) + spread * rig_normal());
+        }
+        status = ovlm_model_write(s->model, &one->w, host.data, err);
+        free(host.data);
+    }
+    test_rng = held;
+    return status;
+}
+
+static ovlm_status read_state(session *s, ovlm_err *err)
+{
+    const ovlm_params *p = ovlm_model_params(s->model);
+    for (int pass = 0; pass < 2; pass++) {
+        int64_t at = 0;
+        for (int64_t i = 0; i < 2 * p->n; i++) {
+            const ovlm_param *one = &p->param[i % p->n];
+            const ovlm_tensor *t = i < p->n ? &one->grad : &one->w;
+            if (ovlm_tensor_given(t) && pass == 1) {
+                OVLM_TRY(ovlm_model_read(s->model, t, s->state + at, err));
+            }
+            at += ovlm_tensor_given(t) ? t->rows * t->cols * ovlm_dtype_bytes(t->dtype) : 0;
+        }
+        if (pass == 0 && s->state == NULL) {
+            s->state = rig_memory(at);
+            s->state_bytes = at;
+        }
+    }
+    return OVLM_OK;
+}
+
+/* The most likely token of every segment but the empty one goes on. */
+static ovlm_status extend_by_one(session *s, int round, ovlm_err *err)
+{
+    batch b = {0};
+    int32_t n = 0;
+    for (int i = 0; i < SEGMENTS; i++) {
+        b.start[i] = n;
+        if (s->batch->start[i + 1] == s->batch->start[i]) {
+            continue;
+        }
+        const float *row = s->next[round - 1] + i * VOCAB;
+        for (int32_t v = 1; v < VOCAB; v++) {
+            b.id[n] = row[v] > row[b.id[n]] ? v : b.id[n];
+        }
+        n++;
+    }
+    b.start[SEGMENTS] = n;
+    for (int i = 0; i < 3 * n; i++) {
+        b.position[i] = (float)(TOKENS + round);
+    }
+    ovlm_model_inputs in = {.tokens = {.T = n, .segments = SEGMENTS, .id = b.id, .start = b.start,
+                                       .position = b.position},
+                            .normalizer = -1};
+    return ovlm_model_extend(s->model, &in, &s->pass, s->next[round], err);
+}
+
+static ovlm_status adamw(session *s, ovlm_err *err)
+{
+    double lr[128], decay[128];
+    for (int i = 0; i < 128; i++) {
+        lr[i] = 1e-2;
+        decay[i] = 0.1;
+    }
+    CHECK(ovlm_model_params(s->model)->n <= 128, "more parameters than room");
+    const ovlm_model_adamw options = {.lr = lr, .weight_decay = decay, .beta1 = 0.9,
+                                      .beta2 = 0.95, .eps = 1e-8, .max_norm = 1, .step = 1};
+    return ovlm_model_adamw_step(s->model, &options, &s->step, err);
+}
+
+enum { OPEN, WRITE, FORWARD, OUTPUT, BACKWARD, ADAMW, AGAIN, LOGITS, CACHE, PREFILL, NEXT, AFTER,
+       READ, CALLS };
+
+static ovlm_status call(session *s, int number, ovlm_err *err)
+{
+    ovlm_backend_options options = {.threads = 1};
+    ovlm_model_inputs in = inputs_of(s->batch);
+    int32_t row[TOKENS];
+    for (int t = 0; t < TOKENS; t++) {
+        row[t] = t;
+    }
+    switch (number) {
+    case OPEN: return ovlm_model_open(&s->config, s->ops, &options, s->dtype, &s->model, err);
+    case WRITE: return write_weights(s, err);
+    case FORWARD: return ovlm_model_forward(s->model, &in, &s->pass, err);
+    case OUTPUT: return ovlm_model_output_read(s->model, &s->out, s->logp, NULL, err);
+    case BACKWARD:
+        return ovlm_model_backward(s->model, &(ovlm_model_slopes){0}, &(ovlm_feature_slopes){0},
+                                   &s->pass, err);
+    case ADAMW: return adamw(s, err);
+    case AGAIN: in.label = NULL; return ovlm_model_forward(s->model, &in, &s->pass, err);
+    case LOGITS: return ovlm_model_logits(s->model, row, TOKENS, s->logits, err);
+    case CACHE: return ovlm_model_cache_open(s->model, SEGMENTS, TOKENS, err);
+    case PREFILL: return ovlm_model_extend(s->model, &in, &s->pass, s->next[0], err);
+    case NEXT: return extend_by_one(s, 1, err);
+    case AFTER: return extend_by_one(s, 2, err);
+    default: return read_state(s, err);
+    }
+}
+
+static void close_session(session *s)
+{
+    ovlm_model_close(s->model);
+    free(s->state);
+    s->model = NULL;
+    s->state = NULL;
+}
+
+static void run_until(session *s, int last)
+{
+    for (int i = OPEN; i <= last; i++) {
+        ovlm_err err = {0};
+        ovlm_status status = call(s, i, &err);
+        CHECK(status == OVLM_OK, "call %d: %s", i, err.message);
+        if (status != OVLM_OK) {
+            exit(1);
+        }
+    }
+}
+
+static void same(const char *what, const session *a, const session *b)
+{
+    CHECK(a->out.loss == b->out.loss && a->step.grad_norm == b->step.grad_norm,
+          "%s: loss %.17g and %.17g", what, a->out.loss, b->out.loss);
+    CHECK(memcmp(a->logp, b->logp, sizeof a->logp) == 0, "%s: logp", what);
+    CHECK(memcmp(a->logits, b->logits, sizeof a->logits) == 0, "%s: logits", what);
+    CHECK(memcmp(a->next, b->next, sizeof a->next) == 0, "%s: generation", what);
+    CHECK(a->state_bytes == b->state_bytes &&
+              memcmp(a->state, b->state, (size_t)a->state_bytes) == 0,
+          "%s: gradients or weights", what);
+}
+
+/* ---- tests ---- */
+
+static session new_session(const char *ops, const ovlm_model_config *config, ovlm_dtype dtype,
+                           const batch *b)
+{
+    return (session){.ops = ovlm_cpu_ops_find(ops), .config = *config, .dtype = dtype, .batch = b,
+                     .seed = test_seed, .pass = {.training = true}};
+}
+
+static void test_backends(const ovlm_model_config *config, const batch *b)
+{
+    for (int i = 0; i < 2; i++) {
+        session plain = new_session("cpu", config, i == 0 ? OVLM_F32 : OVLM_BF16, b);
+        session late = plain, again = plain;
+        late.ops = ovlm_cpu_ops_find("async");
+        again.pass.checkpoint = i == 0 ? OVLM_CHECKPOINT_FULL : OVLM_CHECKPOINT_SELECTIVE;
+        run_until(&plain, READ);
+        run_until(&late, READ);
+        run_until(&again, READ);
+        CHECK(isfinite(plain.out.loss) && plain.out.loss > 1, "loss %g", plain.out.loss);
+        same("async", &plain, &late);
+        same("recomputed", &plain, &again);
+        for (int segment = 0; segment < SEGMENTS; segment++) { /* a prefill is a forward */
+            int64_t last = b->start[segment + 1] - 1;
+            if (last >= b->start[segment]) {
+                CHECK(memcmp(plain.logits + last * VOCAB, plain.next[0] + segment * VOCAB,
+                             VOCAB * sizeof(float)) == 0, "prefill of segment %d", segment);
+            }
+        }
+        close_session(&plain);
+        close_session(&late);
+        close_session(&again);
+    }
+}
+
+static double loss_of(session *s)
+{
+    ovlm_err err = {0};
+    CHECK(call(s, FORWARD, &err) == OVLM_OK && call(s, OUTPUT, &err) == OVLM_OK, "%s",
+          err.message);
+    return s->out.loss;
+}
+
+/* Along a random direction in each parameter: the loss's difference and the gradient's product. */
+static void test_gradients(const ovlm_model_config *config, const batch *b)
+{
+    const double h = 1e-5;
+    session s = new_session("ref", config, OVLM_F64, b);
+    run_until(&s, BACKWARD);
+    const ovlm_params *p = ovlm_model_params(s.model);
+    double *grad = rig_memory(p->grad_elements * (int64_t)sizeof(double)), *at = grad, all = 0;
+    ovlm_err err = {0};
+    for (int64_t i = 0; i < p->n; i++) {
+        const ovlm_tensor *g = &p->param[i].grad;
+        if (ovlm_tensor_given(g)) {
+            CHECK(ovlm_model_read(s.model, g, at, &err) == OVLM_OK, "%s", err.message);
+            for (int64_t j = 0; j < g->rows * g->cols; j++) {
+                all += at[j] * at[j];
+            }
+            at += g->rows * g->cols;
+        }
+    }
+    at = grad;
+    for (int64_t i = 0; i < p->n; i++) {
+        const ovlm_tensor *w = &p->param[i].w;
+        int64_t n = w->rows * w->cols;
+        double *held = rig_memory(n * (int64_t)sizeof(double)), *moved, *way, loss[2], product = 0;
+        moved = rig_memory(n * (int64_t)sizeof(double));
+        way = rig_memory(n * (int64_t)sizeof(double));
+        CHECK(ovlm_model_read(s.model, w, held, &err) == OVLM_OK, "%s", err.message);
+        for (int64_t j = 0; j < n; j++) {
+            way[j] = rig_normal() / sqrt((double)n);
+            product += ovlm_tensor_given(&p->param[i].grad) ? at[j] * way[j] : 0;
+        }
+        for (int side = 0; side < 2; side++) {
+            for (int64_t j = 0; j < n; j++) {
+                moved[j] = held[j] + (side == 0 ? h : -h) * way[j];
+            }
+            CHECK(ovlm_model_write(s.model, w, moved, &err) == OVLM_OK, "%s", err.message);
+            loss[side] = loss_of(&s);
+        }
+        CHECK(ovlm_model_write(s.model, w, held, &err) == OVLM_OK, "%s", err.message);
+        double slope = (loss[0] - loss[1]) / (2 * h);
+        CHECK(fabs(slope - product) <= 1e-6 * sqrt(all), "%s: slope %.9g, gradient %.9g",
+              p->param[i].name, slope, product);
+        at += ovlm_tensor_given(&p->param[i].grad) ? n : 0;
+        free(held);
+        free(moved);
+        free(way);
+    }
+    free(grad);
+    close_session(&s);
+}
+
+/* ---- trouble ---- */
+
+static int64_t device_left = -1; /* allocations on the device before they fail; -1: never */
+static int64_t polls_left = -1;
+static ovlm_ops failing;
+
+static ovlm_status failing_alloc(ovlm_backend *backend, int64_t bytes, void **out, ovlm_err *err)
+{
+    if (device_left == 0) {
+        *out = NULL;
+        return OVLM_FAIL(err, OVLM_E_NOMEM, "no device memory for %lld bytes", (long long)bytes);
+    }
+    device_left -= device_left > 0;
+    return ovlm_cpu_alloc(backend, bytes, out, err);
+}
+
+static ovlm_status failing_open(const ovlm_backend_options *options, ovlm_backend **backend,
+                                ovlm_err *err)
+{
+    return ovlm_cpu_open_with(&failing, options, backend, err);
+}
+
+static int poll(void *ctx)
+{
+    (void)ctx;
+    polls_left -= polls_left > 0;
+    return polls_left == 0;
+}
+
+typedef enum trouble { NO_HOST, NO_DEVICE, STOPPED, TROUBLES } trouble;
+
+static void arm(trouble what, int64_t after)
+{
+    ovlm_arena_fail_after(what == NO_HOST ? after : -1);
+    device_left = what == NO_DEVICE ? after : -1;
+    polls_left = what == STOPPED && after >= 0 ? after + 1 : -1;
+}
+
+/* Each call is tried until the trouble comes too late for it; the end is as without. */
+static void test_trouble(const ovlm_model_config *config, const batch *b)
+{
+    failing = *ovlm_cpu_ops_find("cpu");
+    failing.open = failing_open;
+    failing.alloc = failing.host_alloc = failing_alloc;
+    session want = new_session("cpu", config, OVLM_BF16, b);
+    run_until(&want, READ);
+    for (trouble what = 0; what < TROUBLES; what++) {
+        const ovlm_status expected = what == STOPPED ? OVLM_E_INTERRUPTED : OVLM_E_NOMEM;
+        session s = want;
+        s.model = NULL;
+        s.state = NULL;
+        s.ops = &failing;
+        s.pass.poll = poll;
+        int64_t failures = 0;
+        for (int i = 0; i < CALLS; i++) {
+            ovlm_status status = OVLM_OK;
+            for (int64_t after = 0; after < 200; after++) {
+                ovlm_err err = {0};
+                /* A backward that was stopped is not repeated: its forward is gone. */
+                arm(what, i == BACKWARD && what == STOPPED ? -1 : after);
+                status = call(&s, i, &err);
+                arm(what, -1);
+                if (status == OVLM_OK) {
+                    break;
+                }
+                failures++;
+                CHECK(status == expected, "call %d: %s", i, err.message);
+            }
+            CHECK(status == OVLM_OK, "call %d never succeeds", i);
+            if (s.model == NULL) {
+                exit(1);
+            }
+        }
+        CHECK(failures > 3, "%lld failures", (long long)failures);
+        same("after trouble", &want, &s);
+        close_session(&s);
+    }
+    close_session(&want);
+}
+
+int main(int argc, char **argv)
+{
+    test_start(argc, argv);
+    const ovlm_model_config configs[] = {qwen(false), qwen(true), seed()};
+    for (int i = 0; i < 3; i++) {
+        batch b = {0};
+        draw_batch(&b);
+        test_backends(&configs[i], &b);
+        test_gradients(&configs[i], &b);
+        test_trouble(&configs[i], &b);
+    }
+    return test_end("model");
+}

@@ -107,9 +107,10 @@ static ovlm_status positions(ovlm_run *run, const ovlm_audio_pass *pass, ovlm_te
     if (!run->measuring) {
         double fall = half > 1 ? log(10000.0) / (double)(half - 1) : 0.0;
         for (int64_t k = 0; k < places * half; k++) {
-            double angle = (double)(k / half) * (double)(float)exp(-fall * (double)(k % half));
-            staged[k / half * h.cols + k % half] = (float)sin(angle);
-            staged[k / half * h.cols + half + k % half] = (float)cos(angle);
+            int64_t at = k / half, wave = k % half;
+            double angle = (double)at * (double)(float)exp(-fall * (double)wave);
+            staged[at * h.cols + wave] = (float)sin(angle);
+            staged[at * h.cols + half + wave] = (float)cos(angle);
         }
         OVLM_TRY(run->ops->copy(run->queue, table.data, staged, bytes, OVLM_TO_DEVICE, run->err));
     }

@@ -83,12 +83,12 @@ static void add_entry(cases *c)
 /* What the prices prove in that case, rounded down. */
 static double bound_by(const cases *c, const kase *k, const entry *e)
 {
-    double margin = 1e-9 + 0x1.0p-50 * (double)c->model->n, sum = e->total, size = e->total;
+    double margin = 1e-9 + 0x1.0p-50 * (double)c->model->n;
     if (k->more) {
-        sum = e->free_total + (double)k->count * e->free_phi;
-        return sum - margin * sum;
+        double all = e->free_total + (double)k->count * e->free_phi;
+        return all - margin * all;
     }
-    double least = 0;
+    double least = 0, makespans = 0, size = e->total;
     for (int64_t b = 0; b < k->slots; b++) {
         if (b == 0 || k->from[b] != k->from[b - 1] || k->to[b] != k->to[b - 1]) {
             least = HUGE_VAL;
@@ -96,10 +96,10 @@ static double bound_by(const cases *c, const kase *k, const entry *e)
                 least = fmin(least, e->phi[i]);
             }
         }
-        sum += least;
+        makespans += least;
         size += fabs(least);
     }
-    return sum - margin * size;
+    return e->total + makespans - margin * size;
 }
 
 /* Tries the entries that it has not seen. */

@@ -70,8 +70,9 @@ def test_public_symbols_are_ours(built):
     headers = sorted(path for path in source.rglob("*.h")
                      if path.parent.name not in ("pymod",) and not path.stem.endswith("_code"))
     includes = "".join(f'#include "{path.relative_to(source)}"\n' for path in headers)
-    out = subprocess.run([compiler(), "-E", "-P", f"-I{source}", "-D_POSIX_C_SOURCE=200809L",
-                          "-DOVLM_TEST_HOOKS", "-x", "c", "-"], input=includes, check=True, capture_output=True, text=True)
+    command = [compiler(), "-E", "-P", f"-I{source}", "-D_POSIX_C_SOURCE=200809L",
+               "-DOVLM_TEST_HOOKS", "-x", "c", "-"]
+    out = subprocess.run(command, input=includes, check=True, capture_output=True, text=True)
     declared = set(re.findall(r"\bovlm_\w+", out.stdout))
     names = {symbol["name"] for symbol in symbols("-g", "--defined-only")}
     strangers = {name for name in names if name.startswith("ovlm_")} - declared

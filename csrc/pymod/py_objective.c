@@ -45,10 +45,14 @@ static PyObject *new_slope(ovlm_features *features, ovlm_dtype dtype)
     return array;
 }
 
-static int positive(double value, const char *name)
+/* A number above 0. */
+static int read_positive(PyObject *object, const char *name, double *out)
 {
-    if (!(value > 0)) {
-        PyErr_Format(PyExc_ValueError, "%s must be positive", name);
+    if (ovlm_arg_double(object, name, out) < 0) {
+        return -1;
+    }
+    if (!(*out > 0)) {
+        PyErr_Format(PyExc_ValueError, "%s must be positive; got %R", name, object);
         return -1;
     }
     return 0;
@@ -66,11 +70,12 @@ static PyObject *masked_cosine(PyObject *module, PyObject *const *args, Py_ssize
         read_matrix(args[1], "teacher", &a.dtype, &teacher) < 0 ||
         same_columns(&a.student, &teacher, "teacher") < 0 ||
         ovlm_arg_exact(args[2], "masked", NPY_UINT8, a.student.rows, false, &masked, NULL) < 0 ||
-        ovlm_arg_double(args[3], "total", &a.total) < 0 || positive(a.total, "total") < 0) {
+        read_positive(args[3], "total", &a.total) < 0) {
         return NULL;
     }
     if (teacher.rows != a.student.rows) {
-        PyErr_SetString(PyExc_ValueError, "teacher must have as many rows as student");
+        PyErr_Format(PyExc_ValueError, "teacher must have %lld rows, as student; got %lld",
+                     (long long)a.student.rows, (long long)teacher.rows);
         return NULL;
     }
     a.teacher = teacher.data;
@@ -97,32 +102,32 @@ static PyObject *siglip(PyObject *module, PyObject *const *args, Py_ssize_t narg
         ovlm_arg_int(args[2], "offset", &a.offset) < 0 ||
         ovlm_arg_double(args[3], "scale", &a.scale) < 0 ||
         ovlm_arg_double(args[4], "bias", &a.bias) < 0 ||
-        ovlm_arg_double(args[5], "total", &a.total) < 0 || positive(a.total, "total") < 0 ||
+        read_positive(args[5], "total", &a.total) < 0 ||
         ovlm_arg_int(args[6], "threads", &a.threads) < 0) {
         return NULL;
     }
     if (a.offset < 0 || a.offset > a.text.rows - a.image.rows) {
-        PyErr_SetString(PyExc_ValueError, "every image needs its text: offset + images <= texts");
+        PyErr_Format(PyExc_ValueError, "offset must be in 0 .. %lld, so that each of %lld images "
+                     "has its text among %lld; got %lld",
+                     (long long)(a.text.rows - a.image.rows), (long long)a.image.rows,
+                     (long long)a.text.rows, (long long)a.offset);
         return NULL;
     }
     PyObject *dimage = new_slope(&a.image, a.dtype), *dtext = new_slope(&a.text, a.dtype);
-    ovlm_err err = {0};
-    ovlm_status status = OVLM_OK;
-    if (dimage == NULL || dtext == NULL) {
-        goto failed;
+    PyObject *answer = NULL;
+    if (dimage != NULL && dtext != NULL) {
+        ovlm_err err = {0};
+        ovlm_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = ovlm_siglip_run(&a, &err);
+        Py_END_ALLOW_THREADS
+        answer = status == OVLM_OK ? Py_BuildValue("(dOOdd)", a.loss, dimage, dtext, a.dscale,
+                                                   a.dbias)
+                                   : ovlm_raise(module, &err);
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = ovlm_siglip_run(&a, &err);
-    Py_END_ALLOW_THREADS
-    if (status != OVLM_OK) {
-        (void)ovlm_raise(module, &err);
-        goto failed;
-    }
-    return Py_BuildValue("(dNNdd)", a.loss, dimage, dtext, a.dscale, a.dbias);
-failed:
     Py_XDECREF(dimage);
     Py_XDECREF(dtext);
-    return NULL;
+    return answer;
 }
 
 /* Segments of tokens, in the vocabulary. */
@@ -153,7 +158,7 @@ static int read_superclass(PyObject *const *args, ovlm_superclass *a)
         ovlm_arg_exact(args[2], "start", NPY_INT64, -1, false, &start, &starts) < 0 ||
         ovlm_arg_exact(args[3], "token", NPY_INT32, -1, false, &token, &tokens) < 0 ||
         ovlm_arg_exact(args[4], "share", NPY_FLOAT64, tokens, false, &share, NULL) < 0 ||
-        ovlm_arg_double(args[5], "total", &a->total) < 0 || positive(a->total, "total") < 0 ||
+        read_positive(args[5], "total", &a->total) < 0 ||
         ovlm_arg_int(args[6], "threads", &a->threads) < 0) {
         return -1;
     }
@@ -172,23 +177,19 @@ static PyObject *superclass(PyObject *module, PyObject *const *args, Py_ssize_t 
         return NULL;
     }
     PyObject *dfeature = new_slope(&a.feature, a.dtype), *dweight = new_slope(&a.weight, a.dtype);
-    ovlm_err err = {0};
-    ovlm_status status = OVLM_OK;
-    if (dfeature == NULL || dweight == NULL) {
-        goto failed;
+    PyObject *answer = NULL;
+    if (dfeature != NULL && dweight != NULL) {
+        ovlm_err err = {0};
+        ovlm_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = ovlm_superclass_run(&a, &err);
+        Py_END_ALLOW_THREADS
+        answer = status == OVLM_OK ? Py_BuildValue("(dOO)", a.loss, dfeature, dweight)
+                                   : ovlm_raise(module, &err);
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = ovlm_superclass_run(&a, &err);
-    Py_END_ALLOW_THREADS
-    if (status != OVLM_OK) {
-        (void)ovlm_raise(module, &err);
-        goto failed;
-    }
-    return Py_BuildValue("(dNN)", a.loss, dfeature, dweight);
-failed:
     Py_XDECREF(dfeature);
     Py_XDECREF(dweight);
-    return NULL;
+    return answer;
 }
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, NULL}

@@ -1,10 +1,8 @@
 """A moving average of the weights, and the model with it for a while."""
 from contextlib import contextmanager
 
-import numpy as np
-
 from ._numbers import finite_number
-from .weights import Weights
+from .weights import Weights, fitting
 
 _AVERAGE = 5
 
@@ -109,16 +107,7 @@ class EMA:
         ValueError
             What is missing, surplus or mis-shaped, by name.
         """
-        wanted = self.state_dict()
-        if set(wanted) != set(state):
-            odd = sorted(set(wanted) ^ set(state))
-            raise ValueError(f"average: {odd[0]} is missing or surplus ({len(odd)} such)")
-        arrays = {}
-        for key, have in wanted.items():
-            arrays[key] = np.array(state[key], have.dtype, order="C")
-            if arrays[key].shape != have.shape:
-                raise ValueError(f"average: {key} has shape {arrays[key].shape}; needed "
-                                 f"{have.shape}")
+        arrays = fitting(self.state_dict(), state, "average")
         for name, i in self.model._index.items():
             if f"{name}/average" in arrays:
                 self.model._core.write(i, _AVERAGE, arrays[f"{name}/average"])

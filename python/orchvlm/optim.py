@@ -4,7 +4,7 @@ import math
 import numpy as np
 
 from ._numbers import finite_number
-from .weights import Weights, matching
+from .weights import Weights, fitting, matching
 
 _DECAYING = (0, 4)  # kinds: matrices and adapters
 _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
@@ -140,21 +140,13 @@ class AdamW:
         ValueError
             What is missing, surplus or mis-shaped, by name.
         """
-        wanted = self.state_dict()
-        if set(wanted) != set(state):
-            odd = sorted(set(wanted) ^ set(state))
-            raise ValueError(f"optimizer state: {odd[0]} is missing or surplus ({len(odd)} such)")
-        step, arrays = state["step"], {}
-        for key, have in wanted.items():
-            arrays[key] = np.array(state[key], np.asarray(have).dtype, order="C")
-            if arrays[key].shape != np.shape(have):
-                raise ValueError(f"optimizer state: {key} has shape {arrays[key].shape}; "
-                                 f"needed {np.shape(have)}")
+        arrays = fitting(self.state_dict(), state, "optimizer state")
+        step = state["step"]
         if not 0 <= int(step) < 2**62:
             raise ValueError(f"optimizer state: step must be >= 0; got {step}")
         for name, i in self.model._index.items():
             for which, label in _STATE.items():
-                if f"{name}/{label}" in wanted:
+                if f"{name}/{label}" in arrays:
                     self.model._core.write(i, which, arrays[f"{name}/{label}"])
         self.step_count = int(step)
 

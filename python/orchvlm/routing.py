@@ -127,10 +127,12 @@ class Balance:
         ValueError
             Counts of another number of experts.
         """
-        self._before = None
+        before = None
         if state:
             counts = np.array(state["counts"], np.int64)
-            if counts.shape != (self._model.config.text.get("num_experts"),):
-                raise ValueError("the checkpoint counts another number of experts: "
-                                 f"{len(counts)}")
-            self._before = counts, state["rows"]
+            experts = self._model.config.text.get("num_experts")
+            if counts.shape != (experts,):
+                raise ValueError(f"state: counts must be of the model's {experts} experts; got "
+                                 f"shape {counts.shape}")
+            before = counts, state["rows"]
+        self._before = before

@@ -72,6 +72,21 @@ def matching(model, pattern):
     return hits
 
 
+def fitting(wanted, state, what):
+    """Copies of saved arrays by name; ValueError, naming it, for what is missing, surplus or
+    mis-shaped against the arrays that are wanted."""
+    if set(wanted) != set(state):
+        odd = sorted(set(wanted) ^ set(state))
+        raise ValueError(f"{what}: {odd[0]} is missing or surplus ({len(odd)} such)")
+    arrays = {}
+    for key, have in wanted.items():
+        arrays[key] = np.array(state[key], np.asarray(have).dtype, order="C")
+        if arrays[key].shape != np.shape(have):
+            raise ValueError(f"{what}: {key} has shape {arrays[key].shape}; needed "
+                             f"{np.shape(have)}")
+    return arrays
+
+
 class _Arrays(Mapping):
     """Weights or gradients by name."""
 

@@ -236,5 +236,8 @@ def table_default():
 
 if __name__ == "__main__":
     tables = {name[6:]: call for name, call in globals().items() if name.startswith("table_")}
+    unknown = sorted(set(sys.argv[1:]) - set(tables))
+    if unknown:
+        sys.exit(f"no table {', '.join(unknown)}; there are {', '.join(tables)}")
     for wanted in sys.argv[1:] or tables:
         tables[wanted]()

@@ -101,6 +101,19 @@ def grads_of(model):
     return {name: np.array(g, np.float64) for name, g in model.grads.items()}
 
 
+def slope_along(model, name, gradient, loss, rng):
+    """(slope of loss() along a random direction in a parameter, what its gradient says)"""
+    weight, start = model.parameters[name], np.array(model.parameters[name])
+    direction = rng.standard_normal(start.shape)
+    direction /= np.linalg.norm(direction)
+    values = []
+    for h in (1e-5, -1e-5):
+        weight[...] = start + h * direction
+        values.append(loss())
+    weight[...] = start
+    return (values[0] - values[1]) / 2e-5, float((gradient * direction).sum())
+
+
 # ---------------------------------------------------------------- batches
 
 def draw_sample(rng, config, pictures, text_only):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import draw_config, draw_model, draw_samples, draw_seed_config, grads_of, pack
+from model_cases import (draw_config, draw_model, draw_samples, draw_seed_config, grads_of, pack,
+                         slope_along)
 from orchvlm.checkpoint import SafeTensors
 from test_training import CONFIG, Packs, losses, texts
 
@@ -83,16 +84,9 @@ def test_gradients_are_the_slopes_of_the_loss():
     _, grads = step(model, inputs)
     total = np.sqrt(sum(float((g ** 2).sum()) for g in grads.values()))
     for name, gradient in grads.items():
-        weight, start = model.parameters[name], np.array(model.parameters[name])
-        direction = rng.standard_normal(start.shape)
-        direction /= np.linalg.norm(direction)
-        values = []
-        for h in (1e-5, -1e-5):
-            weight[...] = start + h * direction
-            values.append(model.forward(inputs, training=False).loss)
-        weight[...] = start
-        wanted = float((gradient * direction).sum())
-        assert abs((values[0] - values[1]) / 2e-5 - wanted) <= 1e-6 * total, name
+        slope, wanted = slope_along(model, name, gradient,
+                                    lambda: model.forward(inputs, training=False).loss, rng)
+        assert abs(slope - wanted) <= 1e-6 * total, name
 
 
 @pytest.mark.parametrize("kind", ("dense", "sparse"))

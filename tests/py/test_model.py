@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import FIRST_TEXT, IMAGE, draw_config, draw_model, draw_seed_config, grads_of
+from model_cases import (FIRST_TEXT, IMAGE, draw_config, draw_model, draw_seed_config, grads_of,
+                         slope_along)
 from omni_cases import draw_any as draw_samples
 from omni_cases import draw_omni_config
 from omni_cases import pack_any as pack
@@ -68,16 +69,8 @@ def test_gradients_are_the_slopes_of_the_loss(family):
     out, grads = step(model, inputs)
     total = np.sqrt(sum(float((g ** 2).sum()) for g in grads.values()))
     for name, gradient in grads.items():
-        weight, start = model.parameters[name], np.array(model.parameters[name])
-        direction = rng.standard_normal(start.shape)
-        direction /= np.linalg.norm(direction)
-        values = []
-        for h in (1e-5, -1e-5):
-            weight[...] = start + h * direction
-            values.append(model.forward(inputs, training=False).loss)
-        weight[...] = start
-        slope = (values[0] - values[1]) / 2e-5
-        wanted = float((gradient * direction).sum())
+        slope, wanted = slope_along(model, name, gradient,
+                                    lambda: model.forward(inputs, training=False).loss, rng)
         assert abs(slope - wanted) <= 1e-6 * np.linalg.norm(gradient) + 1e-7 * total, (
             name, slope, wanted)
 

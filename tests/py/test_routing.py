@@ -7,6 +7,7 @@ import pytest
 
 import orchvlm
 from model_cases import FIRST_TEXT, draw_config, draw_model, draw_seed_config, grads_of
+from orchvlm.routing import Balance
 from orchvlm.training import read_metrics
 from test_training import Packs, losses
 
@@ -132,6 +133,18 @@ def test_resumed_is_uninterrupted(aux, monkeypatch, tmp_path):
         assert (second.model.parameters[name] == values).all(), name
     assert [r["step"] for r in read_metrics(tmp_path / "parts" / "metrics.jsonl")] == [
         1, 2, 3, 4, 5, 6]
+
+
+def test_state_that_does_not_fit_changes_nothing():
+    model, _ = draw(21, draw_seed_config)
+    balance = Balance(model, "lagged", 0.0)
+    experts = model.config.text["num_experts"]
+    good = {"counts": list(range(experts)), "rows": 7}
+    balance.load_state_dict(good)
+    for counts in ([1] * (experts + 1), [], 5):
+        with pytest.raises(ValueError, match=f"the model's {experts} experts; got shape"):
+            balance.load_state_dict({"counts": counts, "rows": 1})
+        assert balance.state_dict() == good
 
 
 def test_corrections_move_against_the_counts(monkeypatch, tmp_path):

@@ -21,10 +21,17 @@ class Tensor:
         if device[0] == 1 and stream not in (None, -1):
             raise BufferError(f"memory of the CPU has no stream; got stream={stream!r}")
         versioned = max_version is not None and tuple(max_version) >= (1, 0)
-        capsule = self._core.dlpack(self._place, self._which, versioned)
+        capsule = self._core.dlpack(self._place, self._which, versioned) if self._there() else None
         if capsule is None:
-            raise BufferError(f"{self} is gone: it is not trained any more")
+            raise BufferError(f"{self} is gone: the model has no such parameter, or does not train "
+                              "it any more; ask model.tensor again")
         return capsule
+
+    def _there(self):
+        """Adapters come and go: whether the place still holds what it was asked for."""
+        rows = self._core.parameters()
+        return self._place < len(rows) and (rows[self._place][0] == self.name and
+                                            tuple(rows[self._place][2]) == tuple(self.shape))
 
     def __repr__(self):
         return f"<{self.name}: {self.dtype}{list(self.shape)}>"

@@ -71,6 +71,7 @@ class profile:
         with _lock:
             if _current:
                 raise RuntimeError("another profile is on")
+            made = not self.path.exists()
             open(self.path, "a").close()  # a path that cannot be written is known now
             self._began, self._traced = time.monotonic(), []
             try:
@@ -79,6 +80,8 @@ class profile:
                         self._start(model)
             except BaseException:
                 self._stop()
+                if made:
+                    self.path.unlink(missing_ok=True)
                 raise
             _current.append(self)
         return self

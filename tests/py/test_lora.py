@@ -275,3 +275,20 @@ def test_a_run_of_adapters_goes_on(tmp_path):
     assert losses(second.run()) == losses(rows[3:])
     for name, values in whole.model.state_dict().items():
         np.testing.assert_array_equal(second.model.parameters[name], values)
+
+
+def test_a_tensor_of_adapters_that_went_says_so():
+    """Nor does it give what lies in its place by then."""
+    model, _, _ = draw("some", 30)
+    first = model.lora["modules"][0]
+    name = f"{first}.lora_A.weight"
+    held = model.tensor(name)
+    assert np.shares_memory(np.from_dlpack(held), model.parameters[name])
+    rank = model.lora["r"]
+    model.remove_lora()
+    with pytest.raises(BufferError, match="gone"):
+        np.from_dlpack(held)
+    model.add_lora(r=rank + 1, match=[first])
+    with pytest.raises(BufferError, match="gone"):
+        np.from_dlpack(held)
+    assert np.from_dlpack(model.tensor(name)).shape[0] == rank + 1

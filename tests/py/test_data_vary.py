@@ -60,7 +60,8 @@ def test_it_feeds_a_mixture_that_goes_on_where_it_stopped():
 
 
 @pytest.mark.parametrize("arguments, kind", [
-    ((5,), TypeError), (([],), ValueError), (([{}], 0.5), TypeError), (([{}], True), TypeError)])
+    ((5,), TypeError), (([],), ValueError), (([{}], 0.5), TypeError), (([{}], True), TypeError),
+    (([{}], -1), ValueError)])
 def test_refusals(arguments, kind):
     with pytest.raises(kind):
         data.Varied(*arguments)

@@ -1,7 +1,4 @@
 """The same pictures, seen a little differently each time."""
-import hashlib
-import random
-
 import numpy as np
 
 from .assets import need
@@ -11,7 +8,49 @@ from .mixture import shuffled
 WHITE = (255, 255, 255)
 
 
-class Varied:
+class Endless:
+    """Samples of a data set without end, each of its media of one kind varied anew: item k depends
+    on the data set, the seed and k alone, and every sample comes once in each pass."""
+
+    medium = None  # of the message parts that _vary(rng, source) is for
+
+    def __init__(self, dataset, seed=0):
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(f"dataset must be a sequence of samples; got {type(dataset).__name__}")
+        if not len(dataset):
+            raise ValueError("dataset must not be empty")
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+            raise TypeError(f"seed must be an integer; got {type(seed).__name__}")
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0; got {seed}")
+        self._data, self.seed, self._order = dataset, int(seed), (None, None)
+
+    def __getitem__(self, index):
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+            raise TypeError(f"a sample's number must be an integer; got {type(index).__name__}")
+        if index < 0:
+            raise IndexError(f"samples are numbered from 0; got {index}")
+        turn, place = divmod(int(index), len(self._data))
+        if self._order[0] != turn:
+            self._order = turn, shuffled(len(self._data), self.seed, turn)
+        sample = self._data[int(self._order[1][place])]
+        rng = np.random.default_rng([self.seed, int(index)])
+        return {**sample, "messages": [self._message(rng, message)
+                                       for message in sample["messages"]]}
+
+    def _message(self, rng, message):
+        medium = self.medium
+        if not isinstance(message.get("content"), list):
+            return message
+        return {**message, "content": [
+            {**part, medium: self._vary(rng, part[medium])} if part.get("type") == medium
+            and medium in part else part for part in message["content"]]}
+
+    def __repr__(self):
+        return f"<{type(self).__name__}: {self._data!r}, seed {self.seed}>"
+
+
+class Varied(Endless):
     """Samples of a data set without end, their pictures moved, scaled, turned and tinted at random.
 
     For small data sets whose answers do not depend on where in a picture something is, nor on
@@ -56,13 +95,10 @@ class Varied:
     ((32, 32, 3), 'cat')
     """
 
+    medium = "image"
+
     def __init__(self, dataset, seed=0, *, shift=0.1, zoom=0.2, turn=12.0, tint=0.3, grey=0.1):
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(f"dataset must be a sequence of samples; got {type(dataset).__name__}")
-        if not len(dataset):
-            raise ValueError("dataset must not be empty")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer; got {type(seed).__name__}")
+        super().__init__(dataset, seed)
         most = {"shift": 0.5, "zoom": 0.9, "turn": 180, "tint": 1, "grey": 1}
         given = {"shift": shift, "zoom": zoom, "turn": turn, "tint": tint, "grey": grey}
         for name, value in given.items():
@@ -70,29 +106,7 @@ class Varied:
                 raise TypeError(f"{name} must be a number; got {type(value).__name__}")
             if not 0 <= value <= most[name]:
                 raise ValueError(f"{name} must be in 0 .. {most[name]}; got {value}")
-        self._data, self.seed, self._most = dataset, seed, given
-        self._order = (None, None)
-
-    def __getitem__(self, index):
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"a sample's number must be an integer; got {type(index).__name__}")
-        if index < 0:
-            raise IndexError(f"samples are numbered from 0; got {index}")
-        turn, place = divmod(index, len(self._data))
-        if self._order[0] != turn:
-            self._order = turn, shuffled(len(self._data), self.seed, turn)
-        sample = self._data[int(self._order[1][place])]
-        text = f"{self.seed}/{index}"
-        rng = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
-        return {**sample, "messages": [self._message(rng, message)
-                                       for message in sample["messages"]]}
-
-    def _message(self, rng, message):
-        if not isinstance(message.get("content"), list):
-            return message
-        return {**message, "content": [
-            {**part, "image": self._vary(rng, part["image"])} if part.get("type") == "image"
-            and "image" in part else part for part in message["content"]]}
+        self._most = given
 
     def _vary(self, rng, source):
         need("PIL", "pillow")
@@ -112,6 +126,3 @@ class Varied:
         if rng.random() < most["grey"]:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
-
-    def __repr__(self):
-        return f"<Varied: {self._data!r}, seed {self.seed}>"

@@ -2,7 +2,7 @@
 import numpy as np
 
 from .audio import RATES, read_wav
-from .mixture import shuffled
+from .vary import Endless
 
 _SPEED = (0.85, 1.18)      # of speech, the voice with it
 _LEVEL_DB = 12.0           # louder or softer by at most this
@@ -10,12 +10,12 @@ _PAUSE_S = 0.15            # of near silence, before and behind
 _NOISE_DB = (15.0, 60.0)   # below the sound's own level
 
 
-class VariedSounds:
+class VariedSounds(Endless):
     """Samples whose sounds are varied, drawn without end.
 
     Parameters
     ----------
-    samples : sequence of dict
+    dataset : sequence of dict
         With messages, as a :class:`ZipPack` gives them; sounds are WAV files.
     seed : int
         Every seed varies otherwise.
@@ -23,9 +23,9 @@ class VariedSounds:
     Raises
     ------
     TypeError
-        Samples that are no sequence.
+        A data set that is no sequence, a seed that is no integer.
     ValueError
-        None of them.
+        An empty data set, a seed below 0.
 
     Notes
     -----
@@ -52,44 +52,15 @@ class VariedSounds:
     (True, True)
     """
 
-    def __init__(self, samples, seed=0):
-        if not hasattr(samples, "__getitem__") or not hasattr(samples, "__len__"):
-            raise TypeError(f"samples must be a sequence; got {type(samples).__name__}")
-        if not len(samples):
-            raise ValueError("samples must not be empty")
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0; got {seed!r}")
-        self._samples, self._seed, self._pass, self._order = samples, int(seed), None, None
+    medium = "audio"
 
-    def __getitem__(self, k):
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
-            raise IndexError(f"item {k!r} of samples without end")
-        turn, place = divmod(int(k), len(self._samples))
-        if turn != self._pass:
-            self._pass, self._order = turn, shuffled(len(self._samples), self._seed, turn)
-        sample = self._samples[int(self._order[place])]
-        rng = np.random.default_rng([self._seed, int(k)])
-        return {**sample, "messages": [self._message(m, rng) for m in sample["messages"]]}
-
-    def _message(self, message, rng):
-        if not isinstance(message.get("content"), list):
-            return message
-        return {**message, "content": [
-            {**part, "audio": _vary(part["audio"], rng)} if part.get("type") == "audio" else part
-            for part in message["content"]]}
-
-    def __repr__(self):
-        return f"<VariedSounds: {self._samples!r}>"
-
-
-def _vary(source, rng):
-    """(samples, rate) of a sound, otherwise."""
-    samples, rate = read_wav(source)
-    speed = rng.uniform(*_SPEED)
-    # In steps of a twentieth: two rates with a large common divisor are soon resampled.
-    new_rate = int(np.clip(round(speed * 20) * rate // 20, *RATES))
-    power = float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
-    noise = power * 10 ** (-rng.uniform(*_NOISE_DB) / 20)
-    pauses = (rng.uniform(0, _PAUSE_S, 2) * rate).astype(int)
-    loud = np.pad(samples, pauses) + noise * rng.standard_normal(len(samples) + pauses.sum())
-    return loud * 10 ** (rng.uniform(-_LEVEL_DB, _LEVEL_DB) / 20), new_rate
+    def _vary(self, rng, source):
+        samples, rate = read_wav(source)
+        speed = rng.uniform(*_SPEED)
+        # In steps of a twentieth: two rates with a large common divisor are soon resampled.
+        new_rate = int(np.clip(round(speed * 20) * rate // 20, *RATES))
+        power = float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
+        noise = power * 10 ** (-rng.uniform(*_NOISE_DB) / 20)
+        pauses = (rng.uniform(0, _PAUSE_S, 2) * rate).astype(int)
+        loud = np.pad(samples, pauses) + noise * rng.standard_normal(len(samples) + pauses.sum())
+        return loud * 10 ** (rng.uniform(-_LEVEL_DB, _LEVEL_DB) / 20), new_rate

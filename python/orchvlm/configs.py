@@ -417,7 +417,7 @@ def _act(name, where):
 
 # ---------------------------------------------------------------- presets
 
-_BYTE_VOCAB = 272  # 256 bytes and special tokens, of the built-in tokenizer
+_BYTE_VOCAB = 512  # bytes, special tokens and words, of the built-in tokenizer
 
 
 def _seed(vision, text, **top):

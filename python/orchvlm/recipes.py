@@ -43,7 +43,7 @@ def recipe(stage):
 
 
 #: The embedded tasks as the small presets learn them: easy drawings of 56 x 56 pixels.
-TASKS = {"kinds": ["colour", "count", "point"], "difficulty": 0.1, "max_side": 56}
+TASKS = {"kinds": ["colour", "shape", "count", "describe"], "difficulty": 0.1, "max_side": 56}
 
 _STARTS = {"tiny": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
            "tiny-moe": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},

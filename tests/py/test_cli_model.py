@@ -68,12 +68,13 @@ def test_train_leaves_a_model_and_a_report(trained):
     assert [step for step, _ in checkpoints(trained)] == [3]
     assert [row["step"] for row in read_metrics(trained / "metrics.jsonl")] == [1, 2, 3]
     table = json.loads((trained / "evaluation.json").read_text())
-    assert table["colour"]["samples"] == 2 and set(table) == {"colour", "count", "point", "all"}
+    assert table["colour"]["samples"] == 2
+    assert set(table) == {"colour", "shape", "count", "describe", "all"}
     text = (trained / "report.html").read_text()
     page = Page(text)
     assert page.tags.count("svg") == 4 and page.tags.count("figure") == 6
     assert page.sources and all(s.startswith("data:image/png") for s in page.sources)
-    assert "orchvlm train --preset tiny --kinds colour,count,point" in text
+    assert "orchvlm train --preset tiny --kinds colour,shape,count,describe" in text
     if sys.modules.get("matplotlib"):
         assert (trained / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -246,7 +247,7 @@ def test_flops_of_a_sample_are_those_of_the_batch():
     inputs = data.Processor.from_config(config.values).one(sample)
     text = inputs.n_tokens - 12
     tokens, flops = sample_flops(config, (112, 84), text)
-    head = 6 * (text - inputs.n_target_tokens) * config.text["hidden_size"] * 272
+    head = 6 * (text - inputs.n_target_tokens) * config.text["hidden_size"] * 512
     assert tokens == inputs.n_tokens
     assert flops - head == pytest.approx(orchvlm.model_flops(config, inputs))
 

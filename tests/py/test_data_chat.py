@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from orchvlm import data
+from orchvlm.data.words import WORDS
 
 pytest.importorskip("PIL", reason="pictures need Pillow")
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
@@ -85,6 +86,25 @@ def test_bytes_round_trip():
     assert len(set(BYTES.special.values())) == 15 and max(BYTES.special.values()) == 270
     with pytest.raises(TypeError):
         BYTES.encode(3)
+
+
+def test_words_round_trip_and_are_read_whole():
+    print("seed", SEED)
+    rng = np.random.default_rng(SEED)
+    tokenizer = data.ByteTokenizer(512)
+    parts = [*WORDS, " ", "\n", "red", "é", "ſ", "7", "-", "the", "\x00"]
+    for _ in range(300):
+        text = "".join(rng.choice(parts, rng.integers(0, 12)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and BYTES.decode(BYTES.encode(text)) == text
+        assert all(0 <= one < 256 or 272 <= one < 272 + len(WORDS) for one in ids)
+    assert len(tokenizer.encode("What colour is the star?")) == 6  # the question mark is a byte
+    assert tokenizer.encode("redder") == list(b"redder")  # words are not parts of words
+    assert len(set(WORDS)) == len(WORDS) <= 512 - 272
+    assert data.ByteTokenizer(511).encode("red") == list(b"red")
+    for size, error in ((271, ValueError), (3.0, TypeError), (True, TypeError)):
+        with pytest.raises(error):
+            data.ByteTokenizer(size)
 
 
 def test_tokens_and_labels_of_bytes():

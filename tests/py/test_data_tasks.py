@@ -87,6 +87,45 @@ def test_colours_by_pixels():
         assert max(areas, key=areas.get) == tasks[k]["answer"]
 
 
+def edges_of(mask):
+    """Top, left, bottom and right of what is marked."""
+    rows, columns = np.nonzero(mask)
+    return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+
+
+def test_shapes_by_pixels():
+    """How much of its box the asked colour fills tells squares and circles from the rest."""
+    tasks = data.Tasks(SEED, ["shape"], difficulty=0.5)
+    for k in range(80):
+        picture, question = parts(tasks[k])
+        wanted = near(picture, question.split()[4])
+        top, left, bottom, right = edges_of(wanted)
+        filled = wanted[top:bottom, left:right].mean()
+        seen = "square" if filled > 0.9 else "circle" if filled > 0.66 else "another"
+        answer = tasks[k]["answer"]
+        if "grey" in question and filled < 0.66:  # the edges of black shapes are grey, too
+            continue
+        assert seen == (answer if answer in ("square", "circle") else "another"), k
+
+
+def test_descriptions_are_in_reading_order():
+    tasks = data.Tasks(SEED, ["describe"], difficulty=0.6)
+    checked = 0
+    for k in range(80):
+        picture, _ = parts(tasks[k])
+        names = [thing.split()[0] for thing in tasks[k]["answer"].split(", ")]
+        if len(set(names)) < len(names) or "grey" in names:
+            continue
+        assert set(names) == {name for name in COLOURS if name != "grey"
+                              and near(picture, name).sum() > 30}
+        places = [edges_of(near(picture, name)) for name in names]
+        for (top, left, bottom, right), after in zip(places, places[1:]):
+            assert after[1] >= right - 1 or after[0] >= bottom - 1, (k, names)
+            assert after[2] > top
+        checked += len(names) > 1
+    assert checked > 15
+
+
 def test_counts_by_pixels():
     """Connected areas of the asked colour, or of anything where all shapes are asked for."""
     ndimage = pytest.importorskip("scipy.ndimage", reason="scipy counts connected areas")

@@ -110,7 +110,7 @@ class Processor:
             As ``config.json`` has it: ``model_type``, ``vision_config`` with ``patch_size``,
             ``spatial_merge_size`` and ``temporal_patch_size``, the ids of placeholder tokens.
         tokenizer : ByteTokenizer or HubTokenizer, optional
-            Bytes by default.
+            By default bytes, and words where ``text_config`` has a ``vocab_size`` for them.
         **changes : int, str or object
             Fields of :class:`ImageRule`, such as ``min_pixels``, and parameters of
             :class:`Processor`.
@@ -138,6 +138,8 @@ class Processor:
         if bins := (config.get("audio_config") or {}).get("num_mel_bins"):
             own.setdefault("mel_bins", bins)
         family = str(config.get("model_type")).removesuffix("_thinker")
+        if tokenizer is None:
+            tokenizer = _built_in(config.get("text_config") or {})
         processor = cls(tokenizer, family, **own)
         if "images" not in own:
             processor.images = replace(processor.images, **sizes, **changes)
@@ -156,8 +158,8 @@ class Processor:
         ----------
         folder : path
             Holds ``config.json``, and may hold ``preprocessor_config.json``,
-            ``video_preprocessor_config.json`` and ``tokenizer.json``; without the last, bytes are
-            tokens.
+            ``video_preprocessor_config.json`` and ``tokenizer.json``; without the last, tokens are
+            bytes and words, as in :meth:`from_config`.
         **changes : int, str or object
             As for :meth:`from_config`.
 
@@ -360,6 +362,13 @@ class Processor:
     def __repr__(self):
         return (f"<Processor: {self.family}, patches of {self.images.patch_size}, "
                 f"{self.tokenizer!r}>")
+
+
+def _built_in(text_config):
+    """The tokenizer of a model that comes without one."""
+    size = text_config.get("vocab_size")
+    known = isinstance(size, int) and not isinstance(size, bool) and size >= 272
+    return ByteTokenizer(size) if known else ByteTokenizer()
 
 
 def _read_json(path):

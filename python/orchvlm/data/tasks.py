@@ -12,8 +12,8 @@ SMALL, LARGE = 56, 224  # pixels: the least side of a picture, and the greatest 
 class Tasks:
     """Questions about drawn pictures, without end.
 
-    ``read`` (what does it say?), ``colour`` and ``count`` (of shapes), ``point`` and ``box``
-    (where is a shape?), ``chart`` (bars), ``puzzle`` (the odd one out) and ``screen`` (where to
+    ``read`` (what does it say?), ``colour``, ``shape`` and ``count`` (of shapes), ``describe`` (all
+    of them, in reading order), ``point`` and ``box`` (where is a shape?), ``chart`` (bars), ``puzzle`` (the odd one out) and ``screen`` (where to
     click).  Places are whole numbers from 0 to 999 along each side.
 
     Parameters

@@ -111,8 +111,8 @@ def _many(rng, low, high, difficulty):
     return min(high, low + int((most - low + 1) * rng.random()**1.5))
 
 
-def _cells(rng, canvas, n):
-    """n places that do not touch: (x, y, radius)."""
+def _cells(rng, canvas, n, reading=False):
+    """n places that do not touch, (x, y, radius); ``reading``: row by row, from left to right."""
     columns = max(1, round(math.sqrt(n * canvas.width / canvas.height)))
     rows = math.ceil(n / columns)
     while True:
@@ -122,7 +122,10 @@ def _cells(rng, canvas, n):
         rows, columns = (rows + 1, columns) if rows <= columns else (rows, columns + 1)
     wide, high = canvas.width / columns, canvas.height / rows
     out = []
-    for c, r in rng.sample(cells, n):
+    chosen = rng.sample(cells, n)
+    if reading:
+        chosen.sort(key=lambda cell: (cell[1], cell[0]))
+    for c, r in chosen:
         radius = min(wide, high) * rng.uniform(0.28, 0.44)
         free = 1.08 * radius  # neighbours never touch
         x = c * wide + rng.uniform(free, wide - free)
@@ -158,15 +161,36 @@ def read(rng, difficulty, max_side):
     return canvas.done(), "What does it say?", words, {}
 
 
+def _draw(canvas, things, cells):
+    for (shape, name), (x, y, r) in zip(things, cells):
+        canvas.shape(shape, x, y, r, COLOURS[name])
+
+
 def colour(rng, difficulty, max_side):
     """What colour is the ...?"""
     canvas = _canvas(rng, max_side)
-    n = _many(rng, 1, len(SHAPES), difficulty)
-    shapes = rng.sample(SHAPES, n)
+    shapes = rng.sample(SHAPES, _many(rng, 1, len(SHAPES), difficulty))
     things = [(shape, rng.choice(list(COLOURS))) for shape in shapes]
-    for (shape, name), (x, y, r) in zip(things, _cells(rng, canvas, n)):
-        canvas.shape(shape, x, y, r, COLOURS[name])
+    _draw(canvas, things, _cells(rng, canvas, len(things)))
     return canvas.done(), f"What colour is the {things[0][0]}?", things[0][1], {}
+
+
+def shape(rng, difficulty, max_side):
+    """What shape is the ... one? (a colour)"""
+    canvas = _canvas(rng, max_side)
+    names = rng.sample(list(COLOURS), _many(rng, 1, 5, difficulty))
+    things = [(rng.choice(SHAPES), name) for name in names]
+    _draw(canvas, things, _cells(rng, canvas, len(things)))
+    return canvas.done(), f"What shape is the {things[0][1]} one?", things[0][0], {}
+
+
+def describe(rng, difficulty, max_side):
+    """All shapes, row by row, from left to right."""
+    canvas = _canvas(rng, max_side)
+    things = _things(rng, _many(rng, 1, 5, difficulty), distinct=False)
+    _draw(canvas, things, _cells(rng, canvas, len(things), reading=True))
+    answer = ", ".join(f"{name} {shape}" for shape, name in things)
+    return canvas.done(), "Describe the picture.", answer, {}
 
 
 def count(rng, difficulty, max_side):
@@ -174,8 +198,7 @@ def count(rng, difficulty, max_side):
     n = _many(rng, 1, 20, difficulty)
     canvas = _canvas(rng, max_side, 56 if n < 7 else 84)
     things = _things(rng, n, distinct=False)
-    for (shape, name), (x, y, r) in zip(things, _cells(rng, canvas, n)):
-        canvas.shape(shape, x, y, r, COLOURS[name])
+    _draw(canvas, things, _cells(rng, canvas, n))
     asked_shape, asked_colour = rng.choice(things)
     what = rng.choice(("shapes", f"{asked_colour} shapes", _plural(asked_shape)))
     found = sum(what == "shapes" or what == f"{name} shapes" or what == _plural(shape)
@@ -193,8 +216,7 @@ def _find(rng, difficulty, max_side):
     canvas = _canvas(rng, max_side, 56 if n < 5 else 84)
     things = _things(rng, n, distinct=True)
     cells = _cells(rng, canvas, n)
-    for (shape, name), (x, y, r) in zip(things, cells):
-        canvas.shape(shape, x, y, r, COLOURS[name])
+    _draw(canvas, things, cells)
     return canvas, f"{things[0][1]} {things[0][0]}", cells[0], things[0][0]
 
 
@@ -307,5 +329,5 @@ def screen(rng, difficulty, max_side):
         "check": "point", "region": canvas.region(*edges)}
 
 
-KINDS = {"read": read, "colour": colour, "count": count, "point": point, "box": box,
-         "chart": chart, "puzzle": puzzle, "screen": screen}
+KINDS = {"read": read, "colour": colour, "shape": shape, "describe": describe, "count": count,
+         "point": point, "box": box, "chart": chart, "puzzle": puzzle, "screen": screen}

@@ -1,8 +1,10 @@
 """Tokenizers: bytes for tiny models, and the Hub's ``tokenizer.json``."""
 import json
+import re
 from pathlib import Path
 
 from .assets import DataError, need, read_file
+from .words import WORDS
 
 # What marks roles and media in the text, under the names that the Qwen families use.
 SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
@@ -10,21 +12,33 @@ SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_s
            "<|audio_pad|>")
 # A name for each role would cost as many bytes as a short question has.
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+_BYTES_ONLY, _FIRST_WORD, _WITH_WORDS = 272, 272, 512
+# A space belongs to the word behind it.
+_PIECE = re.compile(" ?[A-Za-z]+|[^A-Za-z]", re.DOTALL)
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and fifteen special ones behind them.
+    """One token per byte of UTF-8, fifteen special ones, and in most models common words.
 
     Ids 0 to 255 are bytes; then come, in this order, ``<|pad|>`` (256), ``<|endoftext|>``,
     ``<|im_start|>``, ``<|im_end|>`` (259), ``<|vision_start|>``, ``<|vision_end|>``,
     ``<|image_pad|>`` (262), ``<|video_pad|>``, ``<|audio_start|>``, ``<|audio_end|>``,
     ``<|audio_pad|>`` (266), and one for each role, from ``<|system|>`` to ``<|tool|>`` (270), which
-    opens its turn; ``<|im_end|>`` closes it.  The vocabulary is rounded up to 272.
+    opens its turn; ``<|im_end|>`` closes it.  A vocabulary of 512 has tokens for 239 words of
+    questions and answers about pictures besides, from 272 on: a small model then reads half as many
+    tokens.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Of the model: with at least 512 there are words.
 
     Raises
     ------
     TypeError
-        When something else than a string is encoded.
+        A size that is no integer; something else than a string is encoded.
+    ValueError
+        A size below 272.
 
     Examples
     --------
@@ -32,11 +46,20 @@ class ByteTokenizer:
     >>> tokenizer = orchvlm.data.ByteTokenizer()
     >>> tokenizer.encode("Hé"), tokenizer.decode([72, 105, 259])
     ([72, 195, 169], 'Hi')
+    >>> words = orchvlm.data.ByteTokenizer(512)
+    >>> words.encode("How many?"), words.decode(words.encode("a redder star"))
+    ([273, 346, 63], 'a redder star')
     """
 
-    vocab_size = 272
-
-    def __init__(self):
+    def __init__(self, vocab_size=_BYTES_ONLY):
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be an integer; got {type(vocab_size).__name__}")
+        if vocab_size < _BYTES_ONLY:
+            raise ValueError(f"vocab_size must be >= {_BYTES_ONLY}; got {vocab_size}")
+        has_words = vocab_size >= _WITH_WORDS
+        self.vocab_size = _WITH_WORDS if has_words else _BYTES_ONLY
+        self._words = WORDS if has_words else ()
+        self._word_ids = {word: _FIRST_WORD + k for k, word in enumerate(self._words)}
         self.special = {name: 256 + k for k, name in enumerate(SPECIAL + ROLE_TOKENS)}
         self.stop = (self.special["<|im_end|>"], self.special["<|endoftext|>"])
         self.template = None
@@ -60,7 +83,13 @@ class ByteTokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string; got {type(text).__name__}")
-        return list(text.encode("utf-8", "replace"))
+        if not self._words:
+            return list(text.encode("utf-8", "replace"))
+        ids = []
+        for piece in _PIECE.findall(text):
+            word = self._word_ids.get(piece)
+            ids += piece.encode("utf-8", "replace") if word is None else (word,)
+        return ids
 
     def decode(self, ids, special=False):
         """The text of tokens; broken UTF-8 becomes replacement characters.
@@ -81,6 +110,8 @@ class ByteTokenizer:
         for number in map(int, ids):
             if 0 <= number < 256:
                 out.append(number)
+            elif _FIRST_WORD <= number < _FIRST_WORD + len(self._words):
+                out += self._words[number - _FIRST_WORD].encode()
             elif special and number in names:
                 out += names[number].encode()
         return out.decode("utf-8", "replace")

@@ -100,9 +100,9 @@ class Model(Phases):
     ...                                  {"type": "text", "text": "What is it?"}]},
     ...     {"role": "assistant", "content": "A tone"}]})
     >>> inputs
-    <Inputs: 1 sample, 30 tokens, 7 targets, 1 sound of 50 frames>
+    <Inputs: 1 sample, 19 tokens, 3 targets, 1 sound of 50 frames>
     >>> hears.forward(inputs).n_target_tokens
-    7
+    3
     """
 
     def forward(self, inputs, normalizer=None, router_counts=None, *, training=True,

@@ -150,7 +150,7 @@ def plan_memory(config, dtype="float32"):
     >>> import orchvlm
     >>> from orchvlm.parts import plan_memory
     >>> plan_memory(orchvlm.preset("tiny"))["weights"]
-    17524992
+    17709312
     """
     total = sum(count for count, _ in count_parameters(config).values())
     size = _BYTES[dtype]

@@ -135,8 +135,9 @@ class Weights(Adapters):
                     std=0.02):
         """A model with random weights.
 
-        Weights are normal with deviation ``std``, norms 1, biases 0; each parameter draws from a
-        stream of its own, so that a model does not depend on the order of its layers.
+        Weights are normal with deviation ``std``, those of convolutions over sounds with
+        sqrt(2 / inputs), norms 1, biases 0; each parameter draws from a stream of its own, so that
+        a model does not depend on the order of its layers.
 
         Parameters
         ----------
@@ -160,6 +161,10 @@ class Weights(Adapters):
             A configuration that makes no model, or an unknown device or dtype.
         orchvlm.BackendError
             The device is not there.
+
+        References
+        ----------
+        K. He et al., Delving Deep into Rectifiers, ICCV 2015: the deviation of convolutions.
         """
         seed, std = _seed(seed), _deviation(std)
         model = cls(config, device=device, dtype=dtype, threads=threads)
@@ -168,7 +173,10 @@ class Weights(Adapters):
                 values = np.ones(shape, np.float32)
             elif kind == _KIND_WEIGHT:
                 rng = np.random.Generator(np.random.Philox(key=[seed, i]))
-                values = rng.standard_normal(shape, dtype=np.float32) * np.float32(std)
+                # With the one deviation, three convolutions of few inputs would leave a sound a
+                # hundred times fainter than the positions that are added to it.
+                deviation = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else std
+                values = rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
             else:
                 values = np.zeros(shape, np.float32)
             model._write(i, _WEIGHT, values)

@@ -48,7 +48,7 @@ class ByteTokenizer:
     ([72, 195, 169], 'Hi')
     >>> words = orchvlm.data.ByteTokenizer(512)
     >>> words.encode("How many?"), words.decode(words.encode("a redder star"))
-    ([273, 346, 63], 'a redder star')
+    ([273, 344, 63], 'a redder star')
     """
 
     def __init__(self, vocab_size=_BYTES_ONLY):

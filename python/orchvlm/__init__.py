@@ -21,6 +21,7 @@ _HOME = {
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
+    "comm": "comm", "Comm": "comm", "Dispatch": "dispatch", "Orchestrator": "orchestrator",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo",
 }

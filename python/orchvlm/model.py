@@ -163,13 +163,15 @@ class Model(Phases):
                          for i, entry in enumerate(entries)} for name, entries in taps.items()}
         return Output(loss, targets, aux, counts, weight_sum, **states)
 
-    def route(self, inputs):
+    def route(self, inputs, *, features=None, extra=None, sounds=None):
         """Where the routers send a packed batch: a forward without a head, nothing kept.
 
         Parameters
         ----------
         inputs : Inputs
             Labels are not used.
+        features, extra, sounds : float32[rows, C], optional
+            As in :meth:`forward`.
 
         Returns
         -------
@@ -193,7 +195,7 @@ class Model(Phases):
         """
         if not self.config.sparse:
             raise ValueError("route: this model has no experts")
-        self._run(inputs, labels=False, training=False)
+        self._run(inputs, features, extra, sounds, labels=False, training=False)
         counts = self._core.router_counts()
         return counts, int(counts.sum()) // self.config.text["num_experts_per_tok"]
 

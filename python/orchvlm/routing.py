@@ -17,6 +17,8 @@ class Balance:
         As ``aux`` of :class:`orchvlm.TrainingConfig`.
     rate : float
         By which ``"bias"`` moves a correction in a step.
+    total : callable, optional
+        Sums an array of numbers over the ranks; by default there is one.
 
     Raises
     ------
@@ -24,24 +26,28 @@ class Balance:
         ``"bias"`` with routers that have no corrections.
     """
 
-    def __init__(self, model, mode, rate):
+    def __init__(self, model, mode, rate, total=np.asarray):
         text = model.config.text
         if mode == "bias" and text.get("scoring_func") != "sigmoid":
             raise ValueError("aux='bias' needs a model with experts and scoring_func 'sigmoid': no "
                              "other router has corrections")
-        self._model, self._mode, self._rate = model, mode, rate
+        self._model, self._mode, self._rate, self._total = model, mode, rate, total
         self._sparse = model.config.sparse
         self._loss = self._sparse and mode != "bias" and text.get(
             "router_aux_loss_coef", 0.001) > 0
         self._before = None  # "lagged": (counts, rows) of the step before
 
-    def begin(self, packs):
+    def begin(self, tokens, route, whole=False):
         """Before a step's forwards.
 
         Parameters
         ----------
-        packs : list of Inputs
-            The step's micro-batches.
+        tokens : int
+            Of this rank's part of the batch.
+        route : callable
+            Gives (int64[E], rows) of this rank's part, as :meth:`Model.route` does.
+        whole : bool
+            One forward of one rank sees the whole batch.
 
         Returns
         -------
@@ -52,18 +58,19 @@ class Balance:
         self._layers = self._model._core.router_layers().shape[0] if self._sparse else 0
         if self._sparse and self._mode == "bias":
             return np.zeros(self._model.config.text["num_experts"], np.int64), 1  # no loss
-        if not self._loss or len(packs) == 1 and self._mode == "exact":
+        if not self._loss or whole and self._mode == "exact":
             return None  # the forward's own counts are the whole batch's
         if self._mode == "lagged" and self._before is not None:
             counts, rows = self._before
             # The loss divides counts and scores by one number of rows: f = count / rows of then and
             # P = score / rows of now make the product of both that of their geometric mean.
-            now = self._layers * sum(pack.n_tokens for pack in packs)
+            now = self._layers * int(self._total(np.array([tokens]))[0])
             return counts, math.sqrt(rows * max(1, now))
         start = time.perf_counter()
-        parts = [self._model.route(pack) for pack in packs]
+        counts, rows = route()
+        seen = self._total(np.append(counts, rows).astype(np.int64))
         self.seconds = time.perf_counter() - start
-        return sum(counts for counts, _ in parts), max(1, sum(rows for _, rows in parts))
+        return seen[:-1], max(1, int(seen[-1]))
 
     def note(self, out):
         """After a forward of the step.
@@ -94,6 +101,7 @@ class Balance:
         """
         if not self._sparse:
             return {}
+        self._counts = self._total(self._counts)
         total = self._counts.sum(axis=0)
         if self._mode == "lagged":
             rows = int(total.sum()) // self._model.config.text["num_experts_per_tok"]
@@ -101,7 +109,8 @@ class Balance:
         if self._mode == "bias" and not skipped:
             self._model.correct_routers(self._counts, self._rate)
         mean = self._counts.mean() if self._counts.size else 0.0
-        return {"aux_loss": self._aux_loss, "routing_seconds": self.seconds,
+        aux_loss = float(self._total(np.array([self._aux_loss]))[0])
+        return {"aux_loss": aux_loss, "routing_seconds": self.seconds,
                 "expert_load": float(self._counts.max() / mean) if mean else 1.0}
 
     def state_dict(self):

@@ -18,58 +18,71 @@ import numpy as np
 from ._files import write_whole
 from ._numbers import finite_number
 from .averaging import EMA
-from .flops import model_flops
 from .model import Model
 from .optim import AdamW, schedule
+from .passes import OneRank
 from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
-_AHEAD = 3  # packs that are made before they are asked for
 
 
 class _Ahead:
-    """Makes packs in a thread of its own, a few ahead; with each goes the loader's state behind it.
+    """Makes batches in a thread of its own, before they are asked for; with each goes the loader's
+    state behind it.
 
-    What was made and not used is given back by :meth:`close`, for whoever goes on.
+    ``make`` turns the loader's packs into what a step takes.  At most ``most`` are made ahead; a
+    batch is begun when one is taken, never by the thread's own will, so that ranks that take
+    equally many have begun equally many.  What was made and not used is given back by
+    :meth:`close`, for whoever goes on.
     """
 
-    def __init__(self, loader, left=()):
-        self._loader, self._left = loader, list(left)
-        self._queue = queue.Queue(_AHEAD)
-        self._stop = threading.Event()
+    def __init__(self, loader, make, most, left=()):
+        self._loader, self._make = loader, make
+        self._left = list(left)
+        self._orders, self._made = queue.Queue(), queue.Queue()
+        self._under_way = 0
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+        self._order(most - len(self._left))
+
+    def _order(self, n):
+        for _ in range(n):
+            self._under_way += 1
+            self._orders.put(True)
 
     def _work(self):
-        try:
-            while not self._stop.is_set():
-                pack = next(self._loader)
-                self._queue.put((pack, self._loader.state_dict()))
-        except BaseException as error:  # handed on to whoever asks for the next pack
-            self._queue.put((error, None))
+        failed = None
+        while self._orders.get():
+            if failed is None:
+                try:
+                    batch = self._make(self._loader)
+                    self._made.put((batch, self._loader.state_dict()))
+                    continue
+                except BaseException as error:  # handed on to whoever asks for the next batch
+                    failed = error
+            self._made.put((failed, None))
 
     def next(self):
-        """(pack, loader state behind it); the loader's own exception, every time, once it failed.
+        """(batch, loader state behind it); the loader's own exception, every time, once it failed.
         """
-        item, state = self._left.pop(0) if self._left else self._queue.get()
+        item, state = self._left.pop(0) if self._left else self._taken()
         if isinstance(item, BaseException):
             self._left.insert(0, (item, None))
             raise item
+        self._order(1)
         return item, state
 
-    def _drain(self):
-        while True:
-            try:
-                self._left.append(self._queue.get_nowait())
-            except queue.Empty:
-                return
+    def _taken(self):
+        item = self._made.get()
+        self._under_way -= 1
+        return item
 
     def close(self):
-        """Ends the thread behind the pack it is making; all packs that nobody took."""
-        self._stop.set()
-        self._drain()  # a thread that waits for room goes on, and sees that it shall stop
+        """Ends the thread behind what was begun; all batches that nobody took."""
+        self._orders.put(False)
         self._thread.join()
-        self._drain()
+        while self._under_way:
+            self._left.append(self._taken())
         return self._left
 
 
@@ -120,6 +133,9 @@ class TrainingConfig:
     micro_batches : int
         Packs per step; the loss is divided by the step's weight sum, so the gradient is that of
         one larger pack.
+    rank_tokens, rank_patches : int, optional
+        With several ranks: tokens, and patches of images, that a rank takes at a time; more than
+        that is done in several micro-batches.
     checkpoint : {"none", "selective", "full"}
         Activations that are computed again.
     aux : {"exact", "lagged", "bias"}
@@ -162,6 +178,8 @@ class TrainingConfig:
     groups: tuple = ()
     freeze: tuple = ()
     micro_batches: int = 1
+    rank_tokens: int = None
+    rank_patches: int = None
     checkpoint: str = "none"
     aux: str = "exact"
     bias_rate: float = 1e-3
@@ -198,6 +216,9 @@ class Trainer:
         What to do.
     folder : path-like
         Checkpoints and ``metrics.jsonl`` go there.
+    comm : Comm, optional
+        Of the ranks that train together, each with the same model and a loader of its own samples
+        (:class:`orchvlm.data.RankLoader`).  Rank 0 writes.
 
     Raises
     ------
@@ -224,7 +245,7 @@ class Trainer:
     [1, 2]
     """
 
-    def __init__(self, model, loader, config, folder):
+    def __init__(self, model, loader, config, folder, comm=None):
         if not isinstance(model, Model) or not isinstance(config, TrainingConfig):
             raise TypeError("Trainer takes a Model, a loader and a TrainingConfig; got "
                             f"{type(model).__name__} and {type(config).__name__}")
@@ -240,7 +261,8 @@ class Trainer:
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
         self.ema = None if config.ema is None else EMA(model, config.ema)
-        self._balance = Balance(model, config.aux, config.bias_rate)
+        self.passes = _passes(model, config, comm)
+        self._balance = Balance(model, config.aux, config.bias_rate, self.passes.total)
         self._warmup = min(config.warmup, config.steps)
         self._rate = schedule(config.schedule, config.lr, config.steps, self._warmup,
                               config.min_lr)
@@ -273,37 +295,37 @@ class Trainer:
             ``metrics.jsonl``.  A loss that is no number is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        ahead = _Ahead(self.loader, self._left)
+        passes, log = self.passes, None
+        ahead = _Ahead(self.loader, passes.make, passes.ahead, self._left)
         try:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-                while self.done < 1:
-                    start = time.perf_counter()
-                    try:
-                        taken = [ahead.next() for _ in range(self.config.micro_batches)]
-                    except StopIteration:
-                        break
-                    yield self._one([pack for pack, _ in taken], taken[-1][1], start, log)
-                    if self.config.save_every and self.step % self.config.save_every == 0:
-                        self.save()
+            if passes.rank == 0:
+                log = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            while self.done < 1:
+                start = time.perf_counter()
+                try:
+                    batch, state = ahead.next()
+                except StopIteration:
+                    break
+                yield self._one(batch, state, start, log)
+                if self.config.save_every and self.step % self.config.save_every == 0:
+                    self.save()
+        except Exception as error:
+            passes.abort(f"{type(error).__name__}: {error}")
+            raise
         finally:
             try:
                 if self.step and self._saved != self.step:
                     self.save()
             finally:
                 self._left = ahead.close()
+                if log is not None:
+                    log.close()
 
-    def _one(self, packs, state, start, log):
-        """One step; ``state`` is the loader's behind its packs."""
-        total = sum(_weight_sum(pack) for pack in packs)
+    def _one(self, batch, state, start, log):
+        """One step; ``state`` is the loader's behind its batch."""
         self.model.zero_grad()
-        loss, targets = 0.0, 0
-        counts = self._balance.begin(packs)
-        for pack in packs:
-            out = self.model.forward(pack, normalizer=total, router_counts=counts,
-                                     checkpoint=self.config.checkpoint)
-            self._balance.note(out)
-            loss, targets = loss + out.loss, targets + out.n_target_tokens
-            self.model.backward()
+        ran = self.passes.run(batch, self._balance, self.config.checkpoint)
+        self.passes.reduce_gradients()
         # The warm-up is counted in steps, what follows in whatever ends the run.
         place = self.step if self.step < self._warmup else max(
             self._warmup, self.done * self.config.steps)
@@ -313,19 +335,22 @@ class Trainer:
             experts = self._balance.end(done["skipped"])
             if self.ema is not None and not done["skipped"]:
                 self.ema.update()
-            seconds = time.perf_counter() - start
+            # One clock for all ranks: that of rank 0 says when a run by minutes is over.
+            seconds = time.perf_counter() - start if self.passes.rank == 0 else 0.0
+            loss, targets, tokens, flops, seconds = self.passes.total(np.array(
+                [ran.loss, ran.targets, ran.tokens, ran.flops, seconds])).tolist()
             self.step += 1
             self.elapsed_s += seconds
             self._loader_state = state
-            tokens = sum(pack.n_tokens for pack in packs)
-            flops = sum(model_flops(self.model.config, pack) for pack in packs)
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
-                   "skipped": done["skipped"], "tokens": tokens, "targets": targets,
+                   "skipped": done["skipped"], "tokens": int(tokens), "targets": int(targets),
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts}
-            log.write(json.dumps({key: value if math.isfinite(value) else None
-                                  for key, value in row.items()}) + "\n")
-            log.flush()
+                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts,
+                   **self.passes.metrics(ran)}
+            if log is not None:
+                log.write(json.dumps({key: value if math.isfinite(value) else None
+                                      for key, value in row.items()}) + "\n")
+                log.flush()
         return row
 
     def save(self):
@@ -341,8 +366,11 @@ class Trainer:
         OSError
             It cannot be written; checkpoints from before are untouched.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"checkpoint-{self.step}"
+        if self.passes.rank:  # all ranks hold the same
+            self._saved = self.step
+            return target
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
         try:
             self.model.save_pretrained(temporary)
@@ -410,13 +438,13 @@ class Trainer:
         return self.step
 
 
-def _weight_sum(pack):
-    """Sum of the weights that count: not of labels at the start of a sample, which nothing
-    predicts."""
-    counted = pack.labels >= 0
-    starts = pack.cu_seqlens[:-1]
-    counted[starts[starts < len(counted)]] = False
-    return float(counted.sum() if pack.weights is None else pack.weights[counted].sum())
+def _passes(model, config, comm):
+    """Who runs the passes of a step."""
+    if comm is None or comm.size == 1:
+        return OneRank(model, config.micro_batches)
+    from .orchestrator import Orchestrator
+    return Orchestrator(model, comm, max_tokens=config.rank_tokens,
+                        max_patches=config.rank_patches, micro_batches=config.micro_batches)
 
 
 def read_metrics(path):

@@ -16,7 +16,8 @@ _HOME = {
     "read_messages": "chat",
     "Processor": "processor",
     "JsonLines": "datasets", "TarShards": "shards", "ZipPack": "packs", "load_pack": "packs",
-    "Mixture": "mixture", "Loader": "mixture", "Varied": "vary",
+    "Mixture": "mixture", "Loader": "mixture", "RankLoader": "rank_loader",
+    "Varied": "vary",
     "VariedSounds": "vary_sounds",
     "Tasks": "tasks", "contact_sheet": "sheet", "score": "verify",
 }

@@ -40,10 +40,12 @@ class _Part:
             raise DataError(f"datasets[{number}] is empty")
         self._epoch, self._order, self._stream = None, None, None
 
-    def next(self):
+    def next(self, read=True):
         k, self.drawn = self.drawn, self.drawn + 1
         if not self.indexed:
             return self._streamed(k)
+        if not read:
+            return None
         if self.size is None:
             return self.data[k]
         epoch, place = divmod(k, self.size)
@@ -155,9 +157,22 @@ class Mixture:
         return self
 
     def __next__(self):
+        return self._draw(True)
+
+    def skip(self):
+        """Passes over the next sample, which is not read where its data set is a sequence.
+
+        Raises
+        ------
+        StopIteration
+            There is none.
+        """
+        self._draw(False)
+
+    def _draw(self, read):
         share = _mixed(self.seed, self.drawn) / 2**64
         part = min(int(np.searchsorted(self._ends, share, "right")), len(self._parts) - 1)
-        sample = self._parts[part].next()
+        sample = self._parts[part].next(read)
         self.drawn += 1
         return sample
 
@@ -272,7 +287,7 @@ class Loader:
                 self._waiting = self._next_fitting(bool(pack))
             if self._waiting is None:
                 break
-            new_tokens, new_patches = _extent(self._waiting)
+            new_tokens, new_patches = sample_extent(self._waiting)
             if pack and (tokens + new_tokens > self.max_tokens or self.max_patches is not None
                          and patches + new_patches > self.max_patches):
                 break
@@ -292,18 +307,20 @@ class Loader:
                     return None
                 raise
             try:
-                inputs = self._processor.one(sample)
-                tokens, patches = _extent(inputs)
-                if tokens > self.max_tokens or patches > (self.max_patches or math.inf):
-                    raise DataError(f"a sample of {tokens} tokens and {patches} patches fits into "
-                                    f"no pack of {self.max_tokens} tokens"
-                                    + (f" and {self.max_patches} patches" if self.max_patches
-                                       else ""))
-                return inputs
+                return self._fitting(sample)
             except DataError:
                 if self.too_long == "raise":
                     raise
                 self.skipped += 1
+
+    def _fitting(self, sample):
+        inputs = self._processor.one(sample)
+        tokens, patches = sample_extent(inputs)
+        if tokens > self.max_tokens or patches > (self.max_patches or math.inf):
+            raise DataError(f"a sample of {tokens} tokens and {patches} patches fits into no pack "
+                            f"of {self.max_tokens} tokens"
+                            + (f" and {self.max_patches} patches" if self.max_patches else ""))
+        return inputs
 
     def state_dict(self):
         """What a later run needs to go on with the next pack.
@@ -335,5 +352,6 @@ class Loader:
         self.skipped, self._waiting = state["skipped"], None
 
 
-def _extent(inputs):
+def sample_extent(inputs):
+    """(tokens, patches)"""
     return inputs.n_tokens, 0 if inputs.pixels is None else len(inputs.pixels)

@@ -1,0 +1,279 @@
+"""One global batch over ranks: every phase evenly, and a gradient that does not depend on how."""
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .cost import Cluster
+from .dispatch import Dispatch
+from .inputs import Inputs
+from .model_cost import from_model
+from .passes import Ran
+from .routes import Route
+from .shares import MEDIA, medium, gathered_batch, label_weights
+from .step import plan_step
+
+_WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
+_COLUMNS = 6    # of a token that travels: id, label, weight, three positions
+
+
+@dataclass
+class Prepared:
+    """A global batch that is where it will be used, before anything is computed.
+
+    Attributes
+    ----------
+    plan : StepPlan
+        The same on all ranks.
+    normalizer : float
+        Sum of all weights of the global batch.
+    micro : list of Inputs
+        This rank's micro-batches of the language phase, without images and sounds.
+    items : dict of str to (array, int32[n, 3])
+        Rows and sizes of what this rank encodes, by medium.
+    outputs : dict of str to Dispatch
+        The way of features to the tokens that wait for them, by medium.
+    ran : Ran
+        Counts the samples that this rank read, whoever computes them.
+    seconds : dict of str to float
+        What gathering lengths, planning and moving took.
+    """
+
+    plan: object
+    normalizer: float
+    micro: list
+    items: dict
+    outputs: dict
+    ran: Ran
+    seconds: dict = field(default_factory=dict)
+
+
+class Orchestrator:
+    """Encodes, routes and decodes global batches over the ranks of a communicator.
+
+    Parameters
+    ----------
+    model : Model
+        The same on all ranks.
+    comm : Comm
+    costs : dict of str to BatchCost, optional
+        By phase; by default counted from the configuration.
+    cluster : Cluster, optional
+        By default one node of the communicator's ranks.
+    max_tokens, max_patches, max_frames : int, optional
+        Of a micro-batch on one rank in the language, vision and audio phase.
+    micro_batches : int
+        Packs of the loader that make a global batch.
+
+    Notes
+    -----
+    A step: lengths are gathered and every rank makes the same plan (:func:`plan_step`, with a limit
+    on work, not on time); raw data and tokens travel; each rank encodes its items; one all-to-all
+    per encoder brings features straight to the ranks of their tokens; the language phase runs in
+    micro-batches, as many on every rank; gradients of features go back the way they came; gradients
+    of weights are summed over the ranks.  The loss is a sum over the global batch divided by one
+    normaliser, so neither depends on the plan.
+    """
+
+    def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
+                 max_frames=None, micro_batches=1):
+        self.model, self.comm, self._micro_batches = model, comm, micro_batches
+        self.rank, self.size, self._beside = comm.rank, comm.size, comm.dup()
+        self.media = [name for name in MEDIA if (model.config.audible if name == "audio"
+                                                 else bool(model.config.vision))]
+        self.cluster = cluster or Cluster(1, comm.size, 1.0, 1e11, 1e10, 1e10)
+        self.costs = costs or _counted_costs(model, self.cluster, self.media)
+        limits = {"llm": max_tokens, "vision": max_patches, "audio": max_frames}
+        self._limits = {name: most for name, most in limits.items()
+                        if most is not None and name in (*self.media, "llm")}
+
+    # ------------------------------------------------------------ before the step
+
+    ahead = 1  # batches that are planned, and whose data travels, while a step runs
+
+    def make(self, loader):
+        """The next step's batch, from this rank's samples; for a thread beside the steps."""
+        return self.prepare(Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
+                            self._beside)
+
+    def prepare(self, inputs, comm=None):
+        """Plans a global batch and moves its data; computes nothing.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            This rank's samples, which may be none.
+        comm : Comm, optional
+            In the stead of the orchestrator's: a dup of it, in a thread of its own while the step
+            before runs.
+
+        Returns
+        -------
+        Prepared
+        """
+        comm, start = comm or self.comm, time.perf_counter()
+        media = {name: medium(self.model.config, inputs, name) for name in self.media}
+        batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, comm)
+        known = time.perf_counter()
+        plan = plan_step(batch, self.cluster, self.costs, memory=self._memory(batch),
+                         work_limit=_WORK, time_limit=None)
+        planned = time.perf_counter()
+        items = {name: self._raw(plan, batch, name, media[name], sizes[name], comm)
+                 for name in self.media if len(sizes[name])}
+        micro = _micro_batches(inputs, batch, plan.llm, comm)
+        outputs = {name: Dispatch(plan.routes[f"{name}->llm"], comm) for name in items}
+        seconds = {"lengths": known - start, "plan": planned - known,
+                   "data": time.perf_counter() - planned}
+        ran = Ran([inputs], self.model.config)
+        return Prepared(plan, normalizer, micro, items, outputs, ran, seconds)
+
+    def _memory(self, batch):
+        """The limits as the planner takes them; what is longer has a micro-batch to itself."""
+        lengths = {"llm": batch.language_lengths,
+                   **{name: items.length for name, items in batch.phases.items()}}
+        return {name: (self.cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
+                for name, most in self._limits.items()}
+
+    def _raw(self, plan, batch, name, held, sizes, comm):
+        """(rows, sizes) of the items that this rank encodes."""
+        share, items = plan.phases[name], batch.phases[name]
+        order = np.lexsort((items.position, items.sample, share.micro_batch))
+        mine = order[share.rank[order] == comm.rank]
+        rows = Dispatch(plan.routes[name], comm).apply(held.rows)
+        return rows, sizes[mine].astype(np.int32)
+
+    # ------------------------------------------------------------ the step
+
+    def run(self, prepared, balance, checkpoint="none"):
+        """Forward and backward of a prepared batch: adds this rank's part of the gradients.
+
+        Parameters
+        ----------
+        prepared : Prepared
+        balance : Balance
+            Of the routers.
+        checkpoint : {"none", "selective", "full"}
+
+        Returns
+        -------
+        Ran
+        """
+        model, ran = self.model, prepared.ran
+        given = {name: self._encode(name, prepared, checkpoint, ran) for name in self.media
+                 if name in prepared.items}
+        parts = self._parts(prepared.micro, given)
+        counts = balance.begin(ran.tokens, lambda: self._route(prepared.micro, parts))
+        slopes = []
+        for micro, part in zip(prepared.micro, parts):
+            with ran.timed("llm"):
+                out = model.forward(micro, normalizer=prepared.normalizer, router_counts=counts,
+                                    checkpoint=checkpoint, **part)
+                ran.note(out)
+                balance.note(out)
+                slopes.append(model.backward())
+        for name in reversed(given):
+            self._encode_backward(name, prepared, slopes, ran)
+        return ran
+
+    def _parts(self, micro, given):
+        """The features of each micro-batch, which come in the order of its tokens, as forward
+        takes them."""
+        tokens = {"vision": self.model.config.visual_tokens, "audio": self.model.config.sound_tokens}
+        first, parts = dict.fromkeys(given, 0), []
+        for pack in micro:
+            part = {}
+            for name, (features, extra) in given.items():
+                start = first[name]
+                first[name] = end = start + int(np.isin(pack.input_ids, tokens[name]).sum())
+                part["features" if name == "vision" else "sounds"] = features[start:end]
+                if extra is not None:
+                    part["extra"] = extra[:, start:end]
+            parts.append(part)
+        return parts
+
+    def _route(self, micro, parts):
+        seen = [self.model.route(pack, **part) for pack, part in zip(micro, parts)]
+        return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
+
+    def _encode(self, name, prepared, checkpoint, ran):
+        """(features, extra) of this rank's tokens."""
+        rows, sizes = prepared.items[name]
+        with ran.timed(name):
+            features, extra = self.model.encode(name, rows, sizes if name == "vision"
+                                                else sizes[:, 0], checkpoint=checkpoint)
+        with ran.timed(f"{name}->llm"):
+            layers = [] if extra is None else list(extra)
+            arrived = prepared.outputs[name].apply([features, *layers])
+        return arrived[0], None if extra is None else np.stack(arrived[1:])
+
+    def _encode_backward(self, name, prepared, slopes, ran):
+        """Gradients of the features of all micro-batches, back to who encoded them."""
+        place = 0 if name == "vision" else 2
+        with ran.timed(f"llm->{name}"):
+            back = [np.concatenate([one[place] for one in slopes])]
+            if name == "vision" and slopes[0][1] is not None:
+                back += list(np.concatenate([one[1] for one in slopes], axis=1))
+            back = prepared.outputs[name].reverse(back)
+        with ran.timed(name):
+            self.model.encode_backward(back[0], np.stack(back[1:]) if back[1:] else None,
+                                       modality=name)
+
+    # ------------------------------------------------------------ over ranks
+
+    def total(self, array):
+        """An array of numbers, summed over the ranks."""
+        return self.comm.all_reduce(array)
+
+    def reduce_gradients(self):
+        """Sums the gradients over the ranks."""
+        for gradient in self.model.grads.values():
+            self.comm.all_reduce(gradient, out=gradient)
+
+    def abort(self, message):
+        """Makes the other ranks fail, with this message."""
+        self.comm.abort(message)
+
+    def metrics(self, ran):
+        """What a line of metrics says besides: of rank 0, seconds by phase."""
+        return {f"{name}_seconds": seconds for name, seconds in ran.seconds.items()}
+
+
+def _counted_costs(model, cluster, media):
+    counted = from_model(model.config.values, cluster).costs
+    return {name: counted[name] for name in (*media, "llm")}
+
+
+def _micro_batches(inputs, batch, share, comm):
+    """This rank's samples of the language phase, in micro-batches."""
+    lengths = batch.language_lengths
+    order = np.lexsort((np.arange(len(batch)), share.micro_batch, share.rank))
+    order = order[lengths[order] > 0]
+    held = np.flatnonzero(lengths > 0)  # samples are in the order of their sources
+    send_row = np.zeros(len(batch), np.int64)
+    send_row[held] = _first_rows(lengths[held], batch.source_rank[held])
+    route = Route(order, np.zeros(len(order), np.int64), lengths[order],
+                  batch.source_rank[order], share.rank[order], send_row[order],
+                  _first_rows(lengths[order], share.rank[order]), comm.size)
+    table = np.empty((inputs.n_tokens, _COLUMNS), np.int32)
+    table[:, 0], table[:, 1] = inputs.input_ids, inputs.labels
+    table[:, 2] = label_weights(inputs).view(np.int32)
+    table[:, 3:] = inputs.position_ids.T.view(np.int32)
+    arrived = Dispatch(route, comm).apply(table)
+    mine = order[share.rank[order] == comm.rank]
+    packs, first = [], 0
+    for m in range(share.micro_batches):
+        ends = np.cumsum([0, *lengths[mine[share.micro_batch[mine] == m]]])
+        rows = arrived[first:first + ends[-1]]
+        first += ends[-1]
+        packs.append(Inputs(
+            input_ids=rows[:, 0], cu_seqlens=ends, labels=rows[:, 1],
+            weights=np.ascontiguousarray(rows[:, 2]).view(np.float32),
+            position_ids=np.ascontiguousarray(rows[:, 3:].T).view(np.float32)))
+    return packs
+
+
+def _first_rows(lengths, ranks):
+    """First row of each piece on its rank, where pieces are in the order of their ranks."""
+    first = np.cumsum(lengths) - lengths
+    new = np.flatnonzero(np.diff(ranks, prepend=-1))
+    return first - np.repeat(first[new], np.diff(np.append(new, len(ranks))))

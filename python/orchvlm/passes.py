@@ -1,0 +1,109 @@
+"""The passes of one step on one rank, and what they gave."""
+import time
+from contextlib import contextmanager
+
+import numpy as np
+
+from .flops import model_flops
+from .shares import label_weights
+
+
+class Ran:
+    """What a rank's part of a step gave.
+
+    Attributes
+    ----------
+    loss : float
+        This rank's part; those of all ranks add up.
+    targets, tokens : int
+        Of its part of the batch.
+    flops : float
+    aux_loss : float
+        Of routers, its part.
+    seconds, busy : dict of str to float
+        By phase and transfer: what went by, and what the calling thread computed.
+    """
+
+    def __init__(self, packs=(), config=None):
+        self.loss, self.targets, self.aux_loss = 0.0, 0, 0.0
+        self.tokens = sum(pack.n_tokens for pack in packs)
+        self.flops = sum(model_flops(config, pack) for pack in packs)
+        self.seconds, self.busy = {}, {}
+
+    @contextmanager
+    def timed(self, name):
+        """Adds what happens inside to a phase."""
+        start, busy = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            for total, now in ((self.seconds, time.perf_counter() - start),
+                               (self.busy, time.thread_time() - busy)):
+                total[name] = total.get(name, 0.0) + now
+
+    def note(self, out):
+        """Adds a micro-batch's output."""
+        self.loss, self.targets = self.loss + out.loss, self.targets + out.n_target_tokens
+
+
+class OneRank:
+    """Steps without other ranks: the forward of each pack encodes its own images and sounds.
+
+    Parameters
+    ----------
+    model : Model
+    micro_batches : int
+        Packs per step.
+    """
+
+    rank, size = 0, 1
+    ahead = 3  # batches that are made before they are asked for
+
+    def __init__(self, model, micro_batches):
+        self._model, self._micro_batches = model, micro_batches
+
+    def make(self, loader):
+        """The packs of the next step."""
+        return [next(loader) for _ in range(self._micro_batches)]
+
+    def run(self, packs, balance, checkpoint):
+        """Forwards and backwards of a step.
+
+        Parameters
+        ----------
+        packs : list of Inputs
+        balance : Balance
+        checkpoint : {"none", "selective", "full"}
+
+        Returns
+        -------
+        Ran
+        """
+        model, ran = self._model, Ran(packs, self._model.config)
+        total = sum(float(label_weights(pack).sum(dtype=np.float64)) for pack in packs)
+        counts = balance.begin(ran.tokens, lambda: self._route(packs), len(packs) == 1)
+        for pack in packs:
+            out = model.forward(pack, normalizer=total, router_counts=counts,
+                                checkpoint=checkpoint)
+            ran.note(out)
+            balance.note(out)
+            model.backward()
+        return ran
+
+    def _route(self, packs):
+        parts = [self._model.route(pack) for pack in packs]
+        return sum(counts for counts, _ in parts), sum(rows for _, rows in parts)
+
+    def total(self, array):
+        """An array of numbers, summed over the ranks."""
+        return np.asarray(array)
+
+    def reduce_gradients(self):
+        """Sums the gradients over the ranks."""
+
+    def metrics(self, ran):
+        """What a line of metrics says besides."""
+        return {}
+
+    def abort(self, message):
+        """Tells other ranks that this one fails."""

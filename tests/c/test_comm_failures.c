@@ -141,6 +141,7 @@ static void abort_one(rig_rank *self)
     }
     self->status = ovlm_comm_barrier(self->comm, &self->err);
     RCHECK(self, ovlm_comm_barrier(twin, &self->err) == OVLM_E_COMM, "the twin is poisoned too");
+    ovlm_comm_close(twin);
     RCHECK(self, ovlm_comm_dup(self->comm, &twin, NULL) == OVLM_E_COMM && twin == NULL, "dup");
 }
 

@@ -108,6 +108,11 @@ void ovlm_comm_close(ovlm_comm *comm);
  * or the next.  From any thread, also while a call runs.  Under MPI the launcher ends the job. */
 void ovlm_comm_abort(ovlm_comm *comm, const char *message);
 
+/* poll is asked every 50 ms on a thread that waits for something started; non-zero ends the wait
+ * with OVLM_E_INTERRUPTED, and the job.  Children inherit it.  (Engines are given theirs when they
+ * are opened.) */
+void ovlm_comm_set_poll(ovlm_comm *comm, int (*poll)(void *ctx), void *ctx);
+
 OVLM_NODISCARD ovlm_status ovlm_comm_barrier(ovlm_comm *comm, ovlm_err *err);
 /* `bytes` is the same on all ranks. */
 OVLM_NODISCARD ovlm_status ovlm_comm_broadcast(ovlm_comm *comm, void *data, int64_t bytes,

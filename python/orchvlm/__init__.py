@@ -23,7 +23,7 @@ _HOME = {
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
     "comm": "comm", "Comm": "comm", "Dispatch": "dispatch", "Orchestrator": "orchestrator",
     "Inputs": "inputs", "data": "data", "losses": "losses",
-    "compat": "compat", "demo": "demo",
+    "compat": "compat", "demo": "demo", "comm": "comm",
 }
 __all__ = sorted(_HOME)
 

@@ -206,7 +206,8 @@ static ovlm_status call(session *s, int number, ovlm_err *err)
         row[t] = t;
     }
     switch (number) {
-    case OPEN: return ovlm_model_open(&s->config, s->ops, &options, s->dtype, &s->model, err);
+    case OPEN: return ovlm_model_open(&s->config, s->ops, &options, s->dtype, NULL, &s->model,
+                                       err);
     case WRITE: return write_weights(s, err);
     case FORWARD: return ovlm_model_forward(s->model, &in, &s->pass, err);
     case OUTPUT: return ovlm_model_output_read(s->model, &s->out, s->logp, NULL, err);

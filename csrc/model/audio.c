@@ -166,10 +166,12 @@ ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass)
     ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
     ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
     OVLM_TRY(load_mel(run, pass, stack));
+    OVLM_TRY(ovlm_unit_enter(run, pass->params->conv_out.unit, OVLM_USE_FORWARD));
     for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
         OVLM_TRY(convolve(run, pass, i, stack));
     }
     OVLM_TRY(embed(run, pass, h));
+    OVLM_TRY(ovlm_unit_leave(run));
     OVLM_TRY(windows(run, pass));
     for (int64_t i = 0; i < c->depth; i++) {
         double start_s = ovlm_run_begin(run);
@@ -181,8 +183,10 @@ ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass)
         h = out;
         ovlm_run_end(run, "audio block", i, start_s);
     }
+    OVLM_TRY(ovlm_unit_enter(run, pass->params->project.fc1.unit, OVLM_USE_FORWARD));
     OVLM_TRY(ovlm_merger_fwd(run, &pass->params->project, stack, h, pass->features,
                              &pass->project));
+    OVLM_TRY(ovlm_unit_leave(run));
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
@@ -191,17 +195,7 @@ ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass)
 
 bool ovlm_audio_trained(const ovlm_params *params)
 {
-    for (int64_t i = params->conv[0].first; i <= params->project.fc2_bias.first; i++) {
-        if (params->param[i].trainable) {
-            return true;
-        }
-    }
-    for (int64_t i = 0; i < params->config.audio.depth; i++) {
-        if (ovlm_block_trained(params, &params->audio[i])) { /* adapters lie elsewhere */
-            return true;
-        }
-    }
-    return false;
+    return ovlm_units_trained(params, OVLM_UNIT_FRONT, OVLM_UNIT_PROJECT);
 }
 
 /* Whether anything is trained before stage i: a convolution, or conv_out behind the last. */
@@ -214,20 +208,6 @@ static bool trained_before(const ovlm_params *params, int stage)
         }
     }
     return false;
-}
-
-/* The first block before which nothing is trained; -1: a convolution or conv_out is. */
-static int64_t lowest_trained(const ovlm_params *params)
-{
-    if (trained_before(params, OVLM_CONVOLUTIONS) ||
-        ovlm_weight_trained(params, &params->conv_out)) {
-        return -1;
-    }
-    int64_t i = 0;
-    while (i < params->config.audio.depth && !ovlm_block_trained(params, &params->audio[i])) {
-        i++;
-    }
-    return i;
 }
 
 /* dimage, left out where nothing is trained before, becomes the gradient of what the stage read. */
@@ -261,6 +241,7 @@ static ovlm_tensor gradient_of(ovlm_run *run, const ovlm_audio_pass *pass, int s
 static ovlm_status embed_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor dh)
 {
     const ovlm_params *p = pass->params;
+    OVLM_TRY(ovlm_unit_enter(run, p->conv_out.unit, OVLM_USE_BACKWARD));
     ovlm_tensor dcolumns = ovlm_stack_tensor(run->work, pass->sounds.columns, dh.cols, run->dtype);
     pass->place.dy = dh;
     pass->place.dx = dcolumns;
@@ -274,23 +255,31 @@ static ovlm_status embed_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor d
                                   before));
         d = before;
     }
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }
 
 ovlm_status ovlm_audio_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor dfeatures)
 {
     const ovlm_params *p = pass->params;
-    int64_t lowest = lowest_trained(p), mark = run->work->used_bytes;
+    bool front = ovlm_unit_trained(p, p->conv_out.unit);
+    int64_t lowest = ovlm_blocks_lowest(p, p->audio, p->config.audio.depth, front);
+    int64_t mark = run->work->used_bytes;
     ovlm_tensor dh = ovlm_stack_tensor(run->work, pass->sounds.tokens, p->config.audio.width,
                                        run->dtype);
-    OVLM_TRY(ovlm_merger_bwd(run, &p->project, dfeatures, dh, 0, &pass->project));
+    OVLM_TRY(ovlm_unit_enter(run, p->project.fc1.unit, OVLM_USE_BACKWARD));
+    if (ovlm_tensor_given(&dfeatures)) {
+        OVLM_TRY(ovlm_merger_bwd(run, &p->project, dfeatures, dh, 0, &pass->project));
+    } else {
+        OVLM_TRY(ovlm_run_zero_tensor(run, &dh));
+    }
+    OVLM_TRY(ovlm_unit_leave(run));
     for (int64_t i = p->config.audio.depth - 1; i >= 0; i--) {
         double start_s = ovlm_run_begin(run);
         OVLM_TRY(ovlm_block_bwd(run, &p->audio[i], &pass->context, lowest < i, dh,
                                 &pass->block[i]));
         ovlm_run_end(run, "audio block backward", i, start_s);
     }
-    if (lowest < 0) {
+    if (front) {
         OVLM_TRY(embed_bwd(run, pass, dh));
     }
     run->work->used_bytes = mark;

@@ -23,7 +23,7 @@ typedef struct ovlm_audio_pass {
 /* Features, on run->keep. */
 OVLM_NODISCARD ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass);
 
-/* From the gradient of the features to those of the weights. */
+/* From the gradient of the features (left out: zero) to those of the weights. */
 OVLM_NODISCARD ovlm_status ovlm_audio_bwd(ovlm_run *run, ovlm_audio_pass *pass,
                                           ovlm_tensor dfeatures);
 

@@ -130,6 +130,7 @@ ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
                            ovlm_tensor h_out, ovlm_block_saved *saved)
 {
     OVLM_TRY(ovlm_run_poll(run));
+    OVLM_TRY(ovlm_unit_enter(run, block->norm1.unit, OVLM_USE_FORWARD));
     *saved = (ovlm_block_saved){.h_in = h_in, .h_out = h_out};
     bool full = !training || context->checkpoint == OVLM_CHECKPOINT_FULL;
     ovlm_stack *stack = full ? run->work : run->keep;
@@ -141,7 +142,7 @@ ovlm_status ovlm_block_fwd(ovlm_run *run, const ovlm_block *block,
     int64_t mark = run->work->used_bytes;
     OVLM_TRY(compute(run, block, context, stack, redo, false, saved));
     run->work->used_bytes = mark;
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }
 
 /* ---------------------------------------------------------------- backward */
@@ -152,6 +153,7 @@ ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy, const
     args->dy = dy;
     args->dx = dx;
     args->dx_beta = dx_beta;
+    args->w = w->w;
     args->dw = w->dw;
     args->dbias = bias->dw;
     args->dw_beta = 1;
@@ -166,6 +168,7 @@ static ovlm_status rope_back(ovlm_run *run, ovlm_rope *args, ovlm_tensor d,
                              const ovlm_weight *norm)
 {
     args->dy = args->dx = d;
+    args->w = norm->w;
     args->dw = norm->dw;
     args->dw_beta = 1;
     RUN(run, rope, bwd, args);
@@ -204,12 +207,13 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     return OVLM_OK;
 }
 
-/* What SELECTIVE left out. */
-static ovlm_status redo_norm(ovlm_run *run, ovlm_block_saved *s)
+ovlm_status ovlm_norm_redo(ovlm_run *run, ovlm_norm *args, const ovlm_weight *w,
+                           const ovlm_weight *bias)
 {
-    s->norm1.y = ovlm_stack_tensor(run->work, s->h_in.rows, s->h_in.cols, run->dtype);
-    RUN(run, norm, fwd, &s->norm1);
-    s->qkv.x = s->norm1.y;
+    args->w = w->w;
+    args->bias = bias->w;
+    args->y = ovlm_stack_tensor(run->work, args->x.rows, args->x.cols, run->dtype);
+    RUN(run, norm, fwd, args);
     return OVLM_OK;
 }
 
@@ -221,6 +225,7 @@ ovlm_status ovlm_block_bwd(ovlm_run *run, const ovlm_block *block,
     if (!below && !ovlm_block_trained(context->params, block)) {
         return OVLM_OK;
     }
+    OVLM_TRY(ovlm_unit_enter(run, block->norm1.unit, OVLM_USE_BACKWARD));
     int64_t mark = run->work->used_bytes;
     if (context->checkpoint == OVLM_CHECKPOINT_FULL) {
         /* The output is computed again as well: the last product's input is what is needed, and
@@ -232,9 +237,10 @@ ovlm_status ovlm_block_bwd(ovlm_run *run, const ovlm_block *block,
     OVLM_TRY(ovlm_mlp_bwd(run, block, context, dh, saved));
     run->work->used_bytes = half;
     if (context->checkpoint == OVLM_CHECKPOINT_SELECTIVE) {
-        OVLM_TRY(redo_norm(run, saved));
+        OVLM_TRY(ovlm_norm_redo(run, &saved->norm1, &block->norm1, &block->norm1_bias));
+        saved->qkv.x = saved->norm1.y;
     }
     OVLM_TRY(attention_bwd(run, block, below, dh, saved));
     run->work->used_bytes = mark;
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }

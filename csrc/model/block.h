@@ -87,6 +87,10 @@ OVLM_NODISCARD ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
                                         const ovlm_block_context *context, ovlm_tensor dh,
                                         ovlm_block_saved *saved);
 
+/* A norm's output once more, for a backward whose forward left it out. */
+OVLM_NODISCARD ovlm_status ovlm_norm_redo(ovlm_run *run, ovlm_norm *args, const ovlm_weight *w,
+                                          const ovlm_weight *bias);
+
 /* Backward of a norm whose arguments the forward filled, as ovlm_linear_back. */
 OVLM_NODISCARD ovlm_status ovlm_norm_back(ovlm_run *run, ovlm_norm *args, ovlm_tensor dy,
                                           const ovlm_weight *w, const ovlm_weight *bias,

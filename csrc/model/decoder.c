@@ -75,8 +75,10 @@ static ovlm_status embed(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_stack *sta
 {
     const int32_t *embed_row = NULL, *feature_row = NULL, *sound_row = NULL;
     OVLM_TRY(upload_rows(run, pass, stack, FROM_TABLE, &embed_row));
+    OVLM_TRY(ovlm_unit_enter(run, pass->params->embed.unit, OVLM_USE_FORWARD));
     pass->embed = (ovlm_gather){.taps = 1, .index = embed_row, .x = pass->params->embed.w, .y = h};
     RUN_IN(run, gather, fwd, &pass->embed, stack);
+    OVLM_TRY(ovlm_unit_leave(run));
     if (ovlm_tensor_given(&pass->features.sound)) {
         OVLM_TRY(upload_rows(run, pass, stack, FROM_SOUNDS, &sound_row));
         pass->mix_sounds = (ovlm_gather){.taps = 1, .unique = true, .index = sound_row,
@@ -178,29 +180,17 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
         }
         ovlm_run_end(run, "decoder layer", i, start_s);
     }
+    OVLM_TRY(ovlm_unit_enter(run, pass->params->norm.unit, OVLM_USE_FORWARD));
     pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
                              .w = pass->params->norm.w, .y = pass->hidden};
     RUN_IN(run, norm, fwd, &pass->norm, stack);
+    OVLM_TRY(ovlm_unit_leave(run));
     OVLM_TRY(ovlm_taps_keep(run, &pass->taps, depth, pass->hidden));
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
 
 /* ---------------------------------------------------------------- backward */
-
-/* The first block before which nothing needs a gradient; -1: the embedding or a feature does. */
-static int64_t lowest_wanted(const ovlm_decoder_pass *pass, bool features)
-{
-    const ovlm_params *p = pass->params;
-    if (features || ovlm_weight_trained(p, &p->embed)) {
-        return -1;
-    }
-    int64_t i = 0;
-    while (i < p->config.decoder.depth && !ovlm_block_trained(p, &p->decoder[i])) {
-        i++;
-    }
-    return i;
-}
 
 /* Gradient of rows that were gathered into the residual stream. */
 static ovlm_status gather_back(ovlm_run *run, ovlm_gather *args, ovlm_tensor dh, ovlm_tensor dx,
@@ -221,11 +211,14 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
-    bool images = ovlm_tensor_given(&dfeatures->image);
-    int64_t lowest = lowest_wanted(pass, images || ovlm_tensor_given(&dfeatures->sound));
+    bool images = ovlm_tensor_given(&dfeatures->image), embed = ovlm_unit_trained(p, p->embed.unit);
+    int64_t lowest = ovlm_blocks_lowest(p, p->decoder, p->config.decoder.depth,
+                                        embed || images || ovlm_tensor_given(&dfeatures->sound));
     ovlm_weight none = {0};
     ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
+    OVLM_TRY(ovlm_unit_enter(run, p->norm.unit, OVLM_USE_BACKWARD));
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
+    OVLM_TRY(ovlm_unit_leave(run));
     for (int64_t i = p->config.decoder.depth - 1; i >= 0; i--) {
         double start_s = ovlm_run_begin(run);
         if (images && i < p->config.vision.deepstack_n) {
@@ -238,7 +231,11 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
     }
     OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures->image, 0));
     OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, dfeatures->sound, 0));
-    OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
+    if (embed) {
+        OVLM_TRY(ovlm_unit_enter(run, p->embed.unit, OVLM_USE_GRADIENTS));
+        OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
+        OVLM_TRY(ovlm_unit_leave(run));
+    }
     run->work->used_bytes = mark;
     return OVLM_OK;
 }

@@ -49,6 +49,7 @@ static ovlm_status lora_bwd(ovlm_run *run, const ovlm_lora *lora, ovlm_tensor x,
     for (int64_t i = 0; i < lora->n; i++) {
         ovlm_linear *up = &saved->up[i];
         up->dy = ovlm_tensor_cols(dy, lora->col[i], lora->b[i].w.rows);
+        up->w = lora->b[i].w;
         up->dw = lora->b[i].dw;
         up->dw_beta = 1;
         up->dx = ovlm_tensor_given(&du) ? ovlm_tensor_cols(du, i * lora->rank, lora->rank) : du;
@@ -62,6 +63,7 @@ static ovlm_status lora_bwd(ovlm_run *run, const ovlm_lora *lora, ovlm_tensor x,
         saved->down.x = x; /* it may have been computed again */
         saved->down.dy = du;
         saved->down.dx = dx;
+        saved->down.w = lora->a.w;
         saved->down.dw = lora->a.dw;
         saved->down.dx_beta = saved->down.dw_beta = 1;
         RUN(run, linear, bwd, &saved->down);
@@ -77,6 +79,7 @@ ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
     args->dy = dy;
     args->dx = dx;
     args->dx_beta = dx_beta;
+    args->w = w->w; /* it may be elsewhere than in the forward */
     args->dw = w->dw;
     args->dbias = bias != NULL ? bias->dw : (ovlm_tensor){0};
     args->dw_beta = 1;
@@ -111,11 +114,16 @@ typedef struct ovlm_listing {
     ovlm_lora *lora;
 } ovlm_listing;
 
-static void begin(ovlm_listing *list, ovlm_weight *weight)
+static int64_t round_up(int64_t elements)
+{
+    return (elements + 63) / 64 * 64; /* 64 bytes in any dtype */
+}
+
+static void begin(ovlm_listing *list, int64_t unit, ovlm_weight *weight)
 {
     list->fused++;
-    list->offset = (list->offset + 63) / 64 * 64; /* elements: 64 bytes in any dtype */
-    *weight = (ovlm_weight){.first = list->n};
+    list->offset = round_up(list->offset);
+    *weight = (ovlm_weight){.first = list->n, .unit = unit};
 }
 
 static void add(ovlm_listing *list, ovlm_weight *weight, const ovlm_param *base, const char *kind,
@@ -124,7 +132,8 @@ static void add(ovlm_listing *list, ovlm_weight *weight, const ovlm_param *base,
     if (list->param != NULL) {
         ovlm_param *p = &list->param[list->n];
         *p = (ovlm_param){.kind = OVLM_PARAM_ADAPTER, .n_dims = 2, .dims = {rows, cols},
-                          .rows = rows, .cols = cols, .fused = list->fused, .trainable = true,
+                          .rows = rows, .cols = cols, .fused = list->fused,
+                          .unit = weight->unit, .trainable = true,
                           .offset = list->offset, .grad_offset = -1};
         int stem = (int)(strlen(base->name) - strlen(".weight"));
         (void)snprintf(p->name, sizeof p->name, "%.*s.%s.weight", stem, base->name, kind);
@@ -140,7 +149,7 @@ static void add_product(ovlm_listing *list, ovlm_weight *product)
     const ovlm_param *base = &list->params->param[product->first];
     ovlm_lora lora = {.scale = list->scale, .rank = list->rank};
     int64_t col = 0;
-    begin(list, &lora.a);
+    begin(list, product->unit, &lora.a);
     for (int64_t i = 0; i < product->count; i++) {
         if (list->adapted[product->first + i]) {
             add(list, &lora.a, &base[i], "lora_A", list->rank, base[i].cols);
@@ -149,7 +158,7 @@ static void add_product(ovlm_listing *list, ovlm_weight *product)
     for (int64_t i = 0; i < product->count; i++) {
         if (list->adapted[product->first + i]) {
             lora.col[lora.n] = col;
-            begin(list, &lora.b[lora.n]);
+            begin(list, product->unit, &lora.b[lora.n]);
             add(list, &lora.b[lora.n++], &base[i], "lora_B", base[i].rows, list->rank);
         }
         col += base[i].rows;
@@ -164,16 +173,18 @@ static void add_product(ovlm_listing *list, ovlm_weight *product)
 static void add_block(ovlm_listing *list, ovlm_block *block)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    int64_t first = list->n;
     ovlm_block_adaptable(block, product);
+    list->offset = round_up(list->offset);
+    int64_t offset = list->offset;
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
         if (product[k] != NULL) {
             add_product(list, product[k]);
         }
     }
-    if (list->param != NULL) {
-        block->adapter_first = first;
-        block->adapter_count = list->n - first;
+    if (list->param != NULL) { /* all of a block's adapters are beside layers, none in experts */
+        ovlm_unit *unit = &list->params->unit[block->norm1.unit];
+        unit->adapter_offset = offset;
+        unit->adapter_elements = round_up(list->offset) - offset;
     }
 }
 
@@ -240,7 +251,7 @@ ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted, int64_t 
     params->param = fill.param;
     params->lora = fill.lora;
     params->loras = fill.loras;
-    params->adapter_elements = (fill.offset + 63) / 64 * 64;
+    params->adapter_elements = round_up(fill.offset);
     return OVLM_OK;
 }
 
@@ -253,7 +264,6 @@ static void forget(ovlm_block *block)
             product[k]->lora = NULL;
         }
     }
-    block->adapter_first = block->adapter_count = 0;
 }
 
 void ovlm_params_unadapt(ovlm_params *params)
@@ -263,6 +273,9 @@ void ovlm_params_unadapt(ovlm_params *params)
     }
     for (int64_t i = 0; i < ovlm_params_blocks(params); i++) {
         forget(ovlm_params_block(params, i));
+    }
+    for (int64_t i = 0; i < params->units; i++) {
+        params->unit[i].adapter_offset = params->unit[i].adapter_elements = 0;
     }
     params->n = params->base_n;
     params->param = params->base_param;

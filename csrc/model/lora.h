@@ -5,8 +5,7 @@
 #ifndef OVLM_MODEL_LORA_H
 #define OVLM_MODEL_LORA_H
 
-#include "model/params.h"
-#include "model/run.h"
+#include "model/hooks.h"
 
 /* What a forward leaves for its backward. */
 typedef struct ovlm_lora_saved {

@@ -89,6 +89,9 @@ static ovlm_status experts_fwd(ovlm_run *run, const ovlm_block *block,
         OVLM_TRY(shared_fwd(run, block, stack, redo, h_mid, s));
         add = s->h_out;
     }
+    /* Recomputed experts stay for their backward. */
+    OVLM_TRY(ovlm_unit_enter(run, block->experts_up.unit,
+                             replay ? OVLM_USE_BACKWARD : OVLM_USE_FORWARD));
     s->experts_up = (ovlm_grouped_linear){
         .groups = moe->experts, .offsets = s->router.offsets, .index = s->router.token,
         .x = s->norm2.y, .w = block->experts_up.w, .w_kn = moe->expert_kn,
@@ -100,6 +103,9 @@ static ovlm_status experts_fwd(ovlm_run *run, const ovlm_block *block,
         .w = block->experts_down.w, .w_kn = moe->expert_kn,
         .y = ovlm_stack_tensor(stack, rows, block->width, run->dtype)};
     RUN_IN(run, grouped_linear, fwd, &s->experts_down, stack);
+    if (!replay) {
+        OVLM_TRY(ovlm_unit_leave(run));
+    }
     s->combine = (ovlm_combine){.k = moe->k, .row = s->router.row, .weight = s->router.weight,
                                 .h = s->experts_down.y, .add = add, .y = s->h_out};
     RUN_IN(run, combine, fwd, &s->combine, stack);
@@ -180,6 +186,7 @@ static ovlm_status grouped_back(ovlm_run *run, ovlm_grouped_linear *args, ovlm_t
 {
     args->dy = dy;
     args->dx = dx;
+    args->w = w->w;
     args->dw = w->dw;
     args->dw_beta = 1;
     RUN(run, grouped_linear, bwd, args);
@@ -199,6 +206,9 @@ static ovlm_status experts_bwd(ovlm_run *run, const ovlm_block *block,
     s->combine.dweight = ovlm_stack_tensor(run->work, T, moe->k, run->exact);
     RUN(run, combine, bwd, &s->combine);
 
+    if (context->checkpoint != OVLM_CHECKPOINT_FULL) {
+        OVLM_TRY(ovlm_unit_enter(run, block->experts_up.unit, OVLM_USE_BACKWARD));
+    }
     OVLM_TRY(redo_gated(run, context, &s->experts_gated, &s->experts_down.x));
     ovlm_tensor da = ovlm_stack_tensor(run->work, rows, moe->expert_hidden, run->dtype);
     ovlm_tensor dgate_up = {0};
@@ -206,6 +216,7 @@ static ovlm_status experts_bwd(ovlm_run *run, const ovlm_block *block,
     OVLM_TRY(gated_bwd(run, &s->experts_gated, da, &dgate_up));
     /* A row per slot, summed into tokens; the memory of d_expert is free again. */
     OVLM_TRY(grouped_back(run, &s->experts_up, dgate_up, &block->experts_up, d_expert));
+    OVLM_TRY(ovlm_unit_leave(run));
     ovlm_gather sum = {.taps = moe->k, .index = s->router.row, .x = d_expert, .y = dn};
     RUN(run, gather, fwd, &sum);
 
@@ -221,8 +232,7 @@ ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
 {
     ovlm_tensor dn = ovlm_stack_tensor(run->work, dh.rows, block->width, run->dtype);
     if (context->checkpoint == OVLM_CHECKPOINT_SELECTIVE) {
-        s->norm2.y = ovlm_stack_tensor(run->work, dh.rows, block->width, run->dtype);
-        RUN(run, norm, fwd, &s->norm2);
+        OVLM_TRY(ovlm_norm_redo(run, &s->norm2, &block->norm2, &block->norm2_bias));
         s->up.x = s->gate.x = s->experts_up.x = s->shared_up.x = s->norm2.y;
     }
     if (block->moe != NULL) {

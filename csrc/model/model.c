@@ -34,24 +34,47 @@ void ovlm_model_forget(ovlm_model *model)
     }
 }
 
+static void *place_in(const ovlm_device_block *block, int64_t offset, ovlm_dtype dtype)
+{
+    return block->data == NULL ? NULL : (char *)block->data + offset * ovlm_dtype_bytes(dtype);
+}
+
 void ovlm_model_rebind(ovlm_model *model)
 {
-    ovlm_params_bind(&model->params,
-                     &(ovlm_params_memory){.weights = model->weights.data,
-                                           .buffers = model->buffers.data,
-                                           .adapters = model->adapters.data,
-                                           .grads = model->grads.data,
-                                           .dtype = model->dtype, .exact = model->exact});
+    ovlm_params *p = &model->params;
+    for (int64_t i = 0; i < p->units; i++) {
+        const ovlm_unit *unit = &p->unit[i];
+        ovlm_unit_memory at = unit->at;
+        if (!model->visit.hooks.weights) {
+            at.weights = place_in(&model->weights, unit->offset, model->dtype);
+            at.adapters = place_in(&model->adapters, unit->adapter_offset, model->dtype);
+        }
+        at.grads = place_in(&model->grads, unit->grad_offset, model->exact);
+        ovlm_params_place(p, i, &at);
+    }
+}
+
+static ovlm_status need_weights(ovlm_model *model, ovlm_err *err)
+{
+    int64_t element = ovlm_dtype_bytes(model->dtype);
+    OVLM_TRY(ovlm_device_block_need(model, &model->weights,
+                                    model->params.weight_elements * element, true, err));
+    return ovlm_device_block_need(model, &model->adapters,
+                                  model->params.adapter_elements * element, true, err);
 }
 
 static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
 {
     ovlm_params *p = &model->params;
-    int64_t element = ovlm_dtype_bytes(model->dtype), exact = ovlm_dtype_bytes(model->exact);
-    OVLM_TRY(ovlm_device_block_need(model, &model->weights, p->weight_elements * element, true,
+    OVLM_TRY(ovlm_device_block_need(model, &model->buffers,
+                                    p->buffer_elements * ovlm_dtype_bytes(model->exact), true,
                                     err));
-    OVLM_TRY(ovlm_device_block_need(model, &model->buffers, p->buffer_elements * exact, true,
-                                    err));
+    p->dtype = model->dtype;
+    p->exact = model->exact;
+    p->buffers = model->buffers.data;
+    if (!model->visit.hooks.weights) {
+        OVLM_TRY(need_weights(model, err));
+    }
     OVLM_TRY(ovlm_device_block_need(model, &model->scalars,
                                     (int64_t)(sizeof(ovlm_model_scalars) +
                                               sizeof(ovlm_grad_stats)), true, err));
@@ -66,7 +89,7 @@ static ovlm_status open_memory(ovlm_model *model, ovlm_err *err)
 
 ovlm_status ovlm_model_open(const ovlm_model_config *config, const ovlm_ops *ops,
                             const ovlm_backend_options *options, ovlm_dtype dtype,
-                            ovlm_model **model, ovlm_err *err)
+                            const ovlm_model_hooks *hooks, ovlm_model **model, ovlm_err *err)
 {
     *model = NULL;
     if (dtype != OVLM_F32 && dtype != OVLM_BF16 && dtype != OVLM_F64) {
@@ -77,6 +100,11 @@ ovlm_status ovlm_model_open(const ovlm_model_config *config, const ovlm_ops *ops
     OVLM_TRY(OVLM_HEAP_NEW(&self, 1, err));
     self->dtype = dtype;
     self->exact = dtype == OVLM_F64 ? OVLM_F64 : OVLM_F32;
+    self->hooked = hooks != NULL;
+    self->visit = (ovlm_visit){.params = &self->params};
+    if (hooks != NULL) {
+        self->visit.hooks = *hooks;
+    }
     ovlm_status status = ovlm_params_init(&self->params, config, &self->arena, err);
     if (status == OVLM_OK) {
         status = ops->open(options, &self->backend, err);
@@ -140,6 +168,11 @@ ovlm_backend *ovlm_model_backend(const ovlm_model *model)
     return model->backend;
 }
 
+ovlm_queue *ovlm_model_queue(const ovlm_model *model)
+{
+    return model->queue;
+}
+
 ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err)
 {
     return model->backend->ops->queue_wait(model->queue, err);
@@ -160,11 +193,21 @@ ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm
     return status;
 }
 
+ovlm_status ovlm_model_reach(const ovlm_tensor *tensor, ovlm_err *err)
+{
+    if (tensor->data == NULL && tensor->rows * tensor->cols > 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "the tensor is in no memory of the model's now: its hooks "
+                                          "hold it; ask there");
+    }
+    return OVLM_OK;
+}
+
 /* Rows one by one where the view is not dense. */
 static ovlm_status copy_rows(ovlm_model *model, const ovlm_tensor *tensor, void *host,
                              ovlm_copy_kind kind, ovlm_err *err)
 {
     const ovlm_ops *ops = model->backend->ops;
+    OVLM_TRY(ovlm_model_reach(tensor, err));
     int64_t row_bytes = tensor->cols * ovlm_dtype_bytes(tensor->dtype);
     bool dense = tensor->stride == tensor->cols;
     int64_t steps = dense ? 1 : tensor->rows, bytes = dense ? tensor->rows * row_bytes : row_bytes;
@@ -193,7 +236,8 @@ ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor *tensor, const
 
 ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err)
 {
-    if (model->grads.data == NULL && model->params.grad_elements > 0) {
+    if (model->grads.data == NULL && model->params.grad_elements > 0 &&
+        !model->visit.hooks.grads) {
         OVLM_TRY(ovlm_device_block_need(
             model, &model->grads,
             model->params.grad_elements * ovlm_dtype_bytes(model->exact), true, err));
@@ -209,6 +253,62 @@ ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err)
     }
     return model->backend->ops->fill(model->queue, model->grads.data, 0, model->grads.bytes, err);
 }
+
+/* ---------------------------------------------------------------- hooks */
+
+ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what, ovlm_err *err)
+{
+    if (model->visit.hooks.weights || model->visit.hooks.grads) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "%s: hooks hold this model's weights or gradients; do it "
+                                          "before they are set, or through them", what);
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_model_hooks *hooks, ovlm_err *err)
+{
+    const ovlm_model_hooks next = hooks != NULL ? *hooks : (ovlm_model_hooks){0};
+    if (model->average.data != NULL && (next.weights || next.grads)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "an average of the weights is kept; close it before hooks "
+                                          "hold them");
+    }
+    OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    if (!next.weights) {
+        OVLM_TRY(need_weights(model, err));
+    } else {
+        ovlm_device_block_free(model, &model->weights);
+        ovlm_device_block_free(model, &model->adapters);
+    }
+    if (next.grads) {
+        ovlm_device_block_free(model, &model->grads);
+    }
+    if (next.weights || next.grads) {
+        ovlm_device_block_free(model, &model->moments);
+    }
+    for (int64_t i = 0; i < model->params.units; i++) { /* none is where it was */
+        model->params.unit[i].at = (ovlm_unit_memory){0};
+    }
+    model->hooked = hooks != NULL;
+    model->visit.hooks = next;
+    ovlm_model_forget(model);
+    ovlm_model_rebind(model);
+    return OVLM_OK;
+}
+
+void ovlm_model_place(ovlm_model *model, int64_t unit, const ovlm_unit_memory *memory)
+{
+    ovlm_unit_memory at = model->params.unit[unit].at;
+    if (model->visit.hooks.weights) {
+        at.weights = memory->weights;
+        at.adapters = memory->adapters;
+    }
+    if (model->visit.hooks.grads) {
+        at.grads = memory->grads;
+    }
+    ovlm_params_place(&model->params, unit, &at);
+}
+
+/* ---------------------------------------------------------------- what is held, what happened */
 
 void ovlm_model_memory_read(const ovlm_model *model, ovlm_model_memory *memory)
 {

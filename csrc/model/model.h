@@ -11,14 +11,30 @@
 
 typedef struct ovlm_model ovlm_model;
 
-/* Allocates the weights (contents undefined until written).  `ops` outlives the model. */
+/* Allocates the weights (contents undefined until written), unless the hooks (or NULL) hold them.
+ * `ops` outlives the model. */
 OVLM_NODISCARD ovlm_status ovlm_model_open(const ovlm_model_config *config, const ovlm_ops *ops,
                                            const ovlm_backend_options *options, ovlm_dtype dtype,
-                                           ovlm_model **model, ovlm_err *err);
+                                           const ovlm_model_hooks *hooks, ovlm_model **model,
+                                           ovlm_err *err);
 void ovlm_model_close(ovlm_model *model); /* NULL is fine */
 
 const ovlm_params *ovlm_model_params(const ovlm_model *model);
 ovlm_backend *ovlm_model_backend(const ovlm_model *model);
+ovlm_queue *ovlm_model_queue(const ovlm_model *model);
+
+/* ------------------------------------------------------------ hooks (hooks.h) */
+
+/* From the next pass on; NULL: none.  What the hooks hold from now on is given up, with the
+ * optimizer's state; what they no longer hold is allocated, and is zero.  No backward may follow a
+ * pass of before.  Waits.  OVLM_E_ARG, and nothing changes, while an average is kept. */
+OVLM_NODISCARD ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_model_hooks *hooks,
+                                                ovlm_err *err);
+
+/* Where a unit is from now on, of what the hooks hold (the rest is passed over); NULL: nowhere.
+ * 64-byte aligned, laid out as ovlm_unit says.  ovlm_model_train_only takes all gradients' places
+ * away. */
+void ovlm_model_place(ovlm_model *model, int64_t unit, const ovlm_unit_memory *memory);
 
 /* OVLM_E_ARG when a product's weights would be trained in part.  Gradients and optimizer state are
  * released: they have other places now. */
@@ -28,13 +44,18 @@ OVLM_NODISCARD ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *
 /* Until all work is done. */
 OVLM_NODISCARD ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err);
 
-/* One weight to and from host memory, in the dtype that it is stored in, dense; waits. */
+/* One weight to and from host memory, in the dtype that it is stored in, dense; waits.  OVLM_E_ARG
+ * when hooks hold it and it has no place now. */
 OVLM_NODISCARD ovlm_status ovlm_model_read(ovlm_model *model, const ovlm_tensor *tensor,
                                            void *host, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_model_write(ovlm_model *model, const ovlm_tensor *tensor,
                                             const void *host, ovlm_err *err);
 
-/* Makes gradients (zero) where there are none yet. */
+/* OVLM_E_ARG when the tensor is there but, for the moment, in no memory. */
+OVLM_NODISCARD ovlm_status ovlm_model_reach(const ovlm_tensor *tensor, ovlm_err *err);
+
+/* Makes gradients (zero) where there are none yet, and sets them to zero; nothing where hooks hold
+ * them. */
 OVLM_NODISCARD ovlm_status ovlm_model_need_grads(ovlm_model *model, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err);
 
@@ -45,9 +66,13 @@ OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err
  * the caller's hands.  Each keeps what its backward needs until it is run again, whatever the
  * others do meanwhile.
  * Memory grows in forward, encode, decode and, for dhidden and dlogits, backward; never between
- * the layers of a pass.  "exact" is float32 (float64 in models of that dtype). */
-
-typedef enum ovlm_modality { OVLM_VISION, OVLM_AUDIO, OVLM_MODALITIES } ovlm_modality;
+ * the layers of a pass.  "exact" is float32 (float64 in models of that dtype).
+ *
+ * Nothing to do is work like any other: with T = 0, with no segments, no images or no sounds every
+ * call runs its phases through all units (hooks.h), gives a loss of 0 and empty rows, and adds
+ * nothing to gradients.  Which phases there are is said by pointers, not by counts: an encode in a
+ * forward by grid_thw or mel_length, features by theirs, a loss by label, a slope by its own.
+ * Ranks that match give the same ones, if need be of nothing. */
 
 typedef struct ovlm_model_inputs {
     ovlm_tokens tokens;
@@ -55,16 +80,16 @@ typedef struct ovlm_model_inputs {
                                   NULL: no loss                                                */
     const float *weight;       /* [T] of the labels, or NULL                                   */
     int64_t images;
-    const int32_t *grid_thw;   /* [images,3]                                                   */
+    const int32_t *grid_thw;   /* [images,3]; NULL: nothing is encoded                         */
     const void *pixels;        /* [P, ...]                                                     */
     ovlm_dtype pixel_dtype;
     int64_t sounds;
-    const int32_t *mel_length; /* [sounds]                                                     */
+    const int32_t *mel_length; /* [sounds]; NULL: nothing is encoded                           */
     const float *mel;          /* [frames, bins]                                               */
     struct {
         int64_t rows;
-        const void *features;  /* [rows,width] exact, which stand for the images' or sounds' own;
-                                  NULL: encode those, if there are any                         */
+        const void *features;  /* [rows,width] exact, which stand for the images' or sounds'
+                                  own; NULL: there are none                                    */
     } given[OVLM_MODALITIES];
     const void *extra;         /* [deepstack_n,rows,width] exact, of the images; NULL without  */
     double normalizer;         /* what the loss is divided by; < 0: this call's weight sum     */
@@ -100,8 +125,8 @@ typedef struct ovlm_pass_options {
 OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                               const ovlm_pass_options *options, ovlm_err *err);
 
-/* An encode alone: reads images (one or more), grid_thw and pixels of the inputs; or sounds,
- * mel_length and mel. */
+/* An encode alone: reads images, grid_thw and pixels of the inputs; or sounds, mel_length and mel.
+ */
 OVLM_NODISCARD ovlm_status ovlm_model_encode(ovlm_model *model, ovlm_modality modality,
                                              const ovlm_model_inputs *inputs,
                                              const ovlm_pass_options *options, ovlm_err *err);
@@ -144,7 +169,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_router_layers(ovlm_model *model, int64_t *
 OVLM_NODISCARD ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count,
                                                      double speed, ovlm_err *err);
 
-/* Float32 logits [rows, vocab] of rows of the last forward's hidden states; waits. */
+/* Float32 logits [rows, vocab] of rows of the last forward's hidden states; waits.  A pass of its
+ * own, of the head alone. */
 OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows,
                                              float *logits, ovlm_err *err);
 
@@ -200,12 +226,13 @@ typedef struct ovlm_model_step {
     int64_t non_finite;              /* > 0: nothing was changed */
 } ovlm_model_step;
 
+/* OVLM_E_ARG when hooks hold weights or gradients. */
 OVLM_NODISCARD ovlm_status ovlm_model_adamw_step(ovlm_model *model,
                                                  const ovlm_model_adamw *options,
                                                  ovlm_model_step *step, ovlm_err *err);
 
 /* First and second moment, or float32 master (left out for float32 models), of a parameter; made
- * when missing. */
+ * when missing.  OVLM_E_ARG when hooks hold weights or gradients. */
 OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
                                               ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err);
 
@@ -216,7 +243,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t pa
 /* ------------------------------------------------------------ average of the weights */
 
 /* A float32 moving average of what is trained, from its present values; one per model, until it is
- * closed.  What is trained cannot change meanwhile. */
+ * closed.  What is trained cannot change meanwhile.  OVLM_E_ARG when hooks hold weights or
+ * gradients. */
 OVLM_NODISCARD ovlm_status ovlm_model_average_open(ovlm_model *model, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_model_average_close(ovlm_model *model, ovlm_err *err);
 
@@ -236,7 +264,7 @@ ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter);
 
 /* Low-rank adapters (zero) of the weights adapted[n], behind the other parameters:
  * y += scale B A x.  They are what is trained from then on.  OVLM_E_ARG when one of the weights
- * cannot have any. */
+ * cannot have any, and here and below when hooks hold weights or gradients. */
 OVLM_NODISCARD ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted,
                                                 int64_t rank, double scale, ovlm_err *err);
 

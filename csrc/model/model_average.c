@@ -60,6 +60,7 @@ ovlm_status ovlm_model_average_open(ovlm_model *model, ovlm_err *err)
     if (model->average.data != NULL) {
         return OVLM_FAIL(err, OVLM_E_ARG, "this model has an average already; close it first");
     }
+    OVLM_TRY(ovlm_model_need_own(model, "average", err));
     if (model->params.grad_elements == 0) {
         return OVLM_FAIL(err, OVLM_E_ARG, "nothing is trained, so there is nothing to average");
     }

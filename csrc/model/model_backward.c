@@ -38,6 +38,7 @@ static ovlm_status head_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model_s
     ovlm_head head = model->head;
     head.fused = false;
     head.dx = dhidden;
+    head.w = model->params.head.w; /* it may be elsewhere than in the forward */
     head.dw = model->params.head.dw;
     head.dw_beta = 1;
     if (!own_loss(slopes)) {
@@ -78,6 +79,12 @@ static ovlm_status logits_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model
     return OVLM_OK;
 }
 
+/* A tied head's gradients are added to once more, by the embedding. */
+static ovlm_status leave_head(ovlm_run *run, const ovlm_model *model)
+{
+    return model->params.config.decoder.tied ? ovlm_unit_leave_open(run) : ovlm_unit_leave(run);
+}
+
 /* What the fused head left: its weight's gradients are added, those of its input taken. */
 static ovlm_status fused_head(ovlm_run *run, ovlm_model *model, ovlm_tensor *dhidden)
 {
@@ -85,9 +92,26 @@ static ovlm_status fused_head(ovlm_run *run, ovlm_model *model, ovlm_tensor *dhi
     if (!ovlm_tensor_given(&model->head.dw)) {
         return OVLM_OK;
     }
+    OVLM_TRY(ovlm_unit_enter(run, model->params.head.unit, OVLM_USE_GRADIENTS));
     ovlm_scale add = {.alpha = 1, .beta = 1, .x = model->head.dw, .y = model->params.head.dw};
     RUN(run, scale, fwd, &add);
-    return OVLM_OK;
+    return leave_head(run, model);
+}
+
+static bool fused(const ovlm_model *model, const ovlm_model_slopes *slopes)
+{
+    return own_loss(slopes) && model->head.fused;
+}
+
+/* Whether slopes of the loss, or of log-probabilities or entropies. */
+static bool of_loss(const ovlm_model_slopes *slopes)
+{
+    return own_loss(slopes) || slopes->dlogp != NULL || slopes->dentropy != NULL;
+}
+
+static bool of_head(const ovlm_model_slopes *slopes)
+{
+    return of_loss(slopes) || slopes->row != NULL;
 }
 
 /* Of the hidden states, by way of all that was computed from them. */
@@ -95,13 +119,15 @@ static ovlm_status hidden_slopes(ovlm_run *run, ovlm_model *model,
                                  const ovlm_model_slopes *slopes, ovlm_tensor *dhidden)
 {
     const ovlm_tensor *hidden = &model->decoder.hidden;
-    bool own = own_loss(slopes);
     float beta = 0; /* 1 as soon as dhidden holds something */
-    if (own && model->head.fused) {
+    if (fused(model, slopes)) {
         return fused_head(run, model, dhidden);
     }
     *dhidden = ovlm_stack_tensor(run->work, hidden->rows, hidden->cols, run->dtype);
-    if (own || slopes->dlogp != NULL || slopes->dentropy != NULL) {
+    if (of_head(slopes)) {
+        OVLM_TRY(ovlm_unit_enter(run, model->params.head.unit, OVLM_USE_BACKWARD));
+    }
+    if (of_loss(slopes)) {
         OVLM_TRY(head_bwd(run, model, slopes, *dhidden));
         beta = 1;
     }
@@ -109,7 +135,10 @@ static ovlm_status hidden_slopes(ovlm_run *run, ovlm_model *model,
         OVLM_TRY(ovlm_run_load(run, slopes->dhidden, dhidden, (double)beta));
         beta = 1;
     }
-    return slopes->row != NULL ? logits_bwd(run, model, slopes, *dhidden, beta) : OVLM_OK;
+    if (slopes->row != NULL) {
+        OVLM_TRY(logits_bwd(run, model, slopes, *dhidden, beta));
+    }
+    return of_head(slopes) ? leave_head(run, model) : OVLM_OK;
 }
 
 /* ---------------------------------------------------------------- phases */
@@ -194,10 +223,9 @@ ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
         return OVLM_OK;
     }
     if (modality == OVLM_AUDIO) {
-        if (dfeatures == NULL) { /* zero */
-            return OVLM_OK;
+        if (dfeatures != NULL) {
+            OVLM_TRY(load_gradient(run, dfeatures, &model->audio.features, &d.sound));
         }
-        OVLM_TRY(load_gradient(run, dfeatures, &model->audio.features, &d.sound));
         return encode_bwd(run, model, modality, &d);
     }
     const ovlm_tensor *f = &model->vision.features;
@@ -257,6 +285,22 @@ static ovlm_status measure_backward(ovlm_model *model, const ovlm_model_slopes *
     return ovlm_stack_fit(&model->stage, model->backend, OVLM_STACK_HOST, stage_bytes, err);
 }
 
+static ovlm_pass_kind kind_of(const ovlm_model *model, const ovlm_model_slopes *slopes)
+{
+    const ovlm_decoder_features *f = &model->decoder.features;
+    ovlm_pass_kind kind = {.backward = true, .phases = OVLM_PHASE_DECODE};
+    kind.features = wanted(model, OVLM_VISION, &f->image) || wanted(model, OVLM_AUDIO, &f->sound);
+    if (fused(model, slopes) ? ovlm_tensor_given(&model->head.dw) : of_head(slopes)) {
+        kind.phases |= OVLM_PHASE_HEAD;
+    }
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        if (model->encoder[m].in_forward && trained(model, (ovlm_modality)m)) {
+            kind.phases |= 1u << m;
+        }
+    }
+    return kind;
+}
+
 /* Where there is such a gradient and a taker. */
 static ovlm_status read_gradient(ovlm_model *model, const ovlm_tensor *d, void *host,
                                  ovlm_err *err)
@@ -277,7 +321,9 @@ ovlm_status ovlm_model_backward(ovlm_model *model, const ovlm_model_slopes *slop
         OVLM_TRY(measure_backward(model, slopes, options, err));
     }
     ovlm_run run = ovlm_model_run(model, false, options, err);
-    OVLM_TRY(ovlm_model_walk_backward(&run, model, slopes, &d));
+    const ovlm_pass_kind kind = kind_of(model, slopes);
+    OVLM_TRY(ovlm_pass_begin(&run, &kind));
+    OVLM_TRY(ovlm_pass_end(&run, ovlm_model_walk_backward(&run, model, slopes, &d)));
     model->work.used_bytes = 0;
     OVLM_TRY(read_gradient(model, &d.image, dfeatures->dfeatures[OVLM_VISION], err));
     OVLM_TRY(read_gradient(model, &d.sound, dfeatures->dfeatures[OVLM_AUDIO], err));
@@ -299,7 +345,11 @@ ovlm_status ovlm_model_encode_backward(ovlm_model *model, ovlm_modality modality
     OVLM_TRY(ovlm_model_begin(model, err));
     model->encoder[modality].can_backward = false;
     ovlm_run run = ovlm_model_run(model, false, options, err);
-    OVLM_TRY(ovlm_model_walk_encode_backward(&run, model, modality, dfeatures, dextra));
+    const ovlm_pass_kind kind = {.backward = true,
+                                 .phases = trained(model, modality) ? 1u << modality : 0u};
+    OVLM_TRY(ovlm_pass_begin(&run, &kind));
+    OVLM_TRY(ovlm_pass_end(&run, ovlm_model_walk_encode_backward(&run, model, modality, dfeatures,
+                                                                 dextra)));
     model->work.used_bytes = 0;
     return OVLM_OK;
 }

@@ -101,11 +101,10 @@ static ovlm_status last_logits(ovlm_model *model, float *logits, ovlm_err *err)
         bool empty = tokens->start[i + 1] == tokens->start[i];
         row[i] = empty ? 0 : tokens->start[i + 1] - 1;
     }
-    if (tokens->T == 0) {
+    if (tokens->T == 0) { /* there is no row to read */
         memset(logits, 0, (size_t)(tokens->segments * V) * sizeof *logits);
-        return OVLM_OK;
     }
-    return ovlm_model_logits(model, row, tokens->segments, logits, err);
+    return ovlm_model_logits(model, row, tokens->T > 0 ? tokens->segments : 0, logits, err);
 }
 
 ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs,
@@ -113,19 +112,20 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
 {
     const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
     int32_t *start = NULL, *length = NULL;
-    const unsigned phases = ovlm_model_phases(inputs);
+    const ovlm_pass_kind kind = {.phases = ovlm_model_phases(model, inputs)};
     OVLM_TRY(ovlm_model_begin(model, err));
-    OVLM_TRY(ovlm_model_prepare(model, inputs, &forward, phases, err));
+    OVLM_TRY(ovlm_model_prepare(model, inputs, &forward, kind.phases, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));
     model->decoder.context.count = NULL; /* statistics are of training passes */
     model->decoder.context.score_sum = NULL;
     model->decoder.count_after = NULL;
     ovlm_stack held[OVLM_MODEL_STACKS];
     ovlm_run run = ovlm_model_measure_begin(model, &forward, held, err);
-    ovlm_status status = walk(&run, model, phases, start, length);
-    OVLM_TRY(ovlm_model_measure_end(model, held, phases, status, err));
+    ovlm_status status = walk(&run, model, kind.phases, start, length);
+    OVLM_TRY(ovlm_model_measure_end(model, held, kind.phases, status, err));
     run = ovlm_model_run(model, false, &forward, err);
-    OVLM_TRY(walk(&run, model, phases, start, length));
+    OVLM_TRY(ovlm_pass_begin(&run, &kind));
+    OVLM_TRY(ovlm_pass_end(&run, walk(&run, model, kind.phases, start, length)));
     model->has_hidden = true;
     OVLM_TRY(last_logits(model, logits, err));
     for (int64_t i = 0; i < model->cache_sequences; i++) {

@@ -40,6 +40,7 @@ ovlm_status ovlm_model_lora_open(ovlm_model *model, const bool *adapted, int64_t
                                          : "an average of what is trained is kept; close it "
                                            "before changing what that is");
     }
+    OVLM_TRY(ovlm_model_need_own(model, "adapters", err));
     OVLM_TRY(ovlm_params_adapt(p, adapted, rank, scale, &model->lora, err));
     ovlm_status status = ovlm_device_block_need(
         model, &model->adapters, p->adapter_elements * ovlm_dtype_bytes(model->dtype), true, err);
@@ -61,6 +62,7 @@ ovlm_status ovlm_model_lora_close(ovlm_model *model, ovlm_err *err)
                              : "an average of what is trained is kept; close it before changing "
                                "what that is");
     }
+    OVLM_TRY(ovlm_model_need_own(model, "adapters", err));
     OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
     model->has_hidden = false;
     drop(model);
@@ -120,6 +122,7 @@ ovlm_status ovlm_model_lora_merge(ovlm_model *model, bool in, ovlm_err *err)
                          : in                      ? "the adapters are merged already"
                                                    : "the adapters are not merged");
     }
+    OVLM_TRY(ovlm_model_need_own(model, "adapters", err));
     ovlm_stack work = {0};
     ovlm_run run = ovlm_model_run(model, true, &(ovlm_pass_options){0}, err);
     run.work = &work;

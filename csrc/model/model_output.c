@@ -119,39 +119,45 @@ ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
     return OVLM_OK;
 }
 
-/* Memory that lives for one call: rows to read, and what comes of them. */
+/* Logits of some rows, all of it on the workspace. */
+static ovlm_status walk_logits(ovlm_run *run, const ovlm_model *model, const int32_t *row,
+                               int64_t rows, ovlm_tensor *logits)
+{
+    int64_t V = model->params.config.decoder.vocab, C = model->params.config.decoder.width;
+    int64_t bytes = rows * (int64_t)sizeof *row;
+    int32_t *index = ovlm_stack_take(run->work, bytes);
+    if (!run->measuring && rows > 0) {
+        OVLM_TRY(run->ops->copy(run->queue, index, row, bytes, OVLM_TO_DEVICE, run->err));
+    }
+    ovlm_gather pick = {.taps = 1, .index = index, .x = model->decoder.hidden,
+                        .y = ovlm_stack_tensor(run->work, rows, C, model->dtype)};
+    RUN(run, gather, fwd, &pick);
+    *logits = ovlm_stack_tensor(run->work, rows, V, OVLM_F32);
+    OVLM_TRY(ovlm_unit_enter(run, model->params.head.unit, OVLM_USE_FORWARD));
+    ovlm_linear head = {.x = pick.y, .w = model->params.head.w, .y = *logits};
+    RUN(run, linear, fwd, &head);
+    return ovlm_unit_leave(run);
+}
+
+/* With memory that lives for one call. */
 static ovlm_status logits_of(ovlm_model *model, ovlm_device_block *memory, const int32_t *row,
                              int64_t rows, float *logits, ovlm_err *err)
 {
-    const ovlm_ops *ops = model->backend->ops;
-    int64_t V = model->params.config.decoder.vocab, C = model->params.config.decoder.width;
-    ovlm_stack work = {0}, stage = {0};
+    const ovlm_pass_kind kind = {.phases = OVLM_PHASE_HEAD};
+    ovlm_stack work = {0};
+    ovlm_tensor y = {0};
     ovlm_run run = ovlm_model_run(model, true, &(ovlm_pass_options){0}, err);
-    run.work = run.keep = &work;
-    run.stage = &stage;
-    for (int walk = 0; walk < 2; walk++) {
-        run.measuring = walk == 0;
-        double start_s = ovlm_run_begin(&run);
-        int32_t *index = ovlm_stack_take(&work, rows * (int64_t)sizeof *index);
-        if (!run.measuring) {
-            OVLM_TRY(ops->copy(model->queue, index, row, rows * (int64_t)sizeof *index,
-                               OVLM_TO_DEVICE, err));
-        }
-        ovlm_gather pick = {.taps = 1, .index = index, .x = model->decoder.hidden,
-                            .y = ovlm_stack_tensor(&work, rows, C, model->dtype)};
-        RUN(&run, gather, fwd, &pick);
-        ovlm_linear head = {.x = pick.y, .w = model->params.head.w,
-                            .y = ovlm_stack_tensor(&work, rows, V, OVLM_F32)};
-        RUN(&run, linear, fwd, &head);
-        ovlm_run_end(&run, "logits", -1, start_s);
-        if (!run.measuring) {
-            return ovlm_model_fetch(model, logits, head.y.data,
-                                    rows * V * (int64_t)sizeof *logits, err);
-        }
-        OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
-        work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
-    }
-    return OVLM_OK;
+    run.work = &work;
+    OVLM_TRY(walk_logits(&run, model, row, rows, &y));
+    OVLM_TRY(ovlm_device_block_need(model, memory, work.peak_bytes, false, err));
+    work = (ovlm_stack){.base = memory->data, .size_bytes = memory->bytes};
+    run.measuring = false;
+    double start_s = ovlm_run_begin(&run);
+    OVLM_TRY(ovlm_pass_begin(&run, &kind));
+    OVLM_TRY(ovlm_pass_end(&run, walk_logits(&run, model, row, rows, &y)));
+    ovlm_run_end(&run, "logits", -1, start_s);
+    return ovlm_model_fetch(model, logits, y.data,
+                            rows * y.cols * (int64_t)sizeof *logits, err);
 }
 
 ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t rows, float *logits,
@@ -165,9 +171,6 @@ ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t row
             return OVLM_FAIL(err, OVLM_E_ARG, "rows[%lld] must be in [0, %lld); got %d",
                              (long long)i, (long long)model->decoder.tokens.T, row[i]);
         }
-    }
-    if (rows == 0) {
-        return OVLM_OK;
     }
     ovlm_device_block memory = {0};
     ovlm_status status = logits_of(model, &memory, row, rows, logits, err);
@@ -215,6 +218,7 @@ ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor
 {
     const ovlm_param *p = &model->params.param[parameter];
     *m = *v = *master = (ovlm_tensor){0};
+    OVLM_TRY(ovlm_model_need_own(model, "optimizer state", err));
     OVLM_TRY(need_moments(model, err));
     if (p->grad_offset < 0) {
         return OVLM_OK;
@@ -288,6 +292,7 @@ ovlm_status ovlm_model_adamw_step(ovlm_model *model, const ovlm_model_adamw *opt
                                   ovlm_model_step *step, ovlm_err *err)
 {
     *step = (ovlm_model_step){.clip = 1};
+    OVLM_TRY(ovlm_model_need_own(model, "optimizer step", err));
     if (options->step < 1) {
         return OVLM_FAIL(err, OVLM_E_ARG, "step must be at least 1; got %lld",
                          (long long)options->step);

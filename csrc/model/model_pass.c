@@ -13,7 +13,8 @@ ovlm_run ovlm_model_run(ovlm_model *model, bool measuring, const ovlm_pass_optio
                       .keep = &model->decoder_keep, .work = &model->work, .stage = &model->stage,
                       .dtype = model->dtype, .exact = model->exact, .poll = options->poll,
                       .poll_ctx = options->poll_ctx,
-                      .trace = model->tracing ? &model->trace : NULL, .err = err};
+                      .trace = model->tracing ? &model->trace : NULL,
+                      .visit = model->hooked ? &model->visit : NULL, .err = err};
 }
 
 ovlm_status ovlm_model_begin(ovlm_model *model, ovlm_err *err)
@@ -196,22 +197,24 @@ static ovlm_status head_fwd(ovlm_run *run, ovlm_model *model, const ovlm_model_i
     OVLM_TRY(upload_targets(run, inputs, &label, &weight));
     OVLM_TRY(target_weights(run, model, inputs, label, weight, dlogp));
     model->head = (ovlm_head){
-        .x = model->decoder.hidden, .w = model->params.head.w, .label = label,
+        .x = model->decoder.hidden, .label = label,
         .logp = ovlm_stack_take(run->keep, bytes),
         .entropy = options->entropy ? ovlm_stack_take(run->keep, bytes) : NULL, .dlogp = dlogp,
         .loss = &scalars(model)->loss};
     if (options->own_loss && options->training) {
         /* The head's gradients in the pass that has the logits at hand; they wait for the
          * backward, as a forward alone changes no gradient. */
-        const ovlm_tensor *x = &model->head.x, *w = &model->head.w;
+        const ovlm_tensor *x = &model->head.x, *w = &model->params.head.w;
         model->head.fused = true;
         model->head.dx = ovlm_stack_tensor(run->keep, x->rows, x->cols, run->dtype);
         if (ovlm_tensor_given(&model->params.head.dw)) {
             model->head.dw = ovlm_stack_tensor(run->keep, w->rows, w->cols, run->exact);
         }
     }
+    OVLM_TRY(ovlm_unit_enter(run, model->params.head.unit, OVLM_USE_FORWARD));
+    model->head.w = model->params.head.w;
     RUN_IN(run, head, fwd, &model->head, run->keep);
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }
 
 /* Router loss over all layers of this call, with the whole batch's counts where they are given. */
@@ -342,10 +345,19 @@ static ovlm_status measure(ovlm_model *model, const ovlm_model_inputs *inputs,
 
 /* ---------------------------------------------------------------- calls */
 
-unsigned ovlm_model_phases(const ovlm_model_inputs *inputs)
+unsigned ovlm_model_phases(const ovlm_model *model, const ovlm_model_inputs *inputs)
 {
-    return (unsigned)OVLM_PHASE_DECODE | (inputs->images > 0 ? 1u << OVLM_VISION : 0u) |
-           (inputs->sounds > 0 ? 1u << OVLM_AUDIO : 0u);
+    const ovlm_model_config *c = &model->params.config;
+    const int64_t items[OVLM_MODALITIES] = {inputs->images, inputs->sounds};
+    const int64_t depth[OVLM_MODALITIES] = {c->vision.depth, c->audio.depth};
+    const int32_t *const sizes[OVLM_MODALITIES] = {inputs->grid_thw, inputs->mel_length};
+    unsigned phases = OVLM_PHASE_DECODE;
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        /* None of them are still a phase, where there is a tower and nothing stands for it. */
+        bool none = depth[m] > 0 && sizes[m] != NULL && inputs->given[m].features == NULL;
+        phases |= items[m] > 0 || none ? 1u << m : 0u;
+    }
+    return phases;
 }
 
 ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_model_inputs *inputs,
@@ -383,8 +395,11 @@ static ovlm_status run_phases(ovlm_model *model, const ovlm_model_inputs *inputs
     OVLM_TRY(ovlm_model_prepare(model, inputs, options, phases, err));
     OVLM_TRY(measure(model, inputs, options, phases, err));
     ovlm_run run = ovlm_model_run(model, false, options, err);
-    OVLM_TRY(walk(&run, model, inputs, options, phases));
     bool decode = phases & OVLM_PHASE_DECODE;
+    const ovlm_pass_kind kind = {
+        .phases = phases | (decode && inputs->label != NULL ? (unsigned)OVLM_PHASE_HEAD : 0u)};
+    OVLM_TRY(ovlm_pass_begin(&run, &kind));
+    OVLM_TRY(ovlm_pass_end(&run, walk(&run, model, inputs, options, phases)));
     for (int m = 0; m < OVLM_MODALITIES; m++) {
         if (phases & 1u << m) {
             model->encoder[m].has_features = true;
@@ -403,16 +418,11 @@ ovlm_status ovlm_model_encode(ovlm_model *model, ovlm_modality modality,
                               const ovlm_model_inputs *inputs, const ovlm_pass_options *options,
                               ovlm_err *err)
 {
-    bool vision = modality == OVLM_VISION;
-    if ((vision ? inputs->images : inputs->sounds) < 1) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "there are no %s to encode",
-                         vision ? "images" : "sounds");
-    }
     return run_phases(model, inputs, options, 1u << modality, err);
 }
 
 ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,
                                const ovlm_pass_options *options, ovlm_err *err)
 {
-    return run_phases(model, inputs, options, ovlm_model_phases(inputs), err);
+    return run_phases(model, inputs, options, ovlm_model_phases(model, inputs), err);
 }

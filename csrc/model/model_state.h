@@ -10,9 +10,6 @@ typedef struct ovlm_model_scalars {
     int64_t target_tokens;
 } ovlm_model_scalars;
 
-/* What a call runs: 1 << OVLM_VISION, 1 << OVLM_AUDIO, and this. */
-enum { OVLM_PHASE_DECODE = 1 << OVLM_MODALITIES };
-
 /* One device allocation of the model. */
 typedef struct ovlm_device_block {
     void *data;
@@ -33,6 +30,8 @@ struct ovlm_model {
     ovlm_arena call;               /* host: what a decode needs until its backward             */
     ovlm_arena lora;               /* host: the list with adapters                             */
     ovlm_params params;
+    bool hooked;
+    ovlm_visit visit;              /* hooks; those of a model without any hold nothing         */
     ovlm_backend *backend;
     ovlm_queue *queue;
     ovlm_dtype dtype, exact;       /* of weights and activations; of gradients and statistics  */
@@ -64,8 +63,13 @@ OVLM_NODISCARD ovlm_status ovlm_device_block_need(ovlm_model *model, ovlm_device
                                                   int64_t bytes, bool zero, ovlm_err *err);
 void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block);
 
-/* Points the parameters' views at the present memory. */
+/* Points the parameters' views at the model's own memory; weights that hooks hold stay where they
+ * were placed. */
 void ovlm_model_rebind(ovlm_model *model);
+
+/* OVLM_E_ARG, for what needs all weights or gradients, when hooks hold them. */
+OVLM_NODISCARD ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what,
+                                               ovlm_err *err);
 
 /* Memory of the routers' statistics. */
 OVLM_NODISCARD ovlm_status ovlm_model_routing_open(ovlm_model *model, ovlm_err *err);
@@ -93,8 +97,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_mode
                                               const ovlm_pass_options *options, unsigned phases,
                                               ovlm_err *err);
 
-/* The phases of a forward of the inputs: what it encodes, and the decode. */
-unsigned ovlm_model_phases(const ovlm_model_inputs *inputs);
+/* The phases of a forward of the inputs but the head: what it encodes, and the decode. */
+unsigned ovlm_model_phases(const ovlm_model *model, const ovlm_model_inputs *inputs);
 
 /* No backward may follow: the weights are not what the passes saw. */
 void ovlm_model_forget(ovlm_model *model);
@@ -109,7 +113,7 @@ OVLM_NODISCARD ovlm_status ovlm_model_measure_end(ovlm_model *model,
                                                   unsigned phases, ovlm_status status,
                                                   ovlm_err *err);
 
-/* Checks the inputs' images or sounds (one or more) and fills model->vision or model->audio. */
+/* Checks the inputs' images or sounds and fills model->vision or model->audio. */
 OVLM_NODISCARD ovlm_status ovlm_model_encode_prepare(ovlm_model *model, ovlm_modality modality,
                                                      const ovlm_model_inputs *inputs,
                                                      const ovlm_pass_options *options,

@@ -11,7 +11,9 @@
 /* The list is walked twice: first to count (param NULL), then to fill. */
 typedef struct builder {
     ovlm_params *params;
-    int64_t n, fused, offset, buffer_offset, count;
+    int64_t n, fused, buffer_offset, count;
+    int64_t units, unit;   /* how many there are, and which one is filled */
+    ovlm_unit counted;     /* stands for all of them while counting */
     bool too_large;
 } builder;
 
@@ -20,13 +22,34 @@ static int64_t round_up(int64_t value, int64_t unit)
     return (value + unit - 1) / unit * unit;
 }
 
+static ovlm_unit *unit_of(builder *b)
+{
+    return b->params->unit != NULL ? &b->params->unit[b->unit] : &b->counted;
+}
+
+/* A new unit; what is added until the next one belongs to it. */
+static void begin_unit(builder *b, ovlm_unit_kind kind, int64_t index, const char *format, ...)
+    OVLM_PRINTF(4, 5);
+
+static void begin_unit(builder *b, ovlm_unit_kind kind, int64_t index, const char *format, ...)
+{
+    b->unit = b->units++;
+    ovlm_unit *unit = unit_of(b);
+    *unit = (ovlm_unit){.kind = kind, .index = index};
+    va_list args;
+    va_start(args, format);
+    (void)vsnprintf(unit->name, sizeof unit->name, format, args);
+    va_end(args);
+}
+
 /* A new product; what is added until the next one belongs to it. */
 static void begin(builder *b, ovlm_weight *weight)
 {
+    ovlm_unit *unit = unit_of(b);
     b->fused++;
-    b->offset = round_up(b->offset, 64); /* elements: 64 bytes in any dtype */
+    unit->elements = round_up(unit->elements, 64); /* 64 bytes in any dtype */
     b->buffer_offset = round_up(b->buffer_offset, 64);
-    *weight = (ovlm_weight){.first = b->n};
+    *weight = (ovlm_weight){.first = b->n, .unit = b->unit};
 }
 
 static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n_dims,
@@ -47,10 +70,10 @@ static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n
     if (b->too_large) {
         return; /* nothing is listed after the first walk said so */
     }
-    int64_t *offset = kind == OVLM_PARAM_BUFFER ? &b->buffer_offset : &b->offset;
+    int64_t *offset = kind == OVLM_PARAM_BUFFER ? &b->buffer_offset : &unit_of(b)->elements;
     if (b->params->param != NULL) {
         ovlm_param *p = &b->params->param[b->n];
-        *p = (ovlm_param){.kind = kind, .n_dims = n_dims, .fused = b->fused,
+        *p = (ovlm_param){.kind = kind, .n_dims = n_dims, .fused = b->fused, .unit = b->unit,
                           .offset = *offset, .grad_offset = -1,
                           .trainable = kind != OVLM_PARAM_BUFFER};
         memcpy(p->dims, dims, (size_t)n_dims * sizeof *dims);
@@ -104,6 +127,7 @@ static void add_vision_block(builder *b, ovlm_block *block, int64_t number)
     const ovlm_vision_config *c = &b->params->config.vision;
     char prefix[OVLM_NAME_BYTES];
     (void)snprintf(prefix, sizeof prefix, "model.visual.blocks.%lld.", (long long)number);
+    begin_unit(b, OVLM_UNIT_VISION_BLOCK, number, "model.visual.blocks.%lld", (long long)number);
     *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->heads,
                           .head_dim = c->width / c->heads, .hidden = c->hidden, .eps = c->eps,
                           .act = c->act};
@@ -135,6 +159,7 @@ static void add_vision(builder *b)
 {
     ovlm_params *p = b->params;
     const ovlm_vision_config *c = &p->config.vision;
+    begin_unit(b, OVLM_UNIT_PATCHES, 0, "model.visual.patch_embed");
     begin(b, &p->patch);
     add(b, &p->patch, OVLM_PARAM_WEIGHT,
         DIMS(c->width, c->channels, c->temporal, c->patch, c->patch), "%s",
@@ -151,6 +176,7 @@ static void add_vision(builder *b)
         ovlm_block unused = {0};
         add_vision_block(b, p->vision != NULL ? &p->vision[i] : &unused, i);
     }
+    begin_unit(b, OVLM_UNIT_MERGER, 0, "model.visual.merger");
     if (c->final_norm) {
         add_layer_norm(b, &p->final_norm, &p->final_norm_bias, c->width, "model.visual.", "ln");
     }
@@ -159,6 +185,8 @@ static void add_vision(builder *b)
         char prefix[OVLM_NAME_BYTES];
         (void)snprintf(prefix, sizeof prefix, "model.visual.deepstack_merger_list.%lld.",
                        (long long)i);
+        begin_unit(b, OVLM_UNIT_DEEPSTACK, i, "model.visual.deepstack_merger_list.%lld",
+                   (long long)i);
         add_merger(b, &p->deepstack[i], OVLM_MERGE_CONCAT_NORM, prefix);
     }
 }
@@ -187,6 +215,8 @@ static void add_audio_block(builder *b, ovlm_block *block, int64_t number)
     const ovlm_audio_config *c = &b->params->config.audio;
     char prefix[OVLM_NAME_BYTES];
     (void)snprintf(prefix, sizeof prefix, "model.audio_tower.layers.%lld.", (long long)number);
+    begin_unit(b, OVLM_UNIT_AUDIO_LAYER, number, "model.audio_tower.layers.%lld",
+               (long long)number);
     *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->heads,
                           .head_dim = c->width / c->heads, .hidden = c->hidden, .eps = c->eps,
                           .act = c->act, .unturned = true};
@@ -203,6 +233,7 @@ static void add_audio(builder *b)
     ovlm_params *p = b->params;
     const ovlm_audio_config *c = &p->config.audio;
     static const char prefix[] = "model.audio_tower.";
+    begin_unit(b, OVLM_UNIT_FRONT, 0, "%sconv", prefix);
     for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
         begin(b, &p->conv[i]);
         add(b, &p->conv[i], OVLM_PARAM_WEIGHT, DIMS(c->channels, i == 0 ? 1 : c->channels, 3, 3),
@@ -221,6 +252,7 @@ static void add_audio(builder *b)
         ovlm_block unused = {0};
         add_audio_block(b, p->audio != NULL ? &p->audio[i] : &unused, i);
     }
+    begin_unit(b, OVLM_UNIT_PROJECT, 0, "%sproj", prefix);
     p->project = (ovlm_merge_weights){.kind = OVLM_MERGE_NORM_CONCAT, .merge = 1,
                                       .hidden = c->width, .act = c->act, .eps = c->eps};
     add_layer_norm(b, &p->project.norm, &p->project.norm_bias, c->width, prefix, "ln_post");
@@ -281,6 +313,8 @@ static void add_experts(builder *b, ovlm_block *block, const char *prefix)
         add_one(b, &block->router_bias, OVLM_PARAM_BUFFER, 0, E, prefix,
                 "mlp.gate.e_score_correction_bias", "");
     }
+    int64_t layer = b->unit;
+    begin_unit(b, OVLM_UNIT_EXPERTS, unit_of(b)->index, "%smlp.experts", prefix);
     begin(b, &block->experts_up);
     add(b, &block->experts_up, OVLM_PARAM_WEIGHT,
         DIMS(E, c->expert_kn ? C : 2 * F, c->expert_kn ? 2 * F : C), "%smlp.experts.gate_up_proj",
@@ -288,6 +322,7 @@ static void add_experts(builder *b, ovlm_block *block, const char *prefix)
     begin(b, &block->experts_down);
     add(b, &block->experts_down, OVLM_PARAM_WEIGHT,
         DIMS(E, c->expert_kn ? F : C, c->expert_kn ? C : F), "%smlp.experts.down_proj", prefix);
+    b->unit = layer;
     if (c->shared_hidden > 0) {
         add_gated(b, &block->shared_up, &block->shared_down, C, c->shared_hidden, prefix,
                   "mlp.shared_experts.");
@@ -300,6 +335,7 @@ static void add_decoder_block(builder *b, ovlm_block *block, int64_t number)
     bool sparse = ovlm_decoder_layer_sparse(c, number);
     char prefix[OVLM_NAME_BYTES];
     (void)snprintf(prefix, sizeof prefix, "model.language_model.layers.%lld.", (long long)number);
+    begin_unit(b, OVLM_UNIT_LAYER, number, "model.language_model.layers.%lld", (long long)number);
     *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->kv_heads,
                           .head_dim = c->head_dim, .hidden = sparse ? c->expert_hidden : c->hidden,
                           .rms = true, .causal = true, .gated = true, .qk_norm = c->qk_norm,
@@ -325,17 +361,37 @@ static void add_all(builder *b)
     if (p->config.audio.depth > 0) {
         add_audio(b);
     }
+    begin_unit(b, OVLM_UNIT_EMBED, 0, "model.language_model.embed_tokens");
     add_one(b, &p->embed, OVLM_PARAM_WEIGHT, c->vocab, c->width, "model.language_model.",
             "embed_tokens", ".weight");
     for (int64_t i = 0; i < c->depth; i++) {
         ovlm_block unused = {0};
         add_decoder_block(b, p->decoder != NULL ? &p->decoder[i] : &unused, i);
     }
+    begin_unit(b, OVLM_UNIT_NORM, 0, "model.language_model.norm");
     add_one(b, &p->norm, OVLM_PARAM_NORM, 0, c->width, "model.language_model.", "norm", ".weight");
     if (!c->tied) {
+        begin_unit(b, OVLM_UNIT_HEAD, 0, "lm_head");
         add_one(b, &p->head, OVLM_PARAM_WEIGHT, c->vocab, c->width, "", "lm_head", ".weight");
     } else {
         p->head = p->embed;
+    }
+}
+
+/* Units one after the other; so far their parameters counted from their own starts. */
+static void place_units(ovlm_params *params)
+{
+    int64_t offset = 0;
+    for (int64_t i = 0; i < params->units; i++) {
+        ovlm_unit *unit = &params->unit[i];
+        unit->elements = round_up(unit->elements, 64);
+        unit->offset = offset;
+        offset += unit->elements;
+    }
+    params->weight_elements = offset;
+    for (int64_t i = 0; i < params->n; i++) {
+        ovlm_param *p = &params->param[i];
+        p->offset += p->kind == OVLM_PARAM_BUFFER ? 0 : params->unit[p->unit].offset;
     }
 }
 
@@ -350,6 +406,7 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
         return OVLM_FAIL(err, OVLM_E_ARG, "the model would have more than 2^56 parameters");
     }
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->param, count.n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &params->unit, count.units, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->vision, config->vision.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->audio, config->audio.depth, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &params->decoder, config->decoder.depth, err));
@@ -357,8 +414,9 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
     add_all(&fill);
     params->n = params->base_n = fill.n;
     params->base_param = params->param;
+    params->units = fill.units;
     params->count = fill.count;
-    params->weight_elements = round_up(fill.offset, 64);
+    place_units(params);
     params->buffer_elements = round_up(fill.buffer_offset, 64);
     ovlm_params_place_grads(params);
     return OVLM_OK;

@@ -27,17 +27,54 @@ typedef struct ovlm_param {
     int64_t rows, cols;   /* the matrix that layers see                                     */
     int64_t fused;        /* number of the product it belongs to: one more than the last
                              parameter's, or the same                                       */
+    int64_t unit;         /* number of the unit that it belongs to                          */
     bool trainable;
     int64_t offset;       /* elements from the start of the weights, buffers or adapters     */
     int64_t grad_offset;  /* elements from the start of the gradients; -1: none             */
-    ovlm_tensor w, grad;  /* views; grad left out when it is not trained                    */
+    ovlm_tensor w, grad;  /* views, of the moment; grad left out when it is not trained     */
 } ovlm_param;
+
+/* What is gathered and reduced as one (hooks.h), in the order of the list of parameters.  Routed
+ * experts are a unit of their own beside the rest of their layer: they are most of its bytes, are
+ * needed last, and may be spread over other ranks than what every token passes through. */
+typedef enum ovlm_unit_kind {
+    OVLM_UNIT_PATCHES,       /* vision: patch embedding and table of positions              */
+    OVLM_UNIT_VISION_BLOCK,
+    OVLM_UNIT_MERGER,        /* with the tower's last norm                                  */
+    OVLM_UNIT_DEEPSTACK,     /* one of its mergers                                          */
+    OVLM_UNIT_FRONT,         /* audio: convolutions                                         */
+    OVLM_UNIT_AUDIO_LAYER,
+    OVLM_UNIT_PROJECT,       /* audio: last norm and projection                             */
+    OVLM_UNIT_EMBED,         /* of tokens; the head as well where it is tied                */
+    OVLM_UNIT_LAYER,         /* of the decoder, without its routed experts                  */
+    OVLM_UNIT_EXPERTS,
+    OVLM_UNIT_NORM,          /* the last                                                    */
+    OVLM_UNIT_HEAD
+} ovlm_unit_kind;
+
+/* Where a unit's weights, adapters and gradients are, each in one piece; NULL: nowhere now. */
+typedef struct ovlm_unit_memory {
+    void *weights, *adapters, *grads;
+} ovlm_unit_memory;
+
+/* Sizes and places are in elements, with padding; those of adapters and gradients change with what
+ * is adapted and trained.  Buffers (routers' corrections) are in no unit's memory. */
+typedef struct ovlm_unit {
+    char name[OVLM_NAME_BYTES]; /* as a module on the hub                                   */
+    ovlm_unit_kind kind;
+    int64_t index;        /* of the block, layer or DeepStack output; else 0                */
+    int64_t offset, elements;   /* its part of all weights: [offset, offset + elements)     */
+    int64_t adapter_offset, adapter_elements;
+    int64_t grad_offset, grad_elements; /* 0 elements: nothing is trained                   */
+    ovlm_unit_memory at;
+} ovlm_unit;
 
 /* One product's weights: `count` parameters from `first` on. */
 typedef struct ovlm_weight {
-    int64_t first, count;
-    ovlm_tensor w, dw;    /* both left out when the model has no such weight                */
-    const struct ovlm_lora *lora; /* its adapters, or NULL                                  */
+    int64_t first, count, unit;
+    ovlm_tensor w, dw;    /* views, of the moment: nobody keeps them from one pass to another;
+                             both left out when the model has no such weight                */
+    struct ovlm_lora *lora; /* its adapters, or NULL                                        */
 } ovlm_weight;
 
 /* Low-rank adapters of one product: see lora.h. */
@@ -60,7 +97,6 @@ typedef struct ovlm_block {
     ovlm_weight norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias;
     ovlm_weight norm2, norm2_bias, up, up_bias, down, down_bias; /* up: gate and up         */
     ovlm_weight router, router_bias, experts_up, experts_down, shared_up, shared_down;
-    int64_t adapter_first, adapter_count; /* parameters                                     */
 } ovlm_block;
 
 /* merge^2 neighbouring rows become one feature; 1: only normalised and projected. */
@@ -76,6 +112,8 @@ typedef struct ovlm_params {
     ovlm_model_config config;
     int64_t n, base_n;                                   /* with and without adapters       */
     ovlm_param *param, *base_param;                      /* [n], [base_n]                   */
+    int64_t units;
+    ovlm_unit *unit;                                     /* [units]                         */
     ovlm_weight patch, patch_bias, position, final_norm, final_norm_bias;
     ovlm_block *vision;                                  /* [vision.depth]                  */
     ovlm_merge_weights merger, deepstack[OVLM_DEEPSTACK_MOST];
@@ -88,6 +126,8 @@ typedef struct ovlm_params {
     int64_t count;                                       /* parameters, without padding     */
     int64_t loras, adapter_elements;
     ovlm_lora *lora;                                     /* [loras], or NULL                */
+    ovlm_dtype dtype, exact; /* of weights and adapters; of gradients and buffers           */
+    void *buffers;           /* device, or NULL while nothing is allocated                  */
 } ovlm_params;
 
 /* Lists the weights of a checked configuration, all trainable but buffers; memory comes from the
@@ -103,23 +143,23 @@ OVLM_NODISCARD ovlm_status ovlm_params_train_only(ovlm_params *params, const boo
 /* Offsets of gradients, from `trainable`. */
 void ovlm_params_place_grads(ovlm_params *params);
 
-/* Where the weights are, on the device: weights and adapters in the model's dtype, the others in
- * `exact` (float32; float64 with the reference backend).  NULL while measuring. */
-typedef struct ovlm_params_memory {
-    void *weights, *buffers, *adapters, *grads;
-    ovlm_dtype dtype, exact;
-} ovlm_params_memory;
-
-/* Points all views at the memory. */
-void ovlm_params_bind(ovlm_params *params, const ovlm_params_memory *memory);
+/* From now on the unit is there, and all views of it point there.  Unit u's weights in a model's
+ * own memory begin at element offset, parameter p's at p's offset (and so on for adapters and
+ * gradients): inside a unit the distances are the same wherever it is. */
+void ovlm_params_place(ovlm_params *params, int64_t unit, const ovlm_unit_memory *memory);
 
 /* Blocks of all towers, and the i-th of them. */
 int64_t ovlm_params_blocks(const ovlm_params *params);
 ovlm_block *ovlm_params_block(const ovlm_params *params, int64_t i);
 
-/* Whether anything of a weight, or of a block, is trained. */
+/* Whether anything of a weight, of a unit, of units of some kinds, or of a block, is trained. */
 bool ovlm_weight_trained(const ovlm_params *params, const ovlm_weight *weight);
+bool ovlm_unit_trained(const ovlm_params *params, int64_t unit);
+bool ovlm_units_trained(const ovlm_params *params, ovlm_unit_kind first, ovlm_unit_kind last);
 bool ovlm_block_trained(const ovlm_params *params, const ovlm_block *block);
-bool ovlm_merge_trained(const ovlm_params *params, const ovlm_merge_weights *weights);
+
+/* The first of a tower's blocks before which nothing needs a gradient; -1: what they read does. */
+int64_t ovlm_blocks_lowest(const ovlm_params *params, const ovlm_block *block, int64_t depth,
+                           bool fed);
 
 #endif

@@ -29,6 +29,7 @@ typedef struct ovlm_run {
     int (*poll)(void *ctx);    /* between layers; non-zero stops the pass; or NULL */
     void *poll_ctx;
     ovlm_trace *trace;         /* NULL: not traced */
+    struct ovlm_visit *visit;  /* hooks around units of weights (hooks.h); NULL: none */
     ovlm_err *err;
 } ovlm_run;
 

@@ -79,11 +79,12 @@ static ovlm_status load_pixels(ovlm_run *run, const ovlm_vision_pass *pass, ovlm
 static ovlm_status embed(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
 {
     const ovlm_params *p = pass->params;
+    OVLM_TRY(ovlm_unit_enter(run, p->patch.unit, OVLM_USE_FORWARD));
     pass->patch = (ovlm_linear){.w = p->patch.w, .bias = p->patch_bias.w, .y = h};
     OVLM_TRY(load_pixels(run, pass, &pass->patch.x));
     RUN_IN(run, linear, fwd, &pass->patch, run->keep);
     if (p->config.vision.position_side == 0) {
-        return OVLM_OK;
+        return ovlm_unit_leave(run);
     }
     void *tap = NULL, *weight = NULL;
     int64_t taps = 4 * pass->grid.patches;
@@ -95,7 +96,7 @@ static ovlm_status embed(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
         .taps = 4, .index = tap, .weight = ovlm_tensor_of(weight, h.rows, 4, OVLM_F32),
         .x = p->position.w, .y = h, .y_beta = 1};
     RUN_IN(run, gather, fwd, &pass->position, run->keep);
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }
 
 /* After block i: the DeepStack output that is taken there, if any. */
@@ -108,8 +109,10 @@ static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
         }
         ovlm_stack *stack = pass->training ? run->keep : run->work;
         int64_t mark = run->work->used_bytes;
+        OVLM_TRY(ovlm_unit_enter(run, pass->params->deepstack[k].fc1.unit, OVLM_USE_FORWARD));
         OVLM_TRY(ovlm_merger_fwd(run, &pass->params->deepstack[k], stack, h,
                                  pass->extra[k], &pass->deepstack[k]));
+        OVLM_TRY(ovlm_unit_leave(run));
         run->work->used_bytes = mark;
     }
     return OVLM_OK;
@@ -120,6 +123,7 @@ static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
     const ovlm_params *p = pass->params;
     ovlm_stack *stack = pass->training ? run->keep : run->work;
     int64_t mark = run->work->used_bytes;
+    OVLM_TRY(ovlm_unit_enter(run, p->merger.fc1.unit, OVLM_USE_FORWARD));
     if (p->config.vision.final_norm) {
         pass->final_norm = (ovlm_norm){
             .eps = p->config.vision.eps, .groups = 1, .x = h, .w = p->final_norm.w,
@@ -130,7 +134,7 @@ static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
     }
     OVLM_TRY(ovlm_merger_fwd(run, &p->merger, stack, h, pass->features, &pass->merger));
     run->work->used_bytes = mark;
-    return OVLM_OK;
+    return ovlm_unit_leave(run);
 }
 
 ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
@@ -171,48 +175,23 @@ ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
 
 bool ovlm_vision_trained(const ovlm_params *params)
 {
-    const ovlm_merge_weights *last = params->config.vision.deepstack_n > 0
-                                         ? &params->deepstack[params->config.vision.deepstack_n - 1]
-                                         : &params->merger;
-    for (int64_t i = params->patch.first; i <= last->fc2_bias.first; i++) {
-        if (params->param[i].trainable) {
-            return true;
-        }
-    }
-    for (int64_t i = 0; i < params->config.vision.depth; i++) {
-        if (ovlm_block_trained(params, &params->vision[i])) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* The first block before which nothing is trained: gradients stop there. */
-static int64_t lowest_trained(const ovlm_params *params)
-{
-    if (ovlm_weight_trained(params, &params->patch) ||
-        ovlm_weight_trained(params, &params->patch_bias) ||
-        ovlm_weight_trained(params, &params->position)) {
-        return -1;
-    }
-    int64_t i = 0;
-    while (i < params->config.vision.depth && !ovlm_block_trained(params, &params->vision[i])) {
-        i++;
-    }
-    return i;
+    return ovlm_units_trained(params, OVLM_UNIT_PATCHES, OVLM_UNIT_DEEPSTACK);
 }
 
 static ovlm_status embed_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor dh)
 {
     const ovlm_params *p = pass->params;
+    /* Nothing below is trained, so that no slope goes through the weights. */
+    OVLM_TRY(ovlm_unit_enter(run, p->patch.unit, OVLM_USE_GRADIENTS));
     if (ovlm_tensor_given(&p->position.dw)) {
         pass->position.dy = dh;
         pass->position.dx = p->position.dw;
         pass->position.dx_beta = 1;
         RUN(run, gather, bwd, &pass->position);
     }
-    return ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0}, 0,
-                            NULL);
+    OVLM_TRY(ovlm_linear_back(run, &pass->patch, dh, &p->patch, &p->patch_bias, (ovlm_tensor){0},
+                              0, NULL));
+    return ovlm_unit_leave(run);
 }
 
 /* Adds the gradient that came by way of DeepStack after block i. */
@@ -221,10 +200,15 @@ static ovlm_status deepstack_bwd(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
 {
     const ovlm_vision_config *c = &pass->params->config.vision;
     for (int64_t k = 0; k < c->deepstack_n; k++) {
-        if (c->deepstack[k] == i && ovlm_tensor_given(&dextra[k])) {
+        if (c->deepstack[k] != i) {
+            continue;
+        }
+        OVLM_TRY(ovlm_unit_enter(run, pass->params->deepstack[k].fc1.unit, OVLM_USE_BACKWARD));
+        if (ovlm_tensor_given(&dextra[k])) {
             OVLM_TRY(ovlm_merger_bwd(run, &pass->params->deepstack[k], dextra[k], dh, 1,
                                      &pass->deepstack[k]));
         }
+        OVLM_TRY(ovlm_unit_leave(run));
     }
     return OVLM_OK;
 }
@@ -254,10 +238,14 @@ ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor d
                             const ovlm_tensor *dextra)
 {
     const ovlm_params *p = pass->params;
-    int64_t lowest = lowest_trained(p), mark = run->work->used_bytes;
+    bool patches = ovlm_unit_trained(p, p->patch.unit);
+    int64_t lowest = ovlm_blocks_lowest(p, p->vision, p->config.vision.depth, patches);
+    int64_t mark = run->work->used_bytes;
     ovlm_tensor dh = ovlm_stack_tensor(run->work, pass->grid.patches, p->config.vision.width,
                                        run->dtype);
+    OVLM_TRY(ovlm_unit_enter(run, p->merger.fc1.unit, OVLM_USE_BACKWARD));
     OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
+    OVLM_TRY(ovlm_unit_leave(run));
     for (int64_t i = p->config.vision.depth - 1; i >= 0; i--) {
         double start_s = ovlm_run_begin(run);
         OVLM_TRY(deepstack_bwd(run, pass, i, dextra, dh));
@@ -265,7 +253,7 @@ ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor d
                                 &pass->block[i]));
         ovlm_run_end(run, "vision block backward", i, start_s);
     }
-    if (lowest < 0) {
+    if (patches) {
         OVLM_TRY(embed_bwd(run, pass, dh));
     }
     run->work->used_bytes = mark;

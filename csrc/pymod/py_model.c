@@ -149,7 +149,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         status = ovlm_backend_load(backend, &ops, &err);
     }
     if (status == OVLM_OK) {
-        status = ovlm_model_open(&config, ops, &options, dtype, &self->model, &err);
+        status = ovlm_model_open(&config, ops, &options, dtype, NULL, &self->model, &err);
     }
     Py_END_ALLOW_THREADS
     if (status != OVLM_OK) {
@@ -247,7 +247,7 @@ ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t
     const ovlm_tensor average = ovlm_model_average(model, parameter);
     const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];
-    return OVLM_OK;
+    return ovlm_model_reach(tensor, err);
 }
 
 int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *parameter,

@@ -27,7 +27,7 @@ int ovlm_arg_images(const model_object *self, PyObject *grid_thw, PyObject *pixe
     if (ovlm_arg_exact(grid_thw, "grid_thw", NPY_INT32, -1, true, &grid, &n) < 0) {
         return -1;
     }
-    if (grid == NULL || n == 0) {
+    if (grid == NULL) {
         return 0;
     }
     if (n % 3 != 0) {
@@ -62,7 +62,7 @@ int ovlm_arg_sounds(const model_object *self, PyObject *lengths, PyObject *mel,
     if (ovlm_arg_exact(lengths, "mel_lengths", NPY_INT32, -1, true, &length, &n) < 0) {
         return -1;
     }
-    if (length == NULL || n == 0) {
+    if (length == NULL) {
         return 0;
     }
     in->sounds = n;

@@ -66,17 +66,17 @@ class Phases(Weights):
 
     def _arguments(self, inputs, features=None, sounds=None, encode=True):
         """The core's first arguments: tokens, and the images and sounds that it is to encode: those
-        for which no features are given."""
+        for which no features are given.  An array of none is still something to encode."""
         if not isinstance(inputs, Inputs):
             raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
-        heard = inputs.mel is not None and len(inputs.mel) > 0
-        if heard and not self.config.audible:
+        heard = inputs.mel is not None and self.config.audible
+        if inputs.mel is not None and len(inputs.mel) and not heard:
             raise ValueError(f"{self.config.family} has no audio encoder; got sounds")
         grid = pixels = lengths = mel = None
         images, voices = ("images" if encode else "features", None), ("sounds", None)
         if features is not None:
             images = "features", len(features)
-        elif encode and inputs.grid_thw is not None and len(inputs.grid_thw):
+        elif encode and inputs.grid_thw is not None:
             merge = self.config.vision["spatial_merge_size"]
             grid, pixels = inputs.grid_thw, inputs.pixels
             images = "images", int(np.prod(grid, axis=1, dtype=np.int64).sum()) // merge ** 2
@@ -144,7 +144,7 @@ class Phases(Weights):
         modality : {"vision", "audio"}
         inputs : Inputs, or uint8[patches, values] or float32[patches, values]
             Whose images or sounds are encoded; or their pixels, as ``Inputs.pixels``; of sounds
-            their log-mel frames, as ``Inputs.mel``.
+            their log-mel frames, as ``Inputs.mel``.  Arrays of none give features of no rows.
         sizes : int32[n, 3] or int32[n], optional
             With pixels ``grid_thw``: frames, rows and columns of each image, in patches.  With
             log-mel frames ``mel_lengths``: frames of each sound.
@@ -164,7 +164,8 @@ class Phases(Weights):
         Raises
         ------
         ValueError
-            Another modality, nothing to encode, images or sounds that the model cannot take.
+            Another modality, inputs without images or sounds, or with some that the model cannot
+            take.
         RuntimeError
             The model is busy.
 
@@ -187,7 +188,7 @@ class Phases(Weights):
         inputs = _whole(modality, inputs, sizes)
         sizes, rows = (inputs.mel_lengths, inputs.mel) if modality == "audio" else (
             inputs.grid_thw, inputs.pixels)
-        if sizes is None or not len(sizes):
+        if sizes is None:
             raise ValueError(f"there are no {'sounds' if number else 'images'} to encode")
         if modality == "audio":
             self._check_mel(inputs)

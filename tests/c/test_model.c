@@ -6,94 +6,7 @@
 
 #include "base/arena.h"
 #include "cpu/cpu_device.h"
-#include "cpu_rig.h"
-#include "model/model.h"
-
-enum { VOCAB = 40, TOKENS = 21, SEGMENTS = 4, PATCHES = 28, PATCH_SIZE = 12, IMAGES = 2 };
-
-/* ---- models ---- */
-
-static ovlm_model_config qwen(bool sparse)
-{
-    ovlm_model_config c = {
-        .vision = {.depth = 2, .width = 16, .heads = 2, .hidden = 22, .patch = 2, .temporal = 1,
-                   .channels = 3, .merge = 2, .out_width = 20, .merger_hidden = 18,
-                   .position_side = 3, .deepstack_n = 1, .deepstack = {1}, .patch_bias = true,
-                   .merger = OVLM_MERGE_NORM_CONCAT, .act = OVLM_ACT_GELU_TANH,
-                   .merger_act = OVLM_ACT_GELU_ERF, .eps = 1e-6, .theta = 1e4},
-        .decoder = {.depth = 2, .width = 20, .heads = 4, .kv_heads = 2, .head_dim = 8,
-                    .vocab = VOCAB, .hidden = 26, .k = 1, .expert_hidden = 1, .sparse_step = 1,
-                    .teams = 1, .limit = 1, .section = {2, 1, 1}, .interleaved_sections = true,
-                    .qk_norm = true, .tied = true, .normalise_router = true, .expert_kn = true,
-                    .router_scale = 1, .eps = 1e-6, .theta = 1e4}};
-    if (sparse) {
-        c.decoder.experts = 5;
-        c.decoder.k = 2;
-        c.decoder.expert_hidden = 10;
-        c.decoder.aux_coef = 0.01;
-        c.decoder.tied = false;
-    }
-    return c;
-}
-
-/* Sigmoid routing in groups, a shared expert, a dense layer, pooling. */
-static ovlm_model_config seed(void)
-{
-    ovlm_model_config c = qwen(true);
-    c.vision.position_side = c.vision.deepstack_n = 0;
-    c.vision.merger = OVLM_MERGE_POOL;
-    c.vision.final_norm = true;
-    c.decoder.experts = 6;
-    c.decoder.teams = 3;
-    c.decoder.limit = 2;
-    c.decoder.shared_hidden = 7;
-    c.decoder.first_dense = 1;
-    c.decoder.sigmoid_router = true;
-    c.decoder.qk_norm = false;
-    c.decoder.qkv_bias = true;
-    c.decoder.router_scale = 1.7;
-    c.decoder.aux_coef = 0;
-    return c;
-}
-
-/* ---- a batch: an image and text, text, nothing, an image and text ---- */
-
-typedef struct batch {
-    int32_t id[TOKENS], start[SEGMENTS + 1], feature_row[TOKENS], label[TOKENS];
-    int32_t grid[3 * IMAGES];
-    float position[3 * TOKENS], weight[TOKENS], pixel[PATCHES * PATCH_SIZE];
-} batch;
-
-static void draw_batch(batch *b)
-{
-    static const int32_t start[] = {0, 10, 15, 15, TOKENS}, grid[] = {1, 4, 6, 1, 2, 2};
-    memcpy(b->start, start, sizeof start);
-    memcpy(b->grid, grid, sizeof grid);
-    int32_t feature = 0;
-    for (int t = 0; t < TOKENS; t++) {
-        bool image = (t >= 2 && t < 8) || t == 16;
-        b->id[t] = (int32_t)rig_below(VOCAB);
-        b->feature_row[t] = image ? feature++ : -1;
-        b->label[t] = image || rig_below(4) == 0 ? -100 : b->id[t];
-        b->weight[t] = (float)(0.25 + 0.25 * (double)rig_below(4));
-        for (int axis = 0; axis < 3; axis++) {
-            b->position[axis * TOKENS + t] = (float)(t + (image ? rig_below(3) : 0));
-        }
-    }
-    b->label[TOKENS - 1] = b->id[TOKENS - 1]; /* at least one */
-    for (int i = 0; i < PATCHES * PATCH_SIZE; i++) {
-        b->pixel[i] = (float)rig_normal();
-    }
-}
-
-static ovlm_model_inputs inputs_of(const batch *b)
-{
-    return (ovlm_model_inputs){
-        .tokens = {.T = TOKENS, .segments = SEGMENTS, .id = b->id, .start = b->start,
-                   .position = b->position, .feature_row = b->feature_row},
-        .label = b->label, .weight = b->weight, .images = IMAGES, .grid_thw = b->grid,
-        .pixels = b->pixel, .pixel_dtype = OVLM_F32, .normalizer = -1};
-}
+#include "model_rig.h"
 
 /* ---- a session: all calls of a model's life, one after the other ---- */
 
@@ -111,28 +24,6 @@ typedef struct session {
     char *state;            /* all gradients, then all weights, as they lie on the host */
     int64_t state_bytes;
 } session;
-
-static ovlm_status write_weights(session *s, ovlm_err *err)
-{
-    const ovlm_params *p = ovlm_model_params(s->model);
-    ovlm_rng held = test_rng;
-    ovlm_status status = OVLM_OK;
-    ovlm_rng_init(&test_rng, s->seed);
-    for (int64_t i = 0; i < p->n && status == OVLM_OK; i++) {
-        const ovlm_param *one = &p->param[i];
-        ovlm_tensor host = rig_empty(one->rows, one->cols, one->w.dtype);
-        host.stride = host.cols;
-        for (int64_t j = 0; j < host.rows * host.cols; j++) {
-            bool matrix = one->kind == OVLM_PARAM_WEIGHT;
-            double spread = matrix ? 0.6 / sqrt((double)host.cols) : 0.2;
-            rig_set(&host, 0, j, (one->kind == OVLM_PARAM_NORM ? 1 : 0) + spread * rig_normal());
-        }
-        status = ovlm_model_write(s->model, &one->w, host.data, err);
-        free(host.data);
-    }
-    test_rng = held;
-    return status;
-}
 
 static ovlm_status read_state(session *s, ovlm_err *err)
 {
@@ -200,14 +91,15 @@ enum { OPEN, WRITE, FORWARD, OUTPUT, BACKWARD, ADAMW, AGAIN, LOGITS, CACHE, PREF
 static ovlm_status call(session *s, int number, ovlm_err *err)
 {
     ovlm_backend_options options = {.threads = 1};
-    ovlm_model_inputs in = inputs_of(s->batch);
+    ovlm_model_inputs in = rig_inputs(s->batch);
     int32_t row[TOKENS];
     for (int t = 0; t < TOKENS; t++) {
         row[t] = t;
     }
     switch (number) {
-    case OPEN: return ovlm_model_open(&s->config, s->ops, &options, s->dtype, &s->model, err);
-    case WRITE: return write_weights(s, err);
+    case OPEN: return ovlm_model_open(&s->config, s->ops, &options, s->dtype, NULL, &s->model,
+                                       err);
+    case WRITE: return rig_write_weights(s->model, s->seed, err);
     case FORWARD: return ovlm_model_forward(s->model, &in, &s->pass, err);
     case OUTPUT: return ovlm_model_output_read(s->model, &s->out, s->logp, NULL, err);
     case BACKWARD:
@@ -433,10 +325,10 @@ static void test_trouble(const ovlm_model_config *config, const batch *b)
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
-    const ovlm_model_config configs[] = {qwen(false), qwen(true), seed()};
-    for (int i = 0; i < 3; i++) {
+    const ovlm_model_config configs[] = {rig_qwen(false), rig_qwen(true), rig_seed(), rig_omni()};
+    for (int i = 0; i < 4; i++) {
         batch b = {0};
-        draw_batch(&b);
+        rig_draw_batch(&b, configs[i].audio.depth > 0);
         test_backends(&configs[i], &b);
         test_gradients(&configs[i], &b);
         test_trouble(&configs[i], &b);

@@ -100,8 +100,8 @@ OVLM_NODISCARD ovlm_status ovlm_comm_split(ovlm_comm *comm, int64_t color, int64
 /* The same ranks again, for another thread or for work that overlaps.  All ranks call it. */
 OVLM_NODISCARD ovlm_status ovlm_comm_dup(ovlm_comm *comm, ovlm_comm **out, ovlm_err *err);
 
-/* Frees this rank's end; waits for what was started here, never for other ranks.  A rank that still
- * calls after this one has closed fails with OVLM_E_COMM.  NULL is fine. */
+/* Frees this rank's end and waits for nobody.  A rank that still calls after this one has closed
+ * fails with OVLM_E_COMM; closing while something started is pending is an abort.  NULL is fine. */
 void ovlm_comm_close(ovlm_comm *comm);
 
 /* Makes every rank of the job fail with OVLM_E_COMM, naming this rank and the message, in this call
@@ -161,15 +161,26 @@ typedef enum ovlm_comm_kind {
 /* What the caller asked for, in numbers on which all ranks must agree: engines compare it, and say
  * it in messages.  Plain integers without padding, so that bytes can be compared. */
 typedef struct ovlm_comm_label {
-    uint64_t comm;        /* which communicator: the same on its ranks, another for each           */
-    int64_t order;        /* number of the call on it                                              */
-    int64_t piece;        /* a large reduction is several exchanges                                */
-    int64_t amount;       /* bytes or elements where these must agree; else -1                     */
-    int32_t kind, detail; /* ovlm_comm_kind; root, or 16*dtype + reduce                            */
+    uint64_t comm;        /* which communicator: the same on its ranks, another for each         */
+    int64_t order;        /* number of the call on it, from 1                                    */
+    int64_t piece;        /* a large reduction is several exchanges                              */
+    int64_t amount;       /* bytes or elements where these must agree; else -1                   */
+    int32_t kind, detail; /* ovlm_comm_kind; root, or 16*dtype + reduce                          */
 } ovlm_comm_label;
 
-/* One line, e.g. "all_reduce of 12 float32 (sum), call 7"; text of at least 120 bytes. */
-void ovlm_comm_label_describe(const ovlm_comm_label *label, char *text, size_t text_bytes);
+enum { OVLM_COMM_TEXT_BYTES = 120 };
+
+/* One line, e.g. "all_reduce of 12 float32 (sum), call 7". */
+void ovlm_comm_label_describe(const ovlm_comm_label *label, char text[OVLM_COMM_TEXT_BYTES]);
+/* OVLM_E_COMM names the first rank whose label is not rank 0's, with both calls.  Labels lie
+ * stride_bytes apart. */
+OVLM_NODISCARD ovlm_status ovlm_comm_labels_compare(const ovlm_comm_label *first, int64_t n,
+                                                    int64_t stride_bytes, ovlm_err *err);
+/* The same for an all-to-all: send[r*stride + s] bytes go from r to s, which expects
+ * recv[s*stride + r]. */
+OVLM_NODISCARD ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label,
+                                                    const int64_t *send, const int64_t *recv,
+                                                    int64_t n, int64_t stride, ovlm_err *err);
 
 /* What starts hand over. */
 typedef struct ovlm_comm_work {
@@ -188,8 +199,8 @@ typedef struct ovlm_comm_work {
  * OVLM_E_INTERRUPTED; after one the communicator is never used again, only closed. */
 typedef struct ovlm_comm_engine {
     const char *name; /* static                                                                 */
-    bool compares;    /* it compares labels and counts itself; otherwise it is done above, counts
-                         always and labels with ovlm_comm_set_debug                             */
+    bool compares;    /* it compares labels and counts at each call; otherwise that is done above
+                         it, with ovlm_comm_set_debug                                           */
     bool any_thread;  /* calls may come from a thread other than the one that opened it          */
     bool host_memory; /* it takes host memory: reductions can be made above it                   */
 
@@ -222,8 +233,9 @@ OVLM_NODISCARD ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *
                                           int64_t size, uint64_t id, ovlm_comm **comm,
                                           ovlm_err *err);
 
-/* Compares, before each call, what it is with all other ranks' calls, for engines that do not do
- * so themselves; children inherit it.  The same on all ranks. */
+/* Compares each call and its counts over the ranks before it is made, at the price of two small
+ * exchanges; engines that compare do so in any case.  Children inherit it.  The same on all
+ * ranks. */
 void ovlm_comm_set_debug(ovlm_comm *comm, bool debug);
 
 #ifdef __cplusplus

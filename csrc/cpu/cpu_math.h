@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "base/bf16.h"
+
 static inline float ovlm_math_from_bits(uint32_t bits)
 {
     float value;
@@ -157,21 +159,6 @@ static inline float ovlm_math_silu_slope(float x)
 {
     x = ovlm_math_clamp(x, -80.0f, 80.0f);
     return ovlm_math_sigmoid_slope(x, x, 1.0f);
-}
-
-/* bfloat16: the upper half of a float32.  To nearest even; NaN stays NaN. */
-static inline float ovlm_math_from_bf16(uint16_t value)
-{
-    return ovlm_math_from_bits((uint32_t)value << 16);
-}
-
-static inline uint16_t ovlm_math_to_bf16(float value)
-{
-    uint32_t bits = ovlm_math_bits(value);
-    uint32_t even = bits + 0x7fffu + ((bits >> 16) & 1u);
-    uint32_t quiet = bits | 0x400000u;
-    uint32_t chosen = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : even;
-    return (uint16_t)(chosen >> 16);
 }
 
 #endif

@@ -1,0 +1,63 @@
+/* comm_state.h - the inside of a communicator, for its files. */
+#ifndef OVLM_BACKEND_COMM_STATE_H
+#define OVLM_BACKEND_COMM_STATE_H
+
+#include <stdatomic.h>
+
+#include "backend/comm.h"
+#include "base/arena.h"
+
+struct ovlm_comm {
+    const ovlm_comm_engine *engine;
+    void *self; /* owned: the engine's */
+    int64_t rank, size;
+    uint64_t id;
+    int64_t order; /* calls so far */
+    bool debug;
+    atomic_bool busy;   /* a caller is inside                                                 */
+    atomic_bool failed; /* poisoned: failure holds why, and never changes again               */
+    ovlm_err failure;
+    ovlm_arena arena; /* scratch of the call that runs; one runs at a time                    */
+    struct ovlm_comm_queue *queue; /* NULL until the first start                              */
+};
+
+/* Marks the communicator as in use; fails when it is, or when it is poisoned. */
+OVLM_NODISCARD ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err);
+void ovlm_comm_leave(ovlm_comm *comm);
+
+/* A label with the next order. */
+ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
+                                     int64_t amount);
+
+/* Does checked work on this thread; a failure poisons the communicator.  Kinds: all but the
+ * split. */
+OVLM_NODISCARD ovlm_status ovlm_comm_run(ovlm_comm *comm, const ovlm_comm_work *work,
+                                         ovlm_err *err);
+/* In debug mode, over an engine that does not compare: labels, and the counts of an all-to-all. */
+OVLM_NODISCARD ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work,
+                                             ovlm_err *err);
+/* Keeps what failed; other ranks hear of a failure that is this rank's own. */
+void ovlm_comm_poison(ovlm_comm *comm, ovlm_status status, const ovlm_err *err);
+
+/* Reductions above the engine (comm_reduce.c). */
+OVLM_NODISCARD ovlm_status ovlm_comm_run_all_reduce(ovlm_comm *comm, const ovlm_comm_label *label,
+                                                    const ovlm_all_reduce *args, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_comm_run_reduce_scatter(ovlm_comm *comm,
+                                                        const ovlm_comm_label *label,
+                                                        const ovlm_reduce_scatter *args,
+                                                        ovlm_err *err);
+/* out[i] = part[0][i] + part[1][i] + ... in this order (or max, min); out may be one of the
+ * parts. */
+void ovlm_comm_reduce_parts(void *out, const void *const *part, int64_t parts, int64_t n,
+                            ovlm_dtype dtype, ovlm_reduce reduce);
+
+/* The queue of starts (comm_queue.c). */
+OVLM_NODISCARD ovlm_status ovlm_comm_queue_start(ovlm_comm *comm, const ovlm_comm_work *work,
+                                                 int64_t *ticket, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_comm_queue_wait(ovlm_comm *comm, int64_t ticket, ovlm_err *err);
+/* Waits for all that was started. */
+OVLM_NODISCARD ovlm_status ovlm_comm_queue_drain(ovlm_comm *comm, ovlm_err *err);
+/* Ends the helper thread, after an abort where something is pending. */
+void ovlm_comm_queue_close(ovlm_comm *comm);
+
+#endif

@@ -5,7 +5,7 @@
  * than all others. */
 #include <string.h>
 
-#include "backend/comm_state.h"
+#include "backend/comm_reduce.h"
 #include "engine/dispatch_state.h"
 
 /* Bytes that a thread moves at a time: enough that handing them out costs nothing. */

@@ -4,7 +4,6 @@
  * row has the same copies at consecutive places, so that whole runs are added.  The order is that
  * of the route's pieces, and elements do not depend on each other: any number of threads gives the
  * same bits. */
-#include "backend/comm_state.h"
 #include "engine/dispatch_state.h"
 #include "plan/route.h"
 

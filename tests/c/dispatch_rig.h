@@ -36,9 +36,10 @@ static inline void rig_write_row(unsigned char *to, int64_t bytes, int64_t rank,
         memcpy(to, name, sizeof name);
         done = (int64_t)sizeof name;
     }
-    for (; done < bytes; done++) {
+    for (; done < bytes; done += (int64_t)sizeof state) {
         state = rig_hash(state);
-        to[done] = (unsigned char)(state >> 11);
+        int64_t left = bytes - done;
+        memcpy(to + done, &state, left < (int64_t)sizeof state ? (size_t)left : sizeof state);
     }
 }
 

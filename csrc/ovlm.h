@@ -279,6 +279,10 @@ void ovlm_route_free(ovlm_route *route);
 /* Ranges, order, and that every row leaves once and arrives once.  OVLM_E_ARG: first violation. */
 OVLM_NODISCARD ovlm_status ovlm_route_check(const ovlm_route *route, ovlm_err *err);
 
+/* The same, but rows may leave several times, or never: features that two samples share, rows that
+ * nobody needs.  Such a route has no inverse and does not compose; the dispatcher takes it. */
+OVLM_NODISCARD ovlm_status ovlm_route_check_arrivals(const ovlm_route *route, ovlm_err *err);
+
 /* The way back.  O(k + N). */
 OVLM_NODISCARD ovlm_status ovlm_route_invert(const ovlm_route *route, ovlm_route *out,
                                              ovlm_err *err);
@@ -287,6 +291,13 @@ OVLM_NODISCARD ovlm_status ovlm_route_invert(const ovlm_route *route, ovlm_route
  * `second` sends must be what `first` delivers, rank by rank.  O(k1 + k2 + N). */
 OVLM_NODISCARD ovlm_status ovlm_route_compose(const ovlm_route *first, const ovlm_route *second,
                                               ovlm_route *out, ovlm_err *err);
+
+/* The same way for items whose rows differ in width: a route whose rows are bytes, of a valid one.
+ * item_bytes[i] >= 0 is the size of item i in all, laid out where its rows were, in their order.
+ * Rows of one item are of one size; an item whose bytes do not divide by its rows travels whole, or
+ * OVLM_E_ARG names it.  n_items is above every item of the route.  O(k + n_items). */
+OVLM_NODISCARD ovlm_status ovlm_route_bytes(const ovlm_route *route, const int64_t *item_bytes,
+                                            int64_t n_items, ovlm_route *out, ovlm_err *err);
 
 /* What a route costs.  seconds is the all-to-all's: over ranks, the largest of what the rank sends
  * or receives inside its node at intra bandwidth and between nodes at inter bandwidth, the two

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 
 #include "backend/comm.h"
+#include "backend/comm_reduce.h"
 #include "base/arena.h"
 
 struct ovlm_comm {
@@ -48,10 +49,6 @@ OVLM_NODISCARD ovlm_status ovlm_comm_run_reduce_scatter(ovlm_comm *comm,
                                                         const ovlm_comm_label *label,
                                                         const ovlm_reduce_scatter *args,
                                                         ovlm_err *err);
-/* out[i] = part[0][i] + part[1][i] + ... in this order (or max, min); out may be one of the
- * parts. */
-void ovlm_comm_reduce_parts(void *out, const void *const *part, int64_t parts, int64_t n,
-                            ovlm_dtype dtype, ovlm_reduce reduce);
 
 /* The queue of starts (comm_queue.c). */
 OVLM_NODISCARD ovlm_status ovlm_comm_queue_start(ovlm_comm *comm, const ovlm_comm_work *work,

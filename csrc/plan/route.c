@@ -131,6 +131,12 @@ static ovlm_status check_arrivals(const ovlm_route *route, ovlm_err *err)
     return OVLM_OK;
 }
 
+ovlm_status ovlm_route_check_arrivals(const ovlm_route *route, ovlm_err *err)
+{
+    OVLM_TRY(check_ranges(route, err));
+    return check_arrivals(route, err);
+}
+
 ovlm_status route_send_order(const ovlm_route *route, int64_t *order, ovlm_arena *arena,
                              ovlm_err *err)
 {
@@ -166,8 +172,7 @@ ovlm_status route_send_order(const ovlm_route *route, int64_t *order, ovlm_arena
 static ovlm_status check_all(const ovlm_route *route, int64_t **order, ovlm_arena *arena,
                              ovlm_err *err)
 {
-    OVLM_TRY(check_ranges(route, err));
-    OVLM_TRY(check_arrivals(route, err));
+    OVLM_TRY(ovlm_route_check_arrivals(route, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, order, route->k, err));
     return route_send_order(route, *order, arena, err);
 }

@@ -1,4 +1,5 @@
-/* test_route.c - routes moved by hand: every row carries (item, row), ranks are plain arrays. */
+/* test_route.c - routes moved by hand: every row carries (item, row), ranks are plain arrays; the
+ * same for rows of several widths, byte by byte. */
 #include "test.h"
 
 #include <string.h>
@@ -177,10 +178,139 @@ static void test_damage(void)
     }
 }
 
+/* ------------------------------------------------------------------ bytes ----------------- */
+
+enum { MAX_BYTES = 40 * MAX_ROWS };
+
+typedef struct bytes {
+    int64_t count[MAX_N];
+    int64_t name[MAX_N][MAX_BYTES]; /* item and byte within it */
+} bytes;
+
+/* What ranks hold in bytes: rows of one size, or a whole item at its first row. */
+static void fill_bytes(const rows *held, const int64_t *length, const int64_t *item_bytes,
+                       bytes *out)
+{
+    memset(out, 0, sizeof *out);
+    for (int64_t rank = 0; rank < MAX_N; rank++) {
+        for (int64_t r = 0; r < held->count[rank]; r++) {
+            int64_t item = held->id[rank][r] / MAX_ROWS, row = held->id[rank][r] % MAX_ROWS;
+            bool even = item_bytes[item] % length[item] == 0;
+            int64_t size = even ? item_bytes[item] / length[item] : row == 0 ? item_bytes[item] : 0;
+            for (int64_t b = 0; b < size; b++) {
+                out->name[rank][out->count[rank]++] = item * MAX_BYTES + row * size + b;
+            }
+        }
+    }
+}
+
+static void move_bytes(const ovlm_route *route, const bytes *from, bytes *to)
+{
+    memset(to, 0, sizeof *to);
+    for (int64_t p = 0; p < route->k; p++) {
+        for (int64_t b = 0; b < route->n_rows[p]; b++) {
+            int64_t rank = route->destination[p];
+            int64_t name = from->name[route->source[p]][route->send_row[p] + b];
+            CHECK(name == route->item[p] * MAX_BYTES + route->first_row[p] + b, "piece %lld",
+                  (long long)p);
+            to->name[rank][route->receive_row[p] + b] = name;
+            to->count[rank]++;
+        }
+    }
+}
+
+/* Pieces of one row each become as few as may be. */
+static void merge_pieces(ovlm_route *route)
+{
+    int64_t k = 0;
+    for (int64_t p = 0; p < route->k; p++) {
+        int64_t last = k - 1;
+        bool more = k > 0 && route->item[last] == route->item[p] &&
+                    route->source[last] == route->source[p] &&
+                    route->destination[last] == route->destination[p] &&
+                    route->first_row[last] + route->n_rows[last] == route->first_row[p] &&
+                    route->send_row[last] + route->n_rows[last] == route->send_row[p];
+        if (more) {
+            route->n_rows[last] += route->n_rows[p];
+            continue;
+        }
+        int64_t *column[] = {route->item, route->first_row, route->n_rows, route->source,
+                             route->destination, route->send_row, route->receive_row};
+        for (int c = 0; c < 7; c++) {
+            column[c][k] = column[c][p];
+        }
+        k++;
+    }
+    route->k = k;
+}
+
+static void test_bytes(void)
+{
+    static rows a, b;
+    static bytes x, y, moved;
+    static layout from, to;
+    for (int round = 0; round < 200; round++) {
+        ovlm_err err = {0};
+        int64_t n_ranks = 1 + ovlm_rng_below(&test_rng, MAX_N), length[20], item_bytes[20];
+        bool whole = round % 2 != 0;
+        for (int64_t i = 0; i < 20; i++) {
+            length[i] = ovlm_rng_below(&test_rng, 8);
+            item_bytes[i] = whole ? ovlm_rng_below(&test_rng, 200)
+                                  : length[i] * ovlm_rng_below(&test_rng, 30);
+        }
+        draw_layout(&from, 20, length, n_ranks, whole);
+        draw_layout(&to, 20, length, n_ranks, whole);
+        fill(&from, &a);
+        fill(&to, &b);
+        ovlm_route route, out = {0};
+        route_between(&a, &b, n_ranks, &route);
+        merge_pieces(&route);
+        CHECK(ovlm_route_bytes(&route, item_bytes, 20, &out, &err) == OVLM_OK, "%s", err.message);
+        CHECK(ovlm_route_check(&out, &err) == OVLM_OK, "%s", err.message);
+        fill_bytes(&a, length, item_bytes, &x);
+        fill_bytes(&b, length, item_bytes, &y);
+        move_bytes(&out, &x, &moved);
+        CHECK(memcmp(&moved, &y, sizeof y) == 0, "every byte where it belongs");
+        ovlm_route_free(&out);
+        ovlm_route_free(&route);
+    }
+}
+
+static void test_bytes_refused(void)
+{
+    int64_t item[] = {0, 1, 0}, first[] = {0, 0, 2}, n_rows[] = {2, 1, 1}, source[] = {0, 0, 0};
+    int64_t destination[] = {0, 0, 1}, send_row[] = {0, 3, 2}, receive_row[] = {0, 2, 0};
+    ovlm_route route = {3, 2, item, first, n_rows, source, destination, send_row, receive_row};
+    ovlm_route out = {0};
+    const struct {
+        int64_t n, bytes[2];
+        const char *message;
+    } bad[] = {{1, {3, 3}, "carries item 1 of 1"},
+               {2, {10, 3}, "item_bytes[0] is 10 for 3 rows that travel in pieces"},
+               {2, {9, -1}, "item_bytes[1] is -1"},
+               {2, {(int64_t)3 << 60, ((int64_t)1 << 62)}, "more than 2^62"}};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        ovlm_err err = {0};
+        CHECK(ovlm_route_bytes(&route, bad[i].bytes, bad[i].n, &out, &err) == OVLM_E_ARG &&
+                  out.item == NULL, "%s", bad[i].message);
+        CHECK(strstr(err.message, bad[i].message) != NULL, "%s: %s", bad[i].message, err.message);
+    }
+    send_row[2] = 1; /* a row that leaves twice */
+    int64_t fine[] = {9, 3};
+    ovlm_err err = {0};
+    CHECK(ovlm_route_check_arrivals(&route, &err) == OVLM_OK, "%s", err.message);
+    CHECK(ovlm_route_check(&route, &err) == OVLM_E_ARG, "leaves twice");
+    CHECK(ovlm_route_bytes(&route, fine, 2, &out, &err) == OVLM_E_ARG, "leaves twice");
+    receive_row[2] = 1;
+    CHECK(ovlm_route_check_arrivals(&route, &err) == OVLM_E_ARG, "arrives nowhere");
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
     test_random();
     test_damage();
+    test_bytes();
+    test_bytes_refused();
     return test_end("route");
 }

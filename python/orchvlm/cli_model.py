@@ -75,7 +75,11 @@ def _add_train(commands, raw):
     group.add_argument("--tokens", type=_whole, metavar="T", help="in a step; 2,048 for tiny")
     group.add_argument("--max-pixels", type=_whole, metavar="P",
                        help="pictures are shrunk to so many; 3136 are 56 x 56")
-    group.add_argument("--threads", type=_whole, metavar="N", help="default: one per core")
+    group.add_argument("--ranks", type=_whole, metavar="N",
+                       help="processes that train together, balanced; default 2, or as torchrun, "
+                            "mpirun or srun started them")
+    group.add_argument("--threads", type=_whole, metavar="N",
+                       help="of each rank; default: all cores, shared out")
     group.add_argument("--seed", type=int, metavar="S", help="of weights and data; default 0")
     group.add_argument("--samples", type=_whole, default=100, metavar="N",
                        help="held-out samples of each kind; default %(default)s")

@@ -1,5 +1,6 @@
 """What ``orchvlm train``, ``generate``, ``eval`` and ``inspect`` do."""
 import json
+import os
 import shlex
 import sys
 import time
@@ -143,26 +144,51 @@ def _start(settings, threads):
 
 def train(arguments):
     """``orchvlm train``"""
-    from .data import Loader
+    from .comm import init, run_processes
     from .data.assets import need
     out, settings = _settings(arguments)
     if not settings.get("data"):
         need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
-    model, processor = _start(settings, arguments.threads)
+    with init() as launched:
+        if launched.size > 1:  # torchrun, mpirun or srun started the ranks
+            return _train_rank(launched, arguments, out, settings)
+    ranks = arguments.ranks or min(2, _cores())
+    if ranks == 1:
+        return _train_rank(None, arguments, out, settings)
+    return run_processes(ranks, _train_rank, arguments, out, settings)[0]
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _train_rank(comm, arguments, out, settings):
+    """What one rank does; the first one talks and writes."""
+    from .data import Loader, RankLoader
+    ranks = 1 if comm is None else comm.size
+    first = comm is None or comm.rank == 0
+    threads = arguments.threads or (None if ranks == 1 else max(1, _cores() // ranks))
+    model, processor = _start(settings, threads)
     source = training_source(settings)
-    loader = Loader(source, processor, settings["tokens"], too_long="skip")
+    loader = Loader(source, processor, settings["tokens"], too_long="skip") if ranks == 1 else \
+        RankLoader(source, processor, settings["tokens"], comm, too_long="skip")
     lr = settings["lr"]
     steps = settings.get("steps")
     config = TrainingConfig(steps=steps or _ENDLESS, minutes=settings.get("minutes"), lr=lr,
                             min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP)
-    trainer = Trainer(model, loader, config, out)
+    trainer = Trainer(model, loader, config, out, comm)
     if arguments.resume:
         trainer.resume()
+    if not first:
+        for _ in trainer.run():
+            pass
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / _SETTINGS, lambda stream: stream.write(
         (json.dumps(settings, indent=1) + "\n").encode()))
     print(f"{model!r}; {settings['tokens']:,} tokens a step; "
-          f"{f'{steps:,} steps' if steps else str(settings['minutes']) + ' minutes'}; {out}/")
+          f"{f'{steps:,} steps' if steps else str(settings['minutes']) + ' minutes'}; "
+          f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     _steps(trainer, out)
     return _finish(trainer, processor, settings, arguments, out)
 

@@ -1,6 +1,6 @@
 """One global batch over ranks: every phase evenly, and a gradient that does not depend on how."""
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,8 +35,6 @@ class Prepared:
         The way of features to the tokens that wait for them, by medium.
     ran : Ran
         Counts the samples that this rank read, whoever computes them.
-    seconds : dict of str to float
-        What gathering lengths, planning and moving took.
     """
 
     plan: object
@@ -45,7 +43,6 @@ class Prepared:
     items: dict
     outputs: dict
     ran: Ran
-    seconds: dict = field(default_factory=dict)
 
 
 class Orchestrator:
@@ -115,17 +112,31 @@ class Orchestrator:
         media = {name: medium(self.model.config, inputs, name) for name in self.media}
         batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, comm)
         known = time.perf_counter()
-        plan = plan_step(batch, self.cluster, self.costs, memory=self._memory(batch),
-                         work_limit=_WORK, time_limit=None)
+        plan = self.plan(batch)
         planned = time.perf_counter()
         items = {name: self._raw(plan, batch, name, media[name], sizes[name], comm)
                  for name in self.media if len(sizes[name])}
         micro = _micro_batches(inputs, batch, plan.llm, comm)
-        outputs = {name: Dispatch(plan.routes[f"{name}->llm"], comm) for name in items}
+        outputs = {name: Dispatch(plan.routes[f"{name}->llm"], self.comm) for name in items}
         seconds = {"lengths": known - start, "plan": planned - known,
                    "data": time.perf_counter() - planned}
         ran = Ran([inputs], self.model.config)
-        return Prepared(plan, normalizer, micro, items, outputs, ran, seconds)
+        ran.plan, ran.prepared_seconds = plan, seconds
+        return Prepared(plan, normalizer, micro, items, outputs, ran)
+
+    def plan(self, batch):
+        """The plan of a global batch; every rank makes the same one.
+
+        Parameters
+        ----------
+        batch : Batch
+
+        Returns
+        -------
+        StepPlan
+        """
+        return plan_step(batch, self.cluster, self.costs, memory=self._memory(batch),
+                         work_limit=_WORK, time_limit=None)
 
     def _memory(self, batch):
         """The limits as the planner takes them; what is longer has a micro-batch to itself."""
@@ -234,8 +245,35 @@ class Orchestrator:
         self.comm.abort(message)
 
     def metrics(self, ran):
-        """What a line of metrics says besides: of rank 0, seconds by phase."""
-        return {f"{name}_seconds": seconds for name, seconds in ran.seconds.items()}
+        """What a line of metrics says besides.
+
+        Parameters
+        ----------
+        ran : Ran
+            Of :meth:`run`.
+
+        Returns
+        -------
+        dict of str to float
+            For every phase, largest load over mean: ``_sampled``, with every item where it was
+            read, and ``_planned``, as the plan has it; ``_measured``: the same of what the ranks
+            computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
+            ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
+            possible; ``predicted_seconds``: its time.
+        """
+        plan, row = ran.plan, {}
+        names = sorted(ran.busy)
+        mine = np.array([[ran.busy[name], ran.seconds[name]] for name in names]).reshape(1, -1, 2)
+        busy = self.comm.all_gather(mine, np.ones(self.size, np.int64))
+        for name, (work, passed) in zip(names, busy.transpose(1, 2, 0)):
+            row[f"{name}_seconds"] = float(passed.max())
+            if "->" not in name:
+                phase = plan.llm if name == "llm" else plan.phases[name]
+                row[f"{name}_sampled"] = phase.sampled_imbalance
+                row[f"{name}_planned"] = phase.imbalance
+                row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
+        return {**row, "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
+                "predicted_seconds": plan.time}
 
 
 def _counted_costs(model, cluster, media):

@@ -22,6 +22,10 @@ class Ran:
         Of routers, its part.
     seconds, busy : dict of str to float
         By phase and transfer: what went by, and what the calling thread computed.
+    plan : StepPlan or None
+        With several ranks: the step's.
+    prepared_seconds : dict of str to float
+        What gathering lengths, planning and moving data took, beside the step before.
     """
 
     def __init__(self, packs=(), config=None):
@@ -29,6 +33,7 @@ class Ran:
         self.tokens = sum(pack.n_tokens for pack in packs)
         self.flops = sum(model_flops(config, pack) for pack in packs)
         self.seconds, self.busy = {}, {}
+        self.plan, self.prepared_seconds = None, {}
 
     @contextmanager
     def timed(self, name):

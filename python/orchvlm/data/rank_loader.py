@@ -23,7 +23,7 @@ class RankLoader(Loader):
         Tokens of a global batch: whole samples are taken, in the mixture's order, until the next
         does not fit.
     comm : Comm
-        Tells lengths.
+        Of the ranks; a dup of it tells lengths.
     max_patches : int, optional
         Patches of a global batch, besides.
     too_long : str
@@ -60,7 +60,7 @@ class RankLoader(Loader):
         super().__init__(source, processor, max_tokens, max_patches, too_long)
         if not callable(getattr(source, "skip", None)):
             raise TypeError(f"source must be a Mixture; got {type(source).__name__}")
-        self._comm = comm
+        self._comm = comm.dup()  # batches are made in a thread beside the steps
         self._next = []       # samples told and not used: (state before, skipped, extent, inputs)
         self._drawn = source.drawn  # samples of the mixture so far: says whose turn it is
         self._ended = False

@@ -1,5 +1,5 @@
 """What ranks tell each other about a global batch: the lengths of everything, and nothing else."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -123,7 +123,7 @@ def gathered_batch(config, inputs, media, comm):
     inputs : Inputs
         This rank's samples.
     media : dict of str to Medium
-        Their items.
+        Their items; where there are none, they take the others' dtype.
     comm : Comm
 
     Returns
@@ -149,6 +149,10 @@ def gathered_batch(config, inputs, media, comm):
             raise ValueError(f"{name}: values of {seen} bytes on different ranks; all must hold "
                              "bytes, or all floats")
     value_bytes = dict(zip(media, kinds.max(axis=0, initial=0)))
+    for name, one in media.items():
+        if not len(one):  # rows of nothing are of the others' kind
+            media[name] = replace(one, rows=one.rows.astype(
+                np.uint8 if value_bytes[name] == 1 else np.float32))
     (samples, ranks), *told_items = [gathered(comm, rows) for rows in _told(inputs, media)]
     first = np.searchsorted(ranks, np.arange(comm.size))  # sample of all that is a rank's first
     text, phases, sizes = samples[:, 0].copy(), {}, {}

@@ -1,4 +1,4 @@
-"""The ``orchvlm`` command: train, generate, eval, inspect; plan, simulate; doctor."""
+"""The ``orchvlm`` command: train, report, generate, eval, inspect; plan, simulate; doctor."""
 import argparse
 import os
 import sys
@@ -210,7 +210,7 @@ def _run(arguments):
     from . import commands
     if arguments.command == "doctor":
         return commands.doctor()
-    if arguments.command in ("train", "generate", "eval", "inspect"):
+    if arguments.command in ("train", "report", "generate", "eval", "inspect"):
         from . import commands_model
         name = "evaluate" if arguments.command == "eval" else arguments.command
         return getattr(commands_model, name)(arguments)

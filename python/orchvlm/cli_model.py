@@ -86,7 +86,7 @@ def _add_train(commands, raw):
 
 
 def add_model_commands(commands, raw):
-    """Adds the four commands to a parser's subcommands.
+    """Adds the five commands to a parser's subcommands.
 
     Parameters
     ----------
@@ -95,6 +95,11 @@ def add_model_commands(commands, raw):
         Formatter that leaves examples as they are.
     """
     _add_train(commands, raw)
+    report = commands.add_parser("report", help="one HTML file about a run",
+                                 description="Writes a run's curves, how even its phases were over "
+                                             "the ranks, and one step's timeline.")
+    report.add_argument("run", metavar="RUN", help="folder of a training run")
+    report.add_argument("--out", metavar="FILE", help="default RUN/report.html")
     generate = commands.add_parser("generate", formatter_class=raw, epilog=_GENERATE_EXAMPLES,
                                    help="ask a model about pictures and sounds",
                                    description="Prints a model's answer.")

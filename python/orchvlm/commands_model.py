@@ -14,7 +14,7 @@ from .sources import held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
 
-_SETTINGS = "run.json"
+_SETTINGS, _TIMELINE = "run.json", "timeline.json"
 _KEPT = ("preset", "model", "data", "kinds", "difficulty", "max_pixels", "steps", "minutes", "lr",
          "tokens", "seed")
 _SAVE_EVERY, _KEEP = 200, 2  # steps between checkpoints, and how many stay
@@ -244,6 +244,7 @@ def _counted(done, whole):
 
 def _reports(trainer, seen, settings, command, out):
     """Writes them; their paths, one by one."""
+    from .ranks_report import trace_of
     from .training_report import plot_training, write_report
     rows = read_metrics(out / "metrics.jsonl")
     model, tokens = trainer.model, sum(row["tokens"] for row in rows)
@@ -255,14 +256,38 @@ def _reports(trainer, seen, settings, command, out):
     facts += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
               for key, value in settings.items() if key not in ("preset", "model")]
     title = f"Training {settings.get('preset') or settings['model']}"
-    write_report(out / "report.html", rows, seen, title=title, facts=facts,
-                 command=command)
+    timeline = trainer.passes.timeline
+    if timeline:
+        trace = json.dumps(trace_of(timeline)).encode()
+        write_whole(out / _TIMELINE, lambda stream: stream.write(trace))
+        yield out / _TIMELINE
+    write_report(out / "report.html", rows, seen, title=title, facts=facts, command=command,
+                 timeline=timeline)
     yield out / "report.html"
     try:
         plot_training(rows, out / "curves.png", seen)
         yield out / "curves.png"
     except ImportError:  # the report has the curves too
         return
+
+
+def report(arguments):
+    """``orchvlm report``"""
+    from .ranks_report import timeline_of
+    from .training_report import write_report
+    run = Path(arguments.run)
+    if not (run / "metrics.jsonl").exists():
+        raise CommandError(f"{run}: no run (metrics.jsonl) in this folder")
+    timeline = ()
+    if (run / _TIMELINE).exists():
+        timeline = timeline_of(json.loads((run / _TIMELINE).read_text(encoding="utf-8")))
+    path = Path(arguments.out or run / "report.html")
+    settings = _stored(run)
+    write_report(path, read_metrics(run / "metrics.jsonl"), title=f"Run {run.name}",
+                 facts=[(key, str(value)) for key, value in settings.items()],
+                 command=_repeated(settings), timeline=timeline)
+    print(f"wrote {path}")
+    return 0
 
 
 # ---------------------------------------------------------------- generate, eval, inspect

@@ -10,7 +10,7 @@ from .inputs import Inputs
 from .model_cost import from_model
 from .passes import Ran
 from .routes import Route
-from .shares import MEDIA, medium, gathered_batch, label_weights
+from .shares import MEDIA, gathered, gathered_batch, label_weights, medium
 from .step import plan_step
 
 _WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
@@ -75,6 +75,7 @@ class Orchestrator:
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
                  max_frames=None, micro_batches=1):
         self.model, self.comm, self._micro_batches = model, comm, micro_batches
+        self.timeline = []
         self.rank, self.size, self._beside = comm.rank, comm.size, comm.dup()
         self.media = [name for name in MEDIA if (model.config.audible if name == "audio"
                                                  else bool(model.config.vision))]
@@ -272,8 +273,18 @@ class Orchestrator:
                 row[f"{name}_sampled"] = phase.sampled_imbalance
                 row[f"{name}_planned"] = phase.imbalance
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
+        self._gather_events(ran, names)
         return {**row, "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
                 "predicted_seconds": plan.time}
+
+
+    def _gather_events(self, ran, names):
+        """Keeps when every rank did what, for reports."""
+        mine = np.array([(names.index(name), start, end) for name, start, end in ran.events],
+                        np.float64).reshape(-1, 3)
+        rows, ranks = gathered(self.comm, mine)
+        self.timeline = [[(names[int(name)], start, end) for name, start, end in rows[ranks == r]]
+                         for r in range(self.size)]
 
 
 def _counted_costs(model, cluster, media):

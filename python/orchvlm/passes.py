@@ -22,6 +22,8 @@ class Ran:
         Of routers, its part.
     seconds, busy : dict of str to float
         By phase and transfer: what went by, and what the calling thread computed.
+    events : list of (str, float, float)
+        The same one after the other: name, start and end.
     plan : StepPlan or None
         With several ranks: the step's.
     prepared_seconds : dict of str to float
@@ -32,7 +34,7 @@ class Ran:
         self.loss, self.targets, self.aux_loss = 0.0, 0, 0.0
         self.tokens = sum(pack.n_tokens for pack in packs)
         self.flops = sum(model_flops(config, pack) for pack in packs)
-        self.seconds, self.busy = {}, {}
+        self.seconds, self.busy, self.events = {}, {}, []
         self.plan, self.prepared_seconds = None, {}
 
     @contextmanager
@@ -42,7 +44,9 @@ class Ran:
         try:
             yield
         finally:
-            for total, now in ((self.seconds, time.perf_counter() - start),
+            end = time.perf_counter()
+            self.events.append((name, start, end))
+            for total, now in ((self.seconds, end - start),
                                (self.busy, time.thread_time() - busy)):
                 total[name] = total.get(name, 0.0) + now
 
@@ -62,6 +66,7 @@ class OneRank:
     """
 
     rank, size = 0, 1
+    timeline = ()
     ahead = 3  # batches that are made before they are asked for
 
     def __init__(self, model, micro_batches):

@@ -11,7 +11,8 @@ from .tables import html_table
 
 _INK, _PALE, _RIGHT, _WRONG = "#0072B2", "#B8D4E8", "#1E7F45", "#C62828"
 _CURVES = (("loss", "loss", True), ("tokens_per_s", "tokens per second", False),
-           ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False))
+           ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False),
+           ("expert_load", "slots of the fullest expert over the mean", True))
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1020px;margin:2em auto;
 padding:0 1em}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}
 td,th{padding:.25em .9em;border-bottom:1px solid #ddd;text-align:left}.curves,.examples{display:
@@ -19,7 +20,7 @@ flex;flex-wrap:wrap;gap:14px}figure{margin:0;width:170px;font-size:13px;line-hei
 figure img{width:168px;height:168px;object-fit:contain;image-rendering:pixelated;background:#f4f4f4;
 border:1px solid #ddd}.right{color:#1E7F45}.wrong{color:#C62828}svg text{font:11px sans-serif;
 fill:#555}.small{color:#666;font-size:13px}pre{background:#f6f6f6;padding:.6em 1em;overflow:auto}"""
-_WIDTH, _HEIGHT, _EDGE = 490, 210, 44  # of a curve, and room for its labels
+WIDTH, HEIGHT, EDGE = 490, 210, 44  # of a curve, and room for its labels
 
 
 def smoothed(values, share=0.05):
@@ -32,7 +33,7 @@ def smoothed(values, share=0.05):
     return out
 
 
-def _column(rows, key):
+def column(rows, key):
     """(steps, values) of what was a number."""
     pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None
              and np.isfinite(row[key])]
@@ -42,7 +43,7 @@ def _column(rows, key):
 # ---------------------------------------------------------------- curves
 
 
-def _ticks(low, high):
+def ticks(low, high):
     """Three to six round numbers in between."""
     span = high - low or abs(high) or 1.0
     size = 10.0 ** np.floor(np.log10(span / 4))
@@ -66,7 +67,7 @@ def svg_curve(rows, key, title, smooth=False):
     -------
     str
     """
-    steps, values = _column(rows, key)
+    steps, values = column(rows, key)
     if not values:
         return ""
     low, high = min(min(values), 0.0), max(values)
@@ -76,8 +77,8 @@ def svg_curve(rows, key, title, smooth=False):
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
     def place(step, value):
-        x = _EDGE + (step - first) / (last - first) * (_WIDTH - _EDGE - 12)
-        y = 26 + (high - min(value, high)) / (high - low) * (_HEIGHT - 52)
+        x = EDGE + (step - first) / (last - first) * (WIDTH - EDGE - 12)
+        y = 26 + (high - min(value, high)) / (high - low) * (HEIGHT - 52)
         return x, y
 
     def line(numbers, colour, width):
@@ -85,16 +86,16 @@ def svg_curve(rows, key, title, smooth=False):
         return (f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" '
                 f'points="{points}"/>')
 
-    parts = [f'<svg role="img" width="{_WIDTH}" height="{_HEIGHT}" '
-             f'viewBox="0 0 {_WIDTH} {_HEIGHT}"><text x="{_EDGE}" y="14">{html.escape(title)}'
+    parts = [f'<svg role="img" width="{WIDTH}" height="{HEIGHT}" '
+             f'viewBox="0 0 {WIDTH} {HEIGHT}"><text x="{EDGE}" y="14">{html.escape(title)}'
              '</text>']
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         y = place(first, tick)[1]
-        parts.append(f'<line x1="{_EDGE}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" '
-                     f'stroke="#e4e4e4"/><text x="{_EDGE - 5}" y="{y + 4:.1f}" '
+        parts.append(f'<line x1="{EDGE}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" '
+                     f'stroke="#e4e4e4"/><text x="{EDGE - 5}" y="{y + 4:.1f}" '
                      f'text-anchor="end">{tick:.4g}</text>')
-    for tick in _ticks(first, last):
-        parts.append(f'<text x="{place(tick, low)[0]:.1f}" y="{_HEIGHT - 8}" '
+    for tick in ticks(first, last):
+        parts.append(f'<text x="{place(tick, low)[0]:.1f}" y="{HEIGHT - 8}" '
                      f'text-anchor="middle">{tick:.0f}</text>')
     parts.append(line(values, _PALE if smooth else _INK, 1))
     if smooth:
@@ -133,10 +134,10 @@ def plot_training(rows, path=None, evaluation=None):
     from .plots import _figure, _finish, _tidy
     figure = _figure(10, 5.6, path)
     grid = figure.subplots(2, 2).ravel()
-    curves = _CURVES[:3] if evaluation is not None else _CURVES
+    curves = _CURVES[:3] if evaluation is not None else _CURVES[:4]
     for axes, (key, title, smooth) in zip(grid, curves):
         _tidy(axes)
-        steps, values = _column(rows, key)
+        steps, values = column(rows, key)
         axes.plot(steps, values, color=_PALE if smooth else _INK, linewidth=1)
         if smooth:
             axes.plot(steps, smoothed(values), color=_INK, linewidth=1.6)
@@ -227,7 +228,7 @@ def _examples(evaluation, each):
 
 
 def write_report(path, rows, evaluation=None, *, title="Training run", facts=(), command="",
-                 examples=6):
+                 examples=6, timeline=()):
     """Writes one self-contained HTML file.
 
     Parameters
@@ -246,6 +247,8 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
         What repeats it.
     examples : int
         Samples shown of each kind; the first ones.
+    timeline : list of list of (str, float, float)
+        Of a run over ranks: one step, by rank (phase, start, end).
 
     Examples
     --------
@@ -257,6 +260,7 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
     ...     "<svg" in path.read_text()
     True
     """
+    from .ranks_report import ranks_section
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}"
              f"</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"]
     if command:
@@ -269,6 +273,7 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
     curves = [svg_curve(rows, *curve) for curve in _CURVES]
     if any(curves):
         parts += ["<h2>Curves</h2><div class=curves>", *curves, "</div>"]
+    parts += ranks_section(rows, timeline)
     if evaluation is not None and evaluation.rows:
         parts += ['<h2>What it says</h2><p class=small>The first held-out samples of each task. '
                   '<span class=right>Green</span> is right; <span class=wrong>red</span> is wrong '

@@ -154,7 +154,8 @@ static ovlm_status create_meeting(local_job *job, const char *path, ovlm_err *er
     char fresh[OVLM_LOCAL_PATH_BYTES + 32];
     (void)snprintf(fresh, sizeof fresh, "%s.%lld", path, (long long)job->process);
     (void)unlink(fresh); /* of an earlier process with this number: O_EXCL would find it */
-    OVLM_TRY(ovlm_local_file_new(fresh, job->size, job->options.window_bytes, &job->lock, &job->first, err));
+    OVLM_TRY(ovlm_local_file_new(fresh, job->size, job->options.window_bytes, &job->lock,
+                                 &job->first, err));
     bool locked = ovlm_local_lock(job->lock, 0);
     int named = locked ? link(fresh, path) : -1;
     if (locked && named != 0 && errno == EEXIST) {

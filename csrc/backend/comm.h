@@ -10,8 +10,8 @@
  *   - One caller at a time: a call while another thread is in one is OVLM_E_ARG and does nothing.
  *     A second thread uses a dup.
  *   - Arguments are checked before anything is sent: OVLM_E_ARG leaves the communicator as it was.
- *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  The
- *     communicator is poisoned: all later calls fail with the same message.  No rank waits for ever.
+ *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  No
+ *     rank waits for ever.  The communicator is poisoned: all later calls fail with that message.
  *   - Memory may lie on a device where the engine says so; counts and offsets always on the host.
  *     `stream` is the engine's (a CUDA stream); engines of the CPU ignore it.
  *

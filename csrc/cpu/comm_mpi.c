@@ -268,7 +268,7 @@ static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
 static void mpi_abort(void *engine, const char *message)
 {
     const mpi_comm *self = engine;
-    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: the last chance to say why */
+    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: say why while it lasts */
         char text[400];
         (void)snprintf(text, sizeof text, "rank %d failed: %.350s", self->rank, message);
         self->options.warn(self->options.ctx, text);

@@ -121,10 +121,11 @@ class RankTraceback(Exception):
         return "\n" + self.args[0]
 
 
-def _end_with_parent():
-    """Ranks whose launcher was killed do not live on."""
+def _end_with_parent(folder):
+    """Ranks whose launcher was killed do not live on, and leave nothing behind."""
     def watch():
         connection.wait([multiprocessing.parent_process().sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
@@ -136,7 +137,7 @@ def _rank_main(pipe, path, rank, n, options, fn, args):
         os.setpgid(0, 0)  # the terminal's Ctrl-C goes to the launcher, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent()
+    _end_with_parent(os.path.dirname(path))
     try:
         from .comm import Comm
 

@@ -60,6 +60,15 @@ class Pending:
     """A call that was started: :meth:`wait` gives its result.
 
     Made by the ``_start`` methods of :class:`Comm`.
+
+    Parameters
+    ----------
+    core : orchvlm._core.Comm
+        Whose call it is.
+    ticket : int
+        Which one.
+    result : ndarray
+        What it fills.
     """
 
     def __init__(self, core, ticket, result):

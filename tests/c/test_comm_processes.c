@@ -172,18 +172,24 @@ static int act_fork(ovlm_comm *comm, const play *p)
 {
     ovlm_err err = {0};
     int status = 0;
+    int64_t x = 1, ticket = 0;
+    const ovlm_all_reduce args = {.send = &x, .recv = &x, .n = 1, .dtype = OVLM_I64};
     (void)p;
+    bool fine = ovlm_comm_all_reduce_start(comm, &args, &ticket, &err) == OVLM_OK &&
+                ovlm_comm_wait(comm, ticket, &err) == OVLM_OK && x == 2;
     pid_t child = fork();
     if (child == 0) {
         bool refused = ovlm_comm_barrier(comm, &err) == OVLM_E_COMM &&
                        strstr(err.message, "forked") != NULL;
+        ovlm_comm_abort(comm, "a child is no rank");
         ovlm_comm_close(comm);
         _exit(refused ? 0 : 1);
     }
     (void)waitpid(child, &status, 0);
     const struct timespec nap = {.tv_nsec = 300000000};
     (void)nanosleep(&nap, NULL); /* time to be taken for dead, if it were so */
-    return WIFEXITED(status) && WEXITSTATUS(status) == 0 && ovlm_comm_barrier(comm, &err) == OVLM_OK
+    return fine && WIFEXITED(status) && WEXITSTATUS(status) == 0 &&
+                   ovlm_comm_barrier(comm, &err) == OVLM_OK
                ? FINE
                : WRONG;
 }

@@ -208,6 +208,31 @@ static PyObject *model_parameters(PyObject *object, PyObject *ignored)
     return new_list(ovlm_model_params(((model_object *)object)->model));
 }
 
+/* [(name, (numbers of its parameters)), ...] */
+static PyObject *model_units(PyObject *object, PyObject *ignored)
+{
+    (void)ignored;
+    const ovlm_params *p = ovlm_model_params(((model_object *)object)->model);
+    PyObject *list = PyList_New(0);
+    for (int64_t u = 0; list != NULL && u < p->units; u++) {
+        PyObject *members = PyList_New(0);
+        for (int64_t i = 0; members != NULL && i < p->n; i++) {
+            PyObject *number = p->param[i].unit == u ? PyLong_FromLongLong((long long)i) : NULL;
+            if (p->param[i].unit == u &&
+                (number == NULL || PyList_Append(members, number) < 0)) {
+                Py_CLEAR(members);
+            }
+            Py_XDECREF(number);
+        }
+        PyObject *row = members == NULL ? NULL : Py_BuildValue("(sN)", p->unit[u].name, members);
+        if (row == NULL || PyList_Append(list, row) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
 /* model_parameters(config ints, config floats): the list of a model that is not made. */
 static PyObject *list_parameters(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -470,6 +495,7 @@ static PyObject *model_cache_close(PyObject *object, PyObject *ignored)
 
 static PyMethodDef model_methods[] = {
     {"parameters", model_parameters, METH_NOARGS, NULL},
+    {"units", model_units, METH_NOARGS, NULL},
     METHOD("array", model_array),
     METHOD("write", model_write),
     METHOD("train_only", model_train_only),

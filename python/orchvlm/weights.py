@@ -438,6 +438,21 @@ class Weights(Adapters):
         """int : number of weights, and of the routers' corrections."""
         return count_elements(shape for _, _, shape, _ in self._list)
 
+    @property
+    def units(self):
+        """dict of str to list of str : the parameters that are gathered and reduced together when
+        a model is spread over ranks, by the name of their module.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
+        >>> model.units["model.language_model.layers.0.mlp.experts"]
+        ['model.language_model.layers.0.mlp.experts.gate_up_proj', \
+'model.language_model.layers.0.mlp.experts.down_proj']
+        """
+        return {name: [self._list[i][0] for i in members] for name, members in self._core.units()}
+
     def trainable(self, name):
         """Whether a parameter is trained.
 

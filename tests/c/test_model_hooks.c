@@ -344,11 +344,12 @@ static int64_t try_step(life *l, int step, bool stop)
         l->keeper->fail_after = stop ? -1 : after;
         ovlm_status status = steps[step](l, &err);
         polls_left = l->keeper->fail_after = -1;
-        if (status == OVLM_OK) {
+        bool meant = status == (stop ? OVLM_E_INTERRUPTED : OVLM_E_COMM);
+        CHECK(meant || status == OVLM_OK, "%s", err.message);
+        if (!meant) {
             free(before);
             return after;
         }
-        CHECK(status == (stop ? OVLM_E_INTERRUPTED : OVLM_E_COMM), "%s", err.message);
         CHECK(l->keeper->held == 0, "%lld units held", (long long)l->keeper->held);
         memcpy(l->keeper->grads, before, (size_t)bytes);
     }
@@ -409,6 +410,34 @@ static void test_held(const variant *v)
     ovlm_model_close(model);
 }
 
+/* What is placed for good is the model's to read, until what is trained changes. */
+static void test_placed(const variant *v)
+{
+    const ovlm_model_hooks hooks = {.weights = true, .grads = true};
+    ovlm_model *model = open_model(v, &hooks);
+    const ovlm_params *p = ovlm_model_params(model);
+    const ovlm_unit *unit = &p->unit[p->embed.unit];
+    ovlm_unit_memory at = {0};
+    bool mask[256] = {0};
+    float row[VOCAB * WIDTH];
+    ovlm_err err = {0};
+    mask[p->embed.first] = true;
+    CHECK(ovlm_model_train_only(model, mask, &err) == OVLM_OK, "%s", err.message);
+    at.weights = rig_memory(unit->elements * (int64_t)sizeof(float));
+    at.grads = rig_memory(unit->grad_elements * (int64_t)sizeof(float));
+    ((float *)at.weights)[VOCAB * WIDTH - 1] = 7;
+    ovlm_model_place(model, p->embed.unit, &at);
+    CHECK(ovlm_model_read(model, &p->embed.w, row, &err) == OVLM_OK &&
+              row[VOCAB * WIDTH - 1] == 7, "%s", err.message);
+    CHECK(ovlm_model_read(model, &p->embed.dw, row, &err) == OVLM_OK, "%s", err.message);
+    CHECK(ovlm_model_train_only(model, mask, &err) == OVLM_OK, "%s", err.message);
+    CHECK(ovlm_model_read(model, &p->embed.w, row, &err) == OVLM_OK, "%s", err.message);
+    CHECK(ovlm_model_read(model, &p->embed.dw, row, &err) == OVLM_E_ARG, "a place of before");
+    ovlm_model_close(model);
+    free(at.weights);
+    free(at.grads);
+}
+
 /* Every parameter is in one unit, at its place, and units do not overlap. */
 static void test_units(const ovlm_model_config *config)
 {
@@ -454,11 +483,15 @@ int main(int argc, char **argv)
             test_empty(&v, &b);
             test_trouble(&v, &b);
             test_held(&v);
+            test_placed(&v);
             v.adapted = true;
             v.seed = ovlm_rng_next(&test_rng);
             test_same(&v, &b);
             test_empty(&v, &b);
             v.ops = "async";
+            test_same(&v, &b);
+            v.dtype = OVLM_BF16;
+            v.adapted = false;
             test_same(&v, &b);
             test_empty(&v, &b);
         }

@@ -88,6 +88,7 @@ extern PyMethodDef ovlm_cost_methods[];
 extern PyMethodDef ovlm_backend_methods[];
 extern PyMethodDef ovlm_model_functions[];
 extern PyMethodDef ovlm_objective_methods[];
+extern PyMethodDef ovlm_route_methods[];
 
 /* Adds the type Model. */
 int ovlm_add_model_type(PyObject *module);

@@ -46,6 +46,12 @@ void ovlm_comm_set_debug(ovlm_comm *comm, bool debug)
     comm->debug = debug;
 }
 
+void ovlm_comm_set_poll(ovlm_comm *comm, int (*poll)(void *ctx), void *ctx)
+{
+    comm->poll = poll;
+    comm->poll_ctx = ctx;
+}
+
 int64_t ovlm_comm_rank(const ovlm_comm *comm)
 {
     return comm->rank;
@@ -123,6 +129,7 @@ static ovlm_status split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm 
     OVLM_TRY(ovlm_comm_open(comm->engine, child, rank, size, child_id(&work.label, color), out,
                             err));
     (*out)->debug = comm->debug;
+    ovlm_comm_set_poll(*out, comm->poll, comm->poll_ctx);
     return OVLM_OK;
 }
 

@@ -10,8 +10,8 @@
  *   - One caller at a time: a call while another thread is in one is OVLM_E_ARG and does nothing.
  *     A second thread uses a dup.
  *   - Arguments are checked before anything is sent: OVLM_E_ARG leaves the communicator as it was.
- *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  The
- *     communicator is poisoned: all later calls fail with the same message.  No rank waits for ever.
+ *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  No
+ *     rank waits for ever.  The communicator is poisoned: all later calls fail with that message.
  *   - Memory may lie on a device where the engine says so; counts and offsets always on the host.
  *     `stream` is the engine's (a CUDA stream); engines of the CPU ignore it.
  *
@@ -107,6 +107,11 @@ void ovlm_comm_close(ovlm_comm *comm);
 /* Makes every rank of the job fail with OVLM_E_COMM, naming this rank and the message, in this call
  * or the next.  From any thread, also while a call runs.  Under MPI the launcher ends the job. */
 void ovlm_comm_abort(ovlm_comm *comm, const char *message);
+
+/* poll is asked every 50 ms on a thread that waits for something started; non-zero ends the wait
+ * with OVLM_E_INTERRUPTED, and the job.  Children inherit it.  (Engines are given theirs when they
+ * are opened.) */
+void ovlm_comm_set_poll(ovlm_comm *comm, int (*poll)(void *ctx), void *ctx);
 
 OVLM_NODISCARD ovlm_status ovlm_comm_barrier(ovlm_comm *comm, ovlm_err *err);
 /* `bytes` is the same on all ranks. */

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 typedef struct ovlm_comm_queue {
     ovlm_comm *comm;
@@ -168,6 +169,40 @@ static ovlm_status wait_native(ovlm_comm *comm, comm_queue *q, int64_t ticket, o
     return OVLM_OK;
 }
 
+/* One slice of waiting for the helper, with the mutex held. */
+static void wait_slice(comm_queue *q)
+{
+    struct timespec until;
+    (void)clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 50000000;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    (void)pthread_cond_timedwait(&q->done, &q->mutex, &until);
+}
+
+static ovlm_status wait_helped(ovlm_comm *comm, comm_queue *q, int64_t ticket, ovlm_err *err)
+{
+    bool stop = false;
+    pthread_mutex_lock(&q->mutex);
+    while (q->finished < ticket && !stop) {
+        wait_slice(q);
+        if (q->finished < ticket && comm->poll != NULL) {
+            pthread_mutex_unlock(&q->mutex);
+            stop = comm->poll(comm->poll_ctx) != 0;
+            pthread_mutex_lock(&q->mutex);
+        }
+    }
+    pthread_mutex_unlock(&q->mutex);
+    if (stop) {
+        comm->engine->abort(comm->self, "interrupted");
+        return OVLM_FAIL(err, OVLM_E_INTERRUPTED, "interrupted while waiting for other ranks");
+    }
+    if (atomic_load_explicit(&comm->failed, memory_order_acquire)) {
+        return OVLM_FAIL(err, comm->failure.code, "%s", comm->failure.message);
+    }
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_comm_queue_wait(ovlm_comm *comm, int64_t ticket, ovlm_err *err)
 {
     comm_queue *q = comm->queue;
@@ -178,15 +213,7 @@ ovlm_status ovlm_comm_queue_wait(ovlm_comm *comm, int64_t ticket, ovlm_err *err)
     if (comm->engine->start != NULL) {
         return wait_native(comm, q, ticket, err);
     }
-    pthread_mutex_lock(&q->mutex);
-    while (q->finished < ticket) {
-        pthread_cond_wait(&q->done, &q->mutex);
-    }
-    pthread_mutex_unlock(&q->mutex);
-    if (atomic_load_explicit(&comm->failed, memory_order_acquire)) {
-        return OVLM_FAIL(err, comm->failure.code, "%s", comm->failure.message);
-    }
-    return OVLM_OK;
+    return wait_helped(comm, q, ticket, err);
 }
 
 ovlm_status ovlm_comm_queue_drain(ovlm_comm *comm, ovlm_err *err)

@@ -18,6 +18,8 @@ struct ovlm_comm {
     atomic_bool busy;   /* a caller is inside                                                 */
     atomic_bool failed; /* poisoned: failure holds why, and never changes again               */
     ovlm_err failure;
+    int (*poll)(void *ctx);
+    void *poll_ctx;
     ovlm_arena arena; /* scratch of the call that runs; one runs at a time                    */
     struct ovlm_comm_queue *queue; /* NULL until the first start                              */
 };

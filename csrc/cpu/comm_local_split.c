@@ -44,34 +44,23 @@ static int compare_wishes(const void *left, const void *right)
 
 /* The block of a color whose first rank is `leader`, on each of its ranks. */
 static ovlm_status share_block(local_comm *comm, ovlm_comm_label *label, int64_t leader, int64_t n,
-                               local_block **block, ovlm_arena *arena, ovlm_err *err)
+                               const char *path, local_block **block, ovlm_arena *arena,
+                               ovlm_err *err)
 {
-    local_job *job = comm->job;
     local_block **all = NULL;
-    char path[OVLM_LOCAL_PATH_BYTES + 64];
-    (void)snprintf(path, sizeof path, "%s.%08llx.%lld.%lld", job->path,
-                   (unsigned long long)(label->comm & 0xffffffffu), (long long)label->order,
-                   (long long)(leader < 0 ? -1 : comm->world[leader]));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &all, comm->n, err));
     if (leader == comm->rank) {
-        OVLM_TRY(ovlm_local_block_new(job, path, n, block, err));
+        OVLM_TRY(ovlm_local_block_new(comm->job, path, n, block, err));
     }
     OVLM_TRY(gather_equal(comm, label, block, (int64_t)sizeof *block, all, arena, err));
-    ovlm_status status = OVLM_OK;
     if (leader >= 0 && leader != comm->rank) {
-        if (job->lock < 0) {
+        if (comm->job->lock < 0) {
             *block = all[leader]; /* threads see the same addresses */
         } else {
-            status = ovlm_local_block_open(path, block, err);
+            OVLM_TRY(ovlm_local_block_open(path, block, err));
         }
     }
-    if (status == OVLM_OK) {
-        status = gather_equal(comm, label, "", 0, NULL, arena, err); /* all have it */
-    }
-    if (job->lock >= 0 && leader == comm->rank) {
-        (void)unlink(path);
-    }
-    return status;
+    return gather_equal(comm, label, "", 0, NULL, arena, err); /* all have it */
 }
 
 static ovlm_status split(local_comm *comm, ovlm_comm_label *label, const wish *mine,
@@ -90,7 +79,14 @@ static ovlm_status split(local_comm *comm, ovlm_comm_label *label, const wish *m
         rank = all[first + n].rank == comm->rank ? n : rank;
     }
     int64_t leader = mine->color < 0 ? -1 : all[first].rank;
-    ovlm_status status = share_block(comm, label, leader, n, &block, arena, err);
+    char path[OVLM_LOCAL_PATH_BYTES + 64];
+    (void)snprintf(path, sizeof path, "%s.%08llx.%lld.%lld", comm->job->path,
+                   (unsigned long long)(label->comm & 0xffffffffu), (long long)label->order,
+                   (long long)(leader < 0 ? -1 : comm->world[leader]));
+    ovlm_status status = share_block(comm, label, leader, n, path, &block, arena, err);
+    if (comm->job->lock >= 0 && n > 1 && (leader == comm->rank || status != OVLM_OK)) {
+        (void)unlink(path); /* after a failure whoever is left does it */
+    }
     if (status == OVLM_OK && leader >= 0) {
         status = ovlm_local_comm_new(comm->job, block, rank, n, child, err);
     }

@@ -52,6 +52,13 @@ typedef struct local_head {
     int64_t count[]; /* [2n]: bytes to each rank, bytes from each rank                          */
 } local_head;
 
+/* Blocks of threads: kept in a list, so that what a failure leaves behind goes with the job. */
+typedef struct local_memory {
+    struct local_memory *next;
+    local_block *block;
+    int64_t users;
+} local_memory;
+
 /* One per process, shared by its communicators of one opening. */
 typedef struct local_job {
     ovlm_comm_local_options options;
@@ -63,7 +70,7 @@ typedef struct local_job {
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     int64_t users; /* communicators                                                             */
-    struct local_memory *memory; /* blocks of threads, to be freed with the job                 */
+    local_memory *memory; /* of threads                                                         */
     pthread_t watcher;
     bool watching, closing;
 } local_job;
@@ -89,6 +96,14 @@ OVLM_NODISCARD ovlm_status ovlm_local_block_new(local_job *job, const char *path
 OVLM_NODISCARD ovlm_status ovlm_local_block_open(const char *path, local_block **block,
                                                  ovlm_err *err);
 void ovlm_local_block_close(local_job *job, local_block *block);
+void ovlm_local_memory_free(local_job *job);
+/* A new file with a block in it, open and mapped. */
+OVLM_NODISCARD ovlm_status ovlm_local_file_new(const char *path, int64_t n, int64_t window_bytes,
+                                               int *file, local_block **block, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_local_file_map(int file, const char *path, local_block **block,
+                                               ovlm_err *err);
+
+/* ---------------------------------------------------------------- jobs (comm_local_join.c) */
 
 /* A communicator's own memory; takes a reference of the job. */
 OVLM_NODISCARD ovlm_status ovlm_local_comm_new(local_job *job, local_block *block, int64_t rank,

@@ -89,8 +89,10 @@ extern PyMethodDef ovlm_backend_methods[];
 extern PyMethodDef ovlm_model_functions[];
 extern PyMethodDef ovlm_objective_methods[];
 extern PyMethodDef ovlm_route_methods[];
+extern PyMethodDef ovlm_comm_functions[];
 
-/* Adds the type Model. */
+/* Adds the types Model and Comm. */
 int ovlm_add_model_type(PyObject *module);
+int ovlm_add_comm_type(PyObject *module);
 
 #endif

@@ -22,7 +22,7 @@ _HOME = {
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
     "Inputs": "inputs", "data": "data", "losses": "losses",
-    "compat": "compat", "demo": "demo",
+    "compat": "compat", "demo": "demo", "comm": "comm",
 }
 __all__ = sorted(_HOME)
 

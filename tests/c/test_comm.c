@@ -151,7 +151,8 @@ static void reduce_plainly(void *out, int64_t at, ovlm_dtype dtype, ovlm_reduce 
         f = first ? fx : sum ? f + fx : max ? fmaxf(f, fx) : fminf(f, fx);
         d = first ? dx : sum ? d + dx : max ? fmax(d, dx) : fmin(d, dx);
         bool better = max ? wx > whole : wx < whole;
-        whole = first ? wx : sum ? whole + wx : better ? wx : whole;
+        int64_t together = (int64_t)((uint64_t)whole + (uint64_t)wx); /* wraps around */
+        whole = first ? wx : sum ? together : better ? wx : whole;
     }
     switch (dtype) {
     case OVLM_F32: ((float *)out)[at] = f; break;

@@ -1,0 +1,59 @@
+"""Ranks under mpirun, where an MPI library is installed."""
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
+CASES = Path(__file__).with_name("comm_cases.py")
+
+
+def launcher():
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+MPIRUN = launcher()
+pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun is installed")
+
+
+def run(n, *what, limit_s=120):
+    """The cases on n ranks."""
+    version = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout
+    options = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version else []
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI"))}
+    environment["PYTHONPATH"] = ":".join(p for p in sys.path if p)
+    print("seed", SEED)
+    return subprocess.run([MPIRUN, *options, "-n", str(n), sys.executable, CASES, str(SEED), *what],
+                          capture_output=True, text=True, timeout=limit_s, env=environment)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_calls(n):
+    out = run(n)
+    assert out.returncode == 0, out.stdout + out.stderr
+    for rank in range(n):
+        assert f"rank {rank} of {n} over mpi: fine" in out.stdout
+
+
+def test_counts_that_disagree():
+    out = run(3, "disagree")
+    assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py is installed")
+def test_over_mpi4py():
+    out = run(3, "mpi4py")
+    assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
+
+
+def test_a_rank_that_raises_ends_the_job():
+    out = run(4, "fail", limit_s=60)
+    assert out.returncode != 0 and "fine" not in out.stdout
+    assert "rank 3 failed: ValueError: the sea is too wet" in out.stderr, out.stderr
+    assert "raise ValueError" in out.stderr

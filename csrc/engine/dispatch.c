@@ -51,8 +51,8 @@ static ovlm_status settle_rows(const ovlm_dispatch_spec *spec, int64_t begin, in
         int64_t at = at_destination(spec, p);
         if (at < destination || at > INT64_MAX - route->n_rows[p]) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "place[%lld] is %lld; places ascend within a rank, and row %lld is the "
-                             "next that is free",
+                             "place[%lld] is %lld; places ascend within a rank, and row %lld is "
+                             "the next that is free",
                              (long long)p, (long long)at, (long long)destination);
         }
         destination = at + route->n_rows[p];

@@ -2,7 +2,7 @@
  * them, in one all-to-all, and gradients back.
  *
  *   ovlm_dispatch *d;             ovlm_dispatch_prepare(&spec, &d, err)      once per route and rank
- *   ovlm_parcel parcel = {...};   ovlm_dispatch_measure(d, &parcel, &parcel.scratch_bytes, err)
+ *   ovlm_parcel parcel = {...};   ovlm_dispatch_measure(d, &parcel, &bytes, err)  scratch it takes
  *   ovlm_dispatch_apply(d, &parcel, comm, err)              forward along the route
  *   ovlm_dispatch_reverse(d, &parcel, comm, err)            gradients back
  *   ovlm_dispatch_start / _start_reverse ... _wait          the same, with work in between

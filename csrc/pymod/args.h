@@ -88,10 +88,13 @@ extern PyMethodDef ovlm_cost_methods[];
 extern PyMethodDef ovlm_backend_methods[];
 extern PyMethodDef ovlm_model_functions[];
 extern PyMethodDef ovlm_objective_methods[];
+extern PyMethodDef ovlm_route_methods[];
 extern PyMethodDef ovlm_comm_functions[];
+extern PyMethodDef ovlm_dispatch_functions[];
 
-/* Adds the types Model and Comm. */
+/* Adds the types Model, Comm, and Dispatcher with Dispatch. */
 int ovlm_add_model_type(PyObject *module);
 int ovlm_add_comm_type(PyObject *module);
+int ovlm_add_dispatch_types(PyObject *module);
 
 #endif

@@ -1,163 +1,10 @@
-/* py_step.c - Python side of routes, relabelling and step plans.
+/* py_step.c - Python side of relabelling and step plans.
  *
  * Arrays that a call allocates for its result are handed to NumPy, not copied: a step of 160,000
  * samples has 50 MB of them. */
-#include "args.h"
+#include "py_route.h"
 
 #include <stdlib.h>
-
-/* ------------------------------------------------------------------ arrays --------------- */
-
-static void free_owned(PyObject *capsule)
-{
-    free(PyCapsule_GetPointer(capsule, NULL));
-}
-
-/* A read-only array over *data, which it frees; *data becomes NULL, also on failure. */
-static PyObject *adopt(void **data, int64_t n, int type)
-{
-    void *owned = *data;
-    *data = NULL;
-    npy_intp dim = (npy_intp)n;
-    if (owned == NULL) { /* a route that the plan does without */
-        return PyArray_ZEROS(1, &dim, type, 0);
-    }
-    PyObject *capsule = PyCapsule_New(owned, NULL, free_owned);
-    if (capsule == NULL) {
-        free(owned);
-        return NULL;
-    }
-    PyObject *array = PyArray_SimpleNewFromData(1, &dim, type, owned);
-    if (array == NULL) {
-        Py_DECREF(capsule);
-        return NULL;
-    }
-    PyArray_CLEARFLAGS((PyArrayObject *)array, NPY_ARRAY_WRITEABLE);
-    if (PyArray_SetBaseObject((PyArrayObject *)array, capsule) < 0) {
-        Py_CLEAR(array);
-    }
-    return array;
-}
-
-static PyObject *adopt_i64(int64_t **data, int64_t n)
-{
-    return adopt((void **)(void *)data, n, NPY_INT64);
-}
-
-/* ------------------------------------------------------------------ routes --------------- */
-
-enum { ROUTE_COLUMNS = 7 };
-
-typedef struct route_view {
-    ovlm_i64_view column[ROUTE_COLUMNS];
-    ovlm_route route;
-} route_view;
-
-static void release_route(route_view *view)
-{
-    for (int c = 0; c < ROUTE_COLUMNS; c++) {
-        Py_CLEAR(view->column[c].owner);
-    }
-}
-
-/* (item, first_row, n_rows, source, destination, send_row, receive_row, n_ranks) */
-static int parse_route(PyObject *tuple, route_view *view)
-{
-    static const char *name[ROUTE_COLUMNS] = {"item",        "first_row", "n_rows",     "source",
-                                              "destination", "send_row",  "receive_row"};
-    *view = (route_view){.route = {0}};
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != ROUTE_COLUMNS + 1) {
-        PyErr_SetString(PyExc_TypeError, "a route is a tuple of 8 fields");
-        return -1;
-    }
-    ovlm_route *route = &view->route;
-    int64_t **column[ROUTE_COLUMNS] = {&route->item,        &route->first_row, &route->n_rows,
-                                       &route->source,      &route->destination,
-                                       &route->send_row,    &route->receive_row};
-    for (int c = 0; c < ROUTE_COLUMNS; c++) {
-        int64_t expected = c == 0 ? -1 : view->column[0].n;
-        if (ovlm_arg_i64(PyTuple_GetItem(tuple, c), name[c], expected, false,
-                         &view->column[c]) < 0) {
-            return -1;
-        }
-        /* calls only read it; the struct owns its arrays elsewhere */
-        *column[c] = (int64_t *)(uintptr_t)view->column[c].data;
-    }
-    route->k = view->column[0].n;
-    return ovlm_arg_int(PyTuple_GetItem(tuple, ROUTE_COLUMNS), "n_ranks", &route->n_ranks);
-}
-
-/* The same tuple from a route, whose arrays are taken. */
-static PyObject *take_route(ovlm_route *route)
-{
-    int64_t k = route->k;
-    PyObject *tuple = Py_BuildValue(
-        "(NNNNNNNL)", adopt_i64(&route->item, k), adopt_i64(&route->first_row, k),
-        adopt_i64(&route->n_rows, k), adopt_i64(&route->source, k),
-        adopt_i64(&route->destination, k), adopt_i64(&route->send_row, k),
-        adopt_i64(&route->receive_row, k), (long long)route->n_ranks);
-    ovlm_route_free(route);
-    return tuple;
-}
-
-PyDoc_STRVAR(route_check_doc, "route_check(route, /)\n--\n\nRaises what is wrong with a route.");
-
-static PyObject *route_check(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    route_view view = {.route = {0}};
-    PyObject *answer = NULL;
-    if (ovlm_arg_count("route_check", nargs, 1) == 0 && parse_route(args[0], &view) == 0) {
-        ovlm_err err = {0};
-        ovlm_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_route_check(&view.route, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? Py_NewRef(Py_None) : ovlm_raise(module, &err);
-    }
-    release_route(&view);
-    return answer;
-}
-
-PyDoc_STRVAR(route_invert_doc, "route_invert(route, /)\n--\n\nThe way back.");
-
-static PyObject *route_invert(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    route_view view = {.route = {0}};
-    PyObject *answer = NULL;
-    if (ovlm_arg_count("route_invert", nargs, 1) == 0 && parse_route(args[0], &view) == 0) {
-        ovlm_err err = {0};
-        ovlm_route out = {0};
-        ovlm_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_route_invert(&view.route, &out, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? take_route(&out) : ovlm_raise(module, &err);
-    }
-    release_route(&view);
-    return answer;
-}
-
-PyDoc_STRVAR(route_compose_doc,
-             "route_compose(first, second, /)\n--\n\nOne route for two in a row.");
-
-static PyObject *route_compose(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    route_view first = {.route = {0}}, second = {.route = {0}};
-    PyObject *answer = NULL;
-    if (ovlm_arg_count("route_compose", nargs, 2) == 0 && parse_route(args[0], &first) == 0 &&
-        parse_route(args[1], &second) == 0) {
-        ovlm_err err = {0};
-        ovlm_route out = {0};
-        ovlm_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_route_compose(&first.route, &second.route, &out, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? take_route(&out) : ovlm_raise(module, &err);
-    }
-    release_route(&first);
-    release_route(&second);
-    return answer;
-}
 
 /* ------------------------------------------------------------------ relabelling ---------- */
 
@@ -227,7 +74,8 @@ static PyObject *relabel_solve(PyObject *module, PyObject *const *args, Py_ssize
     Py_BEGIN_ALLOW_THREADS
     status = ovlm_relabel_solve(&problem, &budget, rank_of, &result, &err);
     Py_END_ALLOW_THREADS
-    answer = status == OVLM_OK ? Py_BuildValue("(NN)", adopt_i64(&rank_of, problem.n_ranks),
+    answer = status == OVLM_OK ? Py_BuildValue("(NN)",
+                                               ovlm_adopt_i64(&rank_of, problem.n_ranks),
                                                relabel_tuple(&result))
                                : ovlm_raise(module, &err);
 done:
@@ -395,11 +243,11 @@ static int parse_step(PyObject *tuple, step_view *view)
 
 static PyObject *take_share(ovlm_step_share *share, int64_t n_ranks)
 {
-    return Py_BuildValue("(NNLNddddi)", adopt_i64(&share->rank, share->n),
-                         adopt_i64(&share->micro, share->n), (long long)share->n_micro,
-                         adopt((void **)(void *)&share->loads, n_ranks, NPY_DOUBLE), share->time,
-                         share->bound, share->sampled_time, share->sampled_imbalance,
-                         (int)share->status);
+    return Py_BuildValue("(NNLNddddi)", ovlm_adopt_i64(&share->rank, share->n),
+                         ovlm_adopt_i64(&share->micro, share->n), (long long)share->n_micro,
+                         ovlm_adopt((void **)(void *)&share->loads, n_ranks, NPY_DOUBLE),
+                         share->time, share->bound, share->sampled_time,
+                         share->sampled_imbalance, (int)share->status);
 }
 
 static PyObject *traffic_tuple(const ovlm_traffic *traffic)
@@ -412,8 +260,8 @@ static PyObject *traffic_tuple(const ovlm_traffic *traffic)
 static PyObject *take_step_route(ovlm_step_route *route)
 {
     int64_t k = route->route.k;
-    PyObject *place = route->place ? adopt_i64(&route->place, k) : Py_NewRef(Py_None);
-    return Py_BuildValue("(NNNN)", take_route(&route->route), place,
+    PyObject *place = route->place ? ovlm_adopt_i64(&route->place, k) : Py_NewRef(Py_None);
+    return Py_BuildValue("(NNNN)", ovlm_take_route(&route->route), place,
                          traffic_tuple(&route->before), traffic_tuple(&route->after));
 }
 
@@ -571,9 +419,6 @@ done:
     {#name, (PyCFunction)(void (*)(void))(name), METH_FASTCALL, name##_doc}
 
 PyMethodDef ovlm_step_methods[] = {
-    METHOD(route_check),
-    METHOD(route_invert),
-    METHOD(route_compose),
     METHOD(relabel_solve),
     METHOD(step_solve),
     METHOD(step_rebuild),

@@ -15,7 +15,7 @@ _HOME = {
     "bucket_lengths": "sequences", "blast_lengths": "sequences",
     "plan_sequences_milp": "milp", "sequence_bound": "bounds",
     "Batch": "batch", "Items": "batch", "plan_step": "step", "StepPlan": "step",
-    "Route": "routes", "Planner": "planner",
+    "Route": "routes", "Dispatcher": "dispatch", "Dispatch": "dispatch", "Planner": "planner",
     "simulate": "simulator", "Simulation": "simulator",
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",

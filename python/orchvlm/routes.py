@@ -5,6 +5,7 @@ import numpy as np
 
 from . import _core
 from ._numbers import refuse_masked
+from .batch import integers
 from .cost import _count
 from .tables import html_table
 
@@ -14,9 +15,10 @@ _COLUMNS = ("item", "first_row", "n_rows", "source", "destination", "send_row", 
 class Route:
     """Which rows go from which rank to which, and where they stand before and after.
 
-    A route moves every row that any rank holds exactly once. It is kept as k pieces; piece p moves
-    ``n_rows[p]`` consecutive rows. Pieces are ordered by (destination, receive_row), which is also
-    the order in which rows between one pair of ranks travel.
+    A route moves every row that any rank holds exactly once, unless `source_rows` is given. It is
+    kept as k pieces; piece p moves ``n_rows[p]`` consecutive rows. Pieces are ordered by
+    (destination, receive_row), which is also the order in which rows between one pair of ranks
+    travel.
 
     Parameters
     ----------
@@ -32,6 +34,10 @@ class Route:
         First row within the array that the source holds, and that the destination will hold.
     n_ranks : int
         N.
+    source_rows : int64[N], optional
+        Rows that each rank holds before. Given, a row may leave several times, or never: features
+        that two samples share, rows that nobody needs. Such a route has no inverse and does not
+        compose; the way back of a :class:`Dispatch` adds up what went to several places.
 
     Raises
     ------
@@ -39,7 +45,7 @@ class Route:
         A column does not hold integers.
     ValueError
         Columns of different lengths, a rank or row out of range, pieces out of order, a row that is
-        sent or received twice or not at all.
+        received twice or not at all, or (without `source_rows`) sent twice or not at all.
 
     Notes
     -----
@@ -67,10 +73,13 @@ class Route:
     """
 
     def __init__(self, item, first_row, n_rows, source, destination, send_row, receive_row,
-                 n_ranks):
+                 n_ranks, source_rows=None):
         columns = (item, first_row, n_rows, source, destination, send_row, receive_row)
-        _core.route_check((*columns, n_ranks))
+        check = _core.route_check if source_rows is None else _core.route_check_arrivals
+        check((*columns, n_ranks))
         self._set((*(np.array(column, np.int64) for column in columns), int(n_ranks)))
+        if source_rows is not None:
+            self._set_source_rows(source_rows)
 
     @classmethod
     def _of(cls, fields):
@@ -85,6 +94,25 @@ class Route:
             setattr(self, name, column)
         self.n_ranks = fields[-1]
 
+    def _set_source_rows(self, rows):
+        rows = integers(rows, "source_rows", self.n_ranks).copy()
+        # one comparison per piece, which also holds where send_row + n_rows would overflow
+        wrong = (self.send_row < 0) | (self.send_row > rows[self.source] - self.n_rows)
+        if wrong.any():
+            piece = int(np.flatnonzero(wrong)[0])
+            raise ValueError(f"route piece {piece} leaves from row {self.send_row[piece]}, with "
+                             f"{self.n_rows[piece]} rows, of {rows[self.source[piece]]} that rank "
+                             f"{self.source[piece]} has by source_rows")
+        rows.flags.writeable = False
+        self.source_rows = rows  # in place of the cached property
+        self._spread = True
+
+    def _once(self, what):
+        """Refuses a route on which rows may leave several times, or never."""
+        if self._spread:
+            raise ValueError(f"a route with source_rows has no {what}: its rows may leave several "
+                             "times, or never")
+
     def _fields(self):
         return (*(getattr(self, name) for name in _COLUMNS), self.n_ranks)
 
@@ -95,9 +123,11 @@ class Route:
         if not isinstance(other, Route):
             return NotImplemented
         return self.n_ranks == other.n_ranks and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _COLUMNS)
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in (*_COLUMNS, "source_rows"))
 
     __hash__ = None
+    _spread = False  # whether source_rows was given
 
     def _facing(self, rank, here, there):
         """int64[N] : rows that one rank exchanges with each, seen from its end."""
@@ -168,7 +198,13 @@ class Route:
         -------
         Route
             Moves every row from where this route brings it to where it was.
+
+        Raises
+        ------
+        ValueError
+            The route was made with ``source_rows``.
         """
+        self._once("inverse")
         return Route._of(_core.route_invert(self._fields()))
 
     def compose(self, then):
@@ -189,11 +225,51 @@ class Route:
         TypeError
             ``then`` is no Route.
         ValueError
-            The routes do not meet: which rank, which item.
+            The routes do not meet: which rank, which item; or one was made with
+            ``source_rows``.
         """
         if not isinstance(then, Route):
             raise TypeError(f"then must be a Route; got {type(then).__name__}")
+        self._once("composition")
+        then._once("composition")
         return Route._of(_core.route_compose(self._fields(), then._fields()))
+
+    def in_bytes(self, item_bytes):
+        """The same way for items whose rows differ in width: a route whose rows are bytes.
+
+        Pixels of several sizes, compressed pictures, sounds: what every item takes is known on all
+        ranks, as lengths are, so that nobody has to be told the sizes of what arrives.
+
+        Parameters
+        ----------
+        item_bytes : int64[n]
+            Size of every item in all, >= 0. Rows of one item are of one size; an item whose bytes
+            do not divide by its rows must travel whole.
+
+        Returns
+        -------
+        Route
+            Moves the items' bytes, which stand where their rows stood, in the same order.
+
+        Raises
+        ------
+        TypeError
+            ``item_bytes`` does not hold integers.
+        ValueError
+            An item has no size, or one that does not divide; the route was made with
+            ``source_rows``.
+
+        Examples
+        --------
+        Two pictures, 2 and 1 rows of patches, of 5 and 3 bytes:
+
+        >>> import numpy as np, orchvlm
+        >>> swap = orchvlm.Route([1, 0], [0, 0], [1, 2], [1, 0], [0, 1], [0, 0], [0, 0], 2)
+        >>> swap.in_bytes([5, 3]).counts.tolist()
+        [[0, 5], [3, 0]]
+        """
+        self._once("bytes")
+        return Route._of(_core.route_bytes(self._fields(), item_bytes))
 
     def apply(self, arrays):
         """Moves rows of NumPy arrays, all ranks at once: what an all-to-all would do.

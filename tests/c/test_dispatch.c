@@ -237,7 +237,7 @@ static void draw_route(int64_t n_ranks, int64_t n, const int64_t *rows, ovlm_rou
 static void test_large_items(void)
 {
     static rig_rank ranks[RIG_RANKS_MOST];
-    for (int round = 0; round < 12; round++) {
+    for (int round = 0; round < 8; round++) {
         int64_t n = 1 + below(12), rows[12], n_ranks = 1 + below(6);
         for (int64_t i = 0; i < n; i++) {
             rows[i] = below(4);
@@ -256,8 +256,8 @@ static void test_large_items(void)
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
-    test_plans(false, 30);
-    test_plans(true, 20);
+    test_plans(false, 12);
+    test_plans(true, 8);
     test_large_items();
     return test_end("dispatch");
 }

@@ -367,7 +367,7 @@ def loads_and_bytes(rank, size, seed):
     cost = orchvlm.BatchCost(linear=1.0, quadratic=0.05, per_item=2.0)
     balancer = Balancer(None, cost=cost, gpus_per_node=2, slack=0.02)
     for step in range(4):
-        lengths = rng.integers(1, 60, rng.integers(1, 4) if size < 4 else 2)
+        lengths = rng.integers(1, 60, rng.integers(1, 9 // size + 1))
         out = rng.integers(0, 9, len(lengths))
         plan = balancer.plan(lengths, out_lengths=out)
         all_lengths = np.concatenate(everyone(lengths))
@@ -375,8 +375,9 @@ def loads_and_bytes(rank, size, seed):
         loads = [cost(all_lengths[plan.rank == r]) for r in range(size)]
         assert np.allclose(plan.loads, loads)
         assert np.allclose(plan.loads_before, [cost(one) for one in everyone(lengths)])
-        best = best_by_hand(cost, all_lengths, size)
-        assert plan.bound <= best * (1 + 1e-9) and max(loads) <= best * 1.02 * (1 + 1e-9)
+        if rank == 0:
+            best = best_by_hand(cost, all_lengths, size)
+            assert plan.bound <= best * (1 + 1e-9) and max(loads) <= best * 1.02 * (1 + 1e-9)
 
         balancer.restore(balancer.apply(torch.zeros(int(out.sum()), 3), rows="out"))
         report = plan.report()

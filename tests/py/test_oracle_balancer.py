@@ -32,3 +32,15 @@ def test_over_ranks(answers, size, name):
     print("seed", SEED)
     wrong = answers(size, "balancer_checks", CHECKS)[name]
     assert not wrong, f"{name} on {size} ranks\n{wrong}"
+
+
+TOWERS = ("towers", "in_data_parallel", "whole_models", "whole_models_in_data_parallel")
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("size", (2, 3, 4))
+def test_towers_over_ranks(answers, size, name):
+    pytest.importorskip("transformers", reason="the oracle needs torch and transformers")
+    print("seed", SEED)
+    wrong = answers(size, "balancer_towers", TOWERS)[name]
+    assert not wrong, f"{name} on {size} ranks\n{wrong}"

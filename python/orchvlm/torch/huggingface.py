@@ -8,6 +8,9 @@ from ..model_cost import from_model
 from .balancer import Balancer
 
 _CALLS = 2  # of the tower in a forward of the model: for images, and for videos
+# What a collator may have computed ahead of the pictures that were here.
+_AHEAD = {"cu_seqlens", "max_seqlen", "position_ids", "window_index", "cu_window_seqlens",
+          "interp_indices", "interp_weights"}
 
 
 def balance_tower(model, group=None, cost=None, **options):
@@ -97,7 +100,8 @@ class _Hooks:
     def before_tower(self, tower, args, kwargs):
         if not tower.training:
             return None
-        named = dict(zip(("hidden_states", "grid_thw"), args)) | kwargs
+        named = {name: value for name, value in kwargs.items() if name not in _AHEAD}
+        named |= zip(("hidden_states", "grid_thw"), args)
         pixels, grid = named.pop("hidden_states"), named.pop("grid_thw")
         plan, self._plan = self._plan, None
         if plan is None:

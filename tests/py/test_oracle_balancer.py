@@ -44,3 +44,10 @@ def test_towers_over_ranks(answers, size, name):
     print("seed", SEED)
     wrong = answers(size, "balancer_towers", TOWERS)[name]
     assert not wrong, f"{name} on {size} ranks\n{wrong}"
+
+
+def test_in_a_trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    print("seed", SEED)
+    wrong = run(2, tmp_path, "balancer_trainer", ["in_a_trainer"], SEED)["in_a_trainer"]
+    assert not wrong, wrong

@@ -65,11 +65,12 @@ class Balancer:
     A rank may end up with nothing to encode. A module that cannot take zero rows gets a `blank`
     there, whose outputs are dropped; data-parallel wrappers want every rank to run it anyway.
 
-    The loss must be a sum over the global batch divided by one number that all ranks share (not a
-    mean of each rank's mean); then gradients are those of the unbalanced run up to rounding.
-    :meth:`anchor` it, or anything that it is computed from, once per backward pass. Do not
-    recompute exchanges (activation checkpoints go inside the module). Evaluate under
-    ``torch.no_grad()``.
+    Gradients, reduced over the ranks, are those of the unbalanced run up to rounding. Where outputs
+    are restored, losses and token counts stay as they are. Where samples move, too
+    (:meth:`forward_to`), the loss must be a sum over the global batch divided by one number that
+    all ranks share, not a mean of each rank's mean. :meth:`anchor` the loss, or anything that it is
+    computed from, once per backward pass. Do not recompute exchanges (activation checkpoints go
+    inside the module). Evaluate under ``torch.no_grad()``.
 
     References
     ----------

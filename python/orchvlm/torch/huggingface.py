@@ -48,8 +48,8 @@ def balance_tower(model, group=None, cost=None, **options):
     The tower's ``last_hidden_state`` is left out of its output, as the language model needs only
     the merged rows. All ranks run the model equally often.
 
-    Gradients equal those of the unbalanced run if the loss does not depend on who holds a sample:
-    the Trainer's default does (``average_tokens_across_devices``).
+    Samples stay on their ranks, and with them losses and token counts; gradients are those of the
+    unbalanced run up to rounding, once they are reduced over the ranks.
 
     Examples
     --------
@@ -87,7 +87,8 @@ class _Hooks:
 
     def __init__(self, balancer, tower):
         self._balancer, self._tower = balancer, tower
-        self._calls = 0
+        self._calls = 0  # since the last forward of the decoder
+        self._ran = False  # whether any of them had a picture, on any rank
         self._plan = None  # made ahead, by a rank that has nothing to encode
 
     def _place(self, grid):
@@ -106,7 +107,7 @@ class _Hooks:
         plan, self._plan = self._plan, None
         if plan is None:
             plan = self._place(grid)
-        self._calls += 1
+        self._calls, self._ran = self._calls + 1, True
         side = tower.spatial_merge_size  # the smallest picture that it takes
         pixels = self._balancer.apply(pixels, plan=plan,
                                       blank=pixels.new_zeros(side**2, pixels.shape[1]))
@@ -130,17 +131,20 @@ class _Hooks:
             return None
         while self._calls < _CALLS:  # others may have images where this rank has none
             self._encode_nothing(kwargs["inputs_embeds"].device)
-        self._calls = 0
+        self._calls, self._ran = 0, False
         # All that follows depends on the embeddings, and in the backward pass comes before them.
         embeds = self._balancer.anchor(kwargs["inputs_embeds"])
         return args, {**kwargs, "inputs_embeds": embeds}
 
     def _encode_nothing(self, device):
+        """This rank's part in a call for pictures that only others have."""
         tower, config = self._tower, self._tower.config
         grid = torch.zeros((0, 3), dtype=torch.int64, device=device)
         self._plan = self._place(grid)
-        if len(self._plan.rank) == 0:
-            self._calls += 1
+        # A step without pictures runs the tower once all the same, on a blank, so that wrappers
+        # find all weights used.
+        if len(self._plan.rank) == 0 and (self._ran or self._calls < _CALLS - 1):
+            self._calls, self._plan = self._calls + 1, None
             return
         width = config.in_channels * config.temporal_patch_size * config.patch_size**2
         tower(torch.zeros((0, width), dtype=tower.dtype, device=device), grid_thw=grid)

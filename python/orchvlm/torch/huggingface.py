@@ -1,0 +1,150 @@
+"""The vision towers of Hugging Face's Qwen-VL family, balanced in place: :func:`balance_tower`."""
+import dataclasses
+
+import torch
+
+from ..cost import Cluster
+from ..model_cost import from_model
+from .balancer import Balancer
+
+_CALLS = 2  # of the tower in a forward of the model: for images, and for videos
+# What a collator may have computed ahead of the pictures that were here.
+_AHEAD = {"cu_seqlens", "max_seqlen", "position_ids", "window_index", "cu_window_seqlens",
+          "interp_indices", "interp_weights"}
+
+
+def balance_tower(model, group=None, cost=None, **options):
+    """Balances the vision tower of a model of ``transformers``, whoever trains it.
+
+    Hooks do it; weights, names and checkpoints stay as they are, and a rank without pictures takes
+    part by itself. In training mode only: in evaluation mode every rank encodes its own.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With a ``visual`` tower that takes ``(hidden_states, grid_thw)`` and a ``language_model``:
+        Qwen2-VL, Qwen2.5-VL, Qwen3-VL and their relatives. Before DDP or FSDP wrap it.
+    group : torch.distributed.ProcessGroup, optional
+        As for :class:`Balancer`.
+    cost : BatchCost or callable, optional
+        As for :class:`Balancer`. Default: FLOPs, counted from the model's configuration.
+    **options : keyword arguments
+        Of :class:`Balancer`.
+
+    Returns
+    -------
+    Balancer
+        ``balancer.last_plan.report()`` says what the last plan did.
+
+    Raises
+    ------
+    TypeError
+        The model has no such tower.
+    ValueError, orchvlm.CommError
+        As for :class:`Balancer`.
+
+    Notes
+    -----
+    The tower's ``last_hidden_state`` is left out of its output, as the language model needs only
+    the merged rows. All ranks run the model equally often.
+
+    Samples stay on their ranks, and with them losses and token counts; gradients are those of the
+    unbalanced run up to rounding, once they are reduced over the ranks.
+
+    Examples
+    --------
+    A Trainer needs one line more; started by ``torchrun``, on every rank::
+
+        model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
+        args = TrainingArguments("run", remove_unused_columns=False)
+        trainer = Trainer(model, args, train_dataset=samples, data_collator=collate)
+        orchvlm.torch.balance_tower(trainer.model)   # TrainingArguments joined the ranks
+        trainer.train()
+
+    >>> import orchvlm.torch, torch
+    >>> orchvlm.torch.balance_tower(torch.nn.Linear(2, 2))
+    Traceback (most recent call last):
+    TypeError: model must have modules `visual` and `language_model`, as Qwen2-VL to Qwen3-VL have;
+    got Linear
+    """
+    parts = next((m for m in model.modules() if {"visual", "language_model"} <= set(m._modules)),
+                 None)
+    if parts is None:
+        raise TypeError("model must have modules `visual` and `language_model`, as Qwen2-VL to "
+                        f"Qwen3-VL have;\ngot {type(model).__name__}")
+    if cost is None:
+        cost = from_model(model.config.to_dict(), Cluster.preset("h100")).flops["vision"]
+    balancer = Balancer(parts.visual, group, cost, **options)
+    hooks = _Hooks(balancer, parts.visual)
+    parts.visual.register_forward_pre_hook(hooks.before_tower, with_kwargs=True)
+    parts.visual.register_forward_hook(hooks.after_tower)
+    parts.language_model.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True)
+    return balancer
+
+
+class _Hooks:
+    """What happens around a tower: pictures travel before it, features after it."""
+
+    def __init__(self, balancer, tower):
+        self._balancer, self._tower = balancer, tower
+        self._calls = 0  # since the last forward of the decoder
+        self._ran = False  # whether any of them had a picture, on any rank
+        self._plan = None  # made ahead, by a rank that has nothing to encode
+
+    def _place(self, grid):
+        """A plan for pictures of `grid` (frames, rows, columns of patches) patches."""
+        frames, per_frame = grid[:, 0], grid[:, 1] * grid[:, 2]
+        patches = frames * per_frame
+        return self._balancer.plan(patches, squares=frames * per_frame.double()**2,  # per frame
+                                   out_lengths=patches // self._tower.spatial_merge_size**2)
+
+    def before_tower(self, tower, args, kwargs):
+        if not tower.training:
+            return None
+        named = {name: value for name, value in kwargs.items() if name not in _AHEAD}
+        named |= zip(("hidden_states", "grid_thw"), args)
+        pixels, grid = named.pop("hidden_states"), named.pop("grid_thw")
+        plan, self._plan = self._plan, None
+        if plan is None:
+            plan = self._place(grid)
+        self._calls, self._ran = self._calls + 1, True
+        side = tower.spatial_merge_size  # the smallest picture that it takes
+        pixels = self._balancer.apply(pixels, plan=plan,
+                                      blank=pixels.new_zeros(side**2, pixels.shape[1]))
+        grid = self._balancer.apply(grid, rows="item", plan=plan,
+                                    blank=grid.new_tensor([[1, side, side]]))
+        return (pixels,), {"grid_thw": grid, **named}
+
+    def after_tower(self, tower, args, output):
+        if not tower.training:
+            return None
+        extra = list(getattr(output, "deepstack_features", None) or [])
+        features, *extra = self._balancer.restore([output.pooler_output, *extra])
+        left_out = [name for name in ("last_hidden_state", "hidden_states", "attentions")
+                    if hasattr(output, name)]
+        if extra:
+            output = dataclasses.replace(output, deepstack_features=extra)
+        return dataclasses.replace(output, pooler_output=features, **dict.fromkeys(left_out))
+
+    def before_decoder(self, decoder, args, kwargs):
+        if not self._tower.training:
+            return None
+        while self._calls < _CALLS:  # others may have images where this rank has none
+            self._encode_nothing(kwargs["inputs_embeds"].device)
+        self._calls, self._ran = 0, False
+        # All that follows depends on the embeddings, and in the backward pass comes before them.
+        embeds = self._balancer.anchor(kwargs["inputs_embeds"])
+        return args, {**kwargs, "inputs_embeds": embeds}
+
+    def _encode_nothing(self, device):
+        """This rank's part in a call for pictures that only others have."""
+        tower, config = self._tower, self._tower.config
+        grid = torch.zeros((0, 3), dtype=torch.int64, device=device)
+        self._plan = self._place(grid)
+        # A step without pictures runs the tower once all the same, on a blank, so that wrappers
+        # find all weights used.
+        if len(self._plan.rank) == 0 and (self._ran or self._calls < _CALLS - 1):
+            self._calls, self._plan = self._calls + 1, None
+            return
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        tower(torch.zeros((0, width), dtype=tower.dtype, device=device), grid_thw=grid)

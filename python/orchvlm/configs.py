@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _core
 from ._files import write_whole
+from .config_keys import with_defaults
 from .sounds import CHUNK
 from .thinker import thinker_values
 
@@ -17,19 +18,20 @@ _MERGERS = {"norm_concat": 0, "pool": 2}
 _DEEPSTACK_MOST = 8  # of the C core
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
 
-# What a family has that its config.json does not say.
+# What a family has whatever its config.json says.  transformers' classes read neither
+# mrope_interleaved nor, of Qwen3-VL, norm_topk_prob.
+_QWEN = {"patch_bias": True, "final_norm": False, "merger": "norm_concat", "vision_eps": 1e-6,
+         "qk_norm": True, "out_bias": True, "interleaved": True}
 _FAMILY = {
-    "qwen3_vl": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                 "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
-    "qwen3_vl_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                     "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
-    "qwen3_omni_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                       "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": {**_QWEN, "norm_topk": True},
+    "qwen3_omni_moe": _QWEN,
     # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
     # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
     "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
                    "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
 }
+_SECTIONS = (24, 20, 20)  # of transformers' classes, whatever the head's size
 
 _TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"}
@@ -116,6 +118,16 @@ def _rope(text, where):
     return float(theta), rope.get("mrope_section"), bool(rope.get("mrope_interleaved", False))
 
 
+def _interleaved(sections, half):
+    """Sections that sum to half the head and turn it as transformers does: frequency i by rows
+    where i % 3 == 1 and i < 3 sections[1], by columns where i % 3 == 2 and i < 3 sections[2], else
+    by time; the first section is not read."""
+    if len(sections) != 3:
+        return sections
+    rows, columns = (len(range(k, min(half, 3 * sections[k]), 3)) for k in (1, 2))
+    return [half - rows - columns, rows, columns]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is made of.
@@ -159,6 +171,7 @@ class ModelConfig:
         for name in ("text_config", "vision_config", "audio_config")[:3 if self.audible else 2]:
             if not isinstance(self.values.get(name), dict):
                 raise ConfigError(f"config: {name} missing")
+        object.__setattr__(self, "values", with_defaults(self.values, self.family))
         self._check()
         self.numbers()  # refuses what has no number
 
@@ -300,10 +313,13 @@ class ModelConfig:
     def _text_numbers(self):
         t, family = self.text, _FAMILY[self.family]
         theta, sections, interleaved = _rope(t, "text_config")
-        interleaved = interleaved or self.audible  # the thinker has no other way
+        if family.get("interleaved"):
+            interleaved = True
+            sections = _interleaved(sections or _SECTIONS, t["head_dim"] // 2)
         sections = list(sections or [t["head_dim"] // 2, 0, 0])
         experts = int(t.get("num_experts") or 0)
         scoring = t.get("scoring_func", "softmax")
+        norm_topk = family.get("norm_topk", t.get("norm_topk_prob", True))
         if len(sections) != 3 or scoring not in ("softmax", "sigmoid"):
             raise ConfigError(f"text_config: mrope_section {sections}, scoring_func {scoring!r}")
         if experts:
@@ -314,7 +330,7 @@ class ModelConfig:
                 t.get("shared_expert_intermediate_size") or 0, self._dense_first(),
                 t.get("decoder_sparse_step", 1), t.get("n_group") or 1, t.get("topk_group") or 1,
                 *sections, interleaved, t.get("attention_bias", False), family["qk_norm"],
-                self.tied, scoring == "sigmoid", t.get("norm_topk_prob", True), True,
+                self.tied, scoring == "sigmoid", norm_topk, True,
                 t.get("attention_bias", False) and family["out_bias"]]
         return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]

@@ -9,59 +9,29 @@ import numpy as np
 
 from . import _core
 from ._files import write_whole
+from .config_keys import ACTS, FAMILIES, ConfigError, checked, rope
 from .sounds import CHUNK
 from .thinker import thinker_values
 
-_ACTS = {"gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3, "silu": 4}
 _MERGERS = {"norm_concat": 0, "pool": 2}
 _DEEPSTACK_MOST = 8  # of the C core
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
 
-# What a family has that its config.json does not say.
+# What a family has whatever its config.json says.  transformers' classes read neither
+# mrope_interleaved nor, of Qwen3-VL, norm_topk_prob.
+_QWEN = {"patch_bias": True, "final_norm": False, "merger": "norm_concat", "vision_eps": 1e-6,
+         "qk_norm": True, "out_bias": True, "interleaved": True}
 _FAMILY = {
-    "qwen3_vl": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                 "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
-    "qwen3_vl_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                     "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
-    "qwen3_omni_moe": {"patch_bias": True, "final_norm": False, "merger": "norm_concat",
-                       "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": {**_QWEN, "norm_topk": True},
+    "qwen3_omni_moe": _QWEN,
     # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
     # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
     "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
                    "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
 }
+_SECTIONS = (24, 20, 20)  # of transformers' classes, whatever the head's size
 
-_TEXT = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"}
-_VISION = {"depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
-           "spatial_merge_size"}
-_AUDIO = {"d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
-          "num_mel_bins", "downsample_hidden_size", "output_dim", "n_window", "n_window_infer"}
 _AUDIO_EPS = 1e-5  # of every norm, whatever the configuration says
-
-# Sizes of either part; those that may be left out may be null.
-_WHOLE = _TEXT - {"rms_norm_eps"} | _VISION | _AUDIO | {
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
-    "mlp_only_layers", "n_group", "topk_group", "shared_expert_intermediate_size",
-    "first_k_dense_replace", "in_channels", "temporal_patch_size", "out_hidden_size",
-    "num_position_embeddings", "deepstack_visual_indexes", "adapter_hidden_size"}
-
-# Keys that change nothing that is computed here.
-_IGNORED = {
-    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id",
-    "vision_end_token_id", "image_token_id", "video_token_id", "max_position_embeddings",
-    "output_router_logits", "return_dict", "output_hidden_states", "output_attentions",
-    "_name_or_path", "name_or_path", "id2label", "label2id", "problem_type", "base_config_key",
-    "chunk_size_feed_forward", "is_encoder_decoder", "attn_implementation", "layer_types",
-    "_attn_implementation_autoset", "sep_token_id", "decoder_start_token_id",
-    "task_specific_params",
-    "experts_implementation", "_experts_implementation",
-    # of Qwen3-Omni's thinker: read by nobody, or by whoever prepares inputs
-    "position_id_per_seconds", "seconds_per_chunk", "user_token_id", "audio_token_id",
-    "audio_start_token_id", "audio_end_token_id", "image_size", "in_chans", "spatial_patch_size",
-    "tokens_per_second", "conv_chunksize", "max_source_positions", "prefix", "is_decoder",
-}
 
 
 def count_elements(shapes):
@@ -69,51 +39,12 @@ def count_elements(shapes):
     return sum(math.prod(shape) for shape in shapes)
 
 
-class ConfigError(ValueError):
-    """A configuration that this library cannot compute exactly."""
-
-
-def _need(part, keys, where):
-    missing = sorted(key for key in keys if part.get(key) is None)
-    if missing:
-        raise ConfigError(f"{where}: {', '.join(missing)} missing")
-
-
-def _refuse_fractions(part, where):
-    """Sizes are whole numbers; lists of them too."""
-    for key in _WHOLE & set(part):
-        values = part[key] if isinstance(part[key], list) else [part[key]]
-        for value in values:
-            if value is not None and (isinstance(value, bool) or
-                                      not isinstance(value, (int, np.integer))):
-                raise ConfigError(f"{where}: {key} must be a whole number; got {value!r}")
-
-
-def _refuse_unknown(part, known, where):
-    """A switch that is not understood is not ignored: it might change the result."""
-    for key, value in part.items():
-        if key in known or key in _IGNORED:
-            continue
-        if "dropout" in key:
-            if value:
-                raise ConfigError(f"{where}: {key} = {value!r}; dropout is not computed here, "
-                                  "set it to 0")
-        elif value not in (None, False, {}, []):
-            raise ConfigError(f"{where}: unknown key {key!r} = {value!r}")
-
-
-def _rope(text, where):
-    """(theta, M-RoPE sections or None, interleaved) from any version's spelling."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ConfigError(f"{where}: rope_type {kind!r}; only 'default' is computed here")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']}")
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise ConfigError(f"{where}: rope_theta missing")
-    return float(theta), rope.get("mrope_section"), bool(rope.get("mrope_interleaved", False))
+def _interleaved(sections, half):
+    """Sections that sum to half the head and turn it as transformers does: frequency i by rows
+    where i % 3 == 1 and i < 3 sections[1], by columns where i % 3 == 2 and i < 3 sections[2], else
+    by time; the first section is not read."""
+    rows, columns = (len(range(k, min(half, 3 * sections[k]), 3)) for k in (1, 2))
+    return [half - rows - columns, rows, columns]
 
 
 @dataclass(frozen=True)
@@ -156,11 +87,10 @@ class ModelConfig:
         if isinstance(text, dict) and "num_local_experts" in text:
             # transformers 5 writes it so, and reads either.
             text.setdefault("num_experts", text.pop("num_local_experts"))
-        for name in ("text_config", "vision_config", "audio_config")[:3 if self.audible else 2]:
-            if not isinstance(self.values.get(name), dict):
-                raise ConfigError(f"config: {name} missing")
-        self._check()
-        self.numbers()  # refuses what has no number
+        object.__setattr__(self, "values", checked(self.values, self.family))
+        if self.audible:
+            self._check_audio()
+        self.numbers()  # refuses sizes that do not go together
 
     @property
     def family(self):
@@ -210,53 +140,14 @@ class ModelConfig:
         keys = ("image_token_id", "video_token_id")
         return tuple(self.values[k] for k in keys if self.values.get(k) is not None)
 
-    def _check(self):
-        text, vision = self.text, self.vision
-        _need(text, _TEXT, "text_config")
-        _need(vision, _VISION, "vision_config")
-        known_text = _TEXT | {
-            "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
-            "tie_word_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-            "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "router_aux_loss_coef",
-            "scoring_func", "n_group", "topk_group", "routed_scaling_factor",
-            "shared_expert_intermediate_size", "first_k_dense_replace"}
-        known_vision = _VISION | {
-            "hidden_act", "in_channels", "temporal_patch_size", "out_hidden_size",
-            "num_position_embeddings", "deepstack_visual_indexes", "rope_theta",
-            "adapter_hidden_size", "adapter_act", "layer_norm_eps"}
-        if self.audible:
-            self._check_audio()
-            # Two switches of the first files, on in all of them.
-            for part, key in ((text, "use_qk_norm"), (vision, "apply_vit_abs_pos_embed")):
-                if part.get(key) not in (None, True):
-                    raise ConfigError(f"config: {key} = {part[key]!r}; only true")
-            known_text, known_vision = known_text | {"use_qk_norm"}, known_vision | {
-                "apply_vit_abs_pos_embed", "tie_word_embeddings"}
-        _refuse_fractions(text, "text_config")
-        _refuse_fractions(vision, "vision_config")
-        _refuse_unknown(text, known_text, "text_config")
-        _refuse_unknown(vision, known_vision, "vision_config")
-        known = {"text_config", "vision_config", "tie_word_embeddings"}
-        _refuse_unknown(self.values, known | {"audio_config"} if self.audible else known, "config")
-        if text.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"text_config: hidden_act {text['hidden_act']!r}; only 'silu'")
-
     def _check_audio(self):
         audio = self.audio
-        _need(audio, _AUDIO, "audio_config")
-        _need(self.values, {"audio_token_id"}, "config")
-        token = self.values["audio_token_id"]
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-            raise ConfigError(f"config: audio_token_id must be a whole number; got {token!r}")
-        _refuse_fractions(audio, "audio_config")
-        for key in _AUDIO:
-            if isinstance(audio[key], list):
-                raise ConfigError(f"audio_config: {key} must be a whole number; got a list")
-        _refuse_unknown(audio, _AUDIO | {"activation_function", "tie_word_embeddings"},
-                        "audio_config")
-        if audio["encoder_layers"] < 1:
-            raise ConfigError("audio_config: encoder_layers must be >= 1; got "
-                              f"{audio['encoder_layers']}")
+        if self.values.get("audio_token_id") is None:
+            raise ConfigError("config: audio_token_id missing")
+        # Another name of encoder_layers in transformers' class.
+        if audio.get("num_hidden_layers", audio["encoder_layers"]) != audio["encoder_layers"]:
+            raise ConfigError("audio_config: num_hidden_layers must be encoder_layers, "
+                              f"{audio['encoder_layers']}; got {audio['num_hidden_layers']}")
         # transformers counts 13 tokens a chunk whatever n_window is; both agree at 50.
         if 2 * audio["n_window"] != CHUNK:
             raise ConfigError(f"audio_config: n_window must be {CHUNK // 2}; got "
@@ -268,11 +159,11 @@ class ModelConfig:
     def _dense_first(self):
         """How many layers at the bottom have no experts."""
         text = self.text
-        dense = sorted(text.get("mlp_only_layers") or [])
+        dense = sorted(set(text.get("mlp_only_layers", ())))
         if dense != list(range(len(dense))):
             raise ConfigError("text_config: mlp_only_layers must be the first layers; got "
                               f"{dense}")
-        return max(len(dense), int(text.get("first_k_dense_replace") or 0))
+        return max(len(dense), text.get("first_k_dense_replace", 0))
 
     def _vision_numbers(self):
         v, family = self.vision, _FAMILY[self.family]
@@ -282,7 +173,7 @@ class ModelConfig:
             if side * side != positions:
                 raise ConfigError("vision_config: num_position_embeddings must be a square; got "
                                   f"{positions}")
-        deepstack = list(v.get("deepstack_visual_indexes") or [])
+        deepstack = v.get("deepstack_visual_indexes", ())
         if len(deepstack) > _DEEPSTACK_MOST:
             raise ConfigError(f"vision_config: at most {_DEEPSTACK_MOST} DeepStack outputs; got "
                               f"{len(deepstack)}")
@@ -292,29 +183,30 @@ class ModelConfig:
                 v.get("out_hidden_size", self.text["hidden_size"]),
                 v.get("adapter_hidden_size", merged), side, family["patch_bias"],
                 family["final_norm"], _MERGERS[family["merger"]],
-                _act(v.get("hidden_act", "gelu_pytorch_tanh"), "vision_config: hidden_act"),
-                _act(v.get("adapter_act", "gelu"), "vision_config: adapter_act"),
+                ACTS[v.get("hidden_act", "gelu_pytorch_tanh")],
+                ACTS[v.get("adapter_act", "gelu")],
                 len(deepstack), *deepstack, *[0] * (_DEEPSTACK_MOST - len(deepstack))]
         return ints, [v.get("layer_norm_eps", family["vision_eps"]), v.get("rope_theta", 10000.0)]
 
     def _text_numbers(self):
         t, family = self.text, _FAMILY[self.family]
-        theta, sections, interleaved = _rope(t, "text_config")
-        interleaved = interleaved or self.audible  # the thinker has no other way
-        sections = list(sections or [t["head_dim"] // 2, 0, 0])
-        experts = int(t.get("num_experts") or 0)
-        scoring = t.get("scoring_func", "softmax")
-        if len(sections) != 3 or scoring not in ("softmax", "sigmoid"):
-            raise ConfigError(f"text_config: mrope_section {sections}, scoring_func {scoring!r}")
-        if experts:
-            _need(t, {"num_experts_per_tok", "moe_intermediate_size"}, "text_config")
+        theta, sections, interleaved = rope(t)
+        if family.get("interleaved"):
+            interleaved = True
+            sections = _interleaved(sections or _SECTIONS, t["head_dim"] // 2)
+        experts = t.get("num_experts", 0)
+        for key in ("num_experts_per_tok", "moe_intermediate_size"):
+            if experts and key not in t:
+                raise ConfigError(f"text_config: {key} missing")
         ints = [t["num_hidden_layers"], t["hidden_size"], t["num_attention_heads"],
                 t["num_key_value_heads"], t["head_dim"], t["vocab_size"], t["intermediate_size"],
                 experts, t.get("num_experts_per_tok", 1), t.get("moe_intermediate_size", 1),
-                t.get("shared_expert_intermediate_size") or 0, self._dense_first(),
-                t.get("decoder_sparse_step", 1), t.get("n_group") or 1, t.get("topk_group") or 1,
-                *sections, interleaved, t.get("attention_bias", False), family["qk_norm"],
-                self.tied, scoring == "sigmoid", t.get("norm_topk_prob", True), True,
+                t.get("shared_expert_intermediate_size", 0), self._dense_first(),
+                t.get("decoder_sparse_step", 1), t.get("n_group", 1), t.get("topk_group", 1),
+                *(sections or (t["head_dim"] // 2, 0, 0)), interleaved,
+                t.get("attention_bias", False), family["qk_norm"], self.tied,
+                t.get("scoring_func") == "sigmoid",
+                family.get("norm_topk", t.get("norm_topk_prob", True)), True,
                 t.get("attention_bias", False) and family["out_bias"]]
         return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
@@ -326,8 +218,7 @@ class ModelConfig:
         return [a["encoder_layers"], a["d_model"], a["encoder_attention_heads"],
                 a["encoder_ffn_dim"], a["num_mel_bins"], a["downsample_hidden_size"], CHUNK,
                 a["n_window_infer"] // CHUNK, a["output_dim"],
-                _act(a.get("activation_function", "gelu"), "audio_config: activation_function")
-                ], [_AUDIO_EPS]
+                ACTS[a["activation_function"]]], [_AUDIO_EPS]
 
     def numbers(self):
         """The sizes and switches in the C core's order.
@@ -340,16 +231,13 @@ class ModelConfig:
         Raises
         ------
         ValueError
-            A size that is no number, a switch that is not computed here.
+            Sizes that do not go together.
         """
         vision_ints, vision_floats = self._vision_numbers()
         text_ints, text_floats = self._text_numbers()
         audio_ints, audio_floats = self._audio_numbers()
-        try:
-            return (np.array(vision_ints + text_ints + audio_ints, dtype=np.int64),
-                    np.array(vision_floats + text_floats + audio_floats, dtype=np.float64))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"config: a size is not a number: {error}") from None
+        return (np.array(vision_ints + text_ints + audio_ints, dtype=np.int64),
+                np.array(vision_floats + text_floats + audio_floats, dtype=np.float64))
 
     def parameters(self):
         """What a model of this configuration holds, without making it.
@@ -407,12 +295,6 @@ class ModelConfig:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path}: not JSON: {error}") from None
         return cls(values)
-
-
-def _act(name, where):
-    if name not in _ACTS:
-        raise ConfigError(f"{where} must be one of {', '.join(_ACTS)}; got {name!r}")
-    return _ACTS[name]
 
 
 # ---------------------------------------------------------------- presets

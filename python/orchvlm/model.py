@@ -294,7 +294,7 @@ class Model(Phases):
         return self._core.backward(*slopes, rows, dlogits)
 
     def logprobs(self, inputs, entropy=False, *, training=True, checkpoint="none"):
-        """Log-probability of every label, and the entropy where it was predicted.
+        """Log-probability of every label, and the entropy of its prediction.
 
         Parameters
         ----------
@@ -309,7 +309,7 @@ class Model(Phases):
         logp : float32[T]
             0 where the label is -100 or the first of a sample.
         entropy : float32[T] or None
-            In nats, of the prediction of every token but the first of a sample.
+            In nats, of the prediction of the token; 0 where ``logp`` is 0 for want of a label.
         """
         self._run(inputs, training=training, checkpoint=checkpoint, entropy=entropy)
         return self._core.output(True, entropy)[4:]

@@ -25,7 +25,8 @@ class AdamW:
         Gradients are scaled so that their global norm is at most this.
     groups : list of dict
         ``{"match": "model.visual.*", "lr": ..., "weight_decay": ...}``: other settings for the
-        parameters that match; the last match counts.
+        parameters that match; the last match counts.  Where ``lr`` is 0, groups with a rate of
+        their own train alone, at that rate.
 
     Raises
     ------
@@ -70,12 +71,13 @@ class AdamW:
         self.max_grad_norm = 0.0 if max_grad_norm is None else finite_number(
             max_grad_norm, "max_grad_norm", 0)
         self.step_count = 0
-        self._scale, self._decay = self._resolve(groups)
+        self._first = self.lr
+        self._rates, self._decay = self._resolve(groups)
 
     def _resolve(self, groups):
-        """Per parameter: rate relative to lr, and decay."""
+        """Per parameter: its own rate, or NaN, and decay."""
         rows = self.model._list
-        scale = np.ones(len(rows))
+        rates = np.full(len(rows), np.nan)
         decay = np.array([self.weight_decay if row[1] in _DECAYING else 0.0 for row in rows])
         for group in groups:
             if not isinstance(group, dict):
@@ -85,10 +87,10 @@ class AdamW:
                 raise ValueError(f"a group has 'match', 'lr' and 'weight_decay'; got {group!r}")
             hits = matching(self.model, group["match"])
             if "lr" in group:
-                scale[hits] = finite_number(group["lr"], "lr", 0) / self.lr if self.lr else 0.0
+                rates[hits] = finite_number(group["lr"], "lr", 0)
             if "weight_decay" in group:
                 decay[hits] = finite_number(group["weight_decay"], "weight_decay", 0)
-        return scale, decay
+        return rates, decay
 
     def step(self, lr=None):
         """Updates the weights from the gradients.
@@ -96,7 +98,8 @@ class AdamW:
         Parameters
         ----------
         lr : float, optional
-            Rate of this step, e.g. from a schedule; groups keep their ratio to it.
+            Rate of this step, e.g. from a schedule; rates of groups change by the same factor,
+            unless the optimizer's own is 0.
 
         Returns
         -------
@@ -104,9 +107,10 @@ class AdamW:
             ``grad_norm`` before clipping, ``clip`` (factor), ``skipped`` (bool).
         """
         rate = self.lr if lr is None else finite_number(lr, "lr", 0)
-        norm, clip, bad = self.model._core.adamw(rate * self._scale, self._decay, *self.betas,
-                                                 self.eps, self.max_grad_norm,
-                                                 self.step_count + 1)
+        factor = rate / self._first if self._first else 1.0
+        rates = np.where(np.isnan(self._rates), rate, self._rates * factor)
+        norm, clip, bad = self.model._core.adamw(rates, self._decay, *self.betas, self.eps,
+                                                 self.max_grad_norm, self.step_count + 1)
         if not bad:
             self.step_count += 1
         return {"grad_norm": norm, "clip": clip, "skipped": bool(bad)}

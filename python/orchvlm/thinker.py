@@ -2,14 +2,6 @@
 layouts of its weights in files."""
 import re
 
-_DEFAULTS = {  # of transformers' classes: what a config.json need not say
-    "text_config": {"norm_topk_prob": True, "num_experts_per_tok": 8, "num_experts": 128,
-                    "moe_intermediate_size": 768, "rms_norm_eps": 1e-6},
-    "vision_config": {"num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
-                      "temporal_patch_size": 2, "patch_size": 16, "spatial_merge_size": 2},
-    "audio_config": {"num_mel_bins": 128, "n_window": 50, "n_window_infer": 800,
-                     "downsample_hidden_size": 480, "activation_function": "gelu"}}
-
 #: Ours, and the file's; in this order.
 _NAMES = ((r"^model\.visual\.deepstack_merger_list\.", "visual.merger_list."),
           (r"^model\.visual\.", "visual."), (r"^model\.audio_tower\.", "audio_tower."),
@@ -20,16 +12,10 @@ _OTHER_PARTS = ("talker.", "code2wav.")
 
 def thinker_values(values):
     """The thinker's configuration: itself, or out of a whole Qwen3-Omni's."""
-    if values.get("model_type") == "qwen3_omni_moe":
-        inner = values.get("thinker_config")
-        if not isinstance(inner, dict):
-            return values
-        values = {**inner, "model_type": "qwen3_omni_moe_thinker"}
-    if values.get("model_type") != "qwen3_omni_moe_thinker":
+    inner = values.get("thinker_config")
+    if values.get("model_type") != "qwen3_omni_moe" or not isinstance(inner, dict):
         return values
-    filled = {part: {**defaults, **values[part]} for part, defaults in _DEFAULTS.items()
-              if isinstance(values.get(part), dict)}
-    return {**values, **filled}
+    return {**inner, "model_type": "qwen3_omni_moe_thinker"}
 
 
 def file_name(name):

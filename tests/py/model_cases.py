@@ -38,6 +38,15 @@ def _vision(rng, text):
         "out_hidden_size": text["hidden_size"]}
 
 
+def _unsay(rng, part, **others):
+    """Leaves some keys out, or says what nobody reads."""
+    for key, values in others.items():
+        if (at := int(rng.integers(2 + len(values)))) > 1:
+            part[key] = values[at - 2]
+        elif at:
+            part.pop(key, None)
+
+
 def draw_config(rng, sparse):
     """Qwen3-VL's, dense or with experts, as a dict."""
     text = _text(rng, sparse)
@@ -45,8 +54,10 @@ def draw_config(rng, sparse):
     half = text["head_dim"] // 2
     h, w = int(rng.integers(1, half // 3 + 1)), int(rng.integers(1, half // 3 + 1))
     text["rope_parameters"] |= {"mrope_section": [half - h - w, h, w], "mrope_interleaved": True}
+    _unsay(rng, text["rope_parameters"], mrope_section=(), mrope_interleaved=(False,))
     if sparse:
         text |= {"decoder_sparse_step": 1, "mlp_only_layers": [0] if rng.random() < 0.3 else []}
+        _unsay(rng, text, decoder_sparse_step=(), norm_topk_prob=(False, True))
     taps = min(vision["depth"], text["num_hidden_layers"], int(rng.integers(0, 3)))
     vision |= {"num_position_embeddings": int(rng.integers(3, 9)) ** 2,
                "deepstack_visual_indexes": sorted(

@@ -273,12 +273,80 @@ def test_nothing_is_left_half_written(tmp_path):
     ("text_config", {"scoring_func": "tanh"}, "scoring_func"),
     ("vision_config", {"num_position_embeddings": 5}, "square"),
     ("vision_config", {"fullatt_block_indexes": [1]}, "fullatt_block_indexes"),
-    ("vision_config", {"deepstack_visual_indexes": [99]}, "deepstack")))
+    ("vision_config", {"deepstack_visual_indexes": [99]}, "deepstack"),
+    # off, or nothing: it may be on in the model
+    ("text_config", {"use_qk_norm": False}, "use_qk_norm must be True.* got False"),
+    ("text_config", {"is_causal": False}, "is_causal"),
+    ("text_config", {"some_switch": False}, "some_switch.* got False"),
+    ("text_config", {"some_switch": None}, "some_switch.* got None"),
+    ("text_config", {"num_experts": 0}, "num_experts"),
+    ("vision_config", {"qkv_bias": False}, "qkv_bias"),
+    ("vision_config", {"window_size": 0}, "window_size.* got 0"),
+    ("vision_config", {"extra": []}, r"extra.* got \[\]"),
+    ("text_config", {"layer_types": ["linear_attention"]}, "layer_types.*linear_attention"),
+    # numbers and types
+    ("text_config", {"rms_norm_eps": np.inf}, "rms_norm_eps.* got inf"),
+    ("text_config", {"rms_norm_eps": True}, "rms_norm_eps"),
+    ("text_config", {"attention_bias": "false"}, "attention_bias.* got 'false'"),
+    ("vision_config", {"num_position_embeddings": -4}, "num_position_embeddings.* got -4"),
+    ("vision_config", {"deepstack_visual_indexes": 3}, "deepstack_visual_indexes.* got 3"),
+    ("vision_config", {"hidden_act": ["gelu"]}, "hidden_act")))
 def test_switches_that_are_not_computed_are_refused(part, change, words):
     config = draw_config(np.random.default_rng(SEED), False)
     config[part] = {**config[part], **change}
     with pytest.raises(ValueError, match=words):
         orchvlm.Model(config)
+
+
+@pytest.mark.parametrize("key, value", (
+    ("image_token_id", "x"), ("image_token_id", -5), ("video_token_id", 1.5),
+    ("tie_word_embeddings", "no"), ("tie_word_embeddings", 1), ("extra", False),
+    ("quantization_config", None)))
+def test_what_the_top_of_a_configuration_may_not_say(key, value):
+    config = draw_config(np.random.default_rng(SEED), False)
+    with pytest.raises(ValueError, match=f"{key}.* got {value!r}"):
+        orchvlm.ModelConfig({**config, key: value})
+
+
+@pytest.mark.parametrize("key, value", (
+    ("factor", 8.0), ("attention_factor", None), ("mrope_section", "abc"),
+    ("mrope_section", [1, 2]), ("mrope_section", [9, -1, 2]), ("rope_theta", [1]),
+    ("rope_theta", 0), ("rope_theta", np.nan), ("mrope_interleaved", "yes"),
+    ("rope_type", "dynamic"), ("partial_rotary_factor", 0.5)))
+def test_what_rotary_parameters_may_not_say(key, value):
+    config = draw_config(np.random.default_rng(SEED), False)
+    config["text_config"]["rope_parameters"][key] = value
+    with pytest.raises(ValueError, match=f"{key}.* got "):
+        orchvlm.ModelConfig(config)
+
+
+@pytest.mark.parametrize("key, value", (
+    ("router_aux_loss_coef", np.nan), ("router_aux_loss_coef", -1), ("norm_topk_prob", "no"),
+    ("scoring_func", "sigmoid"), ("shared_expert_intermediate_size", 8), ("n_group", 2),
+    ("routed_scaling_factor", 2.5), ("mlp_only_layers", ["a"]), ("num_experts", 4.0)))
+def test_what_experts_may_not_say(key, value):
+    """Of Qwen3-VL's: transformers' class has no other router."""
+    config = draw_config(np.random.default_rng(SEED), True)
+    config["text_config"][key] = value
+    with pytest.raises(ValueError, match=f"{key}.* got "):
+        orchvlm.ModelConfig(config)
+
+
+def test_what_is_left_out_is_what_transformers_classes_take():
+    config = draw_config(np.random.default_rng(SEED), True)
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        del config["text_config"][key]
+    del config["vision_config"]["deepstack_visual_indexes"]
+    config["vision_config"]["depth"] = 27
+    config["text_config"] |= {"num_key_value_heads": None, "head_dim": None,
+                              "num_hidden_layers": 3}
+    made = orchvlm.ModelConfig(config)
+    heads = made.text["num_attention_heads"]
+    assert [made.text[k] for k in ("num_experts", "num_experts_per_tok", "head_dim",
+                                   "num_key_value_heads")] == [
+        60, 4, made.text["hidden_size"] // heads, heads]
+    assert made.vision["deepstack_visual_indexes"] == [8, 16, 24]
+    assert orchvlm.ModelConfig(made.values) == made
 
 
 def test_families_that_are_not_known():

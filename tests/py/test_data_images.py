@@ -127,7 +127,8 @@ def test_equal_to_transformers():
 
 @pytest.mark.parametrize("fields", [
     {"patch_size": 0}, {"resample": "lanczos"}, {"dtype": "float16"}, {"std": (0, 1, 1)},
-    {"mean": (1, 2)}, {"min_pixels": 10, "max_pixels": 5}])
+    {"mean": (1, 2)}, {"min_pixels": 10, "max_pixels": 5},
+    {"dtype": "uint8", "mean": (0.48, 0.46, 0.41)}, {"dtype": "uint8", "std": (0.5, 0.5, 0.4)}])
 def test_rules_refused(fields):
     with pytest.raises(ValueError, match="ImageRule"):
         data.ImageRule(**fields)

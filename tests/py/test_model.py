@@ -153,6 +153,20 @@ def test_tokens_do_not_see_other_samples(family, device):
     assert (entropy >= 0).all() and (entropy <= np.log(model.config.text["vocab_size"])).all()
 
 
+def test_what_has_no_label_has_no_entropy():
+    """And what has one has that of the row of logits before it."""
+    model, samples, _ = draw("softmax experts", 6)
+    inputs = pack(samples)
+    logp, entropy = model.logprobs(inputs, entropy=True, training=False)
+    labelled = inputs.labels >= 0
+    labelled[inputs.cu_seqlens[:-1]] = False
+    assert not entropy[~labelled].any() and not logp[~labelled].any()
+    rows = model.logits(np.flatnonzero(labelled) - 1).astype(np.float64)
+    p = np.exp(rows - rows.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(entropy[labelled], -(p * np.log(p)).sum(axis=1), rtol=1e-4)
+
+
 def test_slopes_of_a_loss_of_ones_own():
     """-sum(logp) / n is the loss itself."""
     model, samples, _ = draw("seed", 6)

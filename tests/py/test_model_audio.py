@@ -191,7 +191,7 @@ def test_junk_at_the_c_boundary(lengths, mel):
     ({"dropout": 0.1}, "dropout"), ({"activation_function": "relu"}, "activation_function"),
     ({"d_model": 7}, "width must be even"), ({"encoder_layers": 0}, "encoder_layers"),
     ({"output_dim": 5}, "out_width"), ({"scale_embedding": True}, "scale_embedding"),
-    ({"num_mel_bins": 0}, "bins"), ({"encoder_ffn_dim": "8"}, "encoder_ffn_dim"),
+    ({"num_hidden_layers": 99}, "num_hidden_layers"), ({"num_mel_bins": 0}, "bins"), ({"encoder_ffn_dim": "8"}, "encoder_ffn_dim"),
     ({"d_model": None}, "d_model missing")))
 def test_audio_switches_that_are_not_computed_are_refused(change, words):
     config = draw_omni_config(np.random.default_rng(SEED))
@@ -274,7 +274,10 @@ def test_the_published_configuration_is_understood():
         **values, "seconds_per_chunk": 2, "user_token_id": 872,
         "audio_config": {**values["audio_config"], "conv_chunksize": 500, "dropout": 0,
                          "max_source_positions": 1500, "scale_embedding": False,
-                         "is_decoder": False, "pruned_heads": {}, "prefix": None},
+                         "is_decoder": False, "pruned_heads": {}, "prefix": None,
+                         "max_length": 20, "temperature": 1.0, "num_beams": 1, "top_k": 50,
+                         "num_hidden_layers": 32, "tie_encoder_decoder": False,
+                         "bad_words_ids": None, "add_cross_attention": False},
         "text_config": {**values["text_config"], "rope_parameters": rope, "use_qk_norm": True,
                         "shared_expert_intermediate_size": 0, "use_sliding_window": False,
                         "sliding_window": None},

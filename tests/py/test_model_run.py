@@ -165,6 +165,23 @@ def test_adamw_by_the_book(device):
             assert error <= 2e-6 * max(1, t), (name, t, error)
 
 
+def test_groups_keep_their_rates():
+    """Where nothing else is trained, and by the factor of the schedule where it is."""
+    norm, other = "model.language_model.norm.weight", "model.language_model.embed_tokens.weight"
+    for lr, rate, moved in ((0.0, None, 1e-2), (0.0, 0.0, 1e-2), (1e-3, None, 1e-2),
+                            (1e-3, 5e-4, 5e-3), (1e-3, 0.0, 0.0)):
+        model, samples, _ = draw("dense", 3)
+        model.forward(pack(samples))
+        model.backward()
+        opt = orchvlm.AdamW(model, lr, weight_decay=0.0, groups=[{"match": norm, "lr": 1e-2}])
+        before = {name: np.array(model.parameters[name]) for name in (norm, other)}
+        opt.step(rate)
+        # Of a first step, every weight with a gradient moves by its rate.
+        far = {name: np.abs(model.parameters[name] - before[name]).max() for name in before}
+        assert far[norm] == pytest.approx(moved, rel=1e-3, abs=1e-12), (lr, rate)
+        assert far[other] == pytest.approx(lr if rate is None else rate, rel=1e-3, abs=1e-12)
+
+
 @pytest.mark.parametrize("bad", (np.nan, np.inf))
 def test_a_step_that_is_not_finite_is_skipped(bad):
     model, samples, _ = draw("softmax experts", 5)

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the oracle needs torch and transfor
 pytest.importorskip("transformers", reason="the oracle needs torch and transformers")
 
 import orchvlm  # noqa: E402
-from model_cases import draw_config  # noqa: E402
+from model_cases import draw_config, fill  # noqa: E402
 from omni_cases import draw_omni_config  # noqa: E402
 from oracle_cases import (build, compare_grads, draw_batch, draw_omni_batch,  # noqa: E402
                           grads_of, hear_alone, our_names, state_of)
@@ -164,6 +164,16 @@ def test_omni_positions_are_those_of_transformers():
     np.testing.assert_array_equal(inputs.position_ids, wanted.numpy()[:, mask])
 
 
+@pytest.mark.parametrize("name", ("Qwen3VL", "Qwen3VLMoe", "Qwen3OmniMoe", "Qwen3OmniMoeThinker"))
+def test_configurations_of_transformers_classes_are_understood(name):
+    import transformers as hub
+    values = getattr(hub, f"{name}Config")().to_dict()
+    config = orchvlm.ModelConfig(values)
+    theirs = values.get("thinker_config", values)["text_config"]
+    assert config.text["hidden_size"] == theirs["hidden_size"]
+    assert not config.tied
+
+
 def test_omni_of_the_published_size_has_the_same_weights():
     """Names and shapes of the 30B thinker, without its numbers."""
     from transformers import (Qwen3OmniMoeThinkerConfig,
@@ -178,6 +188,33 @@ def test_omni_of_the_published_size_has_the_same_weights():
     for name, shape in ours.items():
         turned = (shape[0], shape[2], shape[1]) if ".experts." in name else shape
         assert theirs[name] == turned, name
+
+
+@pytest.mark.parametrize("sparse", (False, True), ids=("dense", "moe"))
+def test_adamw_on_identical_gradients(sparse):
+    """Ten steps, some of them clipped, with the weights of torch's."""
+    rng = np.random.default_rng(SEED + 450)
+    ours = orchvlm.Model(draw_config(rng, sparse))
+    fill(ours, rng)
+    weights = {name: torch.tensor(np.array(w), requires_grad=True)
+               for name, w in ours.parameters.items()}
+    kinds = {name: kind for name, kind, _, _ in ours._list}
+    theirs = torch.optim.AdamW(
+        [{"params": [w], "weight_decay": 0.0 if kinds[name] else 0.1}
+         for name, w in weights.items()], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    opt = orchvlm.AdamW(ours, lr=1e-2, max_grad_norm=1.0)
+    for _ in range(10):
+        size = 10 ** rng.uniform(-4, 0)
+        for name, weight in weights.items():
+            g = (size * rng.standard_normal(weight.shape)).astype(np.float32)
+            ours.grads[name][...], weight.grad = g, torch.from_numpy(g)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        theirs.step()
+        opt.step()
+    for name, weight in weights.items():
+        wanted = weight.detach().numpy()
+        error = np.linalg.norm(ours.parameters[name] - wanted)
+        assert error <= 1e-6 * np.linalg.norm(wanted), name
 
 
 def test_ten_steps_of_adamw():

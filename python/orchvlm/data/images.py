@@ -225,14 +225,15 @@ class ImageRule:
     least : int
         See :func:`smart_resize`.
     dtype : str
-        ``"float32"``, or ``"uint8"`` for colours that the model normalises: a quarter of the bytes.
+        ``"float32"``, or ``"uint8"`` for colours that the model normalises, with mean and std of
+        0.5: a quarter of the bytes.
 
     Raises
     ------
     TypeError
         A size that is no integer.
     ValueError
-        A size below 1, an unknown filter or dtype.
+        A size below 1, an unknown filter or dtype, bytes with another mean or std than 0.5.
 
     Examples
     --------
@@ -278,6 +279,10 @@ class ImageRule:
                                  f"{' above 0' if name == 'std' else ''}; got "
                                  f"{getattr(self, name)!r:.60}")
             object.__setattr__(self, name, tuple(values.tolist()))
+        if self.dtype == "uint8" and {*self.mean, *self.std} != {0.5}:
+            raise ValueError("ImageRule.dtype 'uint8' leaves it to the model to normalise, with "
+                             f"mean and std of 0.5; got mean {self.mean}, std {self.std}: use "
+                             "dtype='float32'")
 
     @classmethod
     def seed(cls, **changes):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cost import Cluster
-from .dispatch import Dispatch
+from .dispatch import Dispatcher
 from .inputs import Inputs
 from .model_cost import from_model
 from .passes import Ran
@@ -31,8 +31,6 @@ class Prepared:
         This rank's micro-batches of the language phase, without images and sounds.
     items : dict of str to (array, int32[n, 3])
         Rows and sizes of what this rank encodes, by medium.
-    outputs : dict of str to Dispatch
-        The way of features to the tokens that wait for them, by medium.
     ran : Ran
         Counts the samples that this rank read, whoever computes them.
     """
@@ -41,7 +39,6 @@ class Prepared:
     normalizer: float
     micro: list
     items: dict
-    outputs: dict
     ran: Ran
 
 
@@ -76,7 +73,9 @@ class Orchestrator:
                  max_frames=None, micro_batches=1):
         self.model, self.comm, self._micro_batches = model, comm, micro_batches
         self.timeline = []
-        self.rank, self.size, self._beside = comm.rank, comm.size, comm.dup()
+        self.rank, self.size = comm.rank, comm.size
+        # A step, and beside it the next one's data, in a thread of its own.
+        self._ways = Dispatcher(comm), Dispatcher(comm.dup())
         self.media = [name for name in MEDIA if (model.config.audible if name == "audio"
                                                  else bool(model.config.vision))]
         self.cluster = cluster or Cluster(1, comm.size, 1.0, 1e11, 1e10, 1e10)
@@ -92,38 +91,36 @@ class Orchestrator:
     def make(self, loader):
         """The next step's batch, from this rank's samples; for a thread beside the steps."""
         return self.prepare(Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
-                            self._beside)
+                            beside=True)
 
-    def prepare(self, inputs, comm=None):
+    def prepare(self, inputs, beside=False):
         """Plans a global batch and moves its data; computes nothing.
 
         Parameters
         ----------
         inputs : Inputs
             This rank's samples, which may be none.
-        comm : Comm, optional
-            In the stead of the orchestrator's: a dup of it, in a thread of its own while the step
-            before runs.
+        beside : bool
+            In a thread of its own, while the step before runs: over a dup of the communicator.
 
         Returns
         -------
         Prepared
         """
-        comm, start = comm or self.comm, time.perf_counter()
+        ways, start = self._ways[beside], time.perf_counter()
         media = {name: medium(self.model.config, inputs, name) for name in self.media}
-        batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, comm)
+        batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, ways.comm)
         known = time.perf_counter()
         plan = self.plan(batch)
         planned = time.perf_counter()
-        items = {name: self._raw(plan, batch, name, media[name], sizes[name], comm)
+        items = {name: self._raw(plan, batch, name, media[name], sizes[name], ways)
                  for name in self.media if len(sizes[name])}
-        micro = _micro_batches(inputs, batch, plan.llm, comm)
-        outputs = {name: Dispatch(plan.routes[f"{name}->llm"], self.comm) for name in items}
+        micro = _micro_batches(inputs, batch, plan.llm, ways)
         seconds = {"lengths": known - start, "plan": planned - known,
                    "data": time.perf_counter() - planned}
         ran = Ran([inputs], self.model.config)
         ran.plan, ran.prepared_seconds = plan, seconds
-        return Prepared(plan, normalizer, micro, items, outputs, ran)
+        return Prepared(plan, normalizer, micro, items, ran)
 
     def plan(self, batch):
         """The plan of a global batch; every rank makes the same one.
@@ -146,12 +143,12 @@ class Orchestrator:
         return {name: (self.cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
                 for name, most in self._limits.items()}
 
-    def _raw(self, plan, batch, name, held, sizes, comm):
+    def _raw(self, plan, batch, name, held, sizes, ways):
         """(rows, sizes) of the items that this rank encodes."""
         share, items = plan.phases[name], batch.phases[name]
         order = np.lexsort((items.position, items.sample, share.micro_batch))
-        mine = order[share.rank[order] == comm.rank]
-        rows = Dispatch(plan.routes[name], comm).apply(held.rows)
+        mine = order[share.rank[order] == self.rank]
+        rows = ways.prepare(plan.routes[name]).apply(held.rows)
         return rows, sizes[mine].astype(np.int32)
 
     # ------------------------------------------------------------ the step
@@ -187,6 +184,10 @@ class Orchestrator:
             self._encode_backward(name, prepared, slopes, ran)
         return ran
 
+    def _to_llm(self, name, prepared):
+        """The way of features to the tokens that wait for them."""
+        return self._ways[0].prepare(prepared.plan.routes[f"{name}->llm"])
+
     def _parts(self, micro, given):
         """The features of each micro-batch, which come in the order of its tokens, as forward
         takes them."""
@@ -215,7 +216,7 @@ class Orchestrator:
                                                 else sizes[:, 0], checkpoint=checkpoint)
         with ran.timed(f"{name}->llm"):
             layers = [] if extra is None else list(extra)
-            arrived = prepared.outputs[name].apply([features, *layers])
+            arrived = self._to_llm(name, prepared).apply([features, *layers])
         return arrived[0], None if extra is None else np.stack(arrived[1:])
 
     def _encode_backward(self, name, prepared, slopes, ran):
@@ -225,7 +226,7 @@ class Orchestrator:
             back = [np.concatenate([one[place] for one in slopes])]
             if name == "vision" and slopes[0][1] is not None:
                 back += list(np.concatenate([one[1] for one in slopes], axis=1))
-            back = prepared.outputs[name].reverse(back)
+            back = self._to_llm(name, prepared).reverse(back)
         with ran.timed(name):
             self.model.encode_backward(back[0], np.stack(back[1:]) if back[1:] else None,
                                        modality=name)
@@ -292,7 +293,7 @@ def _counted_costs(model, cluster, media):
     return {name: counted[name] for name in (*media, "llm")}
 
 
-def _micro_batches(inputs, batch, share, comm):
+def _micro_batches(inputs, batch, share, ways):
     """This rank's samples of the language phase, in micro-batches."""
     lengths = batch.language_lengths
     order = np.lexsort((np.arange(len(batch)), share.micro_batch, share.rank))
@@ -302,13 +303,13 @@ def _micro_batches(inputs, batch, share, comm):
     send_row[held] = _first_rows(lengths[held], batch.source_rank[held])
     route = Route(order, np.zeros(len(order), np.int64), lengths[order],
                   batch.source_rank[order], share.rank[order], send_row[order],
-                  _first_rows(lengths[order], share.rank[order]), comm.size)
+                  _first_rows(lengths[order], share.rank[order]), ways.comm.size)
     table = np.empty((inputs.n_tokens, _COLUMNS), np.int32)
     table[:, 0], table[:, 1] = inputs.input_ids, inputs.labels
     table[:, 2] = label_weights(inputs).view(np.int32)
     table[:, 3:] = inputs.position_ids.T.view(np.int32)
-    arrived = Dispatch(route, comm).apply(table)
-    mine = order[share.rank[order] == comm.rank]
+    arrived = ways.prepare(route).apply(table)
+    mine = order[share.rank[order] == ways.comm.rank]
     packs, first = [], 0
     for m in range(share.micro_batches):
         ends = np.cumsum([0, *lengths[mine[share.micro_batch[mine] == m]]])

@@ -434,7 +434,8 @@ class Trainer:
                                             if k != "__facts__" and k not in average})
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
         self._loader_state, self._left, self._saved = facts["loader"], [], self.step
-        _cut(self.folder / "metrics.jsonl", self.step)
+        if self.passes.rank == 0:
+            _cut(self.folder / "metrics.jsonl", self.step)
         return self.step
 
 

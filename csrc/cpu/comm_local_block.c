@@ -45,7 +45,8 @@ static int64_t window_bytes_of(const local_job *job, int64_t n)
     int64_t window = asked > 0 ? asked : BLOCK_BYTES / (2 * n);
     if (asked <= 0) {
         window = window < WINDOW_BYTES_LEAST ? WINDOW_BYTES_LEAST
-                                             : window > WINDOW_BYTES_MOST ? WINDOW_BYTES_MOST : window;
+                                             : window > WINDOW_BYTES_MOST ? WINDOW_BYTES_MOST
+                                                                         : window;
     }
     return round_up(window);
 }
@@ -139,7 +140,8 @@ static int reserve(int file, int64_t n, int64_t *window)
     while (refused == EINTR || (refused == ENOSPC && *window / 2 >= WINDOW_BYTES_SHORT)) {
         *window = refused == EINTR ? *window : round_up(*window / 2);
         refused = ftruncate(file, 0) != 0 ? errno
-                                          : posix_fallocate(file, 0, (off_t)block_bytes(n, *window));
+                                          : posix_fallocate(file, 0,
+                                                            (off_t)block_bytes(n, *window));
     }
     return refused;
 }

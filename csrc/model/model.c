@@ -196,7 +196,7 @@ ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable, ovlm
 ovlm_status ovlm_model_reach(const ovlm_tensor *tensor, ovlm_err *err)
 {
     if (tensor->data == NULL && tensor->rows * tensor->cols > 0) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "the tensor is in no memory of the model's now: its hooks "
+        return OVLM_FAIL(err, OVLM_E_ARG, "the tensor is in no memory now: the model's hooks "
                                           "hold it; ask there");
     }
     return OVLM_OK;
@@ -269,7 +269,7 @@ ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_model_hooks *hook
 {
     const ovlm_model_hooks next = hooks != NULL ? *hooks : (ovlm_model_hooks){0};
     if (model->average.data != NULL && (next.weights || next.grads)) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "an average of the weights is kept; close it before hooks "
+        return OVLM_FAIL(err, OVLM_E_ARG, "an average of weights is kept; close it before hooks "
                                           "hold them");
     }
     OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));

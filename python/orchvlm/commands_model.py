@@ -152,6 +152,7 @@ def train(arguments):
     with init() as launched:
         if launched.size > 1:  # torchrun, mpirun or srun started the ranks
             return _train_rank(launched, arguments, out, settings)
+    training_source(settings)  # what is wrong with the data, this process says
     ranks = arguments.ranks or min(2, _cores())
     if ranks == 1:
         return _train_rank(None, arguments, out, settings)

@@ -59,6 +59,11 @@ class Orchestrator:
     micro_batches : int
         Packs of the loader that make a global batch.
 
+    Raises
+    ------
+    ValueError
+        A cost or a limit that the planner refuses, when the first batch is planned.
+
     Notes
     -----
     A step: lengths are gathered and every rank makes the same plan (:func:`plan_step`, with a limit
@@ -67,6 +72,28 @@ class Orchestrator:
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
     of weights are summed over the ranks.  The loss is a sum over the global batch divided by one
     normaliser, so neither depends on the plan.
+
+    References
+    ----------
+    OrchMLLM, arXiv 2503.23830: post-balancing per phase, composed all-to-all.
+
+    Examples
+    --------
+    One sample, read by rank 0, on two ranks:
+
+    >>> import orchvlm
+    >>> from orchvlm.routing import Balance
+    >>> def work(comm):
+    ...     model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
+    ...     ids = [72, 105, 33] if comm.rank == 0 else []
+    ...     mine = orchvlm.Inputs(input_ids=ids, labels=ids, cu_seqlens=[0, len(ids)])
+    ...     ranks = orchvlm.Orchestrator(model, comm)
+    ...     model.zero_grad()
+    ...     ran = ranks.run(ranks.prepare(mine), Balance(model, "exact", 0.0, ranks.total))
+    ...     ranks.reduce_gradients()
+    ...     return ran.targets
+    >>> sum(orchvlm.comm.run_threads(2, work))
+    2
     """
 
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
@@ -89,7 +116,16 @@ class Orchestrator:
     ahead = 1  # batches that are planned, and whose data travels, while a step runs
 
     def make(self, loader):
-        """The next step's batch, from this rank's samples; for a thread beside the steps."""
+        """The next step's batch, from this rank's samples; for a thread beside the steps.
+
+        Parameters
+        ----------
+        loader : iterator of Inputs
+
+        Returns
+        -------
+        Prepared
+        """
         return self.prepare(Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
                             beside=True)
 
@@ -191,7 +227,8 @@ class Orchestrator:
     def _parts(self, micro, given):
         """The features of each micro-batch, which come in the order of its tokens, as forward
         takes them."""
-        tokens = {"vision": self.model.config.visual_tokens, "audio": self.model.config.sound_tokens}
+        config = self.model.config
+        tokens = {"vision": config.visual_tokens, "audio": config.sound_tokens}
         first, parts = dict.fromkeys(given, 0), []
         for pack in micro:
             part = {}
@@ -234,7 +271,16 @@ class Orchestrator:
     # ------------------------------------------------------------ over ranks
 
     def total(self, array):
-        """An array of numbers, summed over the ranks."""
+        """An array of numbers, summed over the ranks.
+
+        Parameters
+        ----------
+        array : ndarray
+
+        Returns
+        -------
+        ndarray
+        """
         return self.comm.all_reduce(array)
 
     def reduce_gradients(self):
@@ -243,7 +289,13 @@ class Orchestrator:
             self.comm.all_reduce(gradient, out=gradient)
 
     def abort(self, message):
-        """Makes the other ranks fail, with this message."""
+        """Makes the other ranks fail.
+
+        Parameters
+        ----------
+        message : str
+            What they say.
+        """
         self.comm.abort(message)
 
     def metrics(self, ran):

@@ -84,7 +84,7 @@ def _patch_values(config):
 def _places(inputs, spots, tokens):
     """(sample, position) of items that fill these spots one after the other."""
     if tokens.sum() != len(spots):
-        raise ValueError(f"{len(spots)} tokens wait for a feature, but the items of this batch give "
+        raise ValueError(f"{len(spots)} tokens wait for a feature, but the items give "
                          f"{tokens.sum()}")
     first = np.cumsum(tokens) - tokens
     full = tokens > 0

@@ -292,7 +292,13 @@ class Trainer:
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
             tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
             coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
-            ``metrics.jsonl``.  A loss that is no number is None there.
+            ``metrics.jsonl``.  A loss that is no number is None there.  With several ranks on all
+            of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says.
+
+        Raises
+        ------
+        CommError
+            Another rank failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         passes, log = self.passes, None

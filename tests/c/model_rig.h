@@ -92,7 +92,7 @@ static inline ovlm_status rig_write_weights(ovlm_model *model, uint64_t seed, ov
     return status;
 }
 
-/* ---- a batch: an image and text, text (and a sound), nothing, an image and text (and a sound) ---- */
+/* -- a batch: an image and text, text (and a sound), nothing, an image and text (and a sound) -- */
 
 typedef struct batch {
     int32_t id[TOKENS], start[SEGMENTS + 1], feature_row[TOKENS], label[TOKENS];
@@ -111,7 +111,8 @@ static inline void rig_draw_batch(batch *b, bool hears)
     b->hears = hears;
     int32_t image_row = 0, sound_row = IMAGE_ROWS;
     for (int t = 0; t < TOKENS; t++) {
-        bool image = (t >= 2 && t < 8) || t == 16, sound = hears && ((t >= 11 && t < 14) || t == 18);
+        bool image = (t >= 2 && t < 8) || t == 16;
+        bool sound = hears && ((t >= 11 && t < 14) || t == 18);
         b->id[t] = (int32_t)rig_below(VOCAB);
         b->feature_row[t] = image ? image_row++ : sound ? sound_row++ : -1;
         b->label[t] = image || sound || rig_below(4) == 0 ? -100 : b->id[t];

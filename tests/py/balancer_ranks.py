@@ -1,4 +1,4 @@
-"""Runs functions on the ranks of a gloo group, one process each, and brings back what they raise."""
+"""Runs functions on the ranks of a gloo group, one process each, and brings back their errors."""
 import datetime
 import importlib
 import os

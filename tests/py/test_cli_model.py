@@ -1,12 +1,15 @@
 """``orchvlm train``, ``generate``, ``eval``, ``inspect``: what they write and what they refuse."""
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import types
 import wave
 import zipfile
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,8 @@ from orchvlm.training import checkpoints, read_metrics
 from orchvlm.training_report import smoothed, svg_curve, write_report
 
 pytest.importorskip("PIL")
-FEW = ["--tokens", "200", "--samples", "2", "--threads", "1"]
+SOURCE = str(Path(orchvlm.__file__).parents[1])
+FEW = ["--tokens", "200", "--samples", "2", "--threads", "1", "--ranks", "1"]
 
 
 @pytest.fixture
@@ -77,6 +81,23 @@ def test_train_leaves_a_model_and_a_report(trained):
     assert "orchvlm train --preset tiny --kinds colour,shape,count,describe" in text
     if sys.modules.get("matplotlib"):
         assert (trained / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_ranks_by_default(tmp_path):
+    """Two processes, whose first one talks; the report shows them, and is made again."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "orchvlm"]
+    out = subprocess.run([*command, "train", "--steps", "2", *FEW[:4], "--out", run], text=True,
+                         capture_output=True, env={**os.environ, "PYTHONPATH": SOURCE})
+    assert out.returncode == 0 and out.stdout.count("2 ranks;") == 1, out.stderr
+    text = (run / "report.html").read_text()
+    assert "<h2>Over the ranks</h2>" in text and ">rank 1</text>" in text
+    trace = json.loads((run / "timeline.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in trace} == {0, 1}
+    assert {"vision", "llm", "vision->llm", "llm->vision"} == {event["name"] for event in trace}
+    assert main(["report", str(run), "--out", str(tmp_path / "again.html")]) == 0
+    again = (tmp_path / "again.html").read_text()
+    assert again.count("<svg") == text.count("<svg")
 
 
 def test_resume(trained, capsys):

@@ -26,13 +26,15 @@ def draw_plan(rng, n_ranks, groups, compose):
         for s, tokens in zip(sample, out):
             positions.append(int(taken[s]))
             taken[s] += tokens
-        phases[name] = Items(sample=sample, position=positions, length=rng.integers(0, 30, len(out)),
+        phases[name] = Items(sample=sample, position=positions,
+                             length=rng.integers(0, 30, len(out)),
                              out_tokens=out, bytes=rng.integers(0, 999, len(out)),
                              out_bytes_per_token=8)
     batch = Batch(text_tokens=text, target_tokens=text, phases=phases,
                   source_rank=rng.integers(0, max(1, n_ranks - 1), n))
     cluster = Cluster(1, n_ranks, 80e9, 1e15, 300e9, 25e9)
-    llm = SequenceCost(1e-6, 1e-3, memory_per_token=1.0, memory_limit=float((text + taken).max() + 64),
+    llm = SequenceCost(1e-6, 1e-3, memory_per_token=1.0,
+                       memory_limit=float((text + taken).max() + 64),
                        comm={1: 0.0, 2: 1e-5}) if groups else BatchCost(linear=1e-3)
     costs = {**{name: BatchCost(linear=1e-3) for name in phases}, "llm": llm}
     return orchvlm.plan_step(batch, cluster, costs, compose=compose, work_limit=50, seed=0,

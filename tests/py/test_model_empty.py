@@ -104,7 +104,8 @@ def test_units_hold_each_parameter_once(family):
         assert name.endswith("experts") == any("mlp.experts." in member for member in members)
     tied = "lm_head.weight" not in model.parameters
     assert ("lm_head" in modules) == (not tied)
-    model.add_lora(r=2, alpha=2, match=["*layers.0.self_attn.o_proj", "*layers.0.self_attn.out_proj"]
+    model.add_lora(r=2, alpha=2, match=["*layers.0.self_attn.o_proj",
+                                        "*layers.0.self_attn.out_proj"]
                    if model.config.audible else ["*layers.0.self_attn.o_proj"])
     assert sorted(sum(model.units.values(), [])) == sorted(model.parameters)
     assert "model.language_model.layers.0.self_attn.o_proj.lora_A.weight" in model.units[text[0]]

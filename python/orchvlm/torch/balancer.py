@@ -94,9 +94,8 @@ class Balancer:
     >>> balancer.anchor(features.square().sum()).backward()
     >>> features.shape, encoder[2].weight.grad.shape
     (torch.Size([6, 5]), torch.Size([5, 24]))
-    >>> print(plan.report().summary)
-    3 items on 1 ranks: max/mean 1.0000 -> 1.0000, largest load 46.4 -> 46.4, bound 46.4, gap 0.00 %, \
-optimal
+    >>> print(plan.report().summary.partition(",")[0])
+    3 items on 1 ranks: max/mean 1.0000 -> 1.0000
 
     The three in one call:
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import orchvlm
-from orchvlm import CommError, _comm_run, _core, comm
+from orchvlm import CommError, _comm_init, _comm_run, _core, comm
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
 HERE = Path(__file__).parent
@@ -316,6 +316,20 @@ def test_an_environment_that_makes_no_sense(monkeypatch):
         monkeypatch.setenv(name, "two")
     with pytest.raises(ValueError, match="RANK must be an integer"):
         comm.init()
+
+
+@pytest.mark.parametrize("variables, engine", [
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpi"), ({"PMI_SIZE": "4"}, "mpi"),
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "mpi"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "self"),  # a batch script, outside of srun
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "self"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "self"),
+])
+def test_launchers_are_told_apart(monkeypatch, variables, engine):
+    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle: "mpi")
+    monkeypatch.setattr(os, "environ", environment(**variables))
+    found = _comm_init._from_environment(60.0)
+    assert found == "mpi" if engine == "mpi" else found.describe()[2] == engine
 
 
 def test_without_an_mpi_library():

@@ -8,7 +8,7 @@
  * all gradients: whoever fills the hooks gathers a unit's weights at acquire, gives the model their
  * place (ovlm_model_place), and takes them back at release.
  *
- * Promises, for every call of a model that reads weights:
+ * Promises, for every pass:
  *   - Weights are read between acquire and release only, gradients written from the first acquire
  *     of a backward to reduce; nowhere else.  A layer's experts are acquired and released inside
  *     the layer; nothing else is nested.
@@ -16,8 +16,8 @@
  *     the kind of pass (ovlm_unit_order), never from how much there is to do: T = 0 tokens, no
  *     images, no sounds, segments without tokens run the same hooks as any others.
  *   - Recomputation by checkpointing is part of the backward: its units are acquired once.
- *   - A unit is reduced once in a backward, if anything of it is trained; a tied embedding, which
- *     the head acquires as well, behind both.
+ *   - What a backward acquires is reduced once in it, if anything of it is trained; a tied
+ *     embedding, which the head acquires as well, behind both.
  *   - Whatever ends a pass, all that was acquired is released (in reverse), and `end` follows.
  *
  * Hooks run on the caller's thread while work is put on the model's queue, not when it is done:

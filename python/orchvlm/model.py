@@ -74,6 +74,9 @@ class Model(Phases):
     A forward is two phases, :meth:`encode` and :meth:`decode`, which can be run one by one: each
     keeps what its backward needs until it is run again, whatever the other does meanwhile.
 
+    Nothing to do is work like any other: inputs without tokens, with arrays of no images or of no
+    sounds, give a loss of 0 and empty rows and add nothing to gradients.
+
     One call at a time: a second thread gets RuntimeError.  Ctrl-C stops between layers; weights
     and optimizer stay as they were, what the forward kept is gone.
 

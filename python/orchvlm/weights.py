@@ -447,9 +447,10 @@ class Weights(Adapters):
         --------
         >>> import orchvlm
         >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
-        >>> model.units["model.language_model.layers.0.mlp.experts"]
-        ['model.language_model.layers.0.mlp.experts.gate_up_proj', \
-'model.language_model.layers.0.mlp.experts.down_proj']
+        >>> model.units["model.language_model.norm"]
+        ['model.language_model.norm.weight']
+        >>> [name for name in model.units if "layers.1" in name]  # experts are beside their layer
+        ['model.language_model.layers.1', 'model.language_model.layers.1.mlp.experts']
         """
         return {name: [self._list[i][0] for i in members] for name, members in self._core.units()}
 

@@ -48,3 +48,12 @@ def finite_number(value, name, low, high=math.inf):
             min(high, sys.float_info.max):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}]; got {value!r:.60}")
     return number
+
+
+def whole_number(value, name, least, most=2**63 - 1):
+    """The int, or ValueError with the argument's name."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
+            not least <= value <= most:
+        bounds = f">= {least}" if most >= 2**63 - 1 else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be a whole number {bounds}; got {value!r:.60}")
+    return int(value)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ._files import write_whole
-from ._numbers import finite_number
+from ._numbers import finite_number, whole_number
 from .checkpoint import CheckpointError, SafeTensors, write_file
 
 _WEIGHT, KIND_ADAPTER = 0, 4
+_RANK_MOST = 65536  # of the core
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # before every name in PEFT's files
 # What another value of would change what an adapter computes.
@@ -19,12 +20,6 @@ _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_
             "lora_bias": False, "layer_replication": None, "trainable_token_indices": None,
             "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None,
             "exclude_modules": None, "megatron_config": None}
-
-
-def _rank(r):
-    if isinstance(r, bool) or not isinstance(r, (int, np.integer)) or not 1 <= r <= 65536:
-        raise ValueError(f"r must be a whole number in [1, 65536]; got {r!r}")
-    return int(r)
 
 
 class Adapters:
@@ -91,10 +86,8 @@ class Adapters:
             if not hits:
                 raise ValueError(f"{pattern!r} matches no module")
             modules.update(hits)
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or \
-                not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number in [0, 2^63); got {seed!r}")
-        self._open_lora(modules, _rank(r), finite_number(alpha, "alpha", 0), bool(rslora))
+        seed, r = whole_number(seed, "seed", 0), whole_number(r, "r", 1, _RANK_MOST)
+        self._open_lora(modules, r, finite_number(alpha, "alpha", 0), bool(rslora))
         for name, i in self._index.items():
             if name.endswith(".lora_A.weight"):
                 shape = self._list[i][2]
@@ -268,5 +261,6 @@ def _read_config(path):
                                   f"{neutral!r} is")
     if "r" not in values or "lora_alpha" not in values:
         raise CheckpointError(f"{path}: r or lora_alpha missing")
-    return (_rank(values["r"]), finite_number(values["lora_alpha"], "lora_alpha", 0),
+    return (whole_number(values["r"], "r", 1, _RANK_MOST),
+            finite_number(values["lora_alpha"], "lora_alpha", 0),
             bool(values.get("use_rslora", False)))

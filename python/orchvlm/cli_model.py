@@ -139,3 +139,7 @@ def add_model_commands(commands, raw):
                       help="of that sample; default %(default)s")
     look.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                       help="of the weights; default %(default)s")
+    look.add_argument("--tokens", type=_whole, default=4096, metavar="T",
+                      help="of a pack, for activations; default %(default)s")
+    look.add_argument("--checkpoint", choices=["none", "selective", "full"], default="none",
+                      help="activations that are computed again; default %(default)s")

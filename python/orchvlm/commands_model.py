@@ -365,11 +365,12 @@ def inspect(arguments):
     tokens, forward = sample_flops(config, size, arguments.text_tokens, training=False)
     print(f"\nOne picture of {arguments.image} and {arguments.text_tokens} text tokens: {tokens} "
           f"tokens, {forward / 1e9:,.4g} GFLOP forward, {3 * forward / 1e9:,.4g} to train on.")
-    memory = plan_memory(config, arguments.dtype)
-    each = memory.pop("kept per token")
+    memory = plan_memory(config, arguments.dtype, arguments.tokens, arguments.checkpoint, size,
+                         arguments.text_tokens)
+    cache = memory.pop("cache")
     print(text_table(["memory", "bytes"], [(k, format_bytes(v)) for k, v in memory.items()] + [
-        ("all that no batch changes", format_bytes(sum(memory.values())))],
-        f"\n{arguments.dtype} weights, float32 gradients and AdamW state:"))
-    print(f"With checkpoint='full', {format_bytes(each)} more per token of a batch, and one "
-          "layer's activations.")
+        ("all", format_bytes(sum(memory.values())))],
+        f"\nTraining in {arguments.dtype} on packs of {arguments.tokens:,} tokens, such samples, "
+        f"checkpoint='{arguments.checkpoint}':"))
+    print(f"Generation keeps {format_bytes(cache)} of keys and values of as many tokens.")
     return 0

@@ -21,9 +21,9 @@ class _Rule(NamedTuple):
     holds: object  # of a value that is not None
 
 
-def _whole(least):
-    return _Rule(f"a whole number in [{least}, 2^31)", lambda value: isinstance(
-        value, (int, np.integer)) and not isinstance(value, bool) and least <= value < 2**31)
+def _whole(least, most):
+    return _Rule(f"a whole number in [{least}, {most:,}]", lambda value: isinstance(
+        value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most)
 
 
 def _real(words, least):
@@ -46,7 +46,7 @@ def _list(words, holds):
     return _Rule(words, lambda value: isinstance(value, (list, tuple)) and holds(value))
 
 
-_COUNT, _SIZE = _whole(0), _whole(1)
+_COUNT, _SIZE, _LAYERS = _whole(0, 2**31 - 1), _whole(1, 2**31 - 1), _whole(1, 65536)
 _ABOVE_0 = _real("a finite number above 0", 5e-324)
 _FLAG = _Rule("true or false", lambda value: isinstance(value, (bool, np.bool_)))
 _ACT = _Rule("one of " + ", ".join(ACTS), lambda value: isinstance(value, str) and value in ACTS)
@@ -91,7 +91,7 @@ _ROPE = {"rope_type": _ROPE_TYPE, "type": _ROPE_TYPE, "rope_theta": _ABOVE_0,
              value) == 3 and _COUNTS.holds(value))}
 _TEXT = {
     **_EVERYWHERE, "vocab_size": _SIZE, "hidden_size": _SIZE, "intermediate_size": _SIZE,
-    "num_hidden_layers": _SIZE, "num_attention_heads": _SIZE, "num_key_value_heads": _SIZE,
+    "num_hidden_layers": _LAYERS, "num_attention_heads": _SIZE, "num_key_value_heads": _SIZE,
     "head_dim": _SIZE, "rms_norm_eps": _ABOVE_0, "hidden_act": _only("silu"),
     "attention_bias": _FLAG, "rope_theta": _ABOVE_0, "rope_scaling": _PART,
     "rope_parameters": _PART, "max_position_embeddings": _ANY,
@@ -110,7 +110,7 @@ _SEED = {
     "routed_scaling_factor": _ABOVE_0, "shared_expert_intermediate_size": _COUNT,
     "first_k_dense_replace": _COUNT}
 _VISION = {
-    **_EVERYWHERE, "depth": _SIZE, "hidden_size": _SIZE, "intermediate_size": _SIZE,
+    **_EVERYWHERE, "depth": _LAYERS, "hidden_size": _SIZE, "intermediate_size": _SIZE,
     "num_heads": _SIZE, "patch_size": _SIZE, "spatial_merge_size": _SIZE, "in_channels": _SIZE,
     "temporal_patch_size": _SIZE, "out_hidden_size": _SIZE, "num_position_embeddings": _COUNT,
     "deepstack_visual_indexes": _COUNTS, "hidden_act": _ACT, "qkv_bias": _only(True),
@@ -119,10 +119,10 @@ _VISION = {
 _VISION_SEED = {**_VISION, "adapter_hidden_size": _SIZE, "adapter_act": _ACT,
                 "layer_norm_eps": _ABOVE_0, "rope_theta": _ABOVE_0}
 _AUDIO = {
-    **_EVERYWHERE, "d_model": _SIZE, "encoder_layers": _SIZE, "encoder_attention_heads": _SIZE,
+    **_EVERYWHERE, "d_model": _SIZE, "encoder_layers": _LAYERS, "encoder_attention_heads": _SIZE,
     "encoder_ffn_dim": _SIZE, "num_mel_bins": _SIZE, "downsample_hidden_size": _SIZE,
     "output_dim": _SIZE, "n_window": _SIZE, "n_window_infer": _SIZE, "activation_function": _ACT,
-    "num_hidden_layers": _SIZE, "scale_embedding": _only(False), "conv_chunksize": _ANY,
+    "num_hidden_layers": _LAYERS, "scale_embedding": _only(False), "conv_chunksize": _ANY,
     "max_source_positions": _ANY}
 
 _KEYS = {

@@ -135,6 +135,14 @@ class ModelConfig:
         return bool(self.text.get("num_experts"))
 
     @property
+    def sparse_layers(self):
+        """list of bool : of each decoder layer, whether it has experts."""
+        text, first = self.text, self._dense_first()
+        step = text.get("decoder_sparse_step", 1)
+        return [self.sparse and i >= first and (i + 1) % step == 0
+                for i in range(text["num_hidden_layers"])]
+
+    @property
     def visual_tokens(self):
         """Ids of the placeholders that features replace."""
         keys = ("image_token_id", "video_token_id")

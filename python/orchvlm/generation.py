@@ -1,7 +1,7 @@
 """Continuing samples token by token, with kept keys and values."""
 import numpy as np
 
-from ._numbers import finite_number
+from ._numbers import finite_number, whole_number
 from .inputs import Inputs
 
 
@@ -45,25 +45,18 @@ def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
     return int(order[rng.choice(len(order), p=p)])
 
 
-def _whole(value, name, least):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
-            not least <= value < 2**63:
-        raise ValueError(f"{name} must be a whole number >= {least}; got {value!r}")
-    return int(value)
-
-
 def _check(max_new_tokens, temperature, top_k, top_p, seed, stop, callback):
     """The set of stop tokens, when all of this is in range."""
-    _whole(max_new_tokens, "max_new_tokens", 1)
+    whole_number(max_new_tokens, "max_new_tokens", 1)
     finite_number(temperature, "temperature", 0)
-    _whole(seed, "seed", 0)
+    whole_number(seed, "seed", 0)
     if top_k is not None:
-        _whole(top_k, "top_k", 1)
+        whole_number(top_k, "top_k", 1)
     if top_p is not None and finite_number(top_p, "top_p", 0, 1) == 0:
         raise ValueError(f"top_p must be above 0; got {top_p!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable; got {type(callback).__name__}")
-    return {_whole(token, "stop", 0) for token in stop}
+    return {whole_number(token, "stop", 0) for token in stop}
 
 
 def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None,

@@ -3,10 +3,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ._numbers import finite_number
+from . import arenas
+from ._numbers import finite_number, whole_number
 from .batch import integers
+from .flops import flops_of
 from .inputs import floats
-from .phases import Phases, rows32
+from .phases import Phases, checkpoint_number, rows32
 
 
 @dataclass(frozen=True)
@@ -340,17 +342,95 @@ class Model(Phases):
         """Sets all gradients to 0."""
         self._core.zero_grad()
 
-    def memory(self):
-        """Bytes held now.
+    def flops(self, inputs, training=True):
+        """FLOPs of a call, of what is trained now.
+
+        Parameters
+        ----------
+        inputs : Inputs
+        training : bool
+            Forward and backward: of a product three times the forward where its weights are
+            trained, twice where something below them is, once where nothing is; adapters on top.
+
+        Returns
+        -------
+        float
+            Additions and multiplications count one each; see :func:`model_flops`.
+
+        Raises
+        ------
+        TypeError
+            No inputs.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+        >>> inputs = orchvlm.Inputs(input_ids=[72, 105, 33], labels=[72, 105, 33])
+        >>> whole, forward = model.flops(inputs), model.flops(inputs, training=False)
+        >>> whole / forward
+        3.0
+        >>> model.freeze("model.language_model.*")  # text alone: nothing is trained below it
+        >>> model.flops(inputs) / forward
+        1.0
+        """
+        inputs = self._inputs(inputs)
+        return flops_of(self.config, inputs, training, self._core.parameters())
+
+    def memory(self, inputs=None, *, training=True, checkpoint="none", max_new_tokens=0):
+        """Bytes held by arena, now or after a batch that is yet to run.
+
+        Parameters
+        ----------
+        inputs : Inputs, optional
+            Whose forward, backward and optimizer step are to be foretold.  Nothing runs.
+        training : bool
+            Whether there are a backward and a step.
+        checkpoint : {"none", "selective", "full"}
+            As in :meth:`forward`.
+        max_new_tokens : int
+            Those of :meth:`generate` with these inputs; 0: it is not called.
 
         Returns
         -------
         dict
             ``weights``, ``training`` (gradients and moments), ``activations``, ``workspace`` and
-            ``cache`` (keys and values).
+            ``cache`` (keys and values).  Arenas grow when they must and never shrink.
+
+        Raises
+        ------
+        TypeError
+            No inputs.
+        ValueError
+            Another checkpoint, a negative number of tokens.
+
+        Notes
+        -----
+        What is foretold is of the CPU, of a forward with labels and its own loss, and within a few
+        per cent of what is then held.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+        >>> inputs = orchvlm.Inputs(input_ids=[72] * 500, labels=[72] * 500)
+        >>> before = model.memory(inputs, checkpoint="full")
+        >>> _ = model.forward(inputs, checkpoint="full")
+        >>> abs(before["activations"] / model.memory()["activations"] - 1) < 0.03
+        True
         """
         names = ("weights", "training", "activations", "workspace", "cache")
-        return dict(zip(names, self._core.memory()))
+        held = dict(zip(names, self._core.memory()))
+        if inputs is None:
+            return held
+        inputs, rows = self._inputs(inputs), self._core.parameters()
+        checkpoint_number(checkpoint)
+        whole_number(max_new_tokens, "max_new_tokens", 0)
+        coming = arenas.of_model(self.config, inputs, rows, self.dtype, training, checkpoint)
+        if max_new_tokens and len(inputs):
+            longest = int(inputs.lengths.max()) + max_new_tokens
+            coming["cache"] = arenas.cache_bytes(self.config, len(inputs), longest, self.dtype)
+        return {name: max(bytes_, coming.get(name, 0)) for name, bytes_ in held.items()}
 
     def generate(self, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None,
                  seed=0, stop=(), callback=None):

@@ -1,8 +1,7 @@
 """What a configuration makes, counted without making it: parameters, FLOPs and memory by part."""
+from .arenas import SIZES, cache_bytes, predict, state_bytes
 from .flops import count_flops
 from .sounds import halved
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def _vision(config):
@@ -40,16 +39,6 @@ def _audio(config):
             "audio adapter": 2 * d + d * d + d + d * out + out}
 
 
-def _layers(config):
-    """How many decoder layers have experts."""
-    text = config.text
-    if not config.sparse:
-        return 0
-    dense = max(len(text.get("mlp_only_layers") or []), text.get("first_k_dense_replace") or 0)
-    every = text.get("decoder_sparse_step") or 1
-    return sum(i >= dense and (i + 1) % every == 0 for i in range(text["num_hidden_layers"]))
-
-
 def _language(config):
     """{part: (parameters, those that one token uses)} of the decoder."""
     t = config.text
@@ -58,7 +47,7 @@ def _language(config):
     attention = 2 * width * head * (heads + kv) + 2 * head
     if t.get("attention_bias"):
         attention += head * (heads + 2 * kv) + width
-    sparse, table = _layers(config), t["vocab_size"] * width
+    sparse, table = sum(config.sparse_layers), t["vocab_size"] * width
     dense = (layers - sparse) * 3 * width * t["intermediate_size"]
     parts = {"embedding": (table, width), "attention": (layers * attention,) * 2,
              "dense MLPs": (dense, dense)}
@@ -103,6 +92,14 @@ def count_parameters(config):
     return {name: (int(all_), int(used)) for name, (all_, used) in parts.items() if used}
 
 
+def _sample(config, image, text_tokens):
+    """(tokens, grid) of a picture and some text; sides of the picture in pixels, to whole tokens."""
+    vision = config.vision
+    merge = vision["spatial_merge_size"]
+    rows, columns = (max(1, round(side / vision["patch_size"] / merge)) for side in image)
+    return rows * columns + text_tokens, [1, rows * merge, columns * merge]
+
+
 def sample_flops(config, image=(448, 448), text_tokens=128, training=True):
     """FLOPs of one sample: a picture and some text.
 
@@ -122,28 +119,36 @@ def sample_flops(config, image=(448, 448), text_tokens=128, training=True):
         In the decoder.
     flops : float
     """
-    vision = config.vision
-    merge = vision["spatial_merge_size"]
-    rows, columns = (max(1, round(side / vision["patch_size"] / merge)) for side in image)
-    tokens = rows * columns + text_tokens
-    grid = [[1, rows * merge, columns * merge]]
-    return tokens, count_flops(config, [0, tokens], text_tokens, grid, training)
+    tokens, grid = _sample(config, image, text_tokens)
+    return tokens, count_flops(config, [0, tokens], text_tokens, [grid], training)
 
 
-def plan_memory(config, dtype="float32"):
-    """Bytes that do not depend on the batch.
+def plan_memory(config, dtype="float32", tokens=4096, checkpoint="none", image=(448, 448),
+                text_tokens=128):
+    """Bytes by arena of a training step, and of generation.
 
     Parameters
     ----------
     config : ModelConfig
     dtype : {"float32", "bfloat16"}
         Of weights; gradients and both moments are float32, with a float32 master of bfloat16.
+    tokens : int
+        Of a pack: as many samples as fit, one at least, and of all that generation holds.
+    checkpoint : {"none", "selective", "full"}
+        As in :meth:`Model.forward`.
+    image : (int, int)
+    text_tokens : int
+        The samples, as in :func:`sample_flops`.
 
     Returns
     -------
     dict of str to int
-        ``weights``, ``gradients``, ``optimizer``, and ``kept per token``: what one decoder layer
-        keeps of a token where all else is computed again, over all layers.
+        ``weights``, ``gradients``, ``optimizer``, ``activations``, ``workspace`` and ``cache``
+        (keys and values, where that many tokens are generated or read).
+
+    Notes
+    -----
+    Nothing is allocated.  :meth:`Model.memory` foretells the same of one's own inputs.
 
     Examples
     --------
@@ -151,9 +156,15 @@ def plan_memory(config, dtype="float32"):
     >>> from orchvlm.parts import plan_memory
     >>> plan_memory(orchvlm.preset("tiny"))["weights"]
     17709312
+    >>> full = plan_memory(orchvlm.preset("seed1.5-vl"), "bfloat16", 131072, "full")
+    >>> round(full["activations"] / 2**30), round(full["cache"] / 2**30)
+    (96, 32)
     """
     total = sum(count for count, _ in count_parameters(config).values())
-    size = _BYTES[dtype]
-    return {"weights": size * total, "gradients": 4 * total,
-            "optimizer": (8 if size == 4 else 12) * total,
-            "kept per token": size * config.text["hidden_size"] * config.text["num_hidden_layers"]}
+    one, grid = _sample(config, image, text_tokens)
+    samples = max(1, tokens // one)
+    activations, workspace = predict(config, [one * i for i in range(samples + 1)],
+                                     [grid] * samples, dtype=dtype, checkpoint=checkpoint)
+    return {"weights": SIZES[dtype] * total, "gradients": 4 * total,
+            "optimizer": state_bytes(total, dtype) - 4 * total, "activations": activations,
+            "workspace": workspace, "cache": cache_bytes(config, 1, tokens, dtype)}

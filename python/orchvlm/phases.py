@@ -64,11 +64,16 @@ class Phases(Weights):
             raise ValueError(f"mel has {inputs.mel.shape[1]} bins; the model's num_mel_bins is "
                              f"{bins}")
 
+    @staticmethod
+    def _inputs(inputs):
+        if not isinstance(inputs, Inputs):
+            raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
+        return inputs
+
     def _arguments(self, inputs, features=None, sounds=None, encode=True):
         """The core's first arguments: tokens, and the images and sounds that it is to encode: those
         for which no features are given.  An array of none is still something to encode."""
-        if not isinstance(inputs, Inputs):
-            raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
+        inputs = self._inputs(inputs)
         heard = inputs.mel is not None and self.config.audible
         if inputs.mel is not None and len(inputs.mel) and not heard:
             raise ValueError(f"{self.config.family} has no audio encoder; got sounds")

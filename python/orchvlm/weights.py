@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _core
+from ._numbers import whole_number
 from .adapters import KIND_ADAPTER, Adapters
 from .checkpoint import CheckpointError, narrowed, open_folder, widened, write_folder
 from .configs import ModelConfig, count_elements
@@ -30,10 +31,7 @@ def _threads(threads):
             return max(1, len(os.sched_getaffinity(0)))
         except AttributeError:  # not on this system
             return os.cpu_count() or 1
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or \
-            not 1 <= threads <= 1024:
-        raise ValueError(f"threads must be a whole number in [1, 1024]; got {threads!r}")
-    return int(threads)
+    return whole_number(threads, "threads", 1, 1024)
 
 
 def _backend(device):
@@ -46,13 +44,6 @@ def _backend(device):
     if name == "cuda" and (number.isdigit() or not number):
         return str(Path(__file__).with_name("_cuda.so")), int(number or 0)
     raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {device!r}")
-
-
-def _seed(seed):
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or \
-            not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number in [0, 2^63); got {seed!r}")
-    return int(seed)
 
 
 def _deviation(std):
@@ -166,7 +157,7 @@ class Weights(Adapters):
         ----------
         K. He et al., Delving Deep into Rectifiers, ICCV 2015: the deviation of convolutions.
         """
-        seed, std = _seed(seed), _deviation(std)
+        seed, std = whole_number(seed, "seed", 0), _deviation(std)
         model = cls(config, device=device, dtype=dtype, threads=threads)
         for i, (_, kind, shape, _) in enumerate(model._list):
             if kind == _KIND_NORM:

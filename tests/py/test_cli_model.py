@@ -227,6 +227,10 @@ def test_inspect_counts_without_making(capsys):
     assert main(["inspect", "seed1.5-vl", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "vision tower 532,046,080" in out and "199,964,414,208" in out
+    assert main(["inspect", "tiny", "--tokens", "9000", "--checkpoint", "full"]) == 0
+    out = capsys.readouterr().out
+    for words in ("packs of 9,000 tokens", "activations", "workspace", "keys and values"):
+        assert words in out
 
 
 def made_parameters(config):

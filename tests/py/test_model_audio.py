@@ -192,8 +192,7 @@ def test_junk_at_the_c_boundary(lengths, mel):
     ({"d_model": 7}, "width must be even"), ({"encoder_layers": 0}, "encoder_layers"),
     ({"output_dim": 5}, "out_width"), ({"scale_embedding": True}, "scale_embedding"),
     ({"num_hidden_layers": 99}, "num_hidden_layers"), ({"num_mel_bins": 0}, "bins"),
-    ({"encoder_ffn_dim": "8"}, "encoder_ffn_dim"),
-    ({"d_model": None}, "d_model missing")))
+    ({"encoder_ffn_dim": "8"}, "encoder_ffn_dim"), ({"d_model": None}, "d_model missing")))
 def test_audio_switches_that_are_not_computed_are_refused(change, words):
     config = draw_omni_config(np.random.default_rng(SEED))
     config["audio_config"] = {**config["audio_config"], **change}

@@ -1,0 +1,392 @@
+"""Bytes of a model's arenas on a batch, before anything runs: the core's walks over its layers
+(csrc/model), with sizes in the place of tensors."""
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from .sounds import CONVOLUTIONS, halved, sound_chunks, sound_tokens
+
+SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_HEAD_CHUNK, _HEAD_ROWS = 1 << 22, 192  # logits at a time, and the least rows (cpu_loss.c)
+
+
+class _Stack:
+    """Taken bytes, in multiples of 64, and the most of them at a time."""
+
+    def __init__(self):
+        self.used = self.most = 0
+
+    def take(self, *sizes):
+        self.used += sum(-(-int(size) // 64) * 64 for size in sizes)
+        self.most = max(self.most, self.used)
+
+    @contextmanager
+    def rewound(self, *sizes):
+        mark = self.used
+        self.take(*sizes)
+        yield
+        self.used = mark
+
+    def touch(self, *sizes):
+        """For one operation."""
+        with self.rewound(*sizes):
+            pass
+
+
+@dataclass
+class _Run:
+    """What a walk adds up; ``checkpoint`` is None where no backward follows."""
+
+    size: int         # of an activation
+    exact: int        # of a gradient
+    checkpoint: str
+    keep: _Stack = field(default_factory=_Stack)
+    work: _Stack = field(default_factory=_Stack)
+
+    def tower(self, trained):
+        """The same workspace, and activations of an encoder."""
+        return _Run(self.size, self.exact, self.checkpoint if trained else None, work=self.work)
+
+    @property
+    def stack(self):
+        return self.work if self.checkpoint is None else self.keep
+
+
+@dataclass
+class _Block:
+    """Shape of a transformer block; ``ranks``: the sum of its adapters'."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    gated: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    k: int = 0
+    shared: int = 0
+    ranks: int = 0
+    trained: bool = True
+
+    @property
+    def cols(self):
+        """Of queries and of keys."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim
+
+
+def _sums(rows, cols):
+    """Of a norm's weights, chunk by chunk."""
+    each = max(32, -(-rows // 64))
+    return -(-rows // each) * 8 * cols
+
+
+def _kept(b, rows, run):
+    """(bytes, whether it is cheap to compute again) of all that a block's backward reads."""
+    row, (q, kv) = rows * run.size, b.cols
+    yield row * b.width, False  # between attention and MLP
+    for _ in range(2):  # norms
+        yield row * b.width, True
+        yield 8 * rows, False
+    yield row * (q + 2 * kv), False
+    if b.qk_norm:
+        yield row * (q + kv), False
+        yield 4 * rows * (b.heads + b.kv_heads), False
+    yield row * q, False
+    yield 4 * rows * b.heads, False
+    yield row * b.ranks, False
+    if b.experts:
+        yield rows * (b.experts + b.k) * run.exact + 8 * rows * b.k + 4 * b.experts, False
+        yield 2 * row * b.shared, False
+        yield row * b.shared, True
+        yield row * b.k * (2 * b.hidden + b.width), False
+        yield row * b.k * b.hidden, True
+    else:
+        yield 2 * row * b.hidden, False
+        if b.gated:
+            yield row * b.hidden, True
+
+
+def _forward(b, rows, run):
+    """What a block gives is taken by the caller."""
+    if b.experts:
+        run.stack.take(4 * rows * b.k)
+    with run.work.rewound():
+        for size, again in _kept(b, rows, run):
+            redo = run.checkpoint in (None, "full") or again and run.checkpoint == "selective"
+            (run.work if redo else run.keep).take(size)
+
+
+def _backward(b, rows, segments, run):
+    row, work, (q, kv) = rows * run.size, run.work, b.cols
+    again = run.checkpoint == "selective"
+    with work.rewound():
+        if run.checkpoint == "full":
+            work.take(row * b.width, *(size for size, _ in _kept(b, rows, run)))
+        with work.rewound(row * b.width * (1 + again)):
+            slots = row * (b.k if b.experts else 1)
+            if b.experts:
+                work.take(slots * b.width, rows * b.k * run.exact, rows * b.experts * run.exact,
+                          row * b.shared * (3 + again))
+            if b.gated:
+                work.take(slots * b.hidden * (3 + again))
+            else:
+                work.take(row * b.hidden)
+                work.touch(4 * rows * b.hidden, 4 * -(-rows // 256) * b.hidden)
+            work.touch(_sums(rows, b.width))
+        work.take(row * b.width * again, row * q, row * (q + 2 * kv))
+        work.touch(8 * (segments + 1) + 4 * rows * (b.heads + (0 if run.size >= 4 else q)))
+        work.take(row * b.width)
+        work.touch(_sums(rows, b.width))
+
+
+def _backward_all(blocks, rows, segments, run, below):
+    """From the last block to the first that is trained, or to the bottom where something is
+    trained below."""
+    for i in reversed(range(len(blocks))):
+        if below or any(b.trained for b in blocks[:i + 1]):
+            _backward(blocks[i], rows, segments, run)
+
+
+def _merger_kept(run, rows, cols, hidden, pooled):
+    """(rows of the merged, cols); what a merger keeps of them and reads first."""
+    first = (4 * pooled, 4 * pooled) if pooled else (8 * rows,)
+    return *first, rows * cols * run.size, rows * hidden * run.size, rows * hidden * run.size
+
+
+# ---------------------------------------------------------------- towers
+
+class _Vision:
+    def __init__(self, config, grid, pixel_size, trained, ranks):
+        v = config.vision
+        grid = np.asarray(grid, np.int64)
+        self.v, self.pixel_size = v, pixel_size
+        self.frames = int(grid[:, 0].sum())
+        self.patches = int(grid.prod(axis=1).sum())
+        self.tokens = self.patches // v["spatial_merge_size"] ** 2
+        self.out = v.get("out_hidden_size", config.text["hidden_size"])
+        self.deepstack = len(v.get("deepstack_visual_indexes") or ())
+        self.pools = config.family == "seed1_5_vl"
+        self.trained = trained("model.visual.")
+        self.below = trained("model.visual.patch_embed.") or trained("model.visual.pos_embed.")
+        self.blocks = [_Block(
+            v["hidden_size"], v["num_heads"], v["num_heads"], v["hidden_size"] // v["num_heads"],
+            v["intermediate_size"], ranks=ranks(f"model.visual.blocks.{i}."),
+            trained=trained(f"model.visual.blocks.{i}.")) for i in range(v["depth"])]
+
+    def _merger(self, run):
+        width, merge = self.v["hidden_size"], self.v["spatial_merge_size"] ** 2
+        merged = width if self.pools else width * merge
+        hidden = self.v.get("adapter_hidden_size", width * merge)
+        return _merger_kept(run, self.tokens, merged, hidden, self.patches * self.pools)
+
+    def forward(self, run):
+        v, rows = self.v, self.patches
+        row = rows * v["hidden_size"] * run.size
+        values = rows * v.get("in_channels", 3) * v.get("temporal_patch_size", 1) * \
+            v["patch_size"] ** 2
+        run.keep.take(values * run.size, 8 * rows, 4 * self.frames,
+                      4 * rows * self.blocks[0].head_dim)
+        for _ in range(1 + self.deepstack):
+            run.keep.take(self.tokens * self.out * run.size)
+        if v.get("num_position_embeddings"):
+            run.keep.take(16 * rows, 16 * rows)
+        with run.work.rewound():
+            run.stack.take(*(row,) * (1 if run.checkpoint else 2))
+            run.work.touch(values * self.pixel_size)
+            for block in self.blocks:
+                if run.checkpoint:
+                    run.keep.take(row)
+                _forward(block, rows, run)
+            for _ in range(self.deepstack if run.checkpoint else 0):
+                run.keep.take(*self._merger(run))
+            run.stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
+
+    def backward(self, run):
+        row = self.patches * self.v["hidden_size"] * run.size
+        with run.work.rewound(row):
+            hidden = self._merger(run)[-1]
+            run.work.touch(hidden, row, hidden // run.size * 4)
+            run.work.touch(row * self.pools)
+            _backward_all(self.blocks, self.patches, self.frames, run, self.below)
+
+
+class _Audio:
+    def __init__(self, config, lengths, trained, ranks):
+        a = config.audio
+        chunks, width = sound_chunks(lengths)
+        self.a, self.tokens = a, int(sound_tokens(lengths).sum())
+        self.rows = [int((chunks * halved(width, k)).sum()) * halved(a["num_mel_bins"], k)
+                     for k in range(CONVOLUTIONS + 1)]
+        self.columns = int((chunks * halved(width)).sum())
+        self.segments = len(chunks)
+        self.trained = trained("model.audio_tower.")
+        self.below = trained("model.audio_tower.conv")
+        heads = a["encoder_attention_heads"]
+        self.blocks = [_Block(
+            a["d_model"], heads, heads, a["d_model"] // heads, a["encoder_ffn_dim"],
+            ranks=ranks(f"model.audio_tower.layers.{i}."),
+            trained=trained(f"model.audio_tower.layers.{i}."))
+            for i in range(a["encoder_layers"])]
+
+    def _stages(self):
+        """(rows, patch values, channels) of the convolutions and of what follows them."""
+        channels = self.a["downsample_hidden_size"]
+        for k in range(CONVOLUTIONS):
+            yield self.rows[k + 1], 9 * (channels if k else 1), channels
+        yield self.columns, channels * halved(self.a["num_mel_bins"]), self.a["d_model"]
+
+    def forward(self, run):
+        row = self.tokens * self.a["d_model"] * run.size
+        run.keep.take(self.tokens * self.a["output_dim"] * run.size, 4 * self.tokens)
+        with run.work.rewound():
+            run.stack.take(*(row,) * (1 if run.checkpoint else 2), self.rows[0] * run.size)
+            run.work.touch(4 * self.rows[0])
+            *convolutions, last = self._stages()
+            for rows, values, channels in convolutions:
+                run.stack.take(*(rows * channels * run.size,) * 2)
+                run.work.touch(rows * values * run.size)
+            run.work.touch(last[0] * (last[1] + last[2]) * run.size)
+            for block in self.blocks:
+                if run.checkpoint:
+                    run.keep.take(row)
+                _forward(block, self.tokens, run)
+            width = self.a["d_model"]
+            run.stack.take(*_merger_kept(run, self.tokens, width, width, 0))
+
+    def backward(self, run):
+        row = self.tokens * self.a["d_model"] * run.size
+        with run.work.rewound(row):
+            run.work.touch(row, row, row // run.size * 4)
+            _backward_all(self.blocks, self.tokens, self.segments, run, self.below)
+            if self.below:
+                run.work.take(self.columns * self.a["d_model"] * run.size)
+                for stage, (rows, values, channels) in reversed(list(enumerate(self._stages()))):
+                    if stage:  # the gradient of what it read
+                        run.work.take(self.rows[stage] * self.a["downsample_hidden_size"]
+                                      * run.size)
+                    run.work.touch(*(rows * values * run.size,) * (2 if stage else 1),
+                                   4 * rows * channels * (stage < CONVOLUTIONS))
+
+
+# ---------------------------------------------------------------- decoder
+
+def _decoder_blocks(config, trained, ranks):
+    t, made = config.text, []
+    common = {"width": t["hidden_size"], "heads": t["num_attention_heads"],
+              "kv_heads": t["num_key_value_heads"], "head_dim": t["head_dim"], "gated": True,
+              "qk_norm": True}
+    for i, sparse in enumerate(config.sparse_layers):
+        own = {"hidden": t["moe_intermediate_size"], "experts": t["num_experts"],
+               "k": t["num_experts_per_tok"],
+               "shared": t.get("shared_expert_intermediate_size", 0)} if sparse else {
+            "hidden": t["intermediate_size"]}
+        name = f"model.language_model.layers.{i}."
+        made.append(_Block(**common, **own, ranks=ranks(name), trained=trained(name)))
+    return made
+
+
+def _decoder_forward(config, blocks, tokens, mixed, run):
+    row = tokens * config.text["hidden_size"] * run.size
+    with run.work.rewound():
+        run.keep.take(row)
+        run.stack.take(*(row,) * (1 if run.checkpoint else 2), *(4 * tokens,) * (1 + mixed),
+                       12 * tokens, 4 * tokens * config.text["head_dim"], 8 * tokens)
+        for block in blocks:
+            if run.checkpoint:
+                run.keep.take(row)
+            _forward(block, tokens, run)
+
+
+def _head_scratch(config, tokens):
+    vocab, width = config.text["vocab_size"], config.text["hidden_size"]
+    rows = min(tokens, max(_HEAD_ROWS, _HEAD_CHUNK // vocab))
+    return 4 * (tokens + rows * (vocab + width))
+
+
+def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float32",
+            checkpoint="none", training=True, pixel_size=4, trained=lambda prefix: True,
+            ranks=lambda prefix: 0):
+    """Activations and workspace of a forward with labels, and of its backward.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    cu_seqlens : int[B + 1]
+    grid_thw : int[I, 3], optional
+    mel_lengths : int[S], optional
+    dtype : {"float32", "bfloat16", "float64"}
+    checkpoint : {"none", "selective", "full"}
+    training : bool
+        Whether a backward follows.
+    pixel_size : int
+        Bytes of a pixel value as it is given.
+    trained, ranks : callable
+        Of the first letters of parameters' names: whether one of them is trained, and the sum of
+        the ranks of adapters there.
+
+    Returns
+    -------
+    activations, workspace : int
+    """
+    size, exact = SIZES[dtype], max(4, SIZES[dtype])
+    run = _Run(size, exact, checkpoint if training else None)
+    tokens, segments = int(cu_seqlens[-1]), len(cu_seqlens) - 1
+    towers = []
+    if grid_thw is not None and len(grid_thw):
+        towers.append(_Vision(config, grid_thw, pixel_size, trained, ranks))
+    if mel_lengths is not None and len(mel_lengths):
+        towers.append(_Audio(config, mel_lengths, trained, ranks))
+    runs = [run.tower(training and tower.trained) for tower in towers]
+    for tower, one in zip(towers, runs):
+        tower.forward(one)
+    blocks = _decoder_blocks(config, trained, ranks)
+    _decoder_forward(config, blocks, tokens, len(towers), run)
+    text, work, row = config.text, run.work, tokens * config.text["hidden_size"] * size
+    run.keep.take(*(4 * tokens,) * 3)  # slopes, labels, log-probabilities
+    work.touch(_head_scratch(config, tokens))
+    if training:
+        head = trained("model.language_model.embed_tokens." if config.tied else "lm_head.")
+        run.keep.take(row, text["vocab_size"] * text["hidden_size"] * exact * head)
+        work.take(row, 4 * tokens)
+        work.touch(_head_scratch(config, tokens))
+        backs = [(tower, one) for tower, one in zip(towers, runs) if one.checkpoint]
+        for tower, _ in backs:
+            extra = tower.deepstack if isinstance(tower, _Vision) else 0
+            work.take(*(tower.tokens * text["hidden_size"] * size,) * (1 + extra))
+        with work.rewound(row):
+            below = bool(backs) or trained("model.language_model.embed_tokens.")
+            _backward_all(blocks, tokens, segments, run, below)
+        for tower, one in backs:
+            tower.backward(one)
+    return run.keep.most + sum(one.keep.most for one in runs), work.most
+
+
+def of_model(config, inputs, rows, dtype, training, checkpoint):
+    """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
+    {arena: bytes} after a step, or after a forward alone."""
+    names = [name for name, _, _, trained in rows if trained]
+    ranks = {name: shape[0] for name, _, shape, _ in rows if name.endswith(".lora_A.weight")}
+    pixels = inputs.pixels is not None and inputs.pixels.dtype == np.uint8
+    activations, workspace = predict(
+        config, inputs.cu_seqlens, inputs.grid_thw, inputs.mel_lengths, dtype=dtype,
+        checkpoint=checkpoint, training=training, pixel_size=1 if pixels else 4,
+        trained=lambda prefix: any(name.startswith(prefix) for name in names),
+        ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)))
+    elements = sum(prod(shape) for _, _, shape, trained in rows if trained)
+    return {"training": training * state_bytes(elements, dtype), "activations": activations,
+            "workspace": workspace}
+
+
+def state_bytes(elements, dtype):
+    """Gradients, two moments and, of bfloat16, a float32 master."""
+    return elements * max(4, SIZES[dtype]) * (4 if dtype == "bfloat16" else 3)
+
+
+def cache_bytes(config, sequences, length, dtype="float32"):
+    """Keys and values of so many sequences of at most ``length`` tokens, all layers'."""
+    text = config.text
+    return (2 * text["num_hidden_layers"] * sequences * length * text["num_key_value_heads"]
+            * text["head_dim"] * SIZES[dtype])

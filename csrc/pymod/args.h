@@ -89,9 +89,11 @@ extern PyMethodDef ovlm_backend_methods[];
 extern PyMethodDef ovlm_model_functions[];
 extern PyMethodDef ovlm_objective_methods[];
 extern PyMethodDef ovlm_comm_functions[];
+extern PyMethodDef ovlm_shard_functions[];
 
-/* Adds the types Model and Comm. */
+/* Adds the types Model, Comm and Shard. */
 int ovlm_add_model_type(PyObject *module);
 int ovlm_add_comm_type(PyObject *module);
+int ovlm_add_shard_type(PyObject *module);
 
 #endif

@@ -22,6 +22,7 @@ _HOME = {
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
     "comm": "comm", "Comm": "comm", "Dispatch": "dispatch", "Orchestrator": "orchestrator",
+    "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo", "comm": "comm",
 }

@@ -37,10 +37,17 @@ OVLM_NODISCARD ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_mo
  * away. */
 void ovlm_model_place(ovlm_model *model, int64_t unit, const ovlm_unit_memory *memory);
 
+/* OVLM_E_ARG, for what needs all weights or gradients, when hooks hold them. */
+OVLM_NODISCARD ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what,
+                                               ovlm_err *err);
+
 /* OVLM_E_ARG when a product's weights would be trained in part.  Gradients and optimizer state are
  * released: they have other places now. */
 OVLM_NODISCARD ovlm_status ovlm_model_train_only(ovlm_model *model, const bool *trainable,
                                                  ovlm_err *err);
+
+/* No backward may follow what was run so far: the weights are not what the passes saw. */
+void ovlm_model_forget(ovlm_model *model);
 
 /* Until all work is done. */
 OVLM_NODISCARD ovlm_status ovlm_model_wait(ovlm_model *model, ovlm_err *err);

@@ -67,10 +67,6 @@ void ovlm_device_block_free(ovlm_model *model, ovlm_device_block *block);
  * were placed. */
 void ovlm_model_rebind(ovlm_model *model);
 
-/* OVLM_E_ARG, for what needs all weights or gradients, when hooks hold them. */
-OVLM_NODISCARD ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what,
-                                               ovlm_err *err);
-
 /* Memory of the routers' statistics. */
 OVLM_NODISCARD ovlm_status ovlm_model_routing_open(ovlm_model *model, ovlm_err *err);
 
@@ -99,9 +95,6 @@ OVLM_NODISCARD ovlm_status ovlm_model_prepare(ovlm_model *model, const ovlm_mode
 
 /* The phases of a forward of the inputs but the head: what it encodes, and the decode. */
 unsigned ovlm_model_phases(const ovlm_model *model, const ovlm_model_inputs *inputs);
-
-/* No backward may follow: the weights are not what the passes saw. */
-void ovlm_model_forget(ovlm_model *model);
 
 /* A pass that only counts what it takes of the stacks, which `held` keeps meanwhile; and its end,
  * which makes room for as much on those that the phases need, unless the pass failed. */

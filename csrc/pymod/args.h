@@ -91,10 +91,12 @@ extern PyMethodDef ovlm_objective_methods[];
 extern PyMethodDef ovlm_route_methods[];
 extern PyMethodDef ovlm_comm_functions[];
 extern PyMethodDef ovlm_dispatch_functions[];
+extern PyMethodDef ovlm_shard_functions[];
 
-/* Adds the types Model, Comm, and Dispatcher with Dispatch. */
+/* Adds the types Model, Comm, Dispatcher with Dispatch, and Shard. */
 int ovlm_add_model_type(PyObject *module);
 int ovlm_add_comm_type(PyObject *module);
 int ovlm_add_dispatch_types(PyObject *module);
+int ovlm_add_shard_type(PyObject *module);
 
 #endif

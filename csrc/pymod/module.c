@@ -28,16 +28,17 @@ static int module_exec(PyObject *module)
     PyMethodDef *tables[] = {ovlm_cost_methods, ovlm_balance_methods,  ovlm_sequences_methods,
                              ovlm_step_methods, ovlm_simulate_methods, ovlm_backend_methods,
                              ovlm_model_functions, ovlm_objective_methods, ovlm_route_methods,
-                             ovlm_comm_functions, ovlm_dispatch_functions};
+                             ovlm_comm_functions, ovlm_dispatch_functions, ovlm_shard_functions};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i]) < 0) {
             return -1;
         }
     }
-    if (ovlm_add_model_type(module) < 0 || ovlm_add_comm_type(module) < 0) {
+    if (ovlm_add_model_type(module) < 0 || ovlm_add_comm_type(module) < 0 ||
+        ovlm_add_dispatch_types(module) < 0) {
         return -1;
     }
-    return ovlm_add_dispatch_types(module);
+    return ovlm_add_shard_type(module);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -14,12 +14,13 @@ int ovlm_model_enter(model_object *self)
     return 0;
 }
 
-int ovlm_model_movable(const model_object *self)
+int ovlm_model_movable(const model_object *self, bool weights)
 {
-    if (self->exports > 0) {
+    long long n = (long long)(self->exports + (weights ? self->weights : 0));
+    if (n > 0) {
         PyErr_Format(PyExc_RuntimeError,
-                     "%lld arrays of gradients, moments or adapters are still in use; delete them "
-                     "first, or take copies", (long long)self->exports);
+                     "%lld arrays of %sgradients, moments or adapters are still in use; delete "
+                     "them first, or take copies", n, weights ? "weights, " : "");
         return -1;
     }
     return 0;
@@ -65,7 +66,6 @@ int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expecte
 
 /* ---------------------------------------------------------------- life */
 
-/* The numbers of a configuration, in the order in which python/orchvlm/configs.py lists them. */
 static ovlm_model_config config_of(const int64_t *i, const double *f)
 {
     ovlm_model_config c = {
@@ -96,12 +96,23 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
 
 enum { CONFIG_INTS = 61, CONFIG_FLOATS = 7 };
 
+int ovlm_arg_config(PyObject *ints, PyObject *floats, ovlm_model_config *config)
+{
+    const void *i = NULL, *f = NULL;
+    if (ovlm_arg_exact(ints, "ints", NPY_INT64, CONFIG_INTS, false, &i, NULL) < 0 ||
+        ovlm_arg_exact(floats, "floats", NPY_FLOAT64, CONFIG_FLOATS, false, &f, NULL) < 0) {
+        return -1;
+    }
+    *config = config_of(i, f);
+    return 0;
+}
+
 static const struct {
     const char *name;
     ovlm_dtype dtype;
 } dtypes[] = {{"float32", OVLM_F32}, {"bfloat16", OVLM_BF16}, {"float64", OVLM_F64}};
 
-static int dtype_of(const char *name, ovlm_dtype *dtype)
+int ovlm_arg_dtype(const char *name, ovlm_dtype *dtype)
 {
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++) {
         if (strcmp(name, dtypes[i].name) == 0) {
@@ -119,14 +130,12 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *ints = NULL, *floats = NULL;
     const char *backend = NULL, *dtype_name = NULL;
     long long device = 0, threads = 0;
-    const void *i = NULL, *f = NULL;
+    ovlm_model_config config;
     ovlm_dtype dtype = OVLM_F32;
     if ((kwargs != NULL && PyDict_GET_SIZE(kwargs) > 0) ||
         !PyArg_ParseTuple(args, "OOsLLs:Model", &ints, &floats, &backend, &device, &threads,
                           &dtype_name) ||
-        ovlm_arg_exact(ints, "ints", NPY_INT64, CONFIG_INTS, false, &i, NULL) < 0 ||
-        ovlm_arg_exact(floats, "floats", NPY_FLOAT64, CONFIG_FLOATS, false, &f, NULL) < 0 ||
-        dtype_of(dtype_name, &dtype) < 0) {
+        ovlm_arg_config(ints, floats, &config) < 0 || ovlm_arg_dtype(dtype_name, &dtype) < 0) {
         if (!PyErr_Occurred()) {
             PyErr_SetString(PyExc_TypeError, "Model takes no keywords");
         }
@@ -138,7 +147,6 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     self->exact = dtype == OVLM_F64 ? NPY_FLOAT64 : NPY_FLOAT32;
     self->device = device;
-    ovlm_model_config config = config_of(i, f);
     const ovlm_backend_options options = {.device = device, .threads = threads};
     const ovlm_ops *ops = NULL;
     ovlm_err err = {0};
@@ -236,13 +244,11 @@ static PyObject *model_units(PyObject *object, PyObject *ignored)
 /* model_parameters(config ints, config floats): the list of a model that is not made. */
 static PyObject *list_parameters(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    const void *i = NULL, *f = NULL;
+    ovlm_model_config config;
     if (ovlm_arg_count("model_parameters", nargs, 2) < 0 ||
-        ovlm_arg_exact(args[0], "ints", NPY_INT64, CONFIG_INTS, false, &i, NULL) < 0 ||
-        ovlm_arg_exact(args[1], "floats", NPY_FLOAT64, CONFIG_FLOATS, false, &f, NULL) < 0) {
+        ovlm_arg_config(args[0], args[1], &config) < 0) {
         return NULL;
     }
-    const ovlm_model_config config = config_of(i, f);
     ovlm_arena arena = {0};
     ovlm_params params = {0};
     ovlm_err err = {0};
@@ -269,6 +275,9 @@ ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t
         OVLM_TRY(ovlm_model_moments(model, parameter, &m, &v, &master, err));
     }
     const ovlm_param *p = &ovlm_model_params(model)->param[parameter];
+    if (which == GRAD || (which == WEIGHT && p->kind != OVLM_PARAM_BUFFER)) {
+        OVLM_TRY(ovlm_model_need_own(model, p->name, err)); /* views would outlive the hooks */
+    }
     const ovlm_tensor average = ovlm_model_average(model, parameter);
     const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];
@@ -291,33 +300,32 @@ int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *paramete
     return 0;
 }
 
-static int numpy_type(ovlm_dtype dtype)
+int ovlm_numpy_type(ovlm_dtype dtype)
 {
     return dtype == OVLM_F32 ? NPY_FLOAT32 : dtype == OVLM_F64 ? NPY_FLOAT64 : NPY_UINT16;
 }
 
-static void drop_export(PyObject *capsule)
+static const char *const owner_names[] = {"orchvlm.export", "orchvlm.weight"};
+
+static void drop_view(PyObject *capsule)
 {
-    model_object *self = PyCapsule_GetPointer(capsule, "orchvlm.export");
+    bool weight = PyCapsule_IsValid(capsule, owner_names[1]);
+    model_object *self = PyCapsule_GetPointer(capsule, owner_names[weight]);
     if (self != NULL) {
-        self->exports--;
+        *(weight ? &self->weights : &self->exports) -= 1;
         Py_DECREF(self);
     }
 }
 
 PyObject *ovlm_view_owner(model_object *self, int64_t parameter, int64_t which)
 {
-    Py_INCREF(self);
-    if (which == WEIGHT &&
-        ovlm_model_params(self->model)->param[parameter].kind != OVLM_PARAM_ADAPTER) {
-        return (PyObject *)self;
+    const ovlm_param *p = &ovlm_model_params(self->model)->param[parameter];
+    bool weight = which == WEIGHT && p->kind != OVLM_PARAM_ADAPTER;
+    PyObject *capsule = PyCapsule_New(self, owner_names[weight], drop_view);
+    if (capsule != NULL) {
+        Py_INCREF(self);
+        *(weight ? &self->weights : &self->exports) += 1;
     }
-    PyObject *capsule = PyCapsule_New(self, "orchvlm.export", drop_export);
-    if (capsule == NULL) {
-        Py_DECREF(self);
-        return NULL;
-    }
-    self->exports++;
     return capsule;
 }
 
@@ -329,8 +337,8 @@ static PyObject *new_view(model_object *self, int64_t parameter, int64_t which,
     for (int64_t d = 0; d < p->n_dims; d++) {
         dims[d] = (npy_intp)p->dims[d];
     }
-    PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims, numpy_type(tensor->dtype),
-                                                tensor->data);
+    PyObject *array = PyArray_SimpleNewFromData((int)p->n_dims, dims,
+                                                ovlm_numpy_type(tensor->dtype), tensor->data);
     PyObject *owner = array == NULL ? NULL : ovlm_view_owner(self, parameter, which);
     if (owner == NULL || PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) {
         Py_XDECREF(array);
@@ -347,7 +355,7 @@ static PyObject *new_copy(model_object *self, int64_t parameter, PyTypeObject *t
     for (int64_t d = 0; d < p->n_dims; d++) {
         dims[d] = (npy_intp)p->dims[d];
     }
-    PyObject *array = PyArray_SimpleNew((int)p->n_dims, dims, numpy_type(tensor->dtype));
+    PyObject *array = PyArray_SimpleNew((int)p->n_dims, dims, ovlm_numpy_type(tensor->dtype));
     if (array == NULL || ovlm_model_enter(self) < 0) {
         Py_XDECREF(array);
         return NULL;
@@ -412,8 +420,8 @@ static OVLM_MODEL_METHOD(model_write)
     ovlm_err err = {0};
     ovlm_status status = ovlm_model_find_tensor(self->model, parameter, which, &tensor, &err);
     if (status == OVLM_OK &&
-        ovlm_arg_exact(args[2], "array", numpy_type(tensor.dtype), tensor.rows * tensor.cols,
-                       false, &data, NULL) < 0) {
+        ovlm_arg_exact(args[2], "array", ovlm_numpy_type(tensor.dtype),
+                       tensor.rows * tensor.cols, false, &data, NULL) < 0) {
         self->busy = false;
         return NULL;
     }
@@ -439,7 +447,7 @@ static OVLM_MODEL_METHOD(model_train_only)
                        NULL) < 0) {
         return NULL;
     }
-    if (ovlm_model_movable(self) < 0 || ovlm_model_enter(self) < 0) {
+    if (ovlm_model_movable(self, false) < 0 || ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_err err = {0};

@@ -13,12 +13,18 @@ typedef struct model_object {
     int64_t device;    /* number                                                                */
     bool busy;         /* a call is running without the GIL                                     */
     int64_t exports;   /* arrays that view gradients, moments or adapters: these must not move  */
+    int64_t weights;   /* arrays that view weights, which move only when they are sharded       */
 } model_object;
 
 /* Marks the model busy; RuntimeError when it is. */
 int ovlm_model_enter(model_object *self);
-/* RuntimeError while arrays view what is about to move. */
-int ovlm_model_movable(const model_object *self);
+/* RuntimeError while arrays view what is about to move; weights: them, too. */
+int ovlm_model_movable(const model_object *self, bool weights);
+
+/* The numbers of a configuration, in the order in which python/orchvlm/configs.py lists them. */
+int ovlm_arg_config(PyObject *ints, PyObject *floats, ovlm_model_config *config);
+int ovlm_arg_dtype(const char *name, ovlm_dtype *dtype);
+int ovlm_numpy_type(ovlm_dtype dtype);
 /* Ends what enter began; raises what err holds.  Returns None, or NULL with the exception. */
 PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status status,
                            const ovlm_err *err);
@@ -49,6 +55,9 @@ int ovlm_arg_taps(PyObject *object, const char *name, ovlm_tap_list *list);
 
 ovlm_checkpoint ovlm_checkpoint_of(int64_t number);
 
+/* (lr[n], weight_decay[n], beta1, beta2, eps, max_norm, step); the arrays stay borrowed. */
+int ovlm_arg_adamw(PyObject *const *args, Py_ssize_t nargs, int64_t n, ovlm_model_adamw *options);
+
 /* The tensor of (parameter, which); left out where there is none. */
 OVLM_NODISCARD ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter,
                                                   int64_t which, ovlm_tensor *tensor,
@@ -58,8 +67,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t par
 int ovlm_arg_tensor(model_object *self, PyObject *const *args, int64_t *parameter,
                     int64_t *which);
 
-/* A reference to what keeps a view alive: the model, and for what can move a note that it must
- * not. */
+/* A reference to what keeps a view alive: the model, with a note that what it views must not move.
+ */
 PyObject *ovlm_view_owner(model_object *self, int64_t parameter, int64_t which);
 
 OVLM_MODEL_METHOD(ovlm_py_model_forward);

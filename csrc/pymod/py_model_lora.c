@@ -14,7 +14,7 @@ PyObject *ovlm_py_model_lora_open(PyObject *object, PyTypeObject *type, PyObject
         ovlm_arg_exact(args[0], "adapted", NPY_BOOL, ovlm_model_params(self->model)->n, false,
                        &adapted, NULL) < 0 ||
         ovlm_arg_int(args[1], "rank", &rank) < 0 ||
-        ovlm_arg_double(args[2], "scale", &scale) < 0 || ovlm_model_movable(self) < 0 ||
+        ovlm_arg_double(args[2], "scale", &scale) < 0 || ovlm_model_movable(self, false) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }
@@ -33,7 +33,7 @@ PyObject *ovlm_py_model_lora_close(PyObject *object, PyTypeObject *type, PyObjec
     (void)kwnames;
     (void)args;
     model_object *self = (model_object *)object;
-    if (ovlm_arg_count("lora_close", nargs, 0) < 0 || ovlm_model_movable(self) < 0 ||
+    if (ovlm_arg_count("lora_close", nargs, 0) < 0 || ovlm_model_movable(self, false) < 0 ||
         ovlm_model_enter(self) < 0) {
         return NULL;
     }

@@ -324,27 +324,35 @@ PyObject *ovlm_py_model_logits(PyObject *object, PyTypeObject *type, PyObject *c
     return logits;
 }
 
+int ovlm_arg_adamw(PyObject *const *args, Py_ssize_t nargs, int64_t n, ovlm_model_adamw *options)
+{
+    const void *lr = NULL, *decay = NULL;
+    if (ovlm_arg_count("adamw", nargs, 7) < 0 ||
+        ovlm_arg_exact(args[0], "lr", NPY_FLOAT64, n, false, &lr, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "weight_decay", NPY_FLOAT64, n, false, &decay, NULL) < 0 ||
+        ovlm_arg_double(args[2], "beta1", &options->beta1) < 0 ||
+        ovlm_arg_double(args[3], "beta2", &options->beta2) < 0 ||
+        ovlm_arg_double(args[4], "eps", &options->eps) < 0 ||
+        ovlm_arg_double(args[5], "max_grad_norm", &options->max_norm) < 0 ||
+        ovlm_arg_int(args[6], "step", &options->step) < 0) {
+        return -1;
+    }
+    options->lr = lr;
+    options->weight_decay = decay;
+    return 0;
+}
+
 /* adamw(lr[n], weight_decay[n], beta1, beta2, eps, max_norm, step) -> (norm, clip, non_finite) */
 PyObject *ovlm_py_model_adamw(PyObject *object, PyTypeObject *type, PyObject *const *args,
                               Py_ssize_t nargs, PyObject *kwnames)
 {
     (void)kwnames;
     model_object *self = (model_object *)object;
-    int64_t n = ovlm_model_params(self->model)->n;
-    const void *lr = NULL, *decay = NULL;
     ovlm_model_adamw options = {0};
-    if (ovlm_arg_count("adamw", nargs, 7) < 0 ||
-        ovlm_arg_exact(args[0], "lr", NPY_FLOAT64, n, false, &lr, NULL) < 0 ||
-        ovlm_arg_exact(args[1], "weight_decay", NPY_FLOAT64, n, false, &decay, NULL) < 0 ||
-        ovlm_arg_double(args[2], "beta1", &options.beta1) < 0 ||
-        ovlm_arg_double(args[3], "beta2", &options.beta2) < 0 ||
-        ovlm_arg_double(args[4], "eps", &options.eps) < 0 ||
-        ovlm_arg_double(args[5], "max_grad_norm", &options.max_norm) < 0 ||
-        ovlm_arg_int(args[6], "step", &options.step) < 0 || ovlm_model_enter(self) < 0) {
+    if (ovlm_arg_adamw(args, nargs, ovlm_model_params(self->model)->n, &options) < 0 ||
+        ovlm_model_enter(self) < 0) {
         return NULL;
     }
-    options.lr = lr;
-    options.weight_decay = decay;
     ovlm_model_step step = {0};
     ovlm_err err = {0};
     ovlm_status status = OVLM_OK;

@@ -21,7 +21,7 @@ _HOME = {
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
-    "Comm": "comm", "Orchestrator": "orchestrator",
+    "Comm": "comm", "Orchestrator": "orchestrator", "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo", "comm": "comm",
 }

@@ -105,6 +105,7 @@ class Adapters:
         mask = np.zeros(len(self._list), bool)
         mask[[places[name] for name in modules]] = True
         scale = alpha / math.sqrt(r) if rslora else alpha / r
+        self._need_whole("adapters")
         self._core.lora_open(mask, r, scale)
         self._relist()
         ordered = [name for name in places if name in modules]
@@ -130,6 +131,7 @@ class Adapters:
             No adapters, or they are merged.
         """
         self._need_lora()
+        self._need_whole("merge_lora")
         self._core.lora_merge(True)
         self.lora["merged"] = True
 
@@ -142,6 +144,7 @@ class Adapters:
             No adapters, or they are not merged.
         """
         self._need_lora()
+        self._need_whole("unmerge_lora")
         self._core.lora_merge(False)
         self.lora["merged"] = False
 
@@ -156,6 +159,7 @@ class Adapters:
             Arrays of adapters or gradients are still in use.
         """
         self._need_lora()
+        self._need_whole("remove_lora")
         self._core.lora_close()
         self._relist()
         self.lora = None
@@ -184,6 +188,10 @@ class Adapters:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
         if base is not None and not isinstance(base, str):
             raise TypeError(f"base must be a string; got {base!r}")
+        entries = [(_PREFIX + name, shape, lambda name=name: self._whole(name))
+                   for name, kind, shape, _ in self._list if kind == KIND_ADAPTER]
+        if self._only_gathers(entries):
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**_NEUTRAL, "r": self.lora["r"], "lora_alpha": self.lora["alpha"],
@@ -191,9 +199,7 @@ class Adapters:
                   "base_model_name_or_path": base, "inference_mode": True,
                   "init_lora_weights": True, "task_type": None, "revision": None,
                   "layers_to_transform": None, "layers_pattern": None, "auto_mapping": None}
-        write_file(folder / _TENSORS, [
-            (_PREFIX + name, shape, lambda name=name: self._array(name, _WEIGHT, view=False))
-            for name, kind, shape, _ in self._list if kind == KIND_ADAPTER], dtype)
+        write_file(folder / _TENSORS, entries, dtype)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         write_whole(folder / _CONFIG, lambda stream: stream.write(text.encode()))
 

@@ -26,7 +26,8 @@ class EMA:
     TypeError
         ``model`` is none.
     ValueError
-        A decay out of range, a model that has an average already or trains nothing.
+        A decay out of range, a model that has an average already or trains nothing, or whose
+        weights lie on several ranks.
 
     Examples
     --------
@@ -47,6 +48,10 @@ class EMA:
             raise TypeError(f"model must be an orchvlm.Model; got {type(model).__name__}")
         self.decay = finite_number(decay, "decay", 0, 1 - 1e-12)
         self.model = model
+        shard = model.shard
+        if shard is not None and (shard.holds or shard.holds_state and model.dtype == "bfloat16"):
+            raise ValueError("an average needs all weights, in bfloat16 all masters, on every rank: "
+                             "shard by 'ddp', or in float32 by 'zero1'")
         model._core.average("open")
 
     def update(self):

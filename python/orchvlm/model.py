@@ -70,6 +70,8 @@ class Model(Phases):
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
         changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
     device, dtype : str
+    shard : Shard or None
+        What keeps it over ranks.
 
     Notes
     -----
@@ -339,8 +341,8 @@ class Model(Phases):
         return self._core.logits(rows32(rows, "rows"))
 
     def zero_grad(self):
-        """Sets all gradients to 0."""
-        self._core.zero_grad()
+        """Sets all gradients to 0; those that a :class:`Shard` keeps, too."""
+        (self._core if self.shard is None else self.shard._core).zero_grad()
 
     def flops(self, inputs, training=True):
         """FLOPs of a call, of what is trained now.

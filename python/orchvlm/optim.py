@@ -1,10 +1,12 @@
 """AdamW on a model's gradients, and schedules of its rate."""
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from ._numbers import finite_number
-from .weights import Weights, fitting, matching
+from ._pieces import joined, piece
+from .weights import Weights, matching
 
 _DECAYING = (0, 4)  # kinds: matrices and adapters
 _STATE = {2: "exp_avg", 3: "exp_avg_sq", 4: "master"}
@@ -93,7 +95,8 @@ class AdamW:
         return rates, decay
 
     def step(self, lr=None):
-        """Updates the weights from the gradients.
+        """Updates the weights from the gradients.  Of a model with a :class:`Shard` all ranks call
+        it; gradients that are not summed yet are summed first.
 
         Parameters
         ----------
@@ -109,11 +112,27 @@ class AdamW:
         rate = self.lr if lr is None else finite_number(lr, "lr", 0)
         factor = rate / self._first if self._first else 1.0
         rates = np.where(np.isnan(self._rates), rate, self._rates * factor)
-        norm, clip, bad = self.model._core.adamw(rates, self._decay, *self.betas, self.eps,
-                                                 self.max_grad_norm, self.step_count + 1)
+        shard = self.model.shard
+        core = self.model._core if shard is None else shard._core
+        norm, clip, bad = core.adamw(rates, self._decay, *self.betas, self.eps,
+                                     self.max_grad_norm, self.step_count + 1)
         if not bad:
             self.step_count += 1
         return {"grad_norm": norm, "clip": clip, "skipped": bool(bad)}
+
+    def _sharded(self):
+        shard = self.model.shard
+        return shard if shard is not None and shard.holds_state else None
+
+    def _arrays(self):
+        """(name, number, shape, which, label) of all arrays of state."""
+        narrow = self.model.dtype == "bfloat16"
+        for name, i in self.model._index.items():
+            if not self.model.trainable(name):
+                continue
+            for which, label in _STATE.items():
+                if label != "master" or narrow:
+                    yield name, i, self.model._list[i][2], which, label
 
     def state_dict(self):
         """All that a step depends on, beside weights and gradients.
@@ -122,14 +141,19 @@ class AdamW:
         -------
         dict
             ``step`` and, for each trained parameter, copies as ``NAME/exp_avg``,
-            ``NAME/exp_avg_sq`` and, for bfloat16 models, ``NAME/master``.
+            ``NAME/exp_avg_sq`` and, for bfloat16 models, ``NAME/master``.  Where a :class:`Shard`
+            keeps them, this rank's parts that no lower rank has: flat, with ``NAME/piece``: first
+            element, number of elements, full shape.
         """
-        state = {"step": np.int64(self.step_count)}
-        for name, i in self.model._index.items():
-            for which, label in _STATE.items():
-                array = self.model._core.array(i, which, False)
-                if array is not None:
-                    state[f"{name}/{label}"] = array
+        state, shard = {"step": np.int64(self.step_count)}, self._sharded()
+        for name, i, shape, which, label in self._arrays():
+            if shard is None:
+                state[f"{name}/{label}"] = self.model._core.array(i, which, False)
+                continue
+            first, array, again = shard._read(i, which)
+            if len(array) and not again:
+                state[f"{name}/{label}"] = array
+                state[f"{name}/piece"] = piece(first, len(array), shape)
         return state
 
     def load_state_dict(self, state):
@@ -137,22 +161,29 @@ class AdamW:
 
         Parameters
         ----------
-        state : mapping
+        state : mapping or list of mapping
+            Of one rank that has all of it, or of all ranks that saved it: as many as they were.
 
         Raises
         ------
         ValueError
             What is missing, surplus or mis-shaped, by name.
         """
-        arrays = fitting(self.state_dict(), state, "optimizer state")
-        step = state["step"]
-        if not 0 <= int(step) < 2**62:
-            raise ValueError(f"optimizer state: step must be >= 0; got {step}")
-        for name, i in self.model._index.items():
-            for which, label in _STATE.items():
-                if f"{name}/{label}" in arrays:
-                    self.model._core.write(i, which, arrays[f"{name}/{label}"])
-        self.step_count = int(step)
+        states = [state] if isinstance(state, Mapping) else list(state)
+        steps = {int(one["step"]) for one in states if "step" in one}
+        if len(steps) != 1 or not 0 <= min(steps) < 2**62:
+            raise ValueError("optimizer state: step must be >= 0, and the same in all states; got "
+                             f"{sorted(steps)}")
+        shard, exact = self._sharded(), self.model.dtype == "float64"
+        wanted, places = {}, {}
+        for name, i, shape, which, label in self._arrays():
+            first, n = (0, int(np.prod(shape))) if shard is None else shard._core.part(i, which)[:2]
+            wanted[f"{name}/{label}"] = (first, n, shape, np.float64 if exact else np.float32)
+            places[f"{name}/{label}"] = i, which
+        arrays = joined(wanted, states, "optimizer state")
+        for key, (i, which) in places.items():
+            (self.model._core if shard is None else shard._core).write(i, which, arrays[key])
+        self.step_count = steps.pop()
 
 
 def schedule(kind, peak, steps, warmup=0, floor=0.0):

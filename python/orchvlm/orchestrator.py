@@ -10,6 +10,7 @@ from .inputs import Inputs
 from .model_cost import from_model
 from .passes import Ran
 from .routes import Route
+from .sharding import Shard
 from .shares import MEDIA, gathered, gathered_batch, label_weights, medium
 from .step import plan_step
 
@@ -59,6 +60,11 @@ class Orchestrator:
     micro_batches : int
         Packs of the loader that make a global batch.
 
+    Attributes
+    ----------
+    shard : Shard
+        The model's, or a new one that keeps all of it on every rank.
+
     Raises
     ------
     ValueError
@@ -105,6 +111,7 @@ class Orchestrator:
         self._ways = Dispatcher(comm), Dispatcher(comm.dup())
         self.media = [name for name in MEDIA if (model.config.audible if name == "audio"
                                                  else bool(model.config.vision))]
+        self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or Cluster(1, comm.size, 1.0, 1e11, 1e10, 1e10)
         self.costs = costs or _counted_costs(model, self.cluster, self.media)
         limits = {"llm": max_tokens, "vision": max_patches, "audio": max_frames}
@@ -208,13 +215,16 @@ class Orchestrator:
                  if name in prepared.items}
         parts = self._parts(prepared.micro, given)
         counts = balance.begin(ran.tokens, lambda: self._route(prepared.micro, parts))
-        slopes = []
+        slopes, left = [], len(parts)
         for micro, part in zip(prepared.micro, parts):
+            left -= 1
             with ran.timed("llm"):
                 out = model.forward(micro, normalizer=prepared.normalizer, router_counts=counts,
                                     checkpoint=checkpoint, **part)
                 ran.note(out)
                 balance.note(out)
+                if left == 0:
+                    self.shard.last_backward()
                 slopes.append(model.backward())
         for name in reversed(given):
             self._encode_backward(name, prepared, slopes, ran)
@@ -284,9 +294,8 @@ class Orchestrator:
         return self.comm.all_reduce(array)
 
     def reduce_gradients(self):
-        """Sums the gradients over the ranks."""
-        for gradient in self.model.grads.values():
-            self.comm.all_reduce(gradient, out=gradient)
+        """Sums the gradients over the ranks, where the last backward has not done it yet."""
+        self.shard.reduce_gradients()
 
     def abort(self, message):
         """Makes the other ranks fail.

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -136,6 +136,10 @@ class TrainingConfig:
     rank_tokens, rank_patches : int, optional
         With several ranks: tokens, and patches of images, that a rank takes at a time; more than
         that is done in several micro-batches.
+    shard : {"ddp", "zero1", "fsdp", "hybrid"} or dict
+        With several ranks: who keeps what, as ``mode`` of :class:`Shard`.
+    node_size : int, optional
+        Of ``hybrid``, as there.
     checkpoint : {"none", "selective", "full"}
         Activations that are computed again.
     aux : {"exact", "lagged", "bias"}
@@ -180,6 +184,8 @@ class TrainingConfig:
     micro_batches: int = 1
     rank_tokens: int = None
     rank_patches: int = None
+    shard: object = "ddp"
+    node_size: int = None
     checkpoint: str = "none"
     aux: str = "exact"
     bias_rate: float = 1e-3
@@ -258,10 +264,10 @@ class Trainer:
                     if any(fnmatchcase(name, p) for name in model.parameters)]
         if patterns:
             model.freeze(*patterns)
+        self.passes = _passes(model, config, comm)
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
         self.ema = None if config.ema is None else EMA(model, config.ema)
-        self.passes = _passes(model, config, comm)
         self._balance = Balance(model, config.aux, config.bias_rate, self.passes.total)
         self._warmup = min(config.warmup, config.steps)
         self._rate = schedule(config.schedule, config.lr, config.steps, self._warmup,
@@ -301,7 +307,7 @@ class Trainer:
             Another rank failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        passes, log = self.passes, None
+        passes, log, broken = self.passes, None, False
         ahead = _Ahead(self.loader, passes.make, passes.ahead, self._left)
         try:
             if passes.rank == 0:
@@ -315,12 +321,16 @@ class Trainer:
                 yield self._one(batch, state, start, log)
                 if self.config.save_every and self.step % self.config.save_every == 0:
                     self.save()
-        except Exception as error:
-            passes.abort(f"{type(error).__name__}: {error}")
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            broken = self._together()  # ranks that write together do so after whole steps only
+            if isinstance(error, Exception):
+                passes.abort(f"{type(error).__name__}: {error}")
             raise
         finally:
             try:
-                if self.step and self._saved != self.step:
+                if self.step and self._saved != self.step and not broken:
                     self.save()
             finally:
                 self._left = ahead.close()
@@ -372,37 +382,67 @@ class Trainer:
         OSError
             It cannot be written; checkpoints from before are untouched.
         """
-        target = self.folder / f"checkpoint-{self.step}"
-        if self.passes.rank:  # all ranks hold the same
+        target, together = self.folder / f"checkpoint-{self.step}", self._together()
+        if self.passes.rank and not together:  # all ranks hold the same
             self._saved = self.step
             return target
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
+        temporary = self._temporary(together)
         try:
-            self.model.save_pretrained(temporary)
-            if self.model.lora is not None:
-                self.model.save_adapter(temporary)
-            state = self.optimizer.state_dict()
-            if self.ema is not None:
-                state |= self.ema.state_dict()
-            facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
-                     "routing": self._balance.state_dict()}
-            write_whole(temporary / _STATE, lambda stream: np.savez(
-                stream, __facts__=np.array(json.dumps(facts)), **state))
-            os.chmod(temporary, 0o755)
+            self._write(temporary, together)
+            if together:
+                self.model.shard.comm.barrier()
             with _held_back():
-                if target.exists():  # of an earlier run: out of the way first, gone last
-                    os.replace(target, temporary / "before")
-                os.replace(temporary, target)
+                if self.passes.rank == 0:
+                    os.chmod(temporary, 0o755)
+                    if target.exists():  # of an earlier run: out of the way first, gone last
+                        os.replace(target, temporary / "before")
+                    os.replace(temporary, target)
                 self._saved = self.step
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        shutil.rmtree(target / "before", ignore_errors=True)
-        if self.config.keep:
-            for _, old in checkpoints(self.folder)[:-self.config.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        if self.passes.rank == 0:
+            shutil.rmtree(target / "before", ignore_errors=True)
+            if self.config.keep:
+                for _, old in checkpoints(self.folder)[:-self.config.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _together(self):
+        """Whether a checkpoint takes all ranks."""
+        return self.model.shard is not None and self.model.shard.holds_state
+
+    def _temporary(self, together):
+        """A new folder, on all ranks the same."""
+        name = np.zeros(256, np.uint8)
+        if self.passes.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
+            name[:len(made.name)] = np.frombuffer(made.name.encode(), np.uint8)
+        if together:
+            self.model.shard.comm.broadcast(name)
+        return self.folder / name.tobytes().rstrip(b"\0").decode()
+
+    def _write(self, folder, together):
+        """A checkpoint's files; together with the others this rank's part of them."""
+        rank, size = self.passes.rank, self.passes.size
+        if rank == 0 or self.model.shard.holds:
+            self.model.save_pretrained(folder)
+            if self.model.lora is not None:
+                self.model.save_adapter(folder)
+        state, averages = self.optimizer.state_dict(), {}
+        if together:
+            write_whole(folder / f"optimizer-{rank + 1}-of-{size}.npz",
+                        lambda stream: np.savez(stream, **state))
+            state = {}
+        if rank:
+            return
+        if self.ema is not None:
+            averages = self.ema.state_dict()
+        facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
+                 "routing": self._balance.state_dict()}
+        write_whole(folder / _STATE, lambda stream: np.savez(
+            stream, __facts__=np.array(json.dumps(facts)), **state, **averages))
 
     def resume(self, checkpoint=None):
         """Goes on from a checkpoint; metrics of later steps are dropped.
@@ -436,8 +476,11 @@ class Trainer:
             average = {k for k in state.files if k.endswith("/average")}
             if self.ema is not None:
                 self.ema.load_state_dict({k: state[k] for k in average})
-            self.optimizer.load_state_dict({k: state[k] for k in state.files
-                                            if k != "__facts__" and k not in average})
+            with ExitStack() as files:
+                parts = [files.enter_context(np.load(path, allow_pickle=False))
+                         for path in sorted(checkpoint.glob("optimizer-*.npz"))]
+                self.optimizer.load_state_dict(parts or {k: state[k] for k in state.files
+                                                         if k != "__facts__" and k not in average})
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
         self._loader_state, self._left, self._saved = facts["loader"], [], self.step
         if self.passes.rank == 0:
@@ -450,6 +493,8 @@ def _passes(model, config, comm):
     if comm is None or comm.size == 1:
         return OneRank(model, config.micro_batches)
     from .orchestrator import Orchestrator
+    from .sharding import Shard
+    Shard(model, comm, config.shard, config.node_size)
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches)
 

@@ -2,6 +2,7 @@
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,15 @@ class _Arrays(Mapping):
 
 
 class Weights(Adapters):
-    """What :class:`orchvlm.Model` is beside its passes."""
+    """What :class:`orchvlm.Model` is beside its passes.
+
+    Attributes
+    ----------
+    shard : Shard or None
+        That keeps the weights over ranks.
+    """
+
+    shard = None
 
     def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
         if isinstance(config, dict):
@@ -214,7 +223,8 @@ class Weights(Adapters):
     def save_pretrained(self, folder, dtype=None):
         """Writes ``config.json`` and ``model.safetensors`` (in shards above 5 GiB).
 
-        Adapters that are not merged are left out, see :meth:`save_adapter`.
+        Adapters that are not merged are left out, see :meth:`save_adapter`.  Of a sharded model all
+        ranks call it, and rank 0 writes.
 
         Parameters
         ----------
@@ -231,14 +241,13 @@ class Weights(Adapters):
         dtype = self.dtype if dtype is None else dtype
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
-        folder = Path(folder)
+        folder, square = Path(folder), self._square_experts()
+        entries = [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
+                   for entry in self._entries(name, shape, square and name.endswith(_EXPERTS))]
+        if self._only_gathers(entries):
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        square = self._square_experts()
-
-        write_folder(folder, [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
-                              for entry in self._entries(name, shape,
-                                                         square and name.endswith(_EXPERTS))],
-                     dtype)
+        write_folder(folder, entries, dtype)
         config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
             if square else self.config
         config.save(folder)
@@ -249,12 +258,12 @@ class Weights(Adapters):
 
     def _entries(self, name, shape, turned):
         """What write_folder takes."""
+        whole = lru_cache(1)(lambda: self._whole(name))
         if turned:
-            return [(name, (shape[0], shape[2], shape[1]),
-                     lambda: self._array(name, _WEIGHT, view=True).transpose(0, 2, 1))]
+            return [(name, (shape[0], shape[2], shape[1]), lambda: whole().transpose(0, 2, 1))]
 
         def part(index):
-            array = self._array(name, _WEIGHT, view=True)
+            array = whole()
             return array if index is None else array[index].T
         # Of an indexed part the shape alone is needed here, not the numbers.
         empty = np.broadcast_to(np.float32(0), shape)
@@ -262,17 +271,18 @@ class Weights(Adapters):
                  lambda index=index: part(index)) for there, index in self._parts(name, shape)]
 
     def state_dict(self):
-        """All weights.
+        """All weights.  Of a sharded model all ranks call it, and all get the same.
 
         Returns
         -------
         dict
             {name: float32 copy}.
         """
-        return {name: np.array(self._array(name, _WEIGHT, view=True)) for name in self._index}
+        return {name: np.array(self._whole(name)) for name in self._index}
 
     def load_state_dict(self, state):
-        """Sets all weights; the optimizer's float32 masters follow.
+        """Sets all weights; the optimizer's float32 masters follow.  Of a sharded model every rank
+        takes its part.
 
         Parameters
         ----------
@@ -412,8 +422,32 @@ class Weights(Adapters):
             raise KeyError(f"no parameter {name!r}") from None
 
     def _array(self, name, which, view):
-        array = self._core.array(self._place(name), which, view)
+        place = self._place(name)
+        if self.shard is not None and self.shard.holds and self._list[place][1] != _KIND_BUFFER:
+            raise ValueError(f"{name} lies on several ranks: on all of them, Model.state_dict() "
+                             "gathers weights and Shard.gradients() gradients")
+        array = self._core.array(place, which, view)
         return widened(array) if array is not None and array.dtype == np.uint16 else array
+
+    def _whole(self, name):
+        """A weight as float32: a view where the model has it, else gathered from all ranks."""
+        if self.shard is None or not self.shard.holds:
+            return self._array(name, _WEIGHT, view=True)
+        array = self.shard._whole(self._place(name))
+        return widened(array) if array.dtype == np.uint16 else array
+
+    def _only_gathers(self, entries):
+        """Whether this rank leaves the writing to another one; then it has taken part in it."""
+        if self.shard is None or not self.shard.holds or self.shard.comm.rank == 0:
+            return False
+        for _, _, get in entries:
+            get()
+        return True
+
+    def _need_whole(self, what):
+        if self.shard is not None:
+            raise ValueError(f"{what}: settle what is trained and adapted before the model is "
+                             "sharded, or undo that first")
 
     def _write(self, i, which, values):
         exact = which != _WEIGHT or self._list[i][1] == _KIND_BUFFER
@@ -422,7 +456,7 @@ class Weights(Adapters):
         kind = np.float64 if self.dtype == "float64" else np.float32
         if values.dtype != np.uint16:
             values = np.ascontiguousarray(values, kind)
-        self._core.write(i, which, values)
+        (self._core.write if self.shard is None else self.shard._write)(i, which, values)
 
     @property
     def n_parameters(self):
@@ -486,6 +520,7 @@ class Weights(Adapters):
         self._train(patterns, True)
 
     def _train(self, patterns, value):
+        self._need_whole("freeze")
         mask = np.array([row[3] for row in self._core.parameters()])
         for pattern in patterns:
             mask[matching(self, pattern)] = value

@@ -275,8 +275,8 @@ static ovlm_status gone(void *ctx, const ovlm_pass_kind *kind, ovlm_err *err)
 {
     (void)ctx;
     (void)kind;
-    return OVLM_FAIL(err, OVLM_E_ARG, "the shard that held this model's weights was closed; undo it "
-                                      "first where they are still needed");
+    return OVLM_FAIL(err, OVLM_E_ARG, "the shard that held this model's weights was closed; undo "
+                                      "it first where they are still needed");
 }
 
 void ovlm_shard_close(ovlm_shard *shard)

@@ -17,7 +17,8 @@
  *
  * Shards are flat.  A unit's weights (and, apart, its adapters) lie end to end as ovlm_unit says;
  * each rank holds one of N nearly equal ranges, cut at multiples of 64 elements, so that a
- * parameter may lie on several ranks.  Gradients and state are cut at the same parameters' elements.
+ * parameter may lie on several ranks.  Gradients and state are cut at the same parameters'
+ * elements.
  *
  * Sums over ranks are made in the order of the ranks: all copies of a weight have the same bits, on
  * every rank, for ever.  The modes differ in the order in which gradients of micro-batches are

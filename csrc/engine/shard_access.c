@@ -12,7 +12,7 @@ static ovlm_status check_which(const ovlm_shard *shard, int64_t parameter, ovlm_
                          (long long)parameter);
     }
     if (which > OVLM_SHARD_GRAD && !shard->holds_state) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "the optimizer's state is the model's: all units are ddp");
+        return OVLM_FAIL(err, OVLM_E_ARG, "the optimizer's state is the model's: all is ddp");
     }
     return OVLM_OK;
 }

@@ -13,8 +13,8 @@ static int64_t round_up(int64_t value, int64_t unit)
 
 /* ---------------------------------------------------------------- ranges */
 
-/* Whether a parameter is trained and in this piece; where it begins there, where its gradients begin
- * in the unit's. */
+/* Whether a parameter is trained and in this piece; where it begins there, where its gradients
+ * begin in the unit's. */
 static bool trained_in(const ovlm_params *params, int64_t parameter, int64_t unit, bool adapters,
                        int64_t *first, int64_t *grad_first)
 {

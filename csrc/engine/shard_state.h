@@ -113,7 +113,7 @@ static inline int64_t shard_planes(const ovlm_shard *shard)
 
 /* ------------------------------------------------------------ plan (shard_plan.c) */
 
-/* Units, pieces and sizes, without memory: all that follows from the list, the spec and the rank. */
+/* Units, pieces and sizes, without memory: all that follows from list, spec and rank. */
 OVLM_NODISCARD ovlm_status ovlm_shard_plan(ovlm_shard *shard, const ovlm_params *params,
                                            const ovlm_shard_spec *spec, int64_t ranks,
                                            int64_t rank, ovlm_err *err);

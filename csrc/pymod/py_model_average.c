@@ -26,7 +26,8 @@ PyObject *ovlm_py_model_average(PyObject *object, PyTypeObject *type, PyObject *
         PyErr_SetString(PyExc_ValueError, "average takes 'open', 'close', 'in' or 'out'");
         return NULL;
     }
-    if ((actions[action].moves && ovlm_model_movable(self, false) < 0) || ovlm_model_enter(self) < 0) {
+    if ((actions[action].moves && ovlm_model_movable(self, false) < 0) ||
+        ovlm_model_enter(self) < 0) {
         return NULL;
     }
     ovlm_err err = {0};

@@ -3,7 +3,7 @@ import numpy as np
 
 
 def piece(first, n, shape):
-    """How the place of a piece is saved: its first element, their number, the shape of the whole."""
+    """How the place of a piece is saved: first element, their number, the shape of the whole."""
     return np.array([first, n, *shape], np.int64)
 
 

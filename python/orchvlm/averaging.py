@@ -50,8 +50,8 @@ class EMA:
         self.model = model
         shard = model.shard
         if shard is not None and (shard.holds or shard.holds_state and model.dtype == "bfloat16"):
-            raise ValueError("an average needs all weights, in bfloat16 all masters, on every rank: "
-                             "shard by 'ddp', or in float32 by 'zero1'")
+            raise ValueError("an average needs all weights, in bfloat16 all masters, on every "
+                             "rank: shard by 'ddp', or in float32 by 'zero1'")
         model._core.average("open")
 
     def update(self):

@@ -27,8 +27,8 @@ ovlm_queue *ovlm_model_queue(const ovlm_model *model);
 
 /* From the next pass on; NULL: none.  What the hooks hold from now on is given up, with the
  * optimizer's state, and has no place until ovlm_model_place; what they no longer hold is
- * allocated, and is zero.  No backward may follow a pass of before.  Waits.  OVLM_E_ARG, and nothing changes,
- * while an average is kept. */
+ * allocated, and is zero.  No backward may follow a pass of before.  Waits.  OVLM_E_ARG, and
+ * nothing changes, while an average is kept. */
 OVLM_NODISCARD ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_model_hooks *hooks,
                                                 ovlm_err *err);
 

@@ -30,7 +30,7 @@ class Shard:
 
     From then on the model's passes, :class:`AdamW`, :meth:`Model.zero_grad`,
     :meth:`Model.state_dict`, :meth:`Model.load_state_dict` and :meth:`Model.save_pretrained` work
-    over the ranks: every rank calls them, in the same order.  The result does not depend on the mode
+    over the ranks: every rank calls them, in one order.  The result does not depend on the mode
     but for rounding, and all ranks have the same bits.
 
     Parameters

@@ -50,15 +50,10 @@ static ovlm_shard_mode *read_modes(PyObject *array, int64_t units)
     return mode;
 }
 
-/* The list of parameters of a core model, or of (config ints, config floats, dtype), which lives in
- * the arena. */
-static const ovlm_params *read_list(PyObject *module, PyObject *source, ovlm_params *made,
+/* The list of parameters of (config ints, config floats, dtype), which lives in the arena. */
+static const ovlm_params *make_list(PyObject *module, PyObject *source, ovlm_params *made,
                                     ovlm_arena *arena)
 {
-    if (!PyTuple_Check(source)) {
-        PyObject *model = instance_of(module, "Model", source);
-        return model == NULL ? NULL : ovlm_model_params(((model_object *)model)->model);
-    }
     PyObject *ints = NULL, *floats = NULL;
     const char *dtype = NULL;
     ovlm_model_config config;
@@ -75,6 +70,17 @@ static const ovlm_params *read_list(PyObject *module, PyObject *source, ovlm_par
     made->dtype = number;
     made->exact = number == OVLM_F64 ? OVLM_F64 : OVLM_F32;
     return made;
+}
+
+/* The same of a core model, too. */
+static const ovlm_params *read_list(PyObject *module, PyObject *source, ovlm_params *made,
+                                    ovlm_arena *arena)
+{
+    if (PyTuple_Check(source)) {
+        return make_list(module, source, made, arena);
+    }
+    PyObject *model = instance_of(module, "Model", source);
+    return model == NULL ? NULL : ovlm_model_params(((model_object *)model)->model);
 }
 
 /* shard_units(source) -> names of the units, in their order */

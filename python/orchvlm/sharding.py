@@ -167,7 +167,9 @@ class Shard:
         model : Model or ModelConfig
             Of a configuration everything is trained.
         ranks : int
-        mode, node_size
+        mode : str or dict
+            As in :class:`Shard`.
+        node_size : int, optional
             As in :class:`Shard`.
         rank : int
             Which one.

@@ -129,6 +129,9 @@ class Comm:
     """
 
     def __init__(self, core):
+        if not isinstance(core, _core.Comm):
+            raise TypeError(f"core must be an orchvlm._core.Comm; got {type(core).__name__}; init, "
+                            "run_threads and run_processes make a Comm")
         self._core = core
         self.rank, self.size, self.engine = core.describe()
 

@@ -11,6 +11,7 @@ import traceback
 from multiprocessing import connection
 
 from . import _core
+from ._numbers import finite_number
 
 #: After a signal or a failure, how long ranks have to end by themselves before they are killed.
 _KILL_S = 10.0
@@ -23,9 +24,9 @@ def shared_folder():
 
 def local_options(silent_s, join_s=0.0):
     """The core's options of local communicators."""
-    silent_s = float(silent_s)
-    if not silent_s > 0:
-        raise ValueError(f"silent_s must be above 0; got {silent_s}")
+    silent_s = finite_number(silent_s, "silent_s", 0, 1e9)
+    if silent_s == 0:
+        raise ValueError("silent_s must be above 0; got 0")
     return (silent_s, join_s, 0.0, 0)
 
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cost import Cluster
+from .comm import Comm
+from .cost import Cluster, _count
 from .dispatch import Dispatcher
 from .inputs import Inputs
+from .model import Model
 from .model_cost import from_model
 from .passes import Ran
 from .routes import Route
@@ -67,8 +69,10 @@ class Orchestrator:
 
     Raises
     ------
+    TypeError
+        An argument of another kind.
     ValueError
-        A cost or a limit that the planner refuses, when the first batch is planned.
+        A limit below 1; a cost or a limit that the planner refuses, when the first batch is planned.
 
     Notes
     -----
@@ -104,7 +108,18 @@ class Orchestrator:
 
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
                  max_frames=None, micro_batches=1):
-        self.model, self.comm, self._micro_batches = model, comm, micro_batches
+        for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+        if not isinstance(cluster, (Cluster, type(None))):
+            raise TypeError(f"cluster must be a Cluster; got {type(cluster).__name__}")
+        if not isinstance(costs, (dict, type(None))):
+            raise TypeError(f"costs must be a dict; got {type(costs).__name__}")
+        limits = {"llm": _limit(max_tokens, "max_tokens"),
+                  "vision": _limit(max_patches, "max_patches"),
+                  "audio": _limit(max_frames, "max_frames")}
+        self.model, self.comm = model, comm
+        self._micro_batches = _limit(micro_batches, "micro_batches")
         self.timeline = []
         self.rank, self.size = comm.rank, comm.size
         # A step, and beside it the next one's data, in a thread of its own.
@@ -114,7 +129,6 @@ class Orchestrator:
         self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or Cluster(1, comm.size, 1.0, 1e11, 1e10, 1e10)
         self.costs = costs or _counted_costs(model, self.cluster, self.media)
-        limits = {"llm": max_tokens, "vision": max_patches, "audio": max_frames}
         self._limits = {name: most for name, most in limits.items()
                         if most is not None and name in (*self.media, "llm")}
 
@@ -347,6 +361,10 @@ class Orchestrator:
         rows, ranks = gathered(self.comm, mine)
         self.timeline = [[(names[int(name)], start, end) for name, start, end in rows[ranks == r]]
                          for r in range(self.size)]
+
+
+def _limit(value, name):
+    return value if value is None else _count("Orchestrator", name, value, least=1)
 
 
 def _counted_costs(model, cluster, media):

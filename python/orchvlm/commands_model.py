@@ -99,7 +99,7 @@ class _Line:
         left_s = row["elapsed_s"] * (1 - done) / done
         text = (f"step {row['step']:,}  {100 * done:3.0f} %  loss {self._loss:.3f}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  {1e3 * row['tflops']:.0f} GFLOP/s  "
-                f"{left_s // 60:.0f}:{left_s % 60:02.0f} left")
+                f"MFU {100 * row['mfu']:.0f} %  {left_s // 60:.0f}:{left_s % 60:02.0f} left")
         print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n",
               file=sys.stderr, flush=True)
 
@@ -117,7 +117,7 @@ def _board(folder):
     writer = Writer(str(folder / "tensorboard"))
 
     def write(row):
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops"):
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu"):
             writer.add_scalar(key, float(row[key]), row["step"])
     return write, writer.close
 

@@ -18,9 +18,9 @@ import numpy as np
 from ._files import write_whole
 from ._numbers import finite_number
 from .averaging import EMA
-from .flops import model_flops
 from .model import Model
 from .optim import AdamW, schedule
+from .peak import gemm_peak
 from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
@@ -208,7 +208,8 @@ class Trainer:
     Notes
     -----
     Packs are made in a thread of their own while the step computes.  A run that was saved and
-    resumed computes the very numbers of one that was not interrupted, ``minutes`` aside.
+    resumed computes the very numbers of one that was not interrupted, unless ``minutes`` end it: the
+    rate then follows the time that has passed.
 
     Examples
     --------
@@ -268,11 +269,13 @@ class Trainer:
         ------
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
-            tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
-            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
-            ``metrics.jsonl``.  A loss that is no number is None there.
+            tflops, mfu (their share of what a matrix product reaches on the device, see
+            :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with experts aux_loss
+            (without its coefficient), expert_load (fullest over mean) and routing_seconds; also a
+            line of ``metrics.jsonl``.  A loss that is no number is None there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._peak = gemm_peak(self.model.device, self.model.dtype, self.model.threads)
         ahead = _Ahead(self.loader, self._left)
         try:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -318,11 +321,12 @@ class Trainer:
             self.elapsed_s += seconds
             self._loader_state = state
             tokens = sum(pack.n_tokens for pack in packs)
-            flops = sum(model_flops(self.model.config, pack) for pack in packs)
+            speed = sum(map(self.model.flops, packs)) / seconds
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "tokens": tokens, "targets": targets,
-                   "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts}
+                   "tokens_per_s": tokens / seconds, "tflops": speed / 1e12,
+                   "mfu": speed / self._peak, "seconds": seconds, "elapsed_s": self.elapsed_s,
+                   **experts}
             log.write(json.dumps({key: value if math.isfinite(value) else None
                                   for key, value in row.items()}) + "\n")
             log.flush()

@@ -8,6 +8,7 @@ _TRAIN_EXAMPLES = """examples:
   orchvlm train --preset small --data chats.jsonl shards/ emoji.zip --minutes 60
   orchvlm train --model run-tiny --data chats.jsonl --lr 1e-4 --out run-chats
   orchvlm train --preset tiny-omni --data speech.zip --kinds digits
+  orchvlm train --preset tiny --data signs.zip --kinds emoji --max-pixels 3136 --minutes 30
 
 Data are .jsonl files with messages, .tar shards, .zip packs with a records.jsonl, or folders of
 these; without --data, pictures with questions are drawn as they are needed.  Files are mixed by
@@ -48,8 +49,9 @@ def _add_tasks(parser):
     group.add_argument("--data", nargs="+", metavar="PATH",
                        help=".jsonl, .tar or .zip files, or folders of them")
     group.add_argument("--kinds", metavar="A,B,...",
-                       help="of embedded tasks: read, colour, count, point, box, chart, puzzle, "
-                            "screen; of packs in a zip: captions, nlvr, nlvr_captions, digits")
+                       help="of embedded tasks: read, colour, shape, describe, count, point, box, "
+                            "chart, puzzle, screen; of packs in a zip: captions, emoji, screens, "
+                            "nlvr, nlvr_captions, digits")
     group.add_argument("--difficulty", type=_share, metavar="D", help="of embedded tasks, 0 to 1")
 
 
@@ -72,6 +74,8 @@ def _add_train(commands, raw):
                             "repeats another; by default as the preset says unless --steps is given")
     group.add_argument("--lr", type=_real, metavar="R", help="greatest learning rate")
     group.add_argument("--tokens", type=_whole, metavar="T", help="in a step; 2,048 for tiny")
+    group.add_argument("--max-pixels", type=_whole, metavar="P",
+                       help="pictures are shrunk to so many; 3136 are 56 x 56")
     group.add_argument("--threads", type=_whole, metavar="N", help="default: one per core")
     group.add_argument("--seed", type=int, metavar="S", help="of weights and data; default 0")
     group.add_argument("--samples", type=_whole, default=100, metavar="N",

@@ -14,10 +14,11 @@ from .tables import format_bytes, text_table
 from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
 
 _SETTINGS = "run.json"
-_KEPT = ("preset", "model", "data", "kinds", "difficulty", "steps", "minutes", "lr", "tokens",
-         "seed")
+_KEPT = ("preset", "model", "data", "kinds", "difficulty", "max_pixels", "steps", "minutes", "lr",
+         "tokens", "seed")
 _SAVE_EVERY, _KEEP = 200, 2  # steps between checkpoints, and how many stay
 _ENDLESS = 1_000_000         # steps of a run that the clock ends
+_LEAST_PIXELS = 56 * 56      # of a picture, where --max-pixels allows as many
 
 
 # ---------------------------------------------------------------- models and settings
@@ -33,12 +34,19 @@ def model_folder(path):
     raise CommandError(f"{path}: neither a model (config.json) nor a run (checkpoint-N)")
 
 
-def _open(path, threads=None):
-    """(model, processor) of a folder."""
+def _open(path, threads=None, settings=None):
+    """(model, processor) of a folder; pictures as these settings, or its run's, have them."""
     from .data import Processor
     from .model import Model
     folder = model_folder(path)
-    return Model.from_pretrained(folder, threads=threads), Processor.from_pretrained(folder)
+    rule = _picture_rule(_stored(folder) if settings is None else settings)
+    return Model.from_pretrained(folder, threads=threads), Processor.from_pretrained(folder, **rule)
+
+
+def _picture_rule(settings):
+    """What the processor is told about the size of pictures."""
+    most = settings.get("max_pixels")
+    return {} if most is None else {"max_pixels": most, "min_pixels": min(most, _LEAST_PIXELS)}
 
 
 def _stored(folder):
@@ -126,11 +134,11 @@ def _start(settings, threads):
     from .data import Processor
     from .model import Model
     if "model" in settings:
-        return _open(settings["model"], threads)
+        return _open(settings["model"], threads, settings)
     name = settings["preset"]
     model = Model.from_config(preset(name), seed=settings["seed"], threads=threads,
                               std=FIRST_STD.get(name, 0.02))
-    return model, Processor.from_config(model.config.values)
+    return model, Processor.from_config(model.config.values, **_picture_rule(settings))
 
 
 def train(arguments):
@@ -196,7 +204,7 @@ def _repeated(settings):
     words = ["orchvlm", "train"]
     for key, value in settings.items():
         if value is not None:
-            words.append(f"--{key}")
+            words.append(f"--{key.replace('_', '-')}")
             words += [",".join(value)] if key == "kinds" else map(str, value) if isinstance(
                 value, list) else [str(value)]
     return shlex.join(words)

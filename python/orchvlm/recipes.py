@@ -45,9 +45,9 @@ def recipe(stage):
 #: The embedded tasks as the small presets learn them: easy drawings of 56 x 56 pixels.
 TASKS = {"kinds": ["colour", "shape", "count", "describe"], "difficulty": 0.1, "max_side": 56}
 
-_STARTS = {"tiny": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
+_STARTS = {"tiny": {"lr": 5e-4, "tokens": 2048, "minutes": 10.0},
            "tiny-moe": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
-           "tiny-omni": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
+           "tiny-omni": {"lr": 7e-4, "tokens": 1024, "minutes": 10.0},
            "small": {"lr": 6e-4, "tokens": 4096, "minutes": 120.0}}
 #: Deviation of the first weights: about 1 / sqrt(width), with which small models learn sooner than
 #: with the 0.02 of large ones.

@@ -6,6 +6,7 @@ from .cli import CommandError
 from .recipes import TASKS
 
 _SUFFIXES = (".jsonl", ".tar", ".zip")
+_NAMED = ("captions", "emoji")  # packs of pictures that have a name, wherever in them it is seen
 _HELD_SEED = 1  # of the embedded tasks; their splits share no drawing anyway
 
 
@@ -37,12 +38,13 @@ def _files(paths):
 
 
 def _packs(path, split, kinds=None):
-    """A zip's records of a split; of known packs as questions, else as samples.  ``kinds`` picks
-    among the packs of a zip that holds several; without it the first one is taken."""
+    """[(kind, records)] of a zip and a split; of known packs as questions, else as samples, and
+    the kind is None.  ``kinds`` picks among the packs of a zip that holds several; without it the
+    first one is taken."""
     from .data import DataError, ZipPack, load_pack
     if kinds:
         try:
-            return [load_pack(path, kind, split) for kind in kinds]
+            return [(kind, load_pack(path, kind, split)) for kind in kinds]
         except (DataError, ValueError) as error:
             raise CommandError(f"{path}: --kinds {','.join(kinds)}: {error}") from None
     plain = None
@@ -50,15 +52,15 @@ def _packs(path, split, kinds=None):
         plain = ZipPack(path)
         record = plain.record(0) if len(plain) else {}
         if "messages" in record or "conversations" in record:
-            return [ZipPack(path, split=split) if "split" in record else plain]
+            return [(None, ZipPack(path, split=split) if "split" in record else plain)]
         if "caption" in record:
-            return [load_pack(path, "captions", split)]
+            return [("captions", load_pack(path, "captions", split))]
     except DataError:
         if plain is not None:
             raise
     for kind in ("nlvr", "digits"):  # packs whose records lie in a folder of their own
         try:
-            return [load_pack(path, kind, split)]
+            return [(kind, load_pack(path, kind, split))]
         except DataError:
             continue
     raise CommandError(f"{path}: no records.jsonl with messages or captions in this zip file")
@@ -82,20 +84,27 @@ def training_source(settings):
     CommandError
         A path that holds no data.
     """
-    from .data import JsonLines, Mixture, TarShards, VariedSounds
+    from .data import JsonLines, Mixture, TarShards
     seed = settings.get("seed", 0)
     if not settings.get("data"):
         return Mixture([_tasks(settings, "train", seed)], seed=seed)
     files = _files(settings["data"])
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
-    packs = [pack for p in files if p.suffix == ".zip"
-             for pack in _packs(p, "train", settings.get("kinds"))]
-    # A few thousand recordings are soon known by heart, unless they never sound alike.
-    sets += [VariedSounds(pack, seed) if "audio" in pack.record(0) else pack for pack in packs]
+    sets += [_varied(kind, pack, seed) for p in files if p.suffix == ".zip"
+             for kind, pack in _packs(p, "train", settings.get("kinds"))]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
     return Mixture(sets, seed=seed)
+
+
+def _varied(kind, pack, seed):
+    """A few thousand recordings or pictures are soon known by heart, unless they are never met
+    alike."""
+    from .data import Varied, VariedSounds
+    if "audio" in pack.record(0):
+        return VariedSounds(pack, seed)
+    return Varied(pack, seed) if kind in _NAMED else pack
 
 
 def held_out(settings, split, samples):
@@ -128,6 +137,6 @@ def held_out(settings, split, samples):
                 packs = _packs(path, split, settings.get("kinds"))
             except (DataError, CommandError):  # no such split
                 continue
-            rows = [pack[i] for pack in packs for i in range(min(samples, len(pack)))]
+            rows = [pack[i] for _, pack in packs for i in range(min(samples, len(pack)))]
             found += [row for row in rows if "answer" in row and "check" in row]
     return found

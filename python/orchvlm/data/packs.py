@@ -19,9 +19,10 @@ class ZipPack:
         The member that holds one JSON object per line; files are named relative to its folder.
     convert : callable, optional
         Makes a sample of a record whose media are :class:`Asset`; by default the record is one.
-        May return None to leave the record out.
     split : str, optional
         Only records whose ``split`` is this.
+    keep : callable, optional
+        Only records, as they are written, of which this is true.
 
     Raises
     ------
@@ -48,12 +49,13 @@ class ZipPack:
     (1, {'image': Asset(name='a.png', path=None), 'caption': 'cat'})
     """
 
-    def __init__(self, path, records="records.jsonl", convert=None, split=None):
+    def __init__(self, path, records="records.jsonl", convert=None, split=None, keep=None):
         if not isinstance(path, (str, Path)) or not isinstance(records, str):
             raise TypeError(f"path and records must be a path and a name; got "
                             f"{type(path).__name__} and {type(records).__name__}")
-        if convert is not None and not callable(convert):
-            raise TypeError(f"convert must be callable; got {type(convert).__name__}")
+        for name, value in (("convert", convert), ("keep", keep)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be callable; got {type(value).__name__}")
         self.path, self.split, self._convert = Path(path), split, convert
         self._lock = threading.Lock()
         try:
@@ -66,7 +68,8 @@ class ZipPack:
         for number, line in enumerate(self._read(records, records).splitlines(), 1):
             if line.strip():
                 record = parse_record(line, f"{self.path}, {records}, line {number}")
-                if split is None or record.get("split") == split:
+                if (split is None or record.get("split") == split) and (
+                        keep is None or keep(record)):
                     self._records.append((number, record))
 
     def _read(self, name, where):
@@ -131,8 +134,12 @@ def _asked(medium, source, question, answer, **more):
             "answer": answer, "check": "exact", **more}
 
 
+def _is_screen(record):
+    return record.get("category") == "screenshot"
+
+
 def _caption(record):
-    screen = record.get("category") == "screenshot"
+    screen = _is_screen(record)
     question = "Describe the screen." if screen else "What is this?"
     return _asked("image", record["image"], question, record["caption"],
                   kind="screenshot" if screen else "emoji")
@@ -153,9 +160,13 @@ def _digit(record):
     return _asked("audio", record["audio"], "Which digit?", record["text"], kind="digit")
 
 
-KINDS = {"captions": ("records.jsonl", _caption), "nlvr": ("nlvr/records.jsonl", _nlvr),
-         "nlvr_captions": ("nlvr/records.jsonl", _nlvr_caption),
-         "digits": ("fsdd/records.jsonl", _digit)}
+# Member, what makes a sample of a record, which records.
+KINDS = {"captions": ("records.jsonl", _caption, None),
+         "emoji": ("records.jsonl", _caption, lambda record: not _is_screen(record)),
+         "screens": ("records.jsonl", _caption, _is_screen),
+         "nlvr": ("nlvr/records.jsonl", _nlvr, None),
+         "nlvr_captions": ("nlvr/records.jsonl", _nlvr_caption, None),
+         "digits": ("fsdd/records.jsonl", _digit, None)}
 
 
 def load_pack(path, kind, split=None):
@@ -166,8 +177,9 @@ def load_pack(path, kind, split=None):
     path : path
         The zip file.
     kind : str
-        ``captions`` (a picture and its name or description), ``nlvr`` (is a sentence true of a
-        picture?), ``nlvr_captions`` (what is in each of its boxes?) or ``digits`` (a spoken digit).
+        ``captions`` (a picture and its name or description), of these ``emoji`` or ``screens``
+        alone, ``nlvr`` (is a sentence true of a picture?), ``nlvr_captions`` (what is in each of
+        its boxes?) or ``digits`` (a spoken digit).
     split : str, optional
         ``train``, ``val`` or ``test``, where the pack has it.
 
@@ -191,14 +203,14 @@ def load_pack(path, kind, split=None):
     """
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r:.40}")
-    records, convert = KINDS[kind]
+    records, convert, keep = KINDS[kind]
 
     def checked(record):
         try:
             return convert(record)
         except KeyError as error:
             raise DataError(f"{path}: a record without {error}") from None
-    pack = ZipPack(path, records, checked, split)
+    pack = ZipPack(path, records, checked, split, keep)
     if not len(pack):
         raise DataError(f"{path}: no record of split {split!r}")
     return pack

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from ._files import write_whole
+from ._files import read_object, write_whole
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .recipes import FIRST_STD, TASKS, starting_point
@@ -53,10 +53,7 @@ def _stored(folder):
     """Settings of the run that a folder is or belongs to; {} for a model from elsewhere."""
     for place in (Path(folder), Path(folder).parent):
         if (place / _SETTINGS).exists():
-            try:
-                return json.loads((place / _SETTINGS).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CommandError(f"{place / _SETTINGS}: not JSON ({error})") from None
+            return read_object(place / _SETTINGS, CommandError)
     return {}
 
 

@@ -1,6 +1,8 @@
 """Files that are either whole or not there."""
 import errno
+import json
 import os
+import reprlib
 import tempfile
 from pathlib import Path
 
@@ -38,3 +40,20 @@ def write_whole(path, write):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def read_object(path, error):
+    """The object in a JSON file; ``error`` (a class) with the reason for anything else that it
+    may hold."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as reason:  # among the first: no UTF-8, endless numbers
+        raise error(f"{path}: not JSON: {str(reason)[:80]}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold an object; got {short(value)}")
+    return value
+
+
+def short(value):
+    """A few letters of a value from a file, however deep it is."""
+    return reprlib.repr(value)[:80]

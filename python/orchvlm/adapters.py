@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._files import write_whole
+from ._files import read_object, short, write_whole
 from ._numbers import finite_number, whole_number
 from .checkpoint import CheckpointError, SafeTensors, write_file
 
@@ -254,19 +254,16 @@ def _our_name(stored, folder):
 
 def _read_config(path):
     """(r, alpha, rslora) of PEFT's file; ValueError for what is not computed here."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: no object")
+    values = read_object(path, CheckpointError)
     for key, neutral in _NEUTRAL.items():
         value = values.get(key, neutral)
         if value != neutral and value not in (None, [], {}, False):
-            raise CheckpointError(f"{path}: {key} = {value!r} is not computed here; only "
+            raise CheckpointError(f"{path}: {key} = {short(value)} is not computed here; only "
                                   f"{neutral!r} is")
     if "r" not in values or "lora_alpha" not in values:
         raise CheckpointError(f"{path}: r or lora_alpha missing")
+    rslora = values.get("use_rslora", False)
+    if not isinstance(rslora, bool):
+        raise CheckpointError(f"{path}: use_rslora must be true or false; got {short(rslora)}")
     return (whole_number(values["r"], "r", 1, _RANK_MOST),
-            finite_number(values["lora_alpha"], "lora_alpha", 0),
-            bool(values.get("use_rslora", False)))
+            finite_number(values["lora_alpha"], "lora_alpha", 0), rslora)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._files import write_whole
+from ._files import read_object, short, write_whole
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
            "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
@@ -60,8 +60,10 @@ class SafeTensors:
     def _parse(self, raw):
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=self._unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is no JSON: {error}") from None
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: the header is no JSON: {str(error)[:80]}") from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is no object")
         header.pop("__metadata__", None)
@@ -80,7 +82,7 @@ class SafeTensors:
             numbers = [first, last, *shape]
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{self.path}: {name}: dtype, shape or data_offsets missing or "
-                                  f"not understood: {str(entry)[:200]}") from None
+                                  f"not understood: {short(entry)}") from None
         if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise CheckpointError(f"{self.path}: {name}: sizes must be whole numbers >= 0")
         count = 1
@@ -145,18 +147,27 @@ def open_folder(folder):
         raise FileNotFoundError(f"{folder} has neither model.safetensors nor its index; is it a "
                                 "model's folder?")
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_object(index, CheckpointError)["weight_map"]
         files = set(names.values())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index}: no weight_map of names and files") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index}: {file!r} is no file name in this folder")
-    opened = {file: SafeTensors(folder / file) for file in sorted(files)}
+    opened = {file: _shard(index, file) for file in sorted(files)}
     for name, file in names.items():
         if name not in opened[file].tensors:
             raise CheckpointError(f"{index}: {file} has no tensor {name}")
     return {name: opened[file] for name, file in names.items()}
+
+
+def _shard(index, file):
+    try:
+        return SafeTensors(index.parent / file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # no name, or no file, that can be read
+        raise CheckpointError(f"{index}: {file:.80}: {error.strerror}") from None
 
 
 def _narrow(name, dtype):

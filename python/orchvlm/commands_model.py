@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ._files import write_whole
+from ._files import read_object, write_whole
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .recipes import FIRST_STD, TASKS, starting_point
@@ -54,10 +54,7 @@ def _stored(folder):
     """Settings of the run that a folder is or belongs to; {} for a model from elsewhere."""
     for place in (Path(folder), Path(folder).parent):
         if (place / _SETTINGS).exists():
-            try:
-                return json.loads((place / _SETTINGS).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CommandError(f"{place / _SETTINGS}: not JSON ({error})") from None
+            return read_object(place / _SETTINGS, CommandError)
     return {}
 
 
@@ -108,7 +105,7 @@ class _Line:
         left_s = row["elapsed_s"] * (1 - done) / done
         text = (f"step {row['step']:,}  {100 * done:3.0f} %  loss {self._loss:.3f}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  {1e3 * row['tflops']:.0f} GFLOP/s  "
-                f"{left_s // 60:.0f}:{left_s % 60:02.0f} left")
+                f"MFU {100 * row['mfu']:.0f} %  {left_s // 60:.0f}:{left_s % 60:02.0f} left")
         print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n",
               file=sys.stderr, flush=True)
 
@@ -126,7 +123,7 @@ def _board(folder):
     writer = Writer(str(folder / "tensorboard"))
 
     def write(row):
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops"):
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu"):
             writer.add_scalar(key, float(row[key]), row["step"])
     return write, writer.close
 

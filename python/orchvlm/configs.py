@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _core
-from ._files import write_whole
+from ._files import read_object, write_whole
 from .config_keys import ACTS, FAMILIES, ConfigError, checked, rope
 from .sounds import CHUNK
 from .thinker import thinker_values
@@ -79,10 +79,14 @@ class ModelConfig:
     def __post_init__(self):
         if not isinstance(self.values, dict):
             raise TypeError(f"a configuration is a dict; got {type(self.values).__name__}")
-        object.__setattr__(self, "values", thinker_values(copy.deepcopy(self.values)))
+        try:
+            values = copy.deepcopy(self.values)
+        except RecursionError:
+            raise ConfigError("a configuration is not that deep") from None
+        object.__setattr__(self, "values", thinker_values(values))
         if self.family not in FAMILIES:
             raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}; got "
-                              f"{self.values.get('model_type')!r}")
+                              f"{self.values.get('model_type')!r:.60}")
         text = self.values.get("text_config")
         if isinstance(text, dict) and "num_local_experts" in text:
             # transformers 5 writes it so, and reads either.
@@ -297,12 +301,7 @@ class ModelConfig:
         ValueError
             It is no JSON, or not understood.
         """
-        path = Path(folder, "config.json")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not JSON: {error}") from None
-        return cls(values)
+        return cls(read_object(Path(folder, "config.json"), ConfigError))
 
 
 # ---------------------------------------------------------------- presets

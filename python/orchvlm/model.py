@@ -70,6 +70,7 @@ class Model(Phases):
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
         changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
     device, dtype : str
+    threads : int
     shard : Shard or None
         What keeps it over ranks.
 

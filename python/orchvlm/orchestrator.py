@@ -175,7 +175,7 @@ class Orchestrator:
         micro = _micro_batches(inputs, batch, plan.llm, ways)
         seconds = {"lengths": known - start, "plan": planned - known,
                    "data": time.perf_counter() - planned}
-        ran = Ran([inputs], self.model.config)
+        ran = Ran([inputs], self.model)
         ran.plan, ran.prepared_seconds = plan, seconds
         return Prepared(plan, normalizer, micro, items, ran)
 

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .flops import model_flops
 from .shares import label_weights
 
 
@@ -30,10 +29,10 @@ class Ran:
         What gathering lengths, planning and moving data took, beside the step before.
     """
 
-    def __init__(self, packs=(), config=None):
+    def __init__(self, packs, model):
         self.loss, self.targets, self.aux_loss = 0.0, 0, 0.0
         self.tokens = sum(pack.n_tokens for pack in packs)
-        self.flops = sum(model_flops(config, pack) for pack in packs)
+        self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
         self.plan, self.prepared_seconds = None, {}
 
@@ -89,7 +88,7 @@ class OneRank:
         -------
         Ran
         """
-        model, ran = self._model, Ran(packs, self._model.config)
+        model, ran = self._model, Ran(packs, model)
         total = sum(float(label_weights(pack).sum(dtype=np.float64)) for pack in packs)
         counts = balance.begin(ran.tokens, lambda: self._route(packs), len(packs) == 1)
         for pack in packs:

@@ -1,5 +1,32 @@
 """Recipes: how the paper's model and the presets are trained."""
+from dataclasses import dataclass
+
 from .training import TrainingConfig
+
+
+@dataclass
+class Recipe(TrainingConfig):
+    """A training configuration with the packs that it is meant for.
+
+    Parameters
+    ----------
+    sequence_length : int
+        Tokens of a pack: the ``max_tokens`` of its :class:`orchvlm.data.Loader`.
+
+    Attributes
+    ----------
+    micro_batches : int
+        Packs of a step over all ranks, one after the other on one.
+    batch_tokens : int
+        Of a step, at most.
+    """
+
+    sequence_length: int = 32768
+
+    @property
+    def batch_tokens(self):
+        """int : tokens of a step, at most."""
+        return self.micro_batches * self.sequence_length
 
 
 def recipe(stage):
@@ -12,8 +39,10 @@ def recipe(stage):
 
     Returns
     -------
-    TrainingConfig
-        Steps follow from the report's tokens and batches.
+    Recipe
+        A :class:`TrainingConfig` with ``sequence_length`` and ``batch_tokens``: 8.4M tokens a step,
+        71M, 71M and 16 sequences, in as many ``micro_batches``.  Steps follow from the report's
+        tokens and batches.  Stage 2 goes on with the optimizer's state of stage 1.
 
     Raises
     ------
@@ -27,19 +56,25 @@ def recipe(stage):
     Examples
     --------
     >>> import orchvlm
-    >>> orchvlm.recipe("stage0").lr
-    0.000252
+    >>> stage = orchvlm.recipe("stage0")
+    >>> stage.lr, stage.sequence_length, stage.micro_batches, stage.batch_tokens
+    (0.000252, 32768, 256, 8388608)
     """
     frozen = ("model.visual.patch_embed.*", "model.visual.blocks.*", "model.visual.ln.*",
               "model.language_model.*", "lm_head.*")
+    short, long = 32768, 131072
     stages = {
-        "stage0": dict(steps=1907, lr=2.52e-4, min_lr=4.50e-5, warmup=100, freeze=frozen),
-        "stage1": dict(steps=42074, lr=5.22e-5, min_lr=5.22e-6, warmup=500),
-        "stage2": dict(steps=3366, lr=5.22e-6, min_lr=5.22e-6, warmup=0, schedule="constant"),
-        "sft": dict(steps=6250, lr=2e-5, min_lr=2e-6, warmup=625, freeze=frozen[:3])}
+        "stage0": dict(steps=1907, lr=2.52e-4, min_lr=4.50e-5, warmup=100, freeze=frozen,
+                       sequence_length=short, micro_batches=256),
+        "stage1": dict(steps=42074, lr=5.22e-5, min_lr=5.22e-6, warmup=500,
+                       sequence_length=short, micro_batches=2176),
+        "stage2": dict(steps=3366, lr=5.22e-6, min_lr=5.22e-6, warmup=0, schedule="constant",
+                       sequence_length=long, micro_batches=544),
+        "sft": dict(steps=6250, lr=2e-5, min_lr=2e-6, warmup=625, freeze=frozen[:3],
+                    sequence_length=long, micro_batches=16)}
     if stage not in stages:
         raise ValueError(f"stage must be one of {', '.join(stages)}; got {stage!r}")
-    return TrainingConfig(**stages[stage])
+    return Recipe(**stages[stage])
 
 
 #: The embedded tasks as the small presets learn them: easy drawings of 56 x 56 pixels.

@@ -21,6 +21,7 @@ from .averaging import EMA
 from .model import Model
 from .optim import AdamW, schedule
 from .passes import OneRank
+from .peak import gemm_peak
 from .routing import MODES, Balance
 
 _STATE = "training_state.npz"
@@ -235,7 +236,8 @@ class Trainer:
     Notes
     -----
     Packs are made in a thread of their own while the step computes.  A run that was saved and
-    resumed computes the very numbers of one that was not interrupted, ``minutes`` aside.
+    resumed computes the very numbers of one that was not interrupted, unless ``minutes`` end it: the
+    rate then follows the time that has passed.
 
     Examples
     --------
@@ -296,10 +298,11 @@ class Trainer:
         ------
         dict
             For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
-            tflops, seconds, elapsed_s, and of models with experts aux_loss (without its
-            coefficient), expert_load (fullest over mean) and routing_seconds; also a line of
-            ``metrics.jsonl``.  A loss that is no number is None there.  With several ranks on all
-            of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says.
+            tflops, mfu (their share of what a matrix product reaches on the device, see
+            :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with experts aux_loss
+            (without its coefficient), expert_load (fullest over mean) and routing_seconds; also a
+            line of ``metrics.jsonl``.  A loss that is no number is None there.  With several ranks
+            on all of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says.
 
         Raises
         ------
@@ -361,8 +364,8 @@ class Trainer:
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "tokens": int(tokens), "targets": int(targets),
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-                   "seconds": seconds, "elapsed_s": self.elapsed_s, **experts,
-                   **self.passes.metrics(ran)}
+                   "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
+                   "elapsed_s": self.elapsed_s, **experts, **self.passes.metrics(ran)}
             if log is not None:
                 log.write(json.dumps({key: value if math.isfinite(value) else None
                                       for key, value in row.items()}) + "\n")

@@ -35,7 +35,7 @@ def _threads(threads):
     return whole_number(threads, "threads", 1, 1024)
 
 
-def _backend(device):
+def backend_of(device):
     """(what the core opens, device number) of "cpu", "cuda", "cuda:1", ..."""
     if not isinstance(device, str):
         raise TypeError(f"device must be a string such as 'cpu'; got {device!r}")
@@ -119,9 +119,10 @@ class Weights(Adapters):
         if not isinstance(config, ModelConfig):
             raise TypeError("config must be a ModelConfig, e.g. orchvlm.preset('tiny'); got "
                             f"{type(config).__name__}")
-        backend, number = _backend(device)
+        backend, number = backend_of(device)
         self.config, self.device, self.dtype = config, device, dtype
-        self._core = _core.Model(*config.numbers(), backend, number, _threads(threads), dtype)
+        self.threads = _threads(threads)
+        self._core = _core.Model(*config.numbers(), backend, number, self.threads, dtype)
         self._list = self._core.parameters()
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)

@@ -9,6 +9,7 @@ import orchvlm
 from model_cases import draw_config, draw_seed_config
 from omni_cases import draw_any, draw_omni_config, pack_any
 from orchvlm.parts import plan_memory
+from orchvlm.peak import gemm_peak
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
@@ -165,6 +166,12 @@ def test_frozen_parts_are_counted_for_what_they_do(freeze, times):
         factor = times.get(part, 3)
         wanted += flops * (factor if isinstance(factor, int) else factor[0 if weights else 1])
     assert model.flops(inputs) == pytest.approx(wanted)
+
+
+def test_the_peak_of_a_device_is_measured_once():
+    first = gemm_peak("cpu", "float32", 1)
+    assert 1e8 < first < 1e13 and gemm_peak("cpu", "float32", 1) == first
+    assert gemm_peak("ref", "float64", 1) < first  # plain loops
 
 
 def test_adapters_are_counted():

@@ -103,9 +103,13 @@ def test_ranks_by_default(tmp_path):
 def test_resume(trained, capsys):
     assert main(["train", "--resume", "--out", str(trained), "--steps", "5", *FEW[2:]]) == 0
     out, err = capsys.readouterr()
-    assert "5 steps" in out and re.search(r"^step 5 +100 %  loss [\d.]+  [\d,]+ tokens/s", err,
-                                          re.MULTILINE)
+    assert "5 steps" in out and re.search(
+        r"^step 5 +100 %  loss [\d.]+  [\d,]+ tokens/s  [\d,]+ GFLOP/s  MFU \d+ %  0:00 left", err,
+        re.MULTILINE)
     rows = read_metrics(trained / "metrics.jsonl")
+    for row in rows:
+        assert 0 < row["mfu"] < 2 and row["mfu"] == pytest.approx(
+            row["tflops"] * rows[0]["mfu"] / rows[0]["tflops"])
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert all(row["tokens"] <= 200 for row in rows)  # as the run began
 

@@ -194,6 +194,17 @@ def test_a_loss_that_is_no_number(tmp_path):
     assert stored["loss"] is None
 
 
+@pytest.mark.parametrize("stage, length, batch, tokens", (
+    ("stage0", 32_768, 8.4e6, 16e9), ("stage1", 32_768, 71e6, 3e12),
+    ("stage2", 131_072, 71e6, 240e9), ("sft", 131_072, 16 * 131_072, None)))
+def test_recipes_have_the_report_s_sequences_and_batches(stage, length, batch, tokens):
+    made = orchvlm.recipe(stage)
+    assert isinstance(made, orchvlm.TrainingConfig) and made.sequence_length == length
+    assert made.batch_tokens == pytest.approx(batch, rel=0.01)
+    if tokens:
+        assert made.steps * made.batch_tokens == pytest.approx(tokens, rel=1e-3)
+
+
 def test_recipes_freeze_what_they_name(tmp_path):
     stage = orchvlm.recipe("stage0")
     assert (stage.steps, stage.lr, stage.min_lr) == (1907, 2.52e-4, 4.5e-5)

@@ -207,8 +207,8 @@ static void compare(rig_rank *self, ovlm_shard *shard, ovlm_shard_which which, c
             }
             all.whole += pass == 0 ? dist.size : 0;
             double most = near * sqrt(dist.size) + floor * sqrt(all.whole);
-            RCHECK(self, pass == 0 || sqrt(dist.error) <= most, "%s %s: %g off, at most %g", d->name,
-                   one->name, sqrt(dist.error), most);
+            RCHECK(self, pass == 0 || sqrt(dist.error) <= most, "%s %s: %g off, at most %g",
+                   d->name, one->name, sqrt(dist.error), most);
             free(host);
             at += size;
         }

@@ -88,7 +88,8 @@ class OneRank:
         -------
         Ran
         """
-        model, ran = self._model, Ran(packs, model)
+        model = self._model
+        ran = Ran(packs, model)
         total = sum(float(label_weights(pack).sum(dtype=np.float64)) for pack in packs)
         counts = balance.begin(ran.tokens, lambda: self._route(packs), len(packs) == 1)
         for pack in packs:

@@ -30,8 +30,8 @@ class Shard:
 
     From then on the model's passes, :class:`AdamW`, :meth:`Model.zero_grad`,
     :meth:`Model.state_dict`, :meth:`Model.load_state_dict` and :meth:`Model.save_pretrained` work
-    over the ranks: every rank calls them, in one order.  The result does not depend on the mode
-    but for rounding, and all ranks have the same bits.
+    over the ranks: every rank calls them, in the same order.  The result does not depend on the
+    mode but for rounding, and all ranks have the same bits.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class Shard:
 
         Parameters
         ----------
-        model : Model or ModelConfig
+        model : Model, ModelConfig or dict
             Of a configuration everything is trained.
         ranks : int
         mode : str or dict
@@ -196,6 +196,8 @@ class Shard:
         >>> round(one / four, 1)
         4.0
         """
+        if isinstance(model, dict):
+            model = ModelConfig(model)
         if isinstance(model, ModelConfig):
             source = (*model.numbers(), dtype)
         elif isinstance(model, Weights):

@@ -311,6 +311,7 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         passes, log, broken = self.passes, None, False
+        self._peak = gemm_peak(self.model.device, self.model.dtype, self.model.threads)
         ahead = _Ahead(self.loader, passes.make, passes.ahead, self._left)
         try:
             if passes.rank == 0:

@@ -72,7 +72,7 @@ class Orchestrator:
     TypeError
         An argument of another kind.
     ValueError
-        A limit below 1; a cost or a limit that the planner refuses, when the first batch is planned.
+        A limit below 1; what the planner refuses, when the first batch is planned.
 
     Notes
     -----

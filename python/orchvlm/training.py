@@ -235,9 +235,11 @@ class Trainer:
 
     Notes
     -----
-    Packs are made in a thread of their own while the step computes.  A run that was saved and
-    resumed computes the very numbers of one that was not interrupted, unless ``minutes`` end it: the
-    rate then follows the time that has passed.
+    Packs are made in a thread of its own while the step computes; with several ranks that thread
+    also plans the next step and moves its data (:class:`orchvlm.Orchestrator`).  A run that was
+    saved and resumed computes the very numbers of one that was not interrupted, on another number
+    of ranks the same to rounding; unless ``minutes`` end it: the rate then follows the time that
+    has passed.
 
     Examples
     --------

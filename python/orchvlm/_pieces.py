@@ -13,7 +13,7 @@ def _places(states):
     for state in states:
         for key in state:
             name, _, label = key.rpartition("/")
-            if label in ("", "piece") or not name:
+            if label == "piece" or key == "step":
                 continue
             if f"{name}/piece" in state:
                 first, n, *shape = np.asarray(state[f"{name}/piece"]).tolist()

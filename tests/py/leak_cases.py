@@ -104,9 +104,24 @@ def exports():
     made._core.trace_stop()
 
 
+def transfers():
+    route = orchvlm.Route([0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0], [0, 1], 1, source_rows=[2])
+    comm = orchvlm.comm.Comm(_core.comm_self())
+    way = orchvlm.Dispatcher(comm, threads=2).prepare(route, [0, 2], 4)
+    way.reverse(way.apply(FEATURES[:2]))
+    way.start_reverse([FEATURES[[0, 1, 2, 0]], FEATURES[[0, 1, 2, 0]]]).wait()
+    way.start(FEATURES[:2])  # dropped, until the communicator closes
+    must_fail(way.apply, FEATURES)
+    must_fail(way.reverse, np.zeros(4, np.int64))
+    must_fail(way._core.wait, comm._core, None)
+    must_fail(way._core.move, None, (), (), 0, 0, 0)
+    must_fail(orchvlm.Dispatcher(comm).prepare, route, [0, 0])
+    comm.close()
+
+
 MADE = []
 CASES = {
-    "phases": phases, "phase_errors": phase_errors, "exports": exports,
+    "transfers": transfers, "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),
                                 must_fail(_core.simulate, *ENGINE[:5], "x"),

@@ -33,6 +33,7 @@ void ovlm_comm_close(ovlm_comm *comm)
     ovlm_comm_queue_close(comm);
     comm->engine->close(comm->self);
     ovlm_arena_free(&comm->arena);
+    free(comm->world);
     free(comm);
 }
 
@@ -114,6 +115,25 @@ static uint64_t child_id(const ovlm_comm_label *label, int64_t color)
     return hash;
 }
 
+/* Messages name ranks as they are called in the first communicator. */
+static ovlm_status gather_world(const ovlm_comm *comm, ovlm_comm *child, ovlm_err *err)
+{
+    const int64_t mine = ovlm_comm_world_rank(comm->world, comm->rank);
+    ovlm_arena arena = {0};
+    int64_t *bytes = NULL;
+    ovlm_status status = OVLM_OK;
+    OVLM_GOTO(done, OVLM_HEAP_NEW(&child->world, child->size, err));
+    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &bytes, child->size, err));
+    for (int64_t r = 0; r < child->size; r++) {
+        bytes[r] = (int64_t)sizeof mine;
+    }
+    const ovlm_all_gather args = {.send = &mine, .recv = child->world, .recv_bytes = bytes};
+    OVLM_GOTO(done, ovlm_comm_all_gather(child, &args, err));
+done:
+    ovlm_arena_free(&arena);
+    return status;
+}
+
 static ovlm_status split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm **out,
                          ovlm_err *err)
 {
@@ -130,7 +150,7 @@ static ovlm_status split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm 
                             err));
     (*out)->debug = comm->debug;
     ovlm_comm_set_poll(*out, comm->poll, comm->poll_ctx);
-    return OVLM_OK;
+    return gather_world(comm, *out, err);
 }
 
 ovlm_status ovlm_comm_split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm **out,
@@ -142,10 +162,12 @@ ovlm_status ovlm_comm_split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_co
     ovlm_status status = split(comm, color, key, out, &local);
     ovlm_comm_poison(comm, status, &local);
     ovlm_comm_leave(comm);
-    if (status != OVLM_OK && err != NULL) {
-        *err = local;
+    if (status != OVLM_OK) {
+        ovlm_comm_close(*out);
+        *out = NULL;
+        return OVLM_FAIL(err, status, "%s", local.message);
     }
-    return status;
+    return OVLM_OK;
 }
 
 ovlm_status ovlm_comm_dup(ovlm_comm *comm, ovlm_comm **out, ovlm_err *err)
@@ -191,8 +213,13 @@ void ovlm_comm_label_describe(const ovlm_comm_label *label, char text[OVLM_COMM_
                    (unsigned long long)(label->comm & 0xffffffffu));
 }
 
+int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank)
+{
+    return world != NULL ? world[rank] : rank;
+}
+
 ovlm_status ovlm_comm_labels_compare(const ovlm_comm_label *first, int64_t n,
-                                     int64_t stride_bytes, ovlm_err *err)
+                                     int64_t stride_bytes, const int64_t *world, ovlm_err *err)
 {
     for (int64_t r = 1; r < n; r++) {
         const ovlm_comm_label *other =
@@ -202,8 +229,9 @@ ovlm_status ovlm_comm_labels_compare(const ovlm_comm_label *first, int64_t n,
             ovlm_comm_label_describe(first, ours);
             ovlm_comm_label_describe(other, theirs);
             return OVLM_FAIL(err, OVLM_E_COMM,
-                             "ranks call different things: rank 0 %s; rank %lld %s", ours,
-                             (long long)r, theirs);
+                             "ranks call different things: rank %lld %s; rank %lld %s",
+                             (long long)ovlm_comm_world_rank(world, 0), ours,
+                             (long long)ovlm_comm_world_rank(world, r), theirs);
         }
     }
     return OVLM_OK;

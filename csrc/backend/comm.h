@@ -177,15 +177,17 @@ enum { OVLM_COMM_TEXT_BYTES = 120 };
 
 /* One line, e.g. "all_reduce of 12 float32 (sum), call 7". */
 void ovlm_comm_label_describe(const ovlm_comm_label *label, char text[OVLM_COMM_TEXT_BYTES]);
-/* OVLM_E_COMM names the first rank whose label is not rank 0's, with both calls.  Labels lie
- * stride_bytes apart. */
+/* OVLM_E_COMM names the first rank whose label is not the first rank's, with both calls.  Labels
+ * lie stride_bytes apart.  world[n]: the ranks' names in messages; NULL: 0, 1, ... */
 OVLM_NODISCARD ovlm_status ovlm_comm_labels_compare(const ovlm_comm_label *first, int64_t n,
-                                                    int64_t stride_bytes, ovlm_err *err);
+                                                    int64_t stride_bytes, const int64_t *world,
+                                                    ovlm_err *err);
 /* The same for an all-to-all: send[r*stride + s] bytes go from r to s, which expects
  * recv[s*stride + r]. */
 OVLM_NODISCARD ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label,
                                                     const int64_t *send, const int64_t *recv,
-                                                    int64_t n, int64_t stride, ovlm_err *err);
+                                                    int64_t n, int64_t stride,
+                                                    const int64_t *world, ovlm_err *err);
 
 /* What starts hand over. */
 typedef struct ovlm_comm_work {
@@ -200,8 +202,10 @@ typedef struct ovlm_comm_work {
 
 /* What carries bytes.  `self` is the engine's own; calls on one self never overlap, calls on
  * different ones may.  Arguments were checked: counts >= 0, offset arrays never NULL, pointers not
- * NULL where there are bytes.  Failures are OVLM_E_COMM (a peer), OVLM_E_NOMEM or
- * OVLM_E_INTERRUPTED; after one the communicator is never used again, only closed. */
+ * NULL where there are bytes.  An all_gather whose label is a barrier gathers nothing, and returns
+ * after all ranks have called it; one whose label is a broadcast gathers from one rank.  Failures
+ * are OVLM_E_COMM (a peer), OVLM_E_NOMEM or OVLM_E_INTERRUPTED; after one the communicator is never
+ * used again, only closed. */
 typedef struct ovlm_comm_engine {
     const char *name; /* static                                                                 */
     bool compares;    /* it compares labels and counts at each call; otherwise that is done above

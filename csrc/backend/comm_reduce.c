@@ -8,7 +8,7 @@
 #include "base/bf16.h"
 
 enum {
-    PIECE_BYTES = 1 << 20,
+    PIECE_BYTES = 4 << 20,
     GATHER_BYTES = 1 << 15, /* up to this much of all ranks together, one gathering is faster   */
     BLOCK = 256
 };
@@ -104,6 +104,14 @@ static void lay_parts(const ovlm_comm *comm, int64_t bytes, piece *p)
     }
 }
 
+/* This rank's own part is added from where it is. */
+static void keep_own(const ovlm_comm *comm, const void *send, piece *p)
+{
+    p->part[comm->rank] = send;
+    p->send_bytes[comm->rank] = 0;
+    p->recv_bytes[comm->rank] = 0;
+}
+
 /* Few elements: everybody gets all of them and adds for itself, in the same order. */
 static ovlm_status reduce_small(ovlm_comm *comm, const ovlm_comm_label *label,
                                 const ovlm_all_reduce *args, ovlm_err *err)
@@ -133,6 +141,7 @@ static ovlm_status reduce_piece(ovlm_comm *comm, ovlm_comm_label *label,
         p->send_bytes[r] = (first + m * (r + 1) / n) * size - p->send_at[r];
     }
     lay_parts(comm, share * size, p);
+    keep_own(comm, (const char *)args->send + (first + low) * size, p);
     const ovlm_all_to_all exchange = {.send = args->send, .send_bytes = p->send_bytes,
                                       .send_at = p->send_at, .recv = p->scratch,
                                       .recv_bytes = p->recv_bytes, .recv_at = p->recv_at,
@@ -140,6 +149,7 @@ static ovlm_status reduce_piece(ovlm_comm *comm, ovlm_comm_label *label,
     OVLM_TRY(comm->engine->all_to_all(comm->self, label, &exchange, err));
     label->piece++;
     ovlm_comm_reduce_parts(mine, p->part, n, share, args->dtype, args->reduce);
+    p->send_bytes[comm->rank] = share * size;
     const ovlm_all_gather gather = {.send = mine, .recv = args->recv,
                                     .recv_bytes = p->send_bytes, .recv_at = p->send_at,
                                     .stream = args->stream};
@@ -188,6 +198,7 @@ ovlm_status ovlm_comm_run_reduce_scatter(ovlm_comm *comm, const ovlm_comm_label 
             at += args->counts[r];
         }
         lay_parts(comm, mine * size, &p);
+        keep_own(comm, (const char *)args->send + p.send_at[comm->rank], &p);
         const ovlm_all_to_all exchange = {.send = args->send, .send_bytes = p.send_bytes,
                                           .send_at = p.send_at, .recv = p.scratch,
                                           .recv_bytes = p.recv_bytes, .recv_at = p.recv_at,

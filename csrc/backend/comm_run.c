@@ -59,11 +59,12 @@ static ovlm_status compare_counts(ovlm_comm *comm, const ovlm_comm_work *work, o
     memcpy(mine, work->of.all_to_all.send_bytes, (size_t)n * sizeof *mine);
     memcpy(mine + n, work->of.all_to_all.recv_bytes, (size_t)n * sizeof *mine);
     OVLM_TRY(gather_equal(comm, &work->label, mine, 2 * n * (int64_t)sizeof *mine, all, err));
-    return ovlm_comm_counts_compare(&work->label, all, all + n, n, 2 * n, err);
+    return ovlm_comm_counts_compare(&work->label, all, all + n, n, 2 * n, comm->world, err);
 }
 
 ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label, const int64_t *send,
-                                     const int64_t *recv, int64_t n, int64_t stride, ovlm_err *err)
+                                     const int64_t *recv, int64_t n, int64_t stride,
+                                     const int64_t *world, ovlm_err *err)
 {
     for (int64_t from = 0; from < n; from++) {
         for (int64_t to = 0; to < n; to++) {
@@ -73,8 +74,9 @@ ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label, const int64_t
                 ovlm_comm_label_describe(label, text);
                 return OVLM_FAIL(err, OVLM_E_COMM,
                                  "counts disagree in %s: rank %lld sends %lld bytes to rank %lld, "
-                                 "which expects %lld", text, (long long)from, (long long)sends,
-                                 (long long)to, (long long)expects);
+                                 "which expects %lld", text,
+                                 (long long)ovlm_comm_world_rank(world, from), (long long)sends,
+                                 (long long)ovlm_comm_world_rank(world, to), (long long)expects);
             }
         }
     }
@@ -90,7 +92,7 @@ ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_
     OVLM_TRY(OVLM_ARENA_NEW(&comm->arena, &all, comm->size, err));
     OVLM_TRY(gather_equal(comm, &work->label, &work->label, (int64_t)sizeof work->label, all,
                           err));
-    OVLM_TRY(ovlm_comm_labels_compare(all, comm->size, (int64_t)sizeof *all, err));
+    OVLM_TRY(ovlm_comm_labels_compare(all, comm->size, (int64_t)sizeof *all, comm->world, err));
     return work->label.kind == OVLM_COMM_ALL_TO_ALL ? compare_counts(comm, work, err) : OVLM_OK;
 }
 

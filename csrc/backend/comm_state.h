@@ -12,6 +12,7 @@ struct ovlm_comm {
     const ovlm_comm_engine *engine;
     void *self; /* owned: the engine's */
     int64_t rank, size;
+    int64_t *world; /* [size] owned: the ranks' numbers in the first communicator; NULL there  */
     uint64_t id;
     int64_t order; /* calls so far */
     bool debug;
@@ -31,6 +32,8 @@ void ovlm_comm_leave(ovlm_comm *comm);
 /* A label with the next order. */
 ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
                                      int64_t amount);
+
+int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank);
 
 /* Does checked work on this thread; a failure poisons the communicator.  Kinds: all but the
  * split. */

@@ -13,7 +13,8 @@ typedef struct ovlm_comm_local_options {
     double join_s;        /* how long processes wait for each other at the start; 0: 300        */
     double slow_s;        /* after this long in one call `warn` is told, then after twice as long
                              and so on; 0: 60                                                   */
-    int64_t window_bytes; /* of memory per rank through which data passes; 0: 256 KiB            */
+    int64_t window_bytes; /* through which a rank's data passes; 0: between 64 KiB and 1 MiB, so
+                             that a communicator takes about 4 MiB.  Less where memory is short  */
     /* Both optional, called while a rank waits, on the thread that does.  poll: non-zero stops the
      * call with OVLM_E_INTERRUPTED, and the job with it.  warn: one line on who is waited for. */
     int (*poll)(void *ctx);

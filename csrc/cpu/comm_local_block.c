@@ -12,6 +12,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum {
+    BLOCK_BYTES = 4 << 20,
+    WINDOW_BYTES_MOST = 1 << 20,
+    WINDOW_BYTES_LEAST = 64 << 10,
+    WINDOW_BYTES_SHORT = 4 << 10 /* where memory is short */
+};
+
 static const char block_magic[8] = "ovlmcom";
 
 /* ---------------------------------------------------------------- layout */
@@ -29,6 +36,18 @@ static int64_t head_bytes(int64_t n)
 static int64_t windows_at(int64_t n)
 {
     return round_up((int64_t)sizeof(local_block) + n * (int64_t)sizeof(local_rank));
+}
+
+/* Larger windows need fewer meetings; more ranks share the same memory. */
+static int64_t window_bytes_of(const local_job *job, int64_t n)
+{
+    const int64_t asked = job->options.window_bytes;
+    int64_t window = asked > 0 ? asked : BLOCK_BYTES / (2 * n);
+    if (asked <= 0) {
+        window = window < WINDOW_BYTES_LEAST ? WINDOW_BYTES_LEAST
+                                             : window > WINDOW_BYTES_MOST ? WINDOW_BYTES_MOST : window;
+    }
+    return round_up(window);
 }
 
 static int64_t block_bytes(int64_t n, int64_t window_bytes)
@@ -62,7 +81,7 @@ static void fill_block(local_block *block, int64_t n, int64_t window_bytes)
 /* Of threads: kept in a list, so that what a failure leaves behind goes with the job. */
 static ovlm_status new_memory(local_job *job, int64_t n, local_block **block, ovlm_err *err)
 {
-    int64_t bytes = block_bytes(n, job->options.window_bytes);
+    int64_t window = window_bytes_of(job, n), bytes = block_bytes(n, window);
     local_memory *memory = calloc(1, sizeof *memory);
     void *place = NULL;
     if (memory == NULL || posix_memalign(&place, OVLM_LOCAL_LINE_BYTES, (size_t)bytes) != 0) {
@@ -72,7 +91,7 @@ static ovlm_status new_memory(local_job *job, int64_t n, local_block **block, ov
     }
     memset(place, 0, (size_t)bytes);
     *block = place;
-    fill_block(*block, n, job->options.window_bytes);
+    fill_block(*block, n, window);
     *memory = (local_memory){.block = *block, .users = n};
     pthread_mutex_lock(&job->mutex);
     memory->next = job->memory;
@@ -112,17 +131,29 @@ static ovlm_status map(int file, const char *path, int64_t bytes, local_block **
     return OVLM_OK;
 }
 
-/* The memory is reserved at once: a write into a hole of a full file system would kill the
- * process. */
-ovlm_status ovlm_local_file_new(const char *path, int64_t n, int64_t window_bytes, int *file,
+/* Memory is reserved at once: a write into a hole of a full file system would kill the process.
+ * Where there is little, smaller windows do. */
+static int reserve(int file, int64_t n, int64_t *window)
+{
+    int refused = posix_fallocate(file, 0, (off_t)block_bytes(n, *window));
+    while (refused == EINTR || (refused == ENOSPC && *window / 2 >= WINDOW_BYTES_SHORT)) {
+        *window = refused == EINTR ? *window : round_up(*window / 2);
+        refused = ftruncate(file, 0) != 0 ? errno
+                                          : posix_fallocate(file, 0, (off_t)block_bytes(n, *window));
+    }
+    return refused;
+}
+
+ovlm_status ovlm_local_file_new(const local_job *job, const char *path, int64_t n, int *file,
                                 local_block **block, ovlm_err *err)
 {
-    int64_t bytes = block_bytes(n, window_bytes);
+    int64_t window = window_bytes_of(job, n);
     *file = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (*file < 0) {
         return OVLM_FAIL(err, OVLM_E_COMM, "cannot create %s: %s", path, strerror(errno));
     }
-    int refused = posix_fallocate(*file, 0, (off_t)bytes);
+    int refused = reserve(*file, n, &window);
+    int64_t bytes = block_bytes(n, window);
     ovlm_status status = OVLM_OK;
     if (refused != 0) {
         status = OVLM_FAIL(err, OVLM_E_NOMEM, "%s has no room for %lld bytes of shared memory "
@@ -132,7 +163,7 @@ ovlm_status ovlm_local_file_new(const char *path, int64_t n, int64_t window_byte
         status = map(*file, path, bytes, block, err);
     }
     if (status == OVLM_OK) {
-        fill_block(*block, n, window_bytes);
+        fill_block(*block, n, window);
     } else {
         (void)close(*file);
         *file = -1;
@@ -149,11 +180,12 @@ ovlm_status ovlm_local_block_new(local_job *job, const char *path, int64_t n, lo
         return new_memory(job, n, block, err);
     }
     if (n == 1) { /* nobody else needs to find it */
-        OVLM_TRY(map(-1, "memory", block_bytes(1, job->options.window_bytes), block, err));
-        fill_block(*block, 1, job->options.window_bytes);
+        int64_t window = window_bytes_of(job, 1);
+        OVLM_TRY(map(-1, "memory", block_bytes(1, window), block, err));
+        fill_block(*block, 1, window);
         return OVLM_OK;
     }
-    OVLM_TRY(ovlm_local_file_new(path, n, job->options.window_bytes, &file, block, err));
+    OVLM_TRY(ovlm_local_file_new(job, path, n, &file, block, err));
     (void)close(file);
     return OVLM_OK;
 }

@@ -24,14 +24,18 @@ static local_job *new_job(const ovlm_comm_local_options *options, int64_t size)
         job->options.silent_s = job->options.silent_s > 0 ? job->options.silent_s : 60;
         job->options.join_s = job->options.join_s > 0 ? job->options.join_s : 300;
         job->options.slow_s = job->options.slow_s > 0 ? job->options.slow_s : 60;
-        int64_t line = OVLM_LOCAL_LINE_BYTES, window = job->options.window_bytes;
-        job->options.window_bytes = window > 0 ? (window + line - 1) / line * line : 256 << 10;
         job->size = size;
         job->rank = -1;
         job->process = getpid();
         job->lock = -1;
         pthread_mutex_init(&job->mutex, NULL);
-        pthread_cond_init(&job->wake, NULL);
+        pthread_condattr_t clock;
+        pthread_condattr_init(&clock);
+#if !defined(__APPLE__)
+        (void)pthread_condattr_setclock(&clock, OVLM_LOCAL_CLOCK);
+#endif
+        pthread_cond_init(&job->wake, &clock);
+        pthread_condattr_destroy(&clock);
     }
     return job;
 }
@@ -154,8 +158,7 @@ static ovlm_status create_meeting(local_job *job, const char *path, ovlm_err *er
     char fresh[OVLM_LOCAL_PATH_BYTES + 32];
     (void)snprintf(fresh, sizeof fresh, "%s.%lld", path, (long long)job->process);
     (void)unlink(fresh); /* of an earlier process with this number: O_EXCL would find it */
-    OVLM_TRY(ovlm_local_file_new(fresh, job->size, job->options.window_bytes, &job->lock,
-                                 &job->first, err));
+    OVLM_TRY(ovlm_local_file_new(job, fresh, job->size, &job->lock, &job->first, err));
     bool locked = ovlm_local_lock(job->lock, 0);
     int named = locked ? link(fresh, path) : -1;
     if (locked && named != 0 && errno == EEXIST) {
@@ -221,7 +224,6 @@ static ovlm_status join(local_job *job, const char *path, int64_t rank, ovlm_err
                          (long long)rank, path);
     }
     job->rank = rank;
-    job->options.window_bytes = job->first->window_bytes;
     job->first->rank[rank].process = (int64_t)job->process;
     atomic_store_explicit(&job->first->rank[rank].here, 1, memory_order_release);
     return ovlm_local_watch(job, err);

@@ -13,11 +13,19 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "base/arena.h"
 #include "cpu/comm_local.h"
 
 enum { OVLM_LOCAL_PATH_BYTES = 256, OVLM_LOCAL_LINE_BYTES = 64 };
+
+/* Of timed waits: one that nobody sets back, where conditions can use it. */
+#if defined(__APPLE__)
+#define OVLM_LOCAL_CLOCK CLOCK_REALTIME
+#else
+#define OVLM_LOCAL_CLOCK CLOCK_MONOTONIC
+#endif
 
 /* What a rank says about itself, in a cache line of its own. */
 typedef struct local_rank {
@@ -98,7 +106,7 @@ OVLM_NODISCARD ovlm_status ovlm_local_block_open(const char *path, local_block *
 void ovlm_local_block_close(local_job *job, local_block *block);
 void ovlm_local_memory_free(local_job *job);
 /* A new file with a block in it, open and mapped. */
-OVLM_NODISCARD ovlm_status ovlm_local_file_new(const char *path, int64_t n, int64_t window_bytes,
+OVLM_NODISCARD ovlm_status ovlm_local_file_new(const local_job *job, const char *path, int64_t n,
                                                int *file, local_block **block, ovlm_err *err);
 OVLM_NODISCARD ovlm_status ovlm_local_file_map(int file, const char *path, local_block **block,
                                                ovlm_err *err);

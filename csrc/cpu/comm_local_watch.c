@@ -108,7 +108,7 @@ static void look_after(local_job *job, unsigned *beat, int64_t *looks)
 static void wait_beat(local_job *job)
 {
     struct timespec until;
-    (void)clock_gettime(CLOCK_REALTIME, &until);
+    (void)clock_gettime(OVLM_LOCAL_CLOCK, &until);
     until.tv_nsec += (long)(BEAT_S * 1e9);
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;

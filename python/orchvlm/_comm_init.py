@@ -32,9 +32,13 @@ def _torchrun(silent_s):
         name = "orchvlm-" + hashlib.sha256(job.encode()).hexdigest()[:24]
         return _core.comm_local(os.path.join(shared_folder(), name), rank, size,
                                 local_options(silent_s))
-    from ._comm_torch import torch_core
+    try:
+        import torch.distributed as dist
+    except ImportError:
+        raise _core.CommError("torchrun's ranks on several hosts communicate over torch, which is "
+                              "not installed; install it, or start them with mpirun") from None
 
-    import torch.distributed as dist
+    from ._comm_torch import torch_core
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")

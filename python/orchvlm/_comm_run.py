@@ -14,6 +14,8 @@ from . import _core
 
 #: After a signal or a failure, how long ranks have to end by themselves before they are killed.
 _KILL_S = 10.0
+#: The same where a rank failed before all had met.
+_JOIN_S = 1.0
 
 
 def shared_folder():
@@ -142,6 +144,7 @@ def _rank_main(pipe, path, rank, n, options, fn, args):
         from .comm import Comm
 
         with Comm(_core.comm_local(path, rank, n, options)) as comm:
+            pipe.send(("joined",))
             result = fn(comm, *args)
         pipe.send(("done", result))
     except BaseException as error:
@@ -156,7 +159,7 @@ class _Ranks:
     def __init__(self, n, start, path, options, fn, args):
         context = multiprocessing.get_context(start)
         self.results, self.errors, self.processes, self.pipes = {}, {}, [], {}
-        self.signals, self.deadline = [], None
+        self.signals, self.deadline, self.joined = [], None, 0
         for rank in range(n):
             pipe, end = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, name=f"rank {rank}",
@@ -180,18 +183,24 @@ class _Ranks:
         self.deadline = self.deadline or time.monotonic() + _KILL_S
 
     def hear(self, pipe):
-        """What a rank says at its end, or that it died."""
-        rank = self.pipes.pop(pipe)
+        """What a rank says, or that it died."""
+        rank = self.pipes[pipe]
         process = self.processes[rank]
         try:
             message = pipe.recv()
+            if message[0] == "joined":
+                self.joined += 1
+                return
         except EOFError:
             process.join()
             code = process.exitcode
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            if code == 1 and not self.joined:
+                how += "; can it import the function?"
             message = ("failed", False, "", f"its process died ({how})", None)
         except Exception as error:  # a result that cannot be unpickled here
             message = ("failed", False, type(error).__name__, str(error), None)
+        del self.pipes[pipe]
         pipe.close()
         if message[0] == "done":
             self.results[rank] = message[1]
@@ -213,7 +222,9 @@ class _Ranks:
             for pipe in connection.wait(list(self.pipes), left):
                 self.hear(pipe)
             if self.errors and self.deadline is None:
-                self.deadline = time.monotonic() + silent_s + _KILL_S
+                # Who has not joined waits for all; who has, hears of the failure in time.
+                left = silent_s + _KILL_S if self.joined == len(self.processes) else _JOIN_S
+                self.deadline = time.monotonic() + left
 
     def end(self):
         """Nothing is left behind."""
@@ -281,7 +292,7 @@ def run_processes(n, fn, *args, start="spawn", silent_s=60.0):
     if start not in ("spawn", "fork"):
         raise ValueError(f"start must be 'spawn' or 'fork'; got {start!r}")
     n, options = _checked_n(n), local_options(silent_s)
-    folder = tempfile.mkdtemp(prefix="orchvlm-", dir=shared_folder())
+    folder = tempfile.mkdtemp(prefix=f"orchvlm-{os.getpid()}-", dir=shared_folder())
     ranks = None
     try:
         ranks = _Ranks(n, start, os.path.join(folder, "meet"), options, fn, args)

@@ -119,9 +119,47 @@ def transfers():
     comm.close()
 
 
+def communicate(group):
+    with group.dup() as twin, group.split(group.rank) as alone:
+        twin.all_gather(np.arange(3))
+        twin.all_to_all_start(np.arange(2), [1, 1]).wait()
+        twin.all_reduce_start(np.ones(3))
+        alone.reduce_scatter(np.ones(3))
+        twin.barrier()
+
+
+def comm_errors():
+    group = orchvlm.comm.init()
+    must_fail(group.all_gather, np.zeros(3), [4])
+    must_fail(group.all_reduce, np.zeros(3), "mean")
+    must_fail(group._core.all_to_all, np.zeros(3), [24], np.zeros(3), [23], False)
+    must_fail(group._core.all_gather, np.zeros(3), np.zeros(3), [8], True)
+    must_fail(group._core.wait, 1)
+    must_fail(_core.comm_threads, 2, (1, 2))
+    must_fail(_core.comm_local, "/no/such/folder/x", 0, 2, (1.0, 1.0, 0.0, 0))
+    must_fail(_core.comm_mpi, ("libno_such_mpi.so",), 0)
+    must_fail(_core.comm_python, object(), 1, 1)
+    broken = orchvlm.comm.Comm(_core.comm_python(Broken(), 0, 1))
+    must_fail(broken.barrier)
+    group.abort("enough")
+    must_fail(group.barrier)
+
+
+class Broken:
+    rank, size = 0, 1
+
+    def abort(self, message):
+        pass
+
+    def close(self):
+        pass
+
+
 MADE = []
 CASES = {
-    "transfers": transfers, "phases": phases, "phase_errors": phase_errors, "exports": exports,
+    "comm": lambda: orchvlm.comm.run_threads(2, communicate),
+    "comm_errors": comm_errors, "transfers": transfers,
+    "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),
                                 must_fail(_core.simulate, *ENGINE[:5], "x"),

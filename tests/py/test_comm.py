@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 
 import orchvlm
-from orchvlm import CommError, _comm_run, _core, comm
+from orchvlm import CommError, _comm_init, _comm_run, _core, comm
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
 HERE = Path(__file__).parent
 
 
+def left_behind(process):
+    """Shared memory of jobs that this process started."""
+    return [name for name in os.listdir(_comm_run.shared_folder())
+            if name.startswith(f"orchvlm-{process}-")]
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     print("seed", SEED)
-    before = set(os.listdir(_comm_run.shared_folder()))
     yield
-    left = set(os.listdir(_comm_run.shared_folder())) - before
-    assert not [name for name in left if name.startswith("orchvlm-")]
+    assert left_behind(os.getpid()) == []
 
 
 def environment(**variables):
@@ -198,7 +202,7 @@ def test_a_rank_that_raises(n):
     with pytest.raises(CommError, match="rank 1 failed: KeyError: 'pixels'") as caught:
         comm.run_processes(n, raising, {}, start="fork", silent_s=5)
     assert "raise KeyError" in str(caught.value.__cause__)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_counts_that_disagree():
@@ -224,6 +228,16 @@ def test_a_rank_that_leaves():
 def test_what_is_no_result():
     with pytest.raises(CommError, match="rank 0 failed: .*pickle"):
         comm.run_processes(1, lambda group: lambda: 0, start="fork")
+
+
+def test_a_rank_that_never_joins():
+    """Functions of a script given as text cannot be imported: its ranks end before they meet."""
+    script = "from orchvlm import comm\ndef work(group): pass\ncomm.run_processes(2, work)"
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", script], env=environment(), text=True,
+                         capture_output=True)
+    assert out.returncode == 1 and time.monotonic() - start < 60
+    assert "its process died (exit status 1; can it import the function?)" in out.stderr
 
 
 @pytest.mark.parametrize("trial", range(4))
@@ -282,6 +296,7 @@ def test_ranks_end_with_their_launcher():
               "zombie" not in Path(f"/proc/{rank}/status").read_text() for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert left_behind(parent.pid) == []
 
 
 # ---------------------------------------------------------------- launchers
@@ -316,6 +331,20 @@ def test_an_environment_that_makes_no_sense(monkeypatch):
         monkeypatch.setenv(name, "two")
     with pytest.raises(ValueError, match="RANK must be an integer"):
         comm.init()
+
+
+@pytest.mark.parametrize("variables, engine", [
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpi"), ({"PMI_SIZE": "4"}, "mpi"),
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "mpi"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "self"),  # a batch script, outside of srun
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "self"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "self"),
+])
+def test_launchers_are_told_apart(monkeypatch, variables, engine):
+    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle: "mpi")
+    monkeypatch.setattr(os, "environ", environment(**variables))
+    found = _comm_init._from_environment(60.0)
+    assert found == "mpi" if engine == "mpi" else found.describe()[2] == engine
 
 
 def test_without_an_mpi_library():

@@ -1,11 +1,11 @@
 /* dispatch.h - a plan's routes on data: rows from the ranks that hold them to the ranks that use
  * them, in one all-to-all, and gradients back.
  *
- *   ovlm_dispatch *d;             ovlm_dispatch_prepare(&spec, &d, err)     once per route and rank
- *   ovlm_parcel parcel = {...};   ovlm_dispatch_measure(d, &parcel, &bytes, err)  scratch it takes
- *   ovlm_dispatch_apply(d, &parcel, comm, err)              forward along the route
- *   ovlm_dispatch_reverse(d, &parcel, comm, err)            gradients back
- *   ovlm_dispatch_start / _start_reverse ... _wait          the same, with work in between
+ *   ovlm_dispatch_prepare(&spec, &d, err)             once per route and rank
+ *   ovlm_dispatch_measure(d, &parcel, &bytes, err)    the scratch that a parcel takes
+ *   ovlm_dispatch_apply(d, &parcel, comm, err)        forward along the route
+ *   ovlm_dispatch_reverse(d, &parcel, comm, err)      gradients back
+ *   ovlm_dispatch_start / _start_reverse ... _wait    the same, with work in between
  *
  * What travels is rows of any width: token ids, patches, features; several arrays in one
  * all-to-all (features and the DeepStack features with them).  Items whose rows differ in width

@@ -129,6 +129,21 @@ class Dispatch:
         Rows that leave for other ranks, that come from them, and that do neither.
     sums : bool
         Whether some row goes to several places, so that the way back adds.
+
+    Examples
+    --------
+    One picture that two samples share, and work while its features travel:
+
+    >>> import numpy as np, orchvlm
+    >>> shared = orchvlm.Route([0, 0], [0, 0], [1, 1], [0, 0], [0, 1], [0, 0], [0, 0], 2,
+    ...                        source_rows=[1, 0])
+    >>> def work(comm):
+    ...     way = orchvlm.Dispatcher(comm).prepare(shared)
+    ...     trip = way.start(np.full((1 - comm.rank, 2), 0.5))
+    ...     features = trip.wait()
+    ...     return features.tolist(), way.reverse(features).tolist()
+    >>> orchvlm.comm.run_threads(2, work)
+    [([[0.5, 0.5]], [[1.0, 1.0]]), ([[0.5, 0.5]], [])]
     """
 
     def __init__(self, comm, core):

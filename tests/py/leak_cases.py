@@ -104,6 +104,21 @@ def exports():
     made._core.trace_stop()
 
 
+def transfers():
+    route = orchvlm.Route([0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0], [0, 1], 1, source_rows=[2])
+    comm = orchvlm.comm.Comm(_core.comm_self())
+    way = orchvlm.Dispatcher(comm, threads=2).prepare(route, [0, 2], 4)
+    way.reverse(way.apply(FEATURES[:2]))
+    way.start_reverse([FEATURES[[0, 1, 2, 0]], FEATURES[[0, 1, 2, 0]]]).wait()
+    way.start(FEATURES[:2])  # dropped, until the communicator closes
+    must_fail(way.apply, FEATURES)
+    must_fail(way.reverse, np.zeros(4, np.int64))
+    must_fail(way._core.wait, comm._core, None)
+    must_fail(way._core.move, None, (), (), 0, 0, 0)
+    must_fail(orchvlm.Dispatcher(comm).prepare, route, [0, 0])
+    comm.close()
+
+
 def communicate(group):
     with group.dup() as twin, group.split(group.rank) as alone:
         twin.all_gather(np.arange(3))
@@ -143,7 +158,7 @@ class Broken:
 MADE = []
 CASES = {
     "comm": lambda: orchvlm.comm.run_threads(2, communicate),
-    "comm_errors": comm_errors,
+    "comm_errors": comm_errors, "transfers": transfers,
     "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),

@@ -26,16 +26,15 @@ def draw_plan(rng, n_ranks, groups, compose):
         for s, tokens in zip(sample, out):
             positions.append(int(taken[s]))
             taken[s] += tokens
-        phases[name] = Items(sample=sample, position=positions,
+        phases[name] = Items(sample=sample, position=positions, out_tokens=out,
                              length=rng.integers(0, 30, len(out)),
-                             out_tokens=out, bytes=rng.integers(0, 999, len(out)),
-                             out_bytes_per_token=8)
+                             bytes=rng.integers(0, 999, len(out)), out_bytes_per_token=8)
     batch = Batch(text_tokens=text, target_tokens=text, phases=phases,
                   source_rank=rng.integers(0, max(1, n_ranks - 1), n))
     cluster = Cluster(1, n_ranks, 80e9, 1e15, 300e9, 25e9)
-    llm = SequenceCost(1e-6, 1e-3, memory_per_token=1.0,
-                       memory_limit=float((text + taken).max() + 64),
-                       comm={1: 0.0, 2: 1e-5}) if groups else BatchCost(linear=1e-3)
+    longest = float((text + taken).max())
+    llm = BatchCost(linear=1e-3) if not groups else SequenceCost(
+        1e-6, 1e-3, memory_per_token=1.0, memory_limit=longest + 64, comm={1: 0.0, 2: 1e-5})
     costs = {**{name: BatchCost(linear=1e-3) for name in phases}, "llm": llm}
     return orchvlm.plan_step(batch, cluster, costs, compose=compose, work_limit=50, seed=0,
                              time_limit=None, pad_to=int(rng.integers(1, 4)) if groups else 1,
@@ -381,6 +380,34 @@ def test_one_thread_at_a_time():
         thread.join()
         assert not errors
     run(2, work)
+
+
+def test_the_core_refuses_junk():
+    """Private calls with one argument spoilt: an exception, or a transfer that is right."""
+    rng = np.random.default_rng([SEED, 500])
+    junk = [None, -1, 2**70, 0.5, "x", (), (None,), (np.zeros(3),), (np.zeros((3, 2)),), [], object(),
+            (np.zeros(3, ">f8"),), (np.array([None] * 3),), (np.zeros(8)[::2][:3],), (np.float64(1),),
+            (np.zeros(12, np.int8)[1:9].view(np.float32)[:2],), (np.zeros((3, 0)),)]
+
+    def work(way):
+        core, comm = way._core, way._comm._core
+        locked = np.zeros(4)
+        locked.flags.writeable = False
+        for _ in range(2000):
+            good = [comm, (np.arange(3.0),), (np.zeros(4),), 0, False, bool(rng.integers(2))]
+            at = rng.integers(len(good))
+            good[at] = junk[rng.integers(len(junk))] if rng.integers(9) else (locked,)
+            try:
+                done = core.move(*good)
+                if done is not None:
+                    core.wait(comm, done)
+            except (TypeError, ValueError):
+                continue
+            assert at > 2 or good[2][0].shape[1:] == good[1][0].shape[1:]
+        for arguments in ((), (comm,), (comm, None), (None, None), (comm, comm)):
+            with pytest.raises((TypeError, ValueError)):
+                core.wait(*arguments)
+    alone(work)
 
 
 def exchange(comm, route, seed):

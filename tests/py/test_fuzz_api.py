@@ -212,7 +212,8 @@ GOOD = {
     "match": lambda r: r.choice([["*_proj"], ["*.q_proj", "*"], ["*attn*"]]),
     "r": lambda r: r.randint(1, 4), "alpha": number, "decay": lambda r: r.random(),
     "counts": lambda r: np.ones(MODEL.layer_counts().shape, np.int64),
-    "rate": lambda r: r.random(),
+    "rate": lambda r: r.random(), "route": lambda r: r.choice([LOOP, ROUTE]),
+    "arrays": lambda r: np.zeros((3, 2)), "gradients": lambda r: [np.zeros(3), np.zeros((3, 2))],
     "rng": lambda r: np.random.default_rng(0), "samples_per_rank": lambda r: r.randint(1, 4),
 }
 # What bounds the work stays small or invalid: a valid 2^31 ranks, or 40 s, are only slow.
@@ -235,6 +236,8 @@ def bounded(rng, most):
 
 # ---------------------------------------------------------------- the public functions
 
+DISPATCHER = orchvlm.Dispatcher(orchvlm.comm.Comm(_core.comm_self()))
+LOOP = Route([0, 1], [0, 0], [2, 1], [0, 0], [0, 0], [0, 2], [0, 2], 1)
 TENSOR = MODEL.tensor("model.language_model.norm.weight")
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
@@ -257,7 +260,10 @@ METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCo
            "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,
            "AdamW().load_state_dict": orchvlm.AdamW(MODEL, 1e-3).load_state_dict,
            **{f"Route.{name}": getattr(ROUTE, name)
-              for name in ("compose", "apply", "send_counts", "receive_counts")}}
+              for name in ("compose", "apply", "in_bytes", "send_counts", "receive_counts")},
+           "Dispatcher().prepare": DISPATCHER.prepare,
+           **{f"Dispatch().{name}": getattr(DISPATCHER.prepare(LOOP), name)
+              for name in ("apply", "reverse", "start", "start_reverse")}}
 
 # What a protocol asks for beside the usual.
 PROTOCOL = {"Tensor().__dlpack__": (BufferError,), "Model().tensor": (KeyError,)}

@@ -34,7 +34,8 @@ def test_over_ranks(answers, size, name):
     assert not wrong, f"{name} on {size} ranks\n{wrong}"
 
 
-TOWERS = ("towers", "in_data_parallel", "whole_models", "whole_models_in_data_parallel")
+TOWERS = ("towers", "in_data_parallel", "whole_models", "whole_models_in_data_parallel",
+          "whole_models_sharded")
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -112,7 +112,7 @@ class _Hooks:
         self._waiting = [call for call in calls if len(call[0].rank)] or calls[:1]
 
     def _sent(self, pixels, grid):
-        """A plan for pictures of `grid` (frames, rows, columns) patches, and those to encode here."""
+        """A plan for pictures of (frames, rows, columns) patches, and those to encode here."""
         frames, per_frame = grid[:, 0], grid[:, 1] * grid[:, 2]
         patches, side = frames * per_frame, self._tower.spatial_merge_size
         plan = self._balancer.plan(patches, squares=frames * per_frame.double()**2,  # per frame

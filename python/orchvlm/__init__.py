@@ -30,6 +30,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name):
+    if name == "torch":  # not in __all__: it imports PyTorch, and raises ImportError without it
+        return import_module(f"{__name__}.torch")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'orchvlm' has no attribute {name!r}")

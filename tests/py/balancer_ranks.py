@@ -1,4 +1,4 @@
-"""Runs functions on the ranks of a gloo group, one process each, and brings back their errors."""
+"""Runs functions on the ranks of a gloo group, a process each; brings back what they raise."""
 import datetime
 import importlib
 import os

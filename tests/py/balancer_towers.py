@@ -2,14 +2,18 @@
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig,
+                          Qwen2VLForConditionalGeneration)
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 import orchvlm
 from balancer_checks import Merger, draw_merging, loss_of, near, summed_gradients
-from model_cases import draw_config
+from model_cases import IDS, draw_config
 from oracle_cases import build, draw_batch
 from orchvlm.torch import Balancer, balance_tower
 
@@ -109,23 +113,42 @@ def in_data_parallel(rank, size, seed):
         near(p.detach(), want.detach(), 1e-9)
 
 
+def draw_older_model(config, rng, seed):
+    """A Qwen2.5-VL or Qwen2-VL that takes the images of a Qwen3-VL of `config`."""
+    vision = config["vision_config"]
+    text = {"vocab_size": config["text_config"]["vocab_size"], "hidden_size": 24,
+            "intermediate_size": int(rng.integers(9, 40)), "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
+    sizes = {"depth": 2, "num_heads": 2, "patch_size": vision["patch_size"],
+             "temporal_patch_size": vision["temporal_patch_size"], "spatial_merge_size": 2}
+    torch.manual_seed(seed)
+    if rng.random() < 0.5:
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+            text_config=text, vision_config=sizes | dict(embed_dim=16, hidden_size=24, mlp_ratio=2),
+            **IDS))
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=sizes | dict(
+            hidden_size=16, out_hidden_size=24, intermediate_size=20, fullatt_block_indexes=[1],
+            window_size=4 * vision["patch_size"]), **IDS))
+
+
 def draw_model_and_batch(seed, rank, size, step):
     """The same model on all ranks, each rank's own batch; the last one never has a picture."""
-    config = draw_config(np.random.default_rng([*seed, step]), sparse=False)
     rng = np.random.default_rng([*seed, step])
-    model = build(config, rng).double()
+    config = draw_config(rng, sparse=False)
+    model = build(config, rng) if step < 3 else draw_older_model(config, rng, seed[0] + step)
     for more in range(200):
         batch = draw_batch(np.random.default_rng([*seed, step, rank, more]), config, samples=2)[1]
         kinds = {"pixel_values", "pixel_values_videos"} & set(batch)
         # Some step has no picture at all, some no video anywhere.
-        wanted = (not kinds if rank == size - 1 > 0 or step == 1 else
-                  kinds <= {"pixel_values"} if step == 2 else True)
-        if wanted:
+        if (not kinds if rank == size - 1 > 0 or step == 1 else
+                kinds <= {"pixel_values"} if step > 1 else True):
             break
     for name in ("pixel_values", "pixel_values_videos"):
         if name in batch:
             batch[name] = batch[name].double()
-    return model, batch, batch.pop("labels")
+    return model.double().train(), batch, batch.pop("labels")
 
 
 def loss_from(logits, labels):
@@ -171,3 +194,20 @@ def whole_models_in_data_parallel(rank, size, seed):
         loss_from(wrapped(**batch).logits, labels).backward()
         for name, p in model.named_parameters():
             near(torch.zeros_like(p) if p.grad is None else p.grad * size, reference[name], 1e-8)
+
+
+def whole_models_sharded(rank, size, seed):
+    """The same with weights sharded over the ranks and gathered layer by layer."""
+    mesh = init_device_mesh("cpu", (size,))
+    for step in range(3):
+        model, batch, labels = draw_model_and_batch(seed, rank, size, step)
+        loss_from(model(**batch).logits, labels).backward()
+        reference = summed_gradients(model)
+        balance_tower(model)
+        tower, decoder = model.model.visual, model.model.language_model
+        for part in (*tower.blocks, *decoder.layers, tower, model):
+            fully_shard(part, mesh=mesh)
+        loss_from(model(**batch).logits, labels).backward()
+        for name, p in model.named_parameters():
+            near(torch.zeros(p.shape, dtype=p.dtype) if p.grad is None else
+                 p.grad.full_tensor() * size, reference[name], 1e-8)

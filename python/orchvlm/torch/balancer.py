@@ -6,7 +6,7 @@ from torch import distributed as dist
 
 from .. import _core
 from ..batch import amount
-from ..cost import BatchCost, _count
+from ..cost import BatchCost, SequenceCost, _count
 from .agreement import Agreement
 from .checks import MOST_TENSORS, amounts, check_blank, packed, several, whole_numbers
 from .exchange import Chain, Mover
@@ -45,18 +45,18 @@ class Balancer:
     Raises
     ------
     TypeError, ValueError
-        A bad argument; on all ranks, also of the constructor (see the notes).
+        An argument is bad, or ranks give different ones.
     orchvlm.CommError
         ``torch.distributed`` is not initialised, this process is not in the group, or another rank
         refused its arguments: which, and why.
 
     Notes
     -----
-    All methods but the properties of a plan are collective: every rank of the group calls the same
-    ones in the same order, with zero rows where it has none. Before anything moves the ranks agree
-    on it in one small all-reduce, so that a bad argument on one rank raises on all of them and none
-    waits. That and the lengths travel through the group's CPU backend where it has one; with
-    ``init_process_group("cpu:gloo,cuda:nccl")`` no call waits for the GPU.
+    The constructor, a call and all methods but :meth:`anchor` are collective: every rank of the
+    group calls the same ones in the same order, with zero rows where it has none. Before anything
+    moves the ranks agree on it in one small all-reduce, so that a bad argument on one rank raises
+    on all of them and none waits. That and the lengths travel through the group's CPU backend where
+    it has one: ``init_process_group("cpu:gloo,cuda:nccl")`` spares the GPU the wait.
 
     Rows within a rank stand item by item, in the order of the batch: items of rank 0 first. Three
     kinds of rows: ``"in"``, ``lengths`` of them per item; ``"out"``, ``out_lengths``; ``"item"``,
@@ -94,8 +94,9 @@ class Balancer:
     >>> balancer.anchor(features.square().sum()).backward()
     >>> features.shape, encoder[2].weight.grad.shape
     (torch.Size([6, 5]), torch.Size([5, 24]))
-    >>> print(plan.report().summary.partition(",")[0])
-    3 items on 1 ranks: max/mean 1.0000 -> 1.0000
+    >>> print(plan.report().summary)
+    3 items on 1 rank: max/mean 1.0000 -> 1.0000, largest load 46.4 -> 46.4, bound 46.4, \
+gap 0.00 %, optimal
 
     The three in one call:
 
@@ -123,7 +124,7 @@ class Balancer:
                 slack=None if slack is None else amount(slack, "slack"), seed=seed,
                 work_limit=_count("Balancer", "work_limit", work_limit, least=0, most=2**62))
             self.cost = BatchCost(linear=1.0) if cost is None else cost
-            if not callable(self.cost):  # a BatchCost is callable, too
+            if not callable(self.cost) or isinstance(self.cost, SequenceCost):
                 raise TypeError("cost must be a BatchCost or a function of lengths; got "
                                 f"{type(cost).__name__}")
             what = self.cost if isinstance(self.cost, BatchCost) else "a function"

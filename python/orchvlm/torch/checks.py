@@ -68,5 +68,5 @@ def check_blank(blank, tensors):
         raise ValueError(f"blank must be {len(tensors)} tensors, like x; got {len(blanks)}")
     for place, (one, x) in enumerate(zip(blanks, tensors)):
         if one.ndim < 1 or one.shape[1:] != x.shape[1:] or one.dtype != x.dtype:
-            raise ValueError(f"blank[{place}] must have rows {list(x.shape[1:])} of {x.dtype}, as "
-                             f"x; got shape {tuple(one.shape)} of {one.dtype}")
+            raise ValueError(f"blank[{place}] must have rows {list(x.shape[1:])} of {x.dtype}, "
+                             f"like x; got shape {tuple(one.shape)} of {one.dtype}")

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _spans(first, count):
-    """first[0], first[0]+1, ... (count[0] of them), first[1], ...; None where that is 0, 1, ..."""
+    """count[0] numbers from first[0] on, then count[1] from first[1], ...; None for 0, 1, 2, ..."""
     index = np.repeat(first - (np.cumsum(count) - count), count)
     index += np.arange(len(index))
     return None if np.array_equal(index, np.arange(len(index))) else index

@@ -7,7 +7,7 @@ from ..cost import Cluster
 from ..model_cost import from_model
 from .balancer import Balancer
 
-_CALLS = 2  # of the tower in a forward of the model: for images, and for videos
+_KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 # What a collator may have computed ahead of the pictures that were here.
 _AHEAD = {"cu_seqlens", "max_seqlen", "position_ids", "window_index", "cu_window_seqlens",
           "interp_indices", "interp_weights"}
@@ -76,6 +76,7 @@ def balance_tower(model, group=None, cost=None, **options):
         cost = from_model(model.config.to_dict(), Cluster.preset("h100")).flops["vision"]
     balancer = Balancer(parts.visual, group, cost, **options)
     hooks = _Hooks(balancer, parts.visual)
+    parts.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
     parts.visual.register_forward_pre_hook(hooks.before_tower, with_kwargs=True)
     parts.visual.register_forward_hook(hooks.after_tower)
     parts.language_model.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True)
@@ -83,68 +84,69 @@ def balance_tower(model, group=None, cost=None, **options):
 
 
 class _Hooks:
-    """What happens around a tower: pictures travel before it, features after it."""
+    """What happens in a forward of the model, in the same order on every rank.
+
+    All pictures travel before it, features after each call of the tower. Calls are numbered: one
+    rank's images and another's clips may share one. What a rank has no call for, it encodes right
+    before the decoder. Between the exchanges sharded wrappers gather weights, in every rank alike.
+    """
 
     def __init__(self, balancer, tower):
         self._balancer, self._tower = balancer, tower
-        self._calls = 0  # since the last forward of the decoder
-        self._ran = False  # whether any of them had a picture, on any rank
-        self._plan = None  # made ahead, by a rank that has nothing to encode
+        self._waiting = []  # (plan, pixels, grid) of the calls to come
+        self._plan = None  # of the call under way
 
-    def _place(self, grid):
-        """A plan for pictures of `grid` (frames, rows, columns of patches) patches."""
+    def before_model(self, parts, args, kwargs):
+        if not self._tower.training:
+            return
+        given = [[kwargs[name] for name in kind] for kind in _KINDS
+                 if kwargs.get(kind[0]) is not None]
+        device = next(x for x in kwargs.values() if isinstance(x, torch.Tensor)).device
+        config = self._tower.config
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        nothing = torch.zeros(0, width, device=device), torch.zeros(0, 3, dtype=torch.int64,
+                                                                    device=device)
+        calls = [self._sent(*pictures) for pictures in [*given, nothing, nothing][:len(_KINDS)]]
+        # A step without pictures runs the tower all the same, on a blank, so that wrappers find
+        # all weights used; otherwise calls for which no rank has any are left out.
+        self._waiting = [call for call in calls if len(call[0].rank)] or calls[:1]
+
+    def _sent(self, pixels, grid):
+        """A plan for pictures of (frames, rows, columns) patches, and those to encode here."""
         frames, per_frame = grid[:, 0], grid[:, 1] * grid[:, 2]
-        patches = frames * per_frame
-        return self._balancer.plan(patches, squares=frames * per_frame.double()**2,  # per frame
-                                   out_lengths=patches // self._tower.spatial_merge_size**2)
+        patches, side = frames * per_frame, self._tower.spatial_merge_size
+        plan = self._balancer.plan(patches, squares=frames * per_frame.double()**2,  # per frame
+                                   out_lengths=patches // side**2)
+        pixels = pixels.to(self._tower.dtype)
+        blank = pixels.new_zeros(side**2, pixels.shape[1])  # the smallest picture that it takes
+        return (plan, self._balancer.apply(pixels, blank=blank, plan=plan),
+                self._balancer.apply(grid, rows="item", blank=grid.new_tensor([[1, side, side]]),
+                                     plan=plan))
 
     def before_tower(self, tower, args, kwargs):
         if not tower.training:
             return None
-        named = {name: value for name, value in kwargs.items() if name not in _AHEAD}
-        named |= zip(("hidden_states", "grid_thw"), args)
-        pixels, grid = named.pop("hidden_states"), named.pop("grid_thw")
-        plan, self._plan = self._plan, None
-        if plan is None:
-            plan = self._place(grid)
-        self._calls, self._ran = self._calls + 1, True
-        side = tower.spatial_merge_size  # the smallest picture that it takes
-        pixels = self._balancer.apply(pixels, plan=plan,
-                                      blank=pixels.new_zeros(side**2, pixels.shape[1]))
-        grid = self._balancer.apply(grid, rows="item", plan=plan,
-                                    blank=grid.new_tensor([[1, side, side]]))
-        return (pixels,), {"grid_thw": grid, **named}
+        self._plan, pixels, grid = self._waiting.pop(0)
+        drop = {*_AHEAD, "hidden_states", "grid_thw"}
+        return (pixels,), {"grid_thw": grid} | {name: value for name, value in kwargs.items()
+                                                if name not in drop}
 
     def after_tower(self, tower, args, output):
         if not tower.training:
             return None
         extra = list(getattr(output, "deepstack_features", None) or [])
-        features, *extra = self._balancer.restore([output.pooler_output, *extra])
-        left_out = [name for name in ("last_hidden_state", "hidden_states", "attentions")
-                    if hasattr(output, name)]
+        features, *extra = self._balancer.restore([output.pooler_output, *extra], plan=self._plan)
         if extra:
             output = dataclasses.replace(output, deepstack_features=extra)
+        left_out = [name for name in ("last_hidden_state", "hidden_states", "attentions")
+                    if hasattr(output, name)]
         return dataclasses.replace(output, pooler_output=features, **dict.fromkeys(left_out))
 
     def before_decoder(self, decoder, args, kwargs):
         if not self._tower.training:
             return None
-        while self._calls < _CALLS:  # others may have images where this rank has none
-            self._encode_nothing(kwargs["inputs_embeds"].device)
-        self._calls, self._ran = 0, False
+        while self._waiting:  # other ranks have pictures where this one has none
+            self._tower(None, grid_thw=None)
         # All that follows depends on the embeddings, and in the backward pass comes before them.
         embeds = self._balancer.anchor(kwargs["inputs_embeds"])
         return args, {**kwargs, "inputs_embeds": embeds}
-
-    def _encode_nothing(self, device):
-        """This rank's part in a call for pictures that only others have."""
-        tower, config = self._tower, self._tower.config
-        grid = torch.zeros((0, 3), dtype=torch.int64, device=device)
-        self._plan = self._place(grid)
-        # A step without pictures runs the tower once all the same, on a blank, so that wrappers
-        # find all weights used.
-        if len(self._plan.rank) == 0 and (self._ran or self._calls < _CALLS - 1):
-            self._calls, self._plan = self._calls + 1, None
-            return
-        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        tower(torch.zeros((0, width), dtype=tower.dtype, device=device), grid_thw=grid)

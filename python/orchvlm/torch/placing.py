@@ -8,7 +8,7 @@ import numpy as np
 from .. import _core
 from ..balancing import _loads, balance
 from ..routes import Route
-from ..tables import format_bytes, html_table, text_table
+from ..tables import format_bytes, format_count, html_table, text_table
 from .agreement import digest
 from .exchange import Way
 
@@ -103,8 +103,8 @@ class BalanceReport:
     @property
     def summary(self):
         """str : one line."""
-        return (f"{self.items} items on {self.n_ranks} ranks: max/mean "
-                f"{self.imbalance_before:.4f} -> {self.imbalance_after:.4f}, largest load "
+        return (f"{format_count(self.items, 'item')} on {format_count(self.n_ranks, 'rank')}: "
+                f"max/mean {self.imbalance_before:.4f} -> {self.imbalance_after:.4f}, largest load "
                 f"{self.load_before:.6g} -> {self.load_after:.6g}, bound {self.bound:.6g}, gap "
                 f"{100 * self.gap:.2f} %, {self.status}")
 

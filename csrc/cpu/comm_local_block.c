@@ -41,14 +41,12 @@ static int64_t windows_at(int64_t n)
 /* Larger windows need fewer meetings; more ranks share the same memory. */
 static int64_t window_bytes_of(const local_job *job, int64_t n)
 {
-    const int64_t asked = job->options.window_bytes;
-    int64_t window = asked > 0 ? asked : BLOCK_BYTES / (2 * n);
-    if (asked <= 0) {
-        window = window < WINDOW_BYTES_LEAST ? WINDOW_BYTES_LEAST
-                                             : window > WINDOW_BYTES_MOST ? WINDOW_BYTES_MOST
-                                                                         : window;
+    int64_t window = BLOCK_BYTES / (2 * n);
+    if (job->options.window_bytes > 0) {
+        return round_up(job->options.window_bytes);
     }
-    return round_up(window);
+    window = window > WINDOW_BYTES_LEAST ? window : WINDOW_BYTES_LEAST;
+    return round_up(window < WINDOW_BYTES_MOST ? window : WINDOW_BYTES_MOST);
 }
 
 static int64_t block_bytes(int64_t n, int64_t window_bytes)
@@ -139,9 +137,8 @@ static int reserve(int file, int64_t n, int64_t *window)
     int refused = posix_fallocate(file, 0, (off_t)block_bytes(n, *window));
     while (refused == EINTR || (refused == ENOSPC && *window / 2 >= WINDOW_BYTES_SHORT)) {
         *window = refused == EINTR ? *window : round_up(*window / 2);
-        refused = ftruncate(file, 0) != 0 ? errno
-                                          : posix_fallocate(file, 0,
-                                                            (off_t)block_bytes(n, *window));
+        off_t bytes = (off_t)block_bytes(n, *window);
+        refused = ftruncate(file, 0) != 0 ? errno : posix_fallocate(file, 0, bytes);
     }
     return refused;
 }

@@ -19,8 +19,7 @@ typedef struct ovlm_comm_mpi_options {
 } ovlm_comm_mpi_options;
 
 /* All ranks of the handle call it.  MPI is initialised if it is not; *initialised says so, and then
- * this process must end with ovlm_comm_mpi_finalize.  OVLM_E_COMM: no library, or an unknown one.
- */
+ * this process must end with ovlm_comm_mpi_finalize.  OVLM_E_COMM: no library or a strange one. */
 OVLM_NODISCARD ovlm_status ovlm_comm_open_mpi(const ovlm_comm_mpi_options *options,
                                               bool *initialised, ovlm_comm **comm, ovlm_err *err);
 

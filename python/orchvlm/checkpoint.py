@@ -63,7 +63,8 @@ class SafeTensors:
         except CheckpointError:
             raise
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is no JSON: {str(error)[:80]}") from None
+            raise CheckpointError(f"{self.path}: the header is no JSON: "
+                                  f"{str(error)[:80]}") from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is no object")
         header.pop("__metadata__", None)

@@ -208,8 +208,8 @@ class Trainer:
     Notes
     -----
     Packs are made in a thread of their own while the step computes.  A run that was saved and
-    resumed computes the very numbers of one that was not interrupted, unless ``minutes`` end it: the
-    rate then follows the time that has passed.
+    resumed computes the very numbers of one that was not interrupted, unless ``minutes`` end it:
+    then the rate follows the time that has passed.
 
     Examples
     --------

@@ -14,7 +14,8 @@ class Tasks:
 
     ``read`` (what does it say?), ``colour``, ``shape`` and ``count`` (of shapes), ``describe`` (all
     of them, in reading order), ``point`` and ``box`` (where is a shape?), ``chart`` (bars),
-    ``puzzle`` (the odd one out) and ``screen`` (where to click).  Places are whole numbers from 0 to 999 along each side.
+    ``puzzle`` (the odd one out) and ``screen`` (where to click).  Places are whole numbers from 0
+    to 999 along each side.
 
     Parameters
     ----------

@@ -251,7 +251,7 @@ METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCo
            **{f"Model().{name}": getattr(MODEL, name)
               for name in ("forward", "logprobs", "backward", "logits", "generate", "encode",
                            "decode", "encode_backward", "tensor", "load_state_dict", "freeze",
-                           "route", "correct_routers")},
+                           "route", "correct_routers", "flops", "memory")},
            "Tensor().__dlpack__": TENSOR.__dlpack__,
            "Model().add_lora": adapted,
            "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,

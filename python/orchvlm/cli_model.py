@@ -71,7 +71,7 @@ def _add_train(commands, raw):
     group.add_argument("--steps", type=_whole, metavar="N")
     group.add_argument("--minutes", type=_real, metavar="M",
                        help="of training, which the learning rate then follows, so that no run "
-                            "repeats another; by default as the preset says unless --steps is "
+                            "repeats another; by default as the preset says, unless --steps is "
                             "given")
     group.add_argument("--lr", type=_real, metavar="R", help="greatest learning rate")
     group.add_argument("--tokens", type=_whole, metavar="T", help="in a step; 2,048 for tiny")

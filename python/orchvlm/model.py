@@ -428,7 +428,7 @@ class Model(Phases):
             return held
         inputs, rows = self._inputs(inputs), self._core.parameters()
         checkpoint_number(checkpoint)
-        whole_number(max_new_tokens, "max_new_tokens", 0)
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 0)
         coming = arenas.of_model(self.config, inputs, rows, self.dtype, training, checkpoint)
         if max_new_tokens and len(inputs):
             longest = int(inputs.lengths.max()) + max_new_tokens

@@ -93,7 +93,7 @@ def count_parameters(config):
 
 
 def _sample(config, image, text_tokens):
-    """(tokens, grid) of a picture and some text; sides of the picture in pixels, to a token."""
+    """(tokens, grid) of a picture and some text; its sides in pixels are rounded to tokens."""
     vision = config.vision
     merge = vision["spatial_merge_size"]
     rows, columns = (max(1, round(side / vision["patch_size"] / merge)) for side in image)

@@ -105,7 +105,8 @@ def exports():
 
 
 def transfers():
-    route = orchvlm.Route([0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0], [0, 1], 1, source_rows=[2])
+    route = orchvlm.Route([0, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0], [0, 1], 1,
+                          source_rows=[2])
     comm = orchvlm.comm.Comm(_core.comm_self())
     way = orchvlm.Dispatcher(comm, threads=2).prepare(route, [0, 2], 4)
     way.reverse(way.apply(FEATURES[:2]))

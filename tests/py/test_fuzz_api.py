@@ -242,6 +242,9 @@ TENSOR = MODEL.tensor("model.language_model.norm.weight")
 SKIP = {"Planner"}  # a thread that plans ahead: its own tests
 if find_spec("scipy") is None:
     SKIP.add("plan_sequences_milp")
+for package, name in (("torch", "comm.from_torch"), ("mpi4py", "comm.from_mpi4py")):
+    if find_spec(package) is None:
+        SKIP.add(name)
 
 
 def adapted(r=8, alpha=16.0, match=("*_proj",), seed=0, rslora=False):
@@ -254,7 +257,7 @@ METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCo
            **{f"Model().{name}": getattr(MODEL, name)
               for name in ("forward", "logprobs", "backward", "logits", "generate", "encode",
                            "decode", "encode_backward", "tensor", "load_state_dict", "freeze",
-                           "route", "correct_routers")},
+                           "route", "correct_routers", "flops", "memory")},
            "Tensor().__dlpack__": TENSOR.__dlpack__,
            "Model().add_lora": adapted,
            "AdamW().step": orchvlm.AdamW(MODEL, 1e-3).step,

@@ -387,7 +387,8 @@ def test_the_core_refuses_junk():
     rng = np.random.default_rng([SEED, 500])
     junk = [None, -1, 2**70, 0.5, "x", (), (None,), (np.zeros(3),), (np.zeros((3, 2)),), [],
             object(), (np.zeros(3, ">f8"),), (np.array([None] * 3),), (np.zeros(8)[::2][:3],),
-            (np.float64(1),), (np.zeros(12, np.int8)[1:9].view(np.float32)[:2],), (np.zeros((3, 0)),)]
+            (np.float64(1),), (np.zeros(12, np.int8)[1:9].view(np.float32)[:2],),
+            (np.zeros((3, 0)),)]
 
     def work(way):
         core, comm = way._core, way._comm._core

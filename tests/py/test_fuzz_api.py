@@ -283,7 +283,7 @@ def callables():
                    and getattr(member, "__module__", None) == value.__name__]
             for member in getattr(value, "__all__", own):
                 try:
-                    if callable(getattr(value, member)):
+                    if f"{name}.{member}" not in SKIP and callable(getattr(value, member)):
                         yield f"{name}.{member}", getattr(value, member)
                 except ImportError:
                     continue

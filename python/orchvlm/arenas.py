@@ -367,6 +367,7 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
 def of_model(config, inputs, rows, dtype, training, checkpoint):
     """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
     {arena: bytes} after a step, or after a forward alone."""
+    training = bool(training)
     names = [name for name, _, _, trained in rows if trained]
     ranks = {name: shape[0] for name, _, shape, _ in rows if name.endswith(".lora_A.weight")}
     pixels = inputs.pixels is not None and inputs.pixels.dtype == np.uint8

@@ -16,7 +16,7 @@ int ovlm_model_enter(model_object *self)
 
 int ovlm_model_movable(const model_object *self, bool weights)
 {
-    long long n = (long long)(self->exports + (weights ? self->weights : 0));
+    long long n = (long long)self->exports + (weights ? (long long)self->weights : 0);
     if (n > 0) {
         PyErr_Format(PyExc_RuntimeError,
                      "%lld arrays of %sgradients, moments or adapters are still in use; delete "

@@ -41,6 +41,7 @@ def table(threads):
     done = subprocess.run([PROGRAM], input=lines, text=True, check=True, stdout=subprocess.PIPE)
     for (name, *_), line in zip(CASES, done.stdout.splitlines(), strict=True):
         sent, plain, pack, unpack, both, prepared = map(float, line.split())
+        both *= pack + unpack > 0  # nothing was copied
         speeds = [f"{x:.1f}" if x else "in place" for x in (plain, pack, unpack, both)]
         ratios = [f"{x / plain:.2f}" if x else "-" for x in (pack, unpack)]
         cells = [name, f"{sent:.1f}", *speeds, *ratios, f"{prepared:.0f}"]

@@ -219,7 +219,8 @@ GOOD = {
 # What bounds the work stays small or invalid: a valid 2^31 ranks, or 40 s, are only slow.
 BOUNDED = {"work_limit": 100, "time_limit": 0.1, "n_ranks": 100, "n_gpus": 100,
            "k_partitions": 100, "n": 100, "max_new_tokens": 3}
-SLOW = {"plan_sequences_milp": 20, "comm.run_processes": 100, "comm.run_threads": 4, "demo.batch": 10, "Model().generate": 10,
+SLOW = {"plan_sequences_milp": 20, "comm.run_processes": 100, "comm.run_threads": 4,
+        "demo.batch": 10, "Model().generate": 10,
         **{f"Model().{name}": 5 for name in ("forward", "logprobs", "encode", "decode")}
         }  # so many times fewer calls
 

@@ -247,7 +247,9 @@ static void test_left_behind(void)
         ovlm_comm *comm = NULL;
         _exit(ovlm_comm_open_local(path, 0, 3, &p.options, &comm, NULL) == OVLM_OK);
     }
-    while (access(path, F_OK) != 0) {
+    /* Two links: named, and the name that it was made under is not yet gone; that would stay. */
+    struct stat found = {0};
+    while (stat(path, &found) != 0 || found.st_nlink != 1) {
         const struct timespec nap = {.tv_nsec = 1000000};
         (void)nanosleep(&nap, NULL);
     }

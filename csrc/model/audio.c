@@ -124,7 +124,7 @@ static ovlm_status positions(ovlm_run *run, const ovlm_audio_pass *pass, ovlm_te
 }
 
 /* The last images' columns, projected; those that are tokens are added to their positions. */
-static ovlm_status embed(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor h)
+static ovlm_status embed(ovlm_run *run, ovlm_audio_pass *pass, ovlm_stack *stack, ovlm_tensor h)
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
@@ -136,11 +136,11 @@ static ovlm_status embed(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor h)
     RUN(run, linear, fwd, &pass->conv_out);
     OVLM_TRY(positions(run, pass, h));
     void *column = NULL;
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->sounds.column,
+    OVLM_TRY(ovlm_run_upload(run, stack, pass->sounds.column,
                              h.rows * (int64_t)sizeof(int32_t), &column));
     pass->place = (ovlm_gather){.taps = 1, .unique = true, .index = column,
                                 .x = pass->conv_out.y, .y = h, .y_beta = 1};
-    RUN_IN(run, gather, fwd, &pass->place, run->keep);
+    RUN_IN(run, gather, fwd, &pass->place, stack);
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
@@ -148,7 +148,8 @@ static ovlm_status embed(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor h)
 static ovlm_status windows(ovlm_run *run, ovlm_audio_pass *pass)
 {
     void *start = NULL;
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->sounds.start,
+    bool reached = pass->training && pass->lowest < config_of(pass)->depth;
+    OVLM_TRY(ovlm_run_upload(run, reached ? run->keep : run->work, pass->sounds.start,
                              (pass->sounds.windows + 1) * (int64_t)sizeof(int32_t), &start));
     pass->context.query = (ovlm_segments){.n = pass->sounds.windows,
                                           .max_len = pass->sounds.max_window, .start = start,
@@ -162,30 +163,29 @@ ovlm_status ovlm_audio_fwd(ovlm_run *run, ovlm_audio_pass *pass)
     const ovlm_audio_config *c = config_of(pass);
     int64_t T = pass->sounds.tokens, mark = run->work->used_bytes;
     pass->features = ovlm_stack_tensor(run->keep, T, c->out_width, run->dtype);
-    ovlm_stack *stack = pass->training ? run->keep : run->work;
-    ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
-    ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
+    int64_t first = pass->training ? pass->lowest : INT64_MAX; /* that is kept */
+    ovlm_stack *stack = first < 0 ? run->keep : run->work;
+    ovlm_stream stream = {.rows = T, .cols = c->width};
+    ovlm_tensor h = ovlm_stream_next(run, &stream, first <= 0);
     OVLM_TRY(load_mel(run, pass, stack));
     OVLM_TRY(ovlm_unit_enter(run, pass->params->conv_out.unit, OVLM_USE_FORWARD));
     for (int i = 0; i < OVLM_CONVOLUTIONS; i++) {
         OVLM_TRY(convolve(run, pass, i, stack));
     }
-    OVLM_TRY(embed(run, pass, h));
+    OVLM_TRY(embed(run, pass, stack, h));
     OVLM_TRY(ovlm_unit_leave(run));
     OVLM_TRY(windows(run, pass));
     for (int64_t i = 0; i < c->depth; i++) {
         double start_s = ovlm_run_begin(run);
-        ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
-                                         : spare;
-        OVLM_TRY(ovlm_block_fwd(run, &pass->params->audio[i], &pass->context, pass->training, h,
-                                out, &pass->block[i]));
-        spare = h;
+        ovlm_tensor out = ovlm_stream_next(run, &stream, first <= i + 1);
+        OVLM_TRY(ovlm_block_fwd(run, &pass->params->audio[i], &pass->context, first <= i, h, out,
+                                &pass->block[i]));
         h = out;
         ovlm_run_end(run, "audio block", i, start_s);
     }
     OVLM_TRY(ovlm_unit_enter(run, pass->params->project.fc1.unit, OVLM_USE_FORWARD));
-    OVLM_TRY(ovlm_merger_fwd(run, &pass->params->project, stack, h, pass->features,
-                             &pass->project));
+    OVLM_TRY(ovlm_merger_fwd(run, &pass->params->project, pass->training ? run->keep : run->work,
+                             h, pass->features, &pass->project));
     OVLM_TRY(ovlm_unit_leave(run));
     run->work->used_bytes = mark;
     return OVLM_OK;
@@ -261,25 +261,26 @@ static ovlm_status embed_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor d
 ovlm_status ovlm_audio_bwd(ovlm_run *run, ovlm_audio_pass *pass, ovlm_tensor dfeatures)
 {
     const ovlm_params *p = pass->params;
-    bool front = ovlm_unit_trained(p, p->conv_out.unit);
-    int64_t lowest = ovlm_blocks_lowest(p, p->audio, p->config.audio.depth, front);
     int64_t mark = run->work->used_bytes;
-    ovlm_tensor dh = ovlm_stack_tensor(run->work, pass->sounds.tokens, p->config.audio.width,
-                                       run->dtype);
+    bool below = pass->lowest < p->config.audio.depth;
+    ovlm_tensor dh = {0};
+    if (below) {
+        dh = ovlm_stack_tensor(run->work, pass->sounds.tokens, p->config.audio.width, run->dtype);
+    }
     OVLM_TRY(ovlm_unit_enter(run, p->project.fc1.unit, OVLM_USE_BACKWARD));
     if (ovlm_tensor_given(&dfeatures)) {
         OVLM_TRY(ovlm_merger_bwd(run, &p->project, dfeatures, dh, 0, &pass->project));
-    } else {
+    } else if (below) {
         OVLM_TRY(ovlm_run_zero_tensor(run, &dh));
     }
     OVLM_TRY(ovlm_unit_leave(run));
     for (int64_t i = p->config.audio.depth - 1; i >= 0; i--) {
         double start_s = ovlm_run_begin(run);
-        OVLM_TRY(ovlm_block_bwd(run, &p->audio[i], &pass->context, lowest < i, dh,
+        OVLM_TRY(ovlm_block_bwd(run, &p->audio[i], &pass->context, pass->lowest < i, dh,
                                 &pass->block[i]));
         ovlm_run_end(run, "audio block backward", i, start_s);
     }
-    if (front) {
+    if (pass->lowest < 0) {
         OVLM_TRY(embed_bwd(run, pass, dh));
     }
     run->work->used_bytes = mark;

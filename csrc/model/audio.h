@@ -11,6 +11,7 @@ typedef struct ovlm_audio_pass {
     ovlm_sounds sounds;
     const float *mel;             /* [frames, bins] host                                      */
     bool training;
+    int64_t lowest;               /* as the vision pass's; -1: the convolutions too           */
     ovlm_block_context context;
     ovlm_tensor image[OVLM_CONVOLUTIONS + 1]; /* [rows, channels] into and out of convolutions */
     ovlm_linear conv[OVLM_CONVOLUTIONS], conv_out;

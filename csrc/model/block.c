@@ -97,6 +97,18 @@ static ovlm_status compute(ovlm_run *run, const ovlm_block *block,
     return ovlm_mlp_fwd(run, block, context, stack, redo, replay, h_mid, saved->h_out, saved);
 }
 
+ovlm_tensor ovlm_stream_next(ovlm_run *run, ovlm_stream *stream, bool keep)
+{
+    if (keep) {
+        return ovlm_stack_tensor(run->keep, stream->rows, stream->cols, run->dtype);
+    }
+    ovlm_tensor *place = &stream->place[stream->turn++ % 2];
+    if (!ovlm_tensor_given(place)) {
+        *place = ovlm_stack_tensor(run->work, stream->rows, stream->cols, run->dtype);
+    }
+    return *place;
+}
+
 ovlm_status ovlm_taps_init(ovlm_taps *taps, const int32_t *entry, int64_t n, int64_t depth,
                            ovlm_arena *arena, ovlm_err *err)
 {
@@ -193,7 +205,8 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
         OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
         OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
     }
-    bool norm_trained = ovlm_tensor_given(&block->norm1.dw);
+    bool norm_trained = ovlm_tensor_given(&block->norm1.dw) ||
+                        ovlm_tensor_given(&block->norm1_bias.dw);
     ovlm_tensor dn = no_tensor();
     if (below || norm_trained) {
         dn = ovlm_stack_tensor(run->work, T, block->width, run->dtype);

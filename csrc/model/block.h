@@ -56,6 +56,16 @@ typedef struct ovlm_taps {
     ovlm_tensor *state;            /* [n] host: where they are, in run->exact on run->keep     */
 } ovlm_taps;
 
+/* A tower's residual stream, [rows,cols] after each block: on run->keep where a backward reads it,
+ * else in two places of the workspace that take turns. */
+typedef struct ovlm_stream {
+    int64_t rows, cols, turn;
+    ovlm_tensor place[2];
+} ovlm_stream;
+
+/* Where the next of them goes; outside of a block, so that the places outlive it. */
+ovlm_tensor ovlm_stream_next(ovlm_run *run, ovlm_stream *stream, bool keep);
+
 /* Copies n entries, each in [0, depth], to the arena. */
 OVLM_NODISCARD ovlm_status ovlm_taps_init(ovlm_taps *taps, const int32_t *entry, int64_t n,
                                           int64_t depth, ovlm_arena *arena, ovlm_err *err);

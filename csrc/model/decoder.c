@@ -152,23 +152,21 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
 {
     const ovlm_decoder_config *c = &pass->params->config.decoder;
     int64_t T = pass->tokens.T, depth = c->depth;
-    ovlm_stack *stack = pass->training ? run->keep : run->work;
+    int64_t first = pass->training ? pass->lowest : INT64_MAX; /* that is kept */
+    ovlm_stream stream = {.rows = T, .cols = c->width};
     int64_t mark = run->work->used_bytes;
     pass->hidden = ovlm_stack_tensor(run->keep, T, c->width, run->dtype);
-    ovlm_tensor h = ovlm_stack_tensor(stack, T, c->width, run->dtype);
-    ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, T, c->width, run->dtype);
-    OVLM_TRY(embed(run, pass, stack, h));
-    OVLM_TRY(prepare_context(run, pass, stack));
+    ovlm_tensor h = ovlm_stream_next(run, &stream, first <= 0);
+    OVLM_TRY(embed(run, pass, first < 0 ? run->keep : run->work, h));
+    OVLM_TRY(prepare_context(run, pass, first < depth ? run->keep : run->work));
     OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < depth; i++) {
         double start_s = ovlm_run_begin(run);
-        ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, T, c->width, run->dtype)
-                                         : spare;
+        ovlm_tensor out = ovlm_stream_next(run, &stream, first <= i + 1);
         pass->context.cache = pass->cache != NULL ? &pass->cache[i] : NULL;
-        OVLM_TRY(ovlm_block_fwd(run, &pass->params->decoder[i], &pass->context, pass->training, h,
-                                out, &pass->block[i]));
+        OVLM_TRY(ovlm_block_fwd(run, &pass->params->decoder[i], &pass->context, first <= i, h, out,
+                                &pass->block[i]));
         OVLM_TRY(note_counts(run, pass, i));
-        spare = h;
         h = out;
         if (i + 1 < depth) {
             OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
@@ -183,7 +181,7 @@ ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass)
     OVLM_TRY(ovlm_unit_enter(run, pass->params->norm.unit, OVLM_USE_FORWARD));
     pass->norm = (ovlm_norm){.rms = true, .eps = c->eps, .groups = 1, .x = h,
                              .w = pass->params->norm.w, .y = pass->hidden};
-    RUN_IN(run, norm, fwd, &pass->norm, stack);
+    RUN_IN(run, norm, fwd, &pass->norm, pass->training ? run->keep : run->work);
     OVLM_TRY(ovlm_unit_leave(run));
     OVLM_TRY(ovlm_taps_keep(run, &pass->taps, depth, pass->hidden));
     run->work->used_bytes = mark;
@@ -211,11 +209,12 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
 {
     const ovlm_params *p = pass->params;
     int64_t mark = run->work->used_bytes;
-    bool images = ovlm_tensor_given(&dfeatures->image), embed = ovlm_unit_trained(p, p->embed.unit);
-    int64_t lowest = ovlm_blocks_lowest(p, p->decoder, p->config.decoder.depth,
-                                        embed || images || ovlm_tensor_given(&dfeatures->sound));
+    bool images = ovlm_tensor_given(&dfeatures->image);
     ovlm_weight none = {0};
-    ovlm_tensor dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
+    ovlm_tensor dh = {0};
+    if (pass->lowest < p->config.decoder.depth) {
+        dh = ovlm_stack_tensor(run->work, dhidden.rows, dhidden.cols, run->dtype);
+    }
     OVLM_TRY(ovlm_unit_enter(run, p->norm.unit, OVLM_USE_BACKWARD));
     OVLM_TRY(ovlm_norm_back(run, &pass->norm, dhidden, &p->norm, &none, dh, 0));
     OVLM_TRY(ovlm_unit_leave(run));
@@ -225,13 +224,13 @@ ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_tensor
             OVLM_TRY(gather_back(run, &pass->deepstack[i], dh, dfeatures->extra[i], 0));
         }
         pass->context.cache = NULL;
-        OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, lowest < i, dh,
+        OVLM_TRY(ovlm_block_bwd(run, &p->decoder[i], &pass->context, pass->lowest < i, dh,
                                 &pass->block[i]));
         ovlm_run_end(run, "decoder layer backward", i, start_s);
     }
     OVLM_TRY(gather_back(run, &pass->mix, dh, dfeatures->image, 0));
     OVLM_TRY(gather_back(run, &pass->mix_sounds, dh, dfeatures->sound, 0));
-    if (embed) {
+    if (ovlm_unit_trained(p, p->embed.unit)) {
         OVLM_TRY(ovlm_unit_enter(run, p->embed.unit, OVLM_USE_GRADIENTS));
         OVLM_TRY(gather_back(run, &pass->embed, dh, p->embed.dw, 1));
         OVLM_TRY(ovlm_unit_leave(run));

@@ -26,7 +26,8 @@ typedef struct ovlm_decoder_pass {
     const ovlm_params *params;
     ovlm_tokens tokens;
     int64_t longest;            /* segment                                                   */
-    bool training;
+    bool training;              /* a backward follows and has something to do in here        */
+    int64_t lowest;             /* as the vision pass's; -1: embedding or features too       */
     ovlm_decoder_features features;
     ovlm_block_context context; /* checkpoint, count, score_sum, aux are the caller's        */
     int64_t *count_after;       /* [depth,E] device: context.count behind each layer; or NULL */
@@ -46,7 +47,8 @@ OVLM_NODISCARD ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t 
 /* hidden, on run->keep. */
 OVLM_NODISCARD ovlm_status ovlm_decoder_fwd(ovlm_run *run, ovlm_decoder_pass *pass);
 
-/* From dhidden to the weights' gradients and to those of the features (overwritten). */
+/* Of a pass in training: from dhidden to the weights' gradients and to those of the features
+ * (overwritten). */
 OVLM_NODISCARD ovlm_status ovlm_decoder_bwd(ovlm_run *run, ovlm_decoder_pass *pass,
                                             ovlm_tensor dhidden,
                                             const ovlm_decoder_features *dfeatures);

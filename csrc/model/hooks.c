@@ -66,13 +66,21 @@ static void list_block(listing *l, const ovlm_block *block, bool below)
     }
 }
 
+/* A unit of one of these, unless a backward has nothing to do there. */
+static void list_unit(listing *l, int64_t unit, bool below)
+{
+    if (below || ovlm_unit_trained(l->params, unit)) {
+        list(l, unit);
+    }
+}
+
 /* The DeepStack output that is taken after vision block i, if any. */
-static void list_deepstack(listing *l, int64_t i)
+static void list_deepstack(listing *l, int64_t i, bool below)
 {
     const ovlm_vision_config *c = &l->params->config.vision;
     for (int64_t k = 0; k < c->deepstack_n; k++) {
         if (c->deepstack[k] == i) {
-            list(l, l->params->deepstack[k].fc1.unit);
+            list_unit(l, l->params->deepstack[k].fc1.unit, below);
         }
     }
 }
@@ -84,7 +92,7 @@ static void list_forward(listing *l, unsigned phases)
         list(l, p->patch.unit);
         for (int64_t i = 0; i < p->config.vision.depth; i++) {
             list_block(l, &p->vision[i], true);
-            list_deepstack(l, i);
+            list_deepstack(l, i, true);
         }
         list(l, p->merger.fc1.unit);
     }
@@ -107,21 +115,25 @@ static void list_forward(listing *l, unsigned phases)
     }
 }
 
-/* From the last block down to what they read, which is trained or left out. */
-static void list_down(listing *l, const ovlm_block *block, int64_t depth, bool features,
-                      bool deepstack, int64_t feeding)
+/* A tower, or the decoder: its end, its blocks from the last one down, and what they read. */
+typedef struct tower {
+    const ovlm_block *block;
+    int64_t depth, end, feeding; /* the last two are units                                      */
+    bool features, deepstack;    /* of what is fed to it; to list with the blocks               */
+} tower;
+
+static void list_down(listing *l, const tower *t)
 {
-    bool trained = ovlm_unit_trained(l->params, feeding);
-    int64_t lowest = ovlm_blocks_lowest(l->params, block, depth, features || trained);
-    for (int64_t i = depth - 1; i >= 0; i--) {
-        if (deepstack) {
-            list_deepstack(l, i);
+    int64_t lowest = ovlm_blocks_lowest(l->params, t->block, t->depth,
+                                        t->features || ovlm_unit_trained(l->params, t->feeding));
+    list_unit(l, t->end, lowest < t->depth);
+    for (int64_t i = t->depth - 1; i >= 0; i--) {
+        if (t->deepstack) {
+            list_deepstack(l, i, lowest <= i);
         }
-        list_block(l, &block[i], lowest < i);
+        list_block(l, &t->block[i], lowest < i);
     }
-    if (trained) {
-        list(l, feeding);
-    }
+    list_unit(l, t->feeding, false);
 }
 
 static void list_backward(listing *l, const ovlm_pass_kind *kind)
@@ -132,16 +144,17 @@ static void list_backward(listing *l, const ovlm_pass_kind *kind)
         list(l, p->head.unit);
     }
     if (kind->phases & OVLM_PHASE_DECODE) {
-        list(l, p->norm.unit);
-        list_down(l, p->decoder, c->decoder.depth, kind->features, false, p->embed.unit);
+        list_down(l, &(tower){.block = p->decoder, .depth = c->decoder.depth, .end = p->norm.unit,
+                              .feeding = p->embed.unit, .features = kind->features});
     }
     if (kind->phases & 1u << OVLM_AUDIO) {
-        list(l, p->project.fc1.unit);
-        list_down(l, p->audio, c->audio.depth, false, false, p->conv_out.unit);
+        list_down(l, &(tower){.block = p->audio, .depth = c->audio.depth,
+                              .end = p->project.fc1.unit, .feeding = p->conv_out.unit});
     }
     if (kind->phases & 1u << OVLM_VISION) {
-        list(l, p->merger.fc1.unit);
-        list_down(l, p->vision, c->vision.depth, false, true, p->patch.unit);
+        list_down(l, &(tower){.block = p->vision, .depth = c->vision.depth,
+                              .end = p->merger.fc1.unit, .feeding = p->patch.unit,
+                              .deepstack = true});
     }
 }
 

@@ -39,7 +39,8 @@ enum {
 /* What a pass does.  Ranks that match run passes of the same kinds in the same order. */
 typedef struct ovlm_pass_kind {
     unsigned phases;  /* backward: only where something is done: not in a tower that is frozen,
-                         nor in a frozen head whose loss came with its slope in the forward   */
+                         nor in a frozen head under which nothing is trained or whose loss came
+                         with its slope in the forward                                        */
     bool backward;
     bool features;    /* backward of a decode: gradients of features are wanted               */
 } ovlm_pass_kind;

@@ -67,10 +67,14 @@ ovlm_status ovlm_merger_bwd(ovlm_run *run, const ovlm_merge_weights *weights, ov
 {
     int64_t mark = run->work->used_bytes;
     bool below = ovlm_tensor_given(&dh);
-    ovlm_tensor da = ovlm_stack_tensor(run->work, s->fc1.y.rows, s->fc1.y.cols, run->dtype);
+    bool norm_trained = ovlm_tensor_given(&weights->norm.dw) ||
+                        ovlm_tensor_given(&weights->norm_bias.dw);
+    ovlm_tensor da = {0}, dx = {0};
+    if (below || norm_trained || ovlm_tensor_given(&weights->fc1.dw) ||
+        ovlm_tensor_given(&weights->fc1_bias.dw)) {
+        da = ovlm_stack_tensor(run->work, s->fc1.y.rows, s->fc1.y.cols, run->dtype);
+    }
     OVLM_TRY(ovlm_linear_back(run, &s->fc2, dout, &weights->fc2, &weights->fc2_bias, da, 0, NULL));
-    bool norm_trained = ovlm_tensor_given(&weights->norm.dw);
-    ovlm_tensor dx = {0};
     if (below || norm_trained) {
         dx = ovlm_stack_tensor(run->work, s->fc1.x.rows, s->fc1.x.cols, run->dtype);
     }

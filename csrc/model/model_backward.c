@@ -56,7 +56,8 @@ static ovlm_status logits_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model
                               ovlm_tensor dhidden, float beta)
 {
     const ovlm_weight *w = &model->params.head;
-    int64_t rows = slopes->rows, C = dhidden.cols, V = w->w.rows;
+    int64_t rows = slopes->rows, C = w->w.cols, V = w->w.rows;
+    bool below = ovlm_tensor_given(&dhidden);
     int64_t mark = run->work->used_bytes;
     void *index = NULL, *dlogits = NULL;
     OVLM_TRY(ovlm_run_upload(run, run->work, slopes->row, rows * (int64_t)sizeof *slopes->row,
@@ -68,13 +69,17 @@ static ovlm_status logits_bwd(ovlm_run *run, ovlm_model *model, const ovlm_model
     RUN_IN(run, gather, fwd, &pick, run->work);
     ovlm_tensor dy = ovlm_tensor_of(dlogits, rows, V, OVLM_F32);
     ovlm_linear head = {.x = pick.y, .w = w->w, .y = dy, .dy = dy,
-                        .dx = ovlm_stack_tensor(run->work, rows, C, run->dtype), .dw = w->dw,
-                        .dw_beta = 1};
+                        .dw = w->dw, .dw_beta = 1};
+    if (below) {
+        head.dx = ovlm_stack_tensor(run->work, rows, C, run->dtype);
+    }
     RUN(run, linear, bwd, &head);
-    pick.dy = head.dx;
-    pick.dx = dhidden;
-    pick.dx_beta = beta;
-    RUN(run, gather, bwd, &pick);
+    if (below) {
+        pick.dy = head.dx;
+        pick.dx = dhidden;
+        pick.dx_beta = beta;
+        RUN(run, gather, bwd, &pick);
+    }
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
@@ -114,7 +119,16 @@ static bool of_head(const ovlm_model_slopes *slopes)
     return of_loss(slopes) || slopes->row != NULL;
 }
 
-/* Of the hidden states, by way of all that was computed from them. */
+/* Whether the head takes part: for its weight, or for what is trained before it. */
+static bool reaches_head(const ovlm_model *model, const ovlm_model_slopes *slopes)
+{
+    bool trained = ovlm_tensor_given(&model->params.head.dw);
+    return fused(model, slopes) ? trained
+                                : of_head(slopes) && (trained || model->decoder.training);
+}
+
+/* Of the hidden states, by way of all that was computed from them; left out where nothing before
+ * the head is trained. */
 static ovlm_status hidden_slopes(ovlm_run *run, ovlm_model *model,
                                  const ovlm_model_slopes *slopes, ovlm_tensor *dhidden)
 {
@@ -123,31 +137,28 @@ static ovlm_status hidden_slopes(ovlm_run *run, ovlm_model *model,
     if (fused(model, slopes)) {
         return fused_head(run, model, dhidden);
     }
-    *dhidden = ovlm_stack_tensor(run->work, hidden->rows, hidden->cols, run->dtype);
-    if (of_head(slopes)) {
+    bool head = reaches_head(model, slopes);
+    if (model->decoder.training) {
+        *dhidden = ovlm_stack_tensor(run->work, hidden->rows, hidden->cols, run->dtype);
+    }
+    if (head) {
         OVLM_TRY(ovlm_unit_enter(run, model->params.head.unit, OVLM_USE_BACKWARD));
     }
-    if (of_loss(slopes)) {
+    if (head && of_loss(slopes)) {
         OVLM_TRY(head_bwd(run, model, slopes, *dhidden));
         beta = 1;
     }
-    if (slopes->dhidden != NULL) {
+    if (slopes->dhidden != NULL && model->decoder.training) {
         OVLM_TRY(ovlm_run_load(run, slopes->dhidden, dhidden, (double)beta));
         beta = 1;
     }
-    if (slopes->row != NULL) {
+    if (head && slopes->row != NULL) {
         OVLM_TRY(logits_bwd(run, model, slopes, *dhidden, beta));
     }
-    return of_head(slopes) ? leave_head(run, model) : OVLM_OK;
+    return head ? leave_head(run, model) : OVLM_OK;
 }
 
 /* ---------------------------------------------------------------- phases */
-
-/* Whether anything is trained there. */
-static bool trained(const ovlm_model *model, ovlm_modality modality)
-{
-    return modality == OVLM_VISION ? model->vision.training : model->audio.training;
-}
 
 static ovlm_status encode_bwd(ovlm_run *run, ovlm_model *model, ovlm_modality modality,
                               const ovlm_decoder_features *d)
@@ -174,7 +185,7 @@ static ovlm_tensor gradient_of(ovlm_run *run, const ovlm_tensor *x)
 static bool wanted(const ovlm_model *model, ovlm_modality modality, const ovlm_tensor *features)
 {
     return ovlm_tensor_given(features) &&
-           (!model->encoder[modality].in_forward || trained(model, modality));
+           (!model->encoder[modality].in_forward || ovlm_model_trains(model, modality));
 }
 
 ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
@@ -196,10 +207,12 @@ ovlm_status ovlm_model_walk_backward(ovlm_run *run, ovlm_model *model,
         dfeatures->sound = gradient_of(run, &f->sound);
     }
     start_s = ovlm_run_begin(run);
-    OVLM_TRY(ovlm_decoder_bwd(run, &model->decoder, dhidden, dfeatures));
+    if (model->decoder.training) {
+        OVLM_TRY(ovlm_decoder_bwd(run, &model->decoder, dhidden, dfeatures));
+    }
     ovlm_run_end(run, "decode backward", -1, start_s);
     for (int m = OVLM_MODALITIES - 1; m >= 0; m--) {
-        if (model->encoder[m].in_forward && trained(model, (ovlm_modality)m)) {
+        if (model->encoder[m].in_forward && ovlm_model_trains(model, (ovlm_modality)m)) {
             OVLM_TRY(encode_bwd(run, model, (ovlm_modality)m, dfeatures));
         }
     }
@@ -219,7 +232,7 @@ ovlm_status ovlm_model_walk_encode_backward(ovlm_run *run, ovlm_model *model,
                                             const void *dextra)
 {
     ovlm_decoder_features d = {0};
-    if (!trained(model, modality)) {
+    if (!ovlm_model_trains(model, modality)) {
         return OVLM_OK;
     }
     if (modality == OVLM_AUDIO) {
@@ -290,11 +303,11 @@ static ovlm_pass_kind kind_of(const ovlm_model *model, const ovlm_model_slopes *
     const ovlm_decoder_features *f = &model->decoder.features;
     ovlm_pass_kind kind = {.backward = true, .phases = OVLM_PHASE_DECODE};
     kind.features = wanted(model, OVLM_VISION, &f->image) || wanted(model, OVLM_AUDIO, &f->sound);
-    if (fused(model, slopes) ? ovlm_tensor_given(&model->head.dw) : of_head(slopes)) {
+    if (reaches_head(model, slopes)) {
         kind.phases |= OVLM_PHASE_HEAD;
     }
     for (int m = 0; m < OVLM_MODALITIES; m++) {
-        if (model->encoder[m].in_forward && trained(model, (ovlm_modality)m)) {
+        if (model->encoder[m].in_forward && ovlm_model_trains(model, (ovlm_modality)m)) {
             kind.phases |= 1u << m;
         }
     }
@@ -346,7 +359,8 @@ ovlm_status ovlm_model_encode_backward(ovlm_model *model, ovlm_modality modality
     model->encoder[modality].can_backward = false;
     ovlm_run run = ovlm_model_run(model, false, options, err);
     const ovlm_pass_kind kind = {.backward = true,
-                                 .phases = trained(model, modality) ? 1u << modality : 0u};
+                                 .phases = ovlm_model_trains(model, modality) ? 1u << modality
+                                                                              : 0u};
     OVLM_TRY(ovlm_pass_begin(&run, &kind));
     OVLM_TRY(ovlm_pass_end(&run, ovlm_model_walk_encode_backward(&run, model, modality, dfeatures,
                                                                  dextra)));

@@ -24,6 +24,7 @@ static ovlm_status prepare_vision(ovlm_model *model, const ovlm_model_inputs *in
                                .pixel_dtype = inputs->pixel_dtype,
                                .training = options->training && ovlm_vision_trained(p),
                                .block = model->vision_block};
+    pass->lowest = ovlm_blocks_lowest(p, p->vision, c->depth, ovlm_unit_trained(p, p->patch.unit));
     pass->context.checkpoint = options->checkpoint;
     pass->context.params = p;
     OVLM_TRY(ovlm_taps_init(&pass->taps, options->vision_taps.entry, options->vision_taps.n,
@@ -45,6 +46,8 @@ static ovlm_status prepare_audio(ovlm_model *model, const ovlm_model_inputs *inp
     *pass = (ovlm_audio_pass){.params = p, .mel = inputs->mel,
                               .training = options->training && ovlm_audio_trained(p),
                               .block = model->audio_block};
+    pass->lowest = ovlm_blocks_lowest(p, p->audio, p->config.audio.depth,
+                                      ovlm_unit_trained(p, p->conv_out.unit));
     pass->context.checkpoint = options->checkpoint;
     pass->context.params = p;
     return ovlm_sounds_init(&pass->sounds, &p->config.audio, inputs->mel_length, inputs->sounds,
@@ -87,6 +90,11 @@ ovlm_status ovlm_model_walk_encode(ovlm_run *run, ovlm_model *model, unsigned ph
 int64_t ovlm_model_feature_rows(const ovlm_model *model, ovlm_modality modality)
 {
     return modality == OVLM_VISION ? model->vision.tokens : model->audio.sounds.tokens;
+}
+
+bool ovlm_model_trains(const ovlm_model *model, ovlm_modality modality)
+{
+    return modality == OVLM_VISION ? model->vision.training : model->audio.training;
 }
 
 void ovlm_model_take_features(ovlm_model *model)

@@ -88,6 +88,21 @@ static ovlm_status count_features(const ovlm_model *model, const ovlm_model_inpu
     return OVLM_OK;
 }
 
+/* How far down a backward will go; after the encoders are prepared. */
+static void find_lowest(ovlm_model *model, const ovlm_model_inputs *inputs, bool training)
+{
+    const ovlm_params *p = &model->params;
+    ovlm_decoder_pass *pass = &model->decoder;
+    int64_t depth = p->config.decoder.depth;
+    bool fed = ovlm_unit_trained(p, p->embed.unit);
+    for (int m = 0; m < OVLM_MODALITIES; m++) {
+        fed = fed || inputs->given[m].features != NULL ||
+              (model->encoder[m].in_forward && ovlm_model_trains(model, (ovlm_modality)m));
+    }
+    pass->lowest = ovlm_blocks_lowest(p, p->decoder, depth, fed);
+    pass->training = training && (pass->lowest < depth || ovlm_unit_trained(p, p->norm.unit));
+}
+
 static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *inputs,
                                   const ovlm_pass_options *options, ovlm_err *err)
 {
@@ -95,8 +110,9 @@ static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *in
     const ovlm_tokens *tokens = &inputs->tokens;
     ovlm_decoder_pass *pass = &model->decoder;
     *pass = (ovlm_decoder_pass){.params = &model->params, .tokens = *tokens,
-                                .training = options->training, .block = model->decoder_block};
+                                .block = model->decoder_block};
     int64_t rows = 0;
+    find_lowest(model, inputs, options->training);
     OVLM_TRY(count_features(model, inputs, &rows, err));
     OVLM_TRY(ovlm_tokens_check(tokens, c->vocab, rows, &pass->longest, err));
     int32_t *start = NULL; /* must live until the backward */
@@ -201,13 +217,16 @@ static ovlm_status head_fwd(ovlm_run *run, ovlm_model *model, const ovlm_model_i
         .logp = ovlm_stack_take(run->keep, bytes),
         .entropy = options->entropy ? ovlm_stack_take(run->keep, bytes) : NULL, .dlogp = dlogp,
         .loss = &scalars(model)->loss};
-    if (options->own_loss && options->training) {
+    bool trained = ovlm_tensor_given(&model->params.head.dw);
+    if (options->own_loss && options->training && (trained || model->decoder.training)) {
         /* The head's gradients in the pass that has the logits at hand; they wait for the
          * backward, as a forward alone changes no gradient. */
         const ovlm_tensor *x = &model->head.x, *w = &model->params.head.w;
         model->head.fused = true;
-        model->head.dx = ovlm_stack_tensor(run->keep, x->rows, x->cols, run->dtype);
-        if (ovlm_tensor_given(&model->params.head.dw)) {
+        if (model->decoder.training) {
+            model->head.dx = ovlm_stack_tensor(run->keep, x->rows, x->cols, run->dtype);
+        }
+        if (trained) {
             model->head.dw = ovlm_stack_tensor(run->keep, w->rows, w->cols, run->exact);
         }
     }

@@ -115,6 +115,9 @@ OVLM_NODISCARD ovlm_status ovlm_model_encode_prepare(ovlm_model *model, ovlm_mod
 /* Features that a prepared encoder makes. */
 int64_t ovlm_model_feature_rows(const ovlm_model *model, ovlm_modality modality);
 
+/* Whether a backward of the encoder's last pass has something to do. */
+bool ovlm_model_trains(const ovlm_model *model, ovlm_modality modality);
+
 /* Those of the phases that encode. */
 OVLM_NODISCARD ovlm_status ovlm_model_walk_encode(ovlm_run *run, ovlm_model *model,
                                                   unsigned phases);

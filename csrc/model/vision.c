@@ -21,6 +21,19 @@ ovlm_status ovlm_rope_tables(ovlm_run *run, ovlm_stack *stack, ovlm_tensor posit
     return OVLM_OK;
 }
 
+/* Where a pass keeps what only a backward of some block needs. */
+static ovlm_stack *blocks_stack(const ovlm_run *run, const ovlm_vision_pass *pass)
+{
+    bool reached = pass->training && pass->lowest < pass->params->config.vision.depth;
+    return reached ? run->keep : run->work;
+}
+
+/* The same for a backward of the patches. */
+static ovlm_stack *patches_stack(const ovlm_run *run, const ovlm_vision_pass *pass)
+{
+    return pass->training && pass->lowest < 0 ? run->keep : run->work;
+}
+
 /* 2D RoPE: the first half of the frequencies turns by the row, the second by the column; f_j =
  * theta^(-2j/(D/2)), j < D/4. */
 static ovlm_status rotary(ovlm_run *run, ovlm_vision_pass *pass)
@@ -36,9 +49,10 @@ static ovlm_status rotary(ovlm_run *run, ovlm_vision_pass *pass)
         axis[half + j] = 1;
     }
     void *position = NULL;
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.position,
+    ovlm_stack *stack = blocks_stack(run, pass);
+    OVLM_TRY(ovlm_run_upload(run, stack, pass->grid.position,
                              2 * pass->grid.patches * (int64_t)sizeof(float), &position));
-    return ovlm_rope_tables(run, run->keep,
+    return ovlm_rope_tables(run, stack,
                             ovlm_tensor_of(position, 2, pass->grid.patches, OVLM_F32), frequency,
                             axis, 2 * half, &pass->context);
 }
@@ -46,7 +60,7 @@ static ovlm_status rotary(ovlm_run *run, ovlm_vision_pass *pass)
 static ovlm_status frames(ovlm_run *run, ovlm_vision_pass *pass)
 {
     void *start = NULL;
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.start,
+    OVLM_TRY(ovlm_run_upload(run, blocks_stack(run, pass), pass->grid.start,
                              (pass->grid.frames + 1) * (int64_t)sizeof(int32_t), &start));
     pass->context.query = (ovlm_segments){.n = pass->grid.frames, .max_len = pass->grid.max_frame,
                                           .start = start, .host_start = pass->grid.start};
@@ -60,7 +74,7 @@ static ovlm_status load_pixels(ovlm_run *run, const ovlm_vision_pass *pass, ovlm
     const ovlm_vision_config *c = &pass->params->config.vision;
     int64_t cols = c->channels * c->temporal * c->patch * c->patch;
     void *raw = NULL;
-    *x = ovlm_stack_tensor(run->keep, pass->grid.patches, cols, run->dtype);
+    *x = ovlm_stack_tensor(patches_stack(run, pass), pass->grid.patches, cols, run->dtype);
     int64_t mark = run->work->used_bytes;
     OVLM_TRY(ovlm_run_upload(run, run->work, pass->pixels,
                              x->rows * cols * ovlm_dtype_bytes(pass->pixel_dtype), &raw));
@@ -79,24 +93,51 @@ static ovlm_status load_pixels(ovlm_run *run, const ovlm_vision_pass *pass, ovlm
 static ovlm_status embed(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
 {
     const ovlm_params *p = pass->params;
+    ovlm_stack *stack = patches_stack(run, pass);
     OVLM_TRY(ovlm_unit_enter(run, p->patch.unit, OVLM_USE_FORWARD));
     pass->patch = (ovlm_linear){.w = p->patch.w, .bias = p->patch_bias.w, .y = h};
     OVLM_TRY(load_pixels(run, pass, &pass->patch.x));
-    RUN_IN(run, linear, fwd, &pass->patch, run->keep);
+    RUN_IN(run, linear, fwd, &pass->patch, stack);
     if (p->config.vision.position_side == 0) {
         return ovlm_unit_leave(run);
     }
     void *tap = NULL, *weight = NULL;
     int64_t taps = 4 * pass->grid.patches;
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.tap, taps * (int64_t)sizeof(int32_t),
-                             &tap));
-    OVLM_TRY(ovlm_run_upload(run, run->keep, pass->grid.tap_weight,
+    OVLM_TRY(ovlm_run_upload(run, stack, pass->grid.tap, taps * (int64_t)sizeof(int32_t), &tap));
+    OVLM_TRY(ovlm_run_upload(run, stack, pass->grid.tap_weight,
                              taps * (int64_t)sizeof(float), &weight));
     pass->position = (ovlm_gather){
         .taps = 4, .index = tap, .weight = ovlm_tensor_of(weight, h.rows, 4, OVLM_F32),
         .x = p->position.w, .y = h, .y_beta = 1};
-    RUN_IN(run, gather, fwd, &pass->position, run->keep);
+    RUN_IN(run, gather, fwd, &pass->position, stack);
     return ovlm_unit_leave(run);
+}
+
+/* Whether the backward has something to do in DeepStack's k-th merger. */
+static bool deepstack_back(const ovlm_vision_pass *pass, int64_t k)
+{
+    const ovlm_params *p = pass->params;
+    return pass->training && (pass->lowest <= p->config.vision.deepstack[k] ||
+                              ovlm_unit_trained(p, p->deepstack[k].fc1.unit));
+}
+
+/* The same for the last norm and the merger. */
+static bool finish_back(const ovlm_vision_pass *pass)
+{
+    const ovlm_params *p = pass->params;
+    return pass->training && (pass->lowest < p->config.vision.depth ||
+                              ovlm_unit_trained(p, p->merger.fc1.unit));
+}
+
+/* Whether the backward reads what block i gives: the next one, the end, or a merger does. */
+static bool keeps_output(const ovlm_vision_pass *pass, int64_t i)
+{
+    const ovlm_vision_config *c = &pass->params->config.vision;
+    bool read = i + 1 == c->depth ? finish_back(pass) : pass->training && pass->lowest <= i + 1;
+    for (int64_t k = 0; k < c->deepstack_n; k++) {
+        read = read || (c->deepstack[k] == i && deepstack_back(pass, k));
+    }
+    return read;
 }
 
 /* After block i: the DeepStack output that is taken there, if any. */
@@ -107,7 +148,7 @@ static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
         if (c->deepstack[k] != i) {
             continue;
         }
-        ovlm_stack *stack = pass->training ? run->keep : run->work;
+        ovlm_stack *stack = deepstack_back(pass, k) ? run->keep : run->work;
         int64_t mark = run->work->used_bytes;
         OVLM_TRY(ovlm_unit_enter(run, pass->params->deepstack[k].fc1.unit, OVLM_USE_FORWARD));
         OVLM_TRY(ovlm_merger_fwd(run, &pass->params->deepstack[k], stack, h,
@@ -121,7 +162,7 @@ static ovlm_status tap_deepstack(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
 static ovlm_status finish(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor h)
 {
     const ovlm_params *p = pass->params;
-    ovlm_stack *stack = pass->training ? run->keep : run->work;
+    ovlm_stack *stack = finish_back(pass) ? run->keep : run->work;
     int64_t mark = run->work->used_bytes;
     OVLM_TRY(ovlm_unit_enter(run, p->merger.fc1.unit, OVLM_USE_FORWARD));
     if (p->config.vision.final_norm) {
@@ -147,20 +188,17 @@ ovlm_status ovlm_vision_fwd(ovlm_run *run, ovlm_vision_pass *pass)
     for (int64_t k = 0; k < c->deepstack_n; k++) {
         pass->extra[k] = ovlm_stack_tensor(run->keep, pass->tokens, c->out_width, run->dtype);
     }
-    ovlm_stack *stack = pass->training ? run->keep : run->work;
-    ovlm_tensor h = ovlm_stack_tensor(stack, P, c->width, run->dtype);
-    ovlm_tensor spare = pass->training ? h : ovlm_stack_tensor(stack, P, c->width, run->dtype);
+    ovlm_stream stream = {.rows = P, .cols = c->width};
+    ovlm_tensor h = ovlm_stream_next(run, &stream, keeps_output(pass, -1));
     OVLM_TRY(embed(run, pass, h));
     OVLM_TRY(rotary(run, pass));
     OVLM_TRY(frames(run, pass));
     OVLM_TRY(ovlm_taps_keep(run, &pass->taps, 0, h));
     for (int64_t i = 0; i < c->depth; i++) {
         double start_s = ovlm_run_begin(run);
-        ovlm_tensor out = pass->training ? ovlm_stack_tensor(stack, P, c->width, run->dtype)
-                                         : spare;
-        OVLM_TRY(ovlm_block_fwd(run, &pass->params->vision[i], &pass->context, pass->training, h,
-                                out, &pass->block[i]));
-        spare = h;
+        ovlm_tensor out = ovlm_stream_next(run, &stream, keeps_output(pass, i));
+        OVLM_TRY(ovlm_block_fwd(run, &pass->params->vision[i], &pass->context,
+                                pass->training && pass->lowest <= i, h, out, &pass->block[i]));
         h = out;
         OVLM_TRY(ovlm_taps_keep(run, &pass->taps, i + 1, h));
         OVLM_TRY(tap_deepstack(run, pass, i, h));
@@ -200,12 +238,13 @@ static ovlm_status deepstack_bwd(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
 {
     const ovlm_vision_config *c = &pass->params->config.vision;
     for (int64_t k = 0; k < c->deepstack_n; k++) {
-        if (c->deepstack[k] != i) {
+        if (c->deepstack[k] != i || !deepstack_back(pass, k)) {
             continue;
         }
         OVLM_TRY(ovlm_unit_enter(run, pass->params->deepstack[k].fc1.unit, OVLM_USE_BACKWARD));
         if (ovlm_tensor_given(&dextra[k])) {
-            OVLM_TRY(ovlm_merger_bwd(run, &pass->params->deepstack[k], dextra[k], dh, 1,
+            OVLM_TRY(ovlm_merger_bwd(run, &pass->params->deepstack[k], dextra[k],
+                                     pass->lowest <= i ? dh : (ovlm_tensor){0}, 1,
                                      &pass->deepstack[k]));
         }
         OVLM_TRY(ovlm_unit_leave(run));
@@ -213,23 +252,27 @@ static ovlm_status deepstack_bwd(ovlm_run *run, ovlm_vision_pass *pass, int64_t 
     return OVLM_OK;
 }
 
+/* dh, left out where no block needs it, becomes the gradient of the last one's output. */
 static ovlm_status finish_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor dfeatures,
                               ovlm_tensor dh)
 {
     const ovlm_params *p = pass->params;
+    bool below = ovlm_tensor_given(&dh);
     if (!ovlm_tensor_given(&dfeatures)) {
-        return ovlm_run_zero_tensor(run, &dh);
+        return below ? ovlm_run_zero_tensor(run, &dh) : OVLM_OK;
     }
-    OVLM_TRY(ovlm_merger_bwd(run, &p->merger, dfeatures, dh, 0, &pass->merger));
     if (!p->config.vision.final_norm) {
-        return OVLM_OK;
+        return ovlm_merger_bwd(run, &p->merger, dfeatures, dh, 0, &pass->merger);
     }
     int64_t mark = run->work->used_bytes;
-    ovlm_tensor dx = ovlm_stack_tensor(run->work, dh.rows, dh.cols, run->dtype);
-    OVLM_TRY(ovlm_norm_back(run, &pass->final_norm, dh, &p->final_norm, &p->final_norm_bias, dx,
+    ovlm_tensor dy = {0};
+    if (below || ovlm_tensor_given(&p->final_norm.dw) ||
+        ovlm_tensor_given(&p->final_norm_bias.dw)) {
+        dy = ovlm_stack_tensor(run->work, pass->grid.patches, p->config.vision.width, run->dtype);
+    }
+    OVLM_TRY(ovlm_merger_bwd(run, &p->merger, dfeatures, dy, 0, &pass->merger));
+    OVLM_TRY(ovlm_norm_back(run, &pass->final_norm, dy, &p->final_norm, &p->final_norm_bias, dh,
                             0));
-    ovlm_scale copy = {.alpha = 1, .x = dx, .y = dh};
-    RUN(run, scale, fwd, &copy);
     run->work->used_bytes = mark;
     return OVLM_OK;
 }
@@ -238,22 +281,24 @@ ovlm_status ovlm_vision_bwd(ovlm_run *run, ovlm_vision_pass *pass, ovlm_tensor d
                             const ovlm_tensor *dextra)
 {
     const ovlm_params *p = pass->params;
-    bool patches = ovlm_unit_trained(p, p->patch.unit);
-    int64_t lowest = ovlm_blocks_lowest(p, p->vision, p->config.vision.depth, patches);
     int64_t mark = run->work->used_bytes;
-    ovlm_tensor dh = ovlm_stack_tensor(run->work, pass->grid.patches, p->config.vision.width,
-                                       run->dtype);
-    OVLM_TRY(ovlm_unit_enter(run, p->merger.fc1.unit, OVLM_USE_BACKWARD));
-    OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
-    OVLM_TRY(ovlm_unit_leave(run));
+    ovlm_tensor dh = {0};
+    if (pass->lowest < p->config.vision.depth) {
+        dh = ovlm_stack_tensor(run->work, pass->grid.patches, p->config.vision.width, run->dtype);
+    }
+    if (finish_back(pass)) {
+        OVLM_TRY(ovlm_unit_enter(run, p->merger.fc1.unit, OVLM_USE_BACKWARD));
+        OVLM_TRY(finish_bwd(run, pass, dfeatures, dh));
+        OVLM_TRY(ovlm_unit_leave(run));
+    }
     for (int64_t i = p->config.vision.depth - 1; i >= 0; i--) {
         double start_s = ovlm_run_begin(run);
         OVLM_TRY(deepstack_bwd(run, pass, i, dextra, dh));
-        OVLM_TRY(ovlm_block_bwd(run, &p->vision[i], &pass->context, lowest < i, dh,
+        OVLM_TRY(ovlm_block_bwd(run, &p->vision[i], &pass->context, pass->lowest < i, dh,
                                 &pass->block[i]));
         ovlm_run_end(run, "vision block backward", i, start_s);
     }
-    if (patches) {
+    if (pass->lowest < 0) {
         OVLM_TRY(embed_bwd(run, pass, dh));
     }
     run->work->used_bytes = mark;

@@ -18,7 +18,10 @@ typedef struct ovlm_vision_pass {
     int64_t tokens;               /* P / merge^2                                             */
     const void *pixels;           /* [P, channels*temporal*patch^2] host                     */
     ovlm_dtype pixel_dtype;       /* float32: normalised; uint8: (x/255 - 0.5)/0.5 is done here */
-    bool training;
+    bool training;                /* a backward follows and finds something trained          */
+    int64_t lowest;               /* in training: the first block that it reaches, so that it
+                                     and what is above are kept (depth: none); -1: the
+                                     patches too                                             */
     ovlm_block_context context;
     ovlm_taps taps;               /* entries 0 to depth                                      */
     ovlm_linear patch;

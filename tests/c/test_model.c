@@ -1,6 +1,7 @@
 /* test_model.c - the model over the op table: gradients of the reference backend in double against
- * finite differences; `cpu` and `async` bit for bit alike; recomputation without a trace; every
- * allocation that fails, and an interruption after every layer, survived. */
+ * finite differences; `cpu` and `async` bit for bit alike; recomputation without a trace; what is
+ * frozen neither kept nor felt; every allocation that fails, and an interruption after every layer,
+ * survived. */
 #include <math.h>
 #include <string.h>
 
@@ -242,6 +243,132 @@ static void test_gradients(const ovlm_model_config *config, const batch *b)
     close_session(&s);
 }
 
+/* ---- frozen parts ---- */
+
+enum { PARAMS_MOST = 128 };
+
+/* What is kept by a training step, or an inference, of a new model of which `mask` (NULL: all) is
+ * trained; its gradients stay in the session. */
+static int64_t kept_bytes(session *s, const bool *mask)
+{
+    ovlm_err err = {0};
+    ovlm_model_memory memory;
+    run_until(s, WRITE);
+    ovlm_status status = mask == NULL ? OVLM_OK : ovlm_model_train_only(s->model, mask, &err);
+    for (int i = FORWARD; i <= BACKWARD && status == OVLM_OK; i++) {
+        status = i == BACKWARD && !s->pass.training ? OVLM_OK : call(s, i, &err);
+    }
+    CHECK(status == OVLM_OK, "%s", err.message);
+    ovlm_model_memory_read(s->model, &memory);
+    return memory.activations_bytes;
+}
+
+/* The gradients that a model has are those of another, which has more of them. */
+static void same_gradients(const session *some, const session *all)
+{
+    const ovlm_params *p = ovlm_model_params(some->model), *q = ovlm_model_params(all->model);
+    ovlm_err err = {0};
+    for (int64_t i = 0; i < p->n; i++) {
+        const ovlm_tensor *g = &p->param[i].grad, *h = &q->param[i].grad;
+        if (!ovlm_tensor_given(g)) {
+            continue;
+        }
+        int64_t bytes = g->rows * g->cols * ovlm_dtype_bytes(g->dtype);
+        char *a = rig_memory(bytes), *b = rig_memory(bytes);
+        CHECK(ovlm_model_read(some->model, g, a, &err) == OVLM_OK &&
+                  ovlm_model_read(all->model, h, b, &err) == OVLM_OK, "%s", err.message);
+        CHECK(memcmp(a, b, (size_t)bytes) == 0, "gradient of %s", p->param[i].name);
+        free(a);
+        free(b);
+    }
+}
+
+/* Random products, or those of a unit or two. */
+static void draw_mask(const ovlm_params *p, bool *mask)
+{
+    int64_t way = rig_below(3), one = rig_below(p->units), other = rig_below(p->units);
+    for (int64_t i = 0; i < p->n; i++) {
+        const ovlm_param *param = &p->param[i];
+        bool again = i > 0 && param->fused == p->param[i - 1].fused;
+        mask[i] = again      ? mask[i - 1]
+                  : way == 0 ? rig_below(4) == 0
+                             : param->unit == one || (way == 1 && param->unit == other);
+    }
+}
+
+/* Bytes when only the block at `index` is trained (of a model of one kind of blocks). */
+static int64_t kept_by_unit(const session *base, ovlm_unit_kind kind, int64_t index)
+{
+    session s = *base;
+    ovlm_arena arena = {0};
+    ovlm_params p = {0};
+    ovlm_err err = {0};
+    bool mask[PARAMS_MOST] = {0};
+    CHECK(ovlm_params_init(&p, &s.config, &arena, &err) == OVLM_OK, "%s", err.message);
+    for (int64_t i = 0; i < p.n; i++) {
+        const ovlm_unit *unit = &p.unit[p.param[i].unit];
+        mask[i] = unit->kind == kind && unit->index == index;
+    }
+    int64_t bytes = kept_bytes(&s, mask);
+    close_session(&s);
+    ovlm_arena_free(&arena);
+    return bytes;
+}
+
+/* From the lowest trained block up, and nothing where nothing is trained. */
+static void test_kept(const session *base)
+{
+    const bool none[PARAMS_MOST] = {0};
+    session all = *base, frozen = *base, inference = *base;
+    inference.pass.training = false;
+    int64_t most = kept_bytes(&all, NULL), least = kept_bytes(&inference, NULL);
+    int64_t with_none = kept_bytes(&frozen, none);
+    CHECK(with_none == least, "all frozen keeps %lld bytes, inference %lld",
+          (long long)with_none, (long long)least);
+    for (int way = 0; way < 2; way++) {
+        ovlm_unit_kind kind = way == 0 ? OVLM_UNIT_VISION_BLOCK : OVLM_UNIT_LAYER;
+        int64_t low = kept_by_unit(base, kind, 0), high = kept_by_unit(base, kind, 1);
+        int64_t end = kept_by_unit(base, way == 0 ? OVLM_UNIT_MERGER : OVLM_UNIT_NORM, 0);
+        CHECK(least < end && end < high && high < low && low < most,
+              "kept: %lld < %lld < %lld < %lld < %lld", (long long)least, (long long)end,
+              (long long)high, (long long)low, (long long)most);
+    }
+    /* The end alone: what the norm reads and a number or two of each row. */
+    int64_t norm = kept_by_unit(base, OVLM_UNIT_NORM, 0);
+    int64_t slope = base->pass.own_loss ? TOKENS * WIDTH : 0;
+    CHECK(norm - least <= (TOKENS * (WIDTH + 8) + slope + 64) * (int64_t)sizeof(float),
+          "the last norm keeps %lld bytes", (long long)(norm - least));
+    close_session(&all);
+    close_session(&frozen);
+    close_session(&inference);
+}
+
+static void test_frozen(const ovlm_model_config *config, const batch *b)
+{
+    bool mask[PARAMS_MOST] = {0};
+    for (int draw = 0; draw < 12; draw++) {
+        session all = new_session("cpu", config, OVLM_F32, b);
+        all.pass.checkpoint = (ovlm_checkpoint)(draw % 3);
+        all.pass.own_loss = rig_below(2) == 0;
+        session some = all;
+        int64_t most = kept_bytes(&all, NULL);
+        CHECK(ovlm_model_params(all.model)->n <= PARAMS_MOST, "more parameters than room");
+        draw_mask(ovlm_model_params(all.model), mask);
+        int64_t bytes = kept_bytes(&some, mask);
+        CHECK(bytes <= most, "%lld bytes of %lld", (long long)bytes, (long long)most);
+        same_gradients(&some, &all);
+        if (draw < 2) {
+            session base = all;
+            base.model = NULL;
+            base.pass.checkpoint = OVLM_CHECKPOINT_NONE;
+            base.pass.own_loss = draw == 1;
+            test_kept(&base);
+        }
+        close_session(&all);
+        close_session(&some);
+    }
+}
+
 /* ---- trouble ---- */
 
 static int64_t device_left = -1; /* allocations on the device before they fail; -1: never */
@@ -331,6 +458,7 @@ int main(int argc, char **argv)
         rig_draw_batch(&b, configs[i].audio.depth > 0);
         test_backends(&configs[i], &b);
         test_gradients(&configs[i], &b);
+        test_frozen(&configs[i], &b);
         test_trouble(&configs[i], &b);
     }
     return test_end("model");

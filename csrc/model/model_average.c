@@ -19,13 +19,8 @@ static ovlm_status source(ovlm_model *model, int64_t parameter, ovlm_tensor *fro
 static ovlm_status blend(ovlm_model *model, double alpha, ovlm_tensor x, double beta,
                          ovlm_tensor y, ovlm_err *err)
 {
-    ovlm_run run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
     ovlm_scale args = {.alpha = alpha, .beta = beta, .x = x, .y = y};
-    ovlm_op_bytes need = {0};
-    OVLM_TRY(run.ops->scale.measure(model->backend, &args, &need, err));
-    OVLM_TRY(ovlm_model_need_work(model, need.fwd_work, err));
-    RUN(&run, scale, fwd, &args);
-    return OVLM_OK;
+    return ovlm_model_scale(model, &args, err);
 }
 
 ovlm_tensor ovlm_model_average(const ovlm_model *model, int64_t parameter)

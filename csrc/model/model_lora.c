@@ -99,10 +99,16 @@ static ovlm_status merge_block(ovlm_run *run, ovlm_block *block, double sign)
     return OVLM_OK;
 }
 
-static ovlm_status walk(ovlm_run *run, ovlm_params *p, double sign)
+typedef struct merge_args {
+    ovlm_params *params;
+    double sign;
+} merge_args;
+
+static ovlm_status walk_merge(ovlm_run *run, void *args)
 {
-    for (int64_t i = 0; i < ovlm_params_blocks(p); i++) {
-        OVLM_TRY(merge_block(run, ovlm_params_block(p, i), sign));
+    const merge_args *merge = args;
+    for (int64_t i = 0; i < ovlm_params_blocks(merge->params); i++) {
+        OVLM_TRY(merge_block(run, ovlm_params_block(merge->params, i), merge->sign));
     }
     return OVLM_OK;
 }
@@ -123,15 +129,10 @@ ovlm_status ovlm_model_lora_merge(ovlm_model *model, bool in, ovlm_err *err)
                                                    : "the adapters are not merged");
     }
     OVLM_TRY(ovlm_model_need_own(model, "adapters", err));
-    ovlm_stack work = {0};
-    ovlm_run run = ovlm_model_run(model, true, &(ovlm_pass_options){0}, err);
-    run.work = &work;
-    OVLM_TRY(walk(&run, p, 1));
-    OVLM_TRY(ovlm_model_need_work(model, work.peak_bytes, err));
+    merge_args args = {.params = p, .sign = in ? 1 : -1};
     ovlm_model_forget(model);
     model->has_hidden = false;
-    run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
-    OVLM_TRY(walk(&run, p, in ? 1 : -1));
+    OVLM_TRY(ovlm_model_walk_alone(model, walk_merge, &args, err));
     for (int64_t i = 0; i < p->loras; i++) {
         p->lora[i].merged = in;
     }

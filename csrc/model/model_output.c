@@ -61,6 +61,7 @@ ovlm_status ovlm_model_rows_read(ovlm_model *model, const ovlm_tensor *rows, voi
     ovlm_op_bytes need = {0};
     cast.y.dtype = model->exact;
     OVLM_TRY(model->backend->ops->scale.measure(model->backend, &cast, &need, err));
+    OVLM_TRY(model->backend->ops->scale.prepare(model->backend, &cast, err));
     bytes = (bytes + 63) / 64 * 64;
     OVLM_TRY(ovlm_device_block_need(model, &memory, bytes + need.fwd_work + 64, false, err));
     ovlm_status status = read_cast(model, rows, memory.data, (char *)memory.data + bytes, host,
@@ -181,6 +182,41 @@ ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *row, int64_t row
     return status;
 }
 
+/* ---------------------------------------------------------------- between passes */
+
+ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err)
+{
+    if (model->work.size_bytes < bytes) { /* the queue may still use what is freed */
+        OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
+    }
+    return ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err);
+}
+
+ovlm_status ovlm_model_walk_alone(ovlm_model *model, ovlm_model_walk_fn walk, void *args,
+                                  ovlm_err *err)
+{
+    const ovlm_pass_options options = {0};
+    ovlm_stack work = {0};
+    ovlm_run run = ovlm_model_run(model, true, &options, err);
+    run.work = &work;
+    OVLM_TRY(walk(&run, args));
+    OVLM_TRY(ovlm_model_need_work(model, work.peak_bytes, err));
+    run = ovlm_model_run(model, false, &options, err);
+    return walk(&run, args);
+}
+
+static ovlm_status walk_scale(ovlm_run *run, void *args)
+{
+    ovlm_scale *scale = args;
+    RUN(run, scale, fwd, scale);
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_model_scale(ovlm_model *model, ovlm_scale *args, ovlm_err *err)
+{
+    return ovlm_model_walk_alone(model, walk_scale, args, err);
+}
+
 /* ---------------------------------------------------------------- optimizer */
 
 ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter, ovlm_err *err)
@@ -194,7 +230,7 @@ ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter, ovlm_e
         return OVLM_OK;
     }
     ovlm_scale cast = {.alpha = 1, .x = model->params.param[parameter].w, .y = master};
-    OVLM_TRY(model->backend->ops->scale.fwd(model->queue, &cast, err));
+    OVLM_TRY(ovlm_model_scale(model, &cast, err));
     return model->backend->ops->queue_wait(model->queue, err);
 }
 
@@ -207,10 +243,15 @@ static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
     bool master = model->dtype != model->exact;
     int64_t bytes = model->params.grad_elements * ovlm_dtype_bytes(model->exact);
     OVLM_TRY(ovlm_device_block_need(model, &model->moments, bytes * (master ? 3 : 2), true, err));
-    for (int64_t i = 0; master && i < model->params.n; i++) {
-        OVLM_TRY(ovlm_model_renew_master(model, i, err));
+    ovlm_status status = OVLM_OK;
+    for (int64_t i = 0; master && i < model->params.n && status == OVLM_OK; i++) {
+        status = ovlm_model_renew_master(model, i, err);
     }
-    return OVLM_OK;
+    if (status != OVLM_OK) { /* a master that is not the weights' is worse than none */
+        (void)model->backend->ops->queue_wait(model->queue, NULL);
+        ovlm_device_block_free(model, &model->moments);
+    }
+    return status;
 }
 
 ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
@@ -251,12 +292,20 @@ static ovlm_status fill_parts(ovlm_model *model, const ovlm_model_adamw *options
     return OVLM_OK;
 }
 
-ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err)
+typedef struct step_args {
+    ovlm_grad_norm norm;
+    ovlm_adamw adamw;
+} step_args;
+
+static ovlm_status walk_step(ovlm_run *run, void *args)
 {
-    if (model->work.size_bytes < bytes) { /* the queue may still use what is freed */
-        OVLM_TRY(model->backend->ops->queue_wait(model->queue, err));
-    }
-    return ovlm_stack_fit(&model->work, model->backend, OVLM_STACK_DEVICE, bytes, err);
+    step_args *step = args;
+    double start_s = ovlm_run_begin(run);
+    OVLM_TRY(ovlm_run_zero(run, step->norm.stats, (int64_t)sizeof *step->norm.stats));
+    RUN(run, grad_norm, fwd, &step->norm);
+    RUN(run, adamw, fwd, &step->adamw);
+    ovlm_run_end(run, "optimizer", -1, start_s);
+    return OVLM_OK;
 }
 
 static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
@@ -266,22 +315,12 @@ static ovlm_status run_step(ovlm_model *model, const ovlm_model_adamw *options,
     ovlm_grad_stats *stats = (ovlm_grad_stats *)(void *)(s + 1), seen = {0};
     ovlm_tensor grads = ovlm_tensor_of(model->grads.data, 1, model->params.grad_elements,
                                        model->exact);
-    ovlm_run run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
-    ovlm_grad_norm norm = {.n = 1, .grad = &grads, .stats = stats};
-    ovlm_adamw adamw = {.part = part, .step = options->step, .beta1 = options->beta1,
-                        .beta2 = options->beta2, .eps = options->eps,
-                        .max_norm = options->max_norm, .stats = stats};
-    OVLM_TRY(fill_parts(model, options, part, &adamw.n, err));
-    ovlm_op_bytes need = {0}, more = {0};
-    OVLM_TRY(run.ops->grad_norm.measure(model->backend, &norm, &need, err));
-    OVLM_TRY(run.ops->adamw.measure(model->backend, &adamw, &more, err));
-    OVLM_TRY(ovlm_model_need_work(
-        model, need.fwd_work > more.fwd_work ? need.fwd_work : more.fwd_work, err));
-    OVLM_TRY(ovlm_run_zero(&run, stats, (int64_t)sizeof *stats));
-    double start_s = ovlm_run_begin(&run);
-    RUN(&run, grad_norm, fwd, &norm);
-    RUN(&run, adamw, fwd, &adamw);
-    ovlm_run_end(&run, "optimizer", -1, start_s);
+    step_args args = {.norm = {.n = 1, .grad = &grads, .stats = stats},
+                      .adamw = {.part = part, .step = options->step, .beta1 = options->beta1,
+                                .beta2 = options->beta2, .eps = options->eps,
+                                .max_norm = options->max_norm, .stats = stats}};
+    OVLM_TRY(fill_parts(model, options, part, &args.adamw.n, err));
+    OVLM_TRY(ovlm_model_walk_alone(model, walk_step, &args, err));
     OVLM_TRY(ovlm_model_fetch(model, &seen, stats, (int64_t)sizeof seen, err));
     *step = (ovlm_model_step){.grad_norm = sqrt(seen.norm_sq), .clip = seen.clip,
                               .non_finite = seen.non_finite};

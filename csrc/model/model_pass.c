@@ -346,7 +346,14 @@ static ovlm_status measure_backward(ovlm_run *run, ovlm_model *model,
     } else {
         slopes.dhidden = &some;
     }
-    return ovlm_model_walk_backward(run, model, &slopes, &dfeatures);
+    OVLM_TRY(ovlm_model_walk_backward(run, model, &slopes, &dfeatures));
+    if (inputs->label == NULL || !model->head.fused) {
+        return OVLM_OK;
+    }
+    /* The loss's own slopes, which the head left behind, go another way. */
+    run->work->used_bytes = run->stage->used_bytes = 0;
+    dfeatures = (ovlm_decoder_features){0};
+    return ovlm_model_walk_backward(run, model, &(ovlm_model_slopes){0}, &dfeatures);
 }
 
 /* Sizes of the phases and of the backwards that may follow; makes room for them. */

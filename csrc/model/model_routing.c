@@ -48,6 +48,13 @@ ovlm_status ovlm_model_router_layers(ovlm_model *model, int64_t *count, ovlm_err
     return status;
 }
 
+static ovlm_status walk_correct(ovlm_run *run, void *args)
+{
+    ovlm_balance_loss *balance = args;
+    RUN(run, balance_loss, fwd, balance);
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count, double speed,
                                       ovlm_err *err)
 {
@@ -57,7 +64,7 @@ ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count, d
         return OVLM_FAIL(err, OVLM_E_ARG, "this model has no routers with a correction: that needs "
                                           "experts and scoring_func \"sigmoid\"");
     }
-    ovlm_run run = ovlm_model_run(model, false, &(ovlm_pass_options){0}, err);
+    const ovlm_ops *ops = model->backend->ops;
     ovlm_balance_loss args = {.experts = E, .rows = 1, .speed = speed,
                               .count = model->count_given};
     model->can_backward = false; /* routers are not what the forward saw */
@@ -65,13 +72,10 @@ ovlm_status ovlm_model_router_correct(ovlm_model *model, const int64_t *count, d
         if (!ovlm_decoder_layer_sparse(c, i)) {
             continue;
         }
-        ovlm_op_bytes need = {0};
         args.bias = model->params.decoder[i].router_bias.w;
-        OVLM_TRY(run.ops->balance_loss.measure(model->backend, &args, &need, err));
-        OVLM_TRY(ovlm_model_need_work(model, need.fwd_work, err));
-        OVLM_TRY(run.ops->copy(model->queue, model->count_given, count + row++ * E,
-                               E * (int64_t)sizeof *count, OVLM_TO_DEVICE, err));
-        RUN(&run, balance_loss, fwd, &args);
+        OVLM_TRY(ops->copy(model->queue, model->count_given, count + row++ * E,
+                           E * (int64_t)sizeof *count, OVLM_TO_DEVICE, err));
+        OVLM_TRY(ovlm_model_walk_alone(model, walk_correct, &args, err));
     }
-    return run.ops->queue_wait(model->queue, err);
+    return ops->queue_wait(model->queue, err);
 }

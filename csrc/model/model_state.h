@@ -73,6 +73,14 @@ OVLM_NODISCARD ovlm_status ovlm_model_routing_open(ovlm_model *model, ovlm_err *
 /* At least so much workspace, between passes. */
 OVLM_NODISCARD ovlm_status ovlm_model_need_work(ovlm_model *model, int64_t bytes, ovlm_err *err);
 
+/* A few operations between passes, on the workspace, walked twice as a pass is. */
+typedef ovlm_status (*ovlm_model_walk_fn)(ovlm_run *run, void *args);
+OVLM_NODISCARD ovlm_status ovlm_model_walk_alone(ovlm_model *model, ovlm_model_walk_fn walk,
+                                                 void *args, ovlm_err *err);
+
+/* One scale between passes. */
+OVLM_NODISCARD ovlm_status ovlm_model_scale(ovlm_model *model, ovlm_scale *args, ovlm_err *err);
+
 /* Device memory to the host; waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const void *device,
                                             int64_t bytes, ovlm_err *err);

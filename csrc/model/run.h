@@ -1,7 +1,7 @@
 /* run.h - one pass of a model over the op table, written once and walked twice: measuring (no
- * memory yet, nothing runs, sizes are added up) and for real.
+ * memory yet, nothing runs, sizes are added up, plans are made) and for real.
  *
- *   RUN(run, linear, fwd, &args)     measures the call, takes its scratch, and runs it
+ *   RUN(run, linear, fwd, &args)     measures the call, takes its scratch, and prepares or runs it
  *
  * Activations that the backward reads come from run->keep, everything else from run->work, which is
  * rewound by mark.  Neither grows while a pass runs. */
@@ -93,7 +93,9 @@ OVLM_NODISCARD ovlm_status ovlm_run_end_op(const ovlm_run *run, const char *name
         take_saved;                                                                            \
         int64_t run_mark = (run)->work->used_bytes;                                            \
         (args)->scratch.work = ovlm_stack_take((run)->work, run_need.pass##_work);             \
-        if (!(run)->measuring) {                                                               \
+        if ((run)->measuring) {                                                                \
+            OVLM_TRY((run)->ops->op.prepare((run)->queue->backend, (args), (run)->err));       \
+        } else {                                                                               \
             double run_start_s = ovlm_trace_begin((run)->trace);                               \
             OVLM_TRY((run)->ops->op.pass((run)->queue, (args), (run)->err));                   \
             OVLM_TRY(ovlm_run_end_op((run), #op " " #pass, run_start_s));                      \

@@ -1,13 +1,14 @@
 /* test_model.c - the model over the op table: gradients of the reference backend in double against
  * finite differences; `cpu` and `async` bit for bit alike; recomputation without a trace; what is
- * frozen neither kept nor felt; every allocation that fails, and an interruption after every layer,
- * survived. */
+ * frozen neither kept nor felt; every operation prepared; every allocation that fails, and an
+ * interruption after every layer, survived. */
 #include <math.h>
 #include <string.h>
 
 #include "base/arena.h"
 #include "cpu/cpu_device.h"
 #include "model_rig.h"
+#include "op_counter.h"
 
 /* ---- a session: all calls of a model's life, one after the other ---- */
 
@@ -369,6 +370,25 @@ static void test_frozen(const ovlm_model_config *config, const batch *b)
     }
 }
 
+/* ---- plans ---- */
+
+/* Every operation of every call was prepared, outside of what runs. */
+static void test_prepared(const ovlm_model_config *config, const batch *b)
+{
+    for (int i = 0; i < 6; i++) {
+        session s = new_session("cpu", config, i % 2 == 0 ? OVLM_F32 : OVLM_BF16, b);
+        s.ops = op_counter_ops();
+        s.pass.checkpoint = (ovlm_checkpoint)(i % 3);
+        s.pass.own_loss = i >= 3;
+        run_until(&s, READ);
+        op_count count = op_counter_read();
+        CHECK(count.run > 100 && count.unprepared == 0, "%lld of %lld calls, first of %s",
+              (long long)count.unprepared, (long long)count.run,
+              count.first == NULL ? "none" : count.first);
+        close_session(&s);
+    }
+}
+
 /* ---- trouble ---- */
 
 static int64_t device_left = -1; /* allocations on the device before they fail; -1: never */
@@ -459,6 +479,7 @@ int main(int argc, char **argv)
         test_backends(&configs[i], &b);
         test_gradients(&configs[i], &b);
         test_frozen(&configs[i], &b);
+        test_prepared(&configs[i], &b);
         test_trouble(&configs[i], &b);
     }
     return test_end("model");

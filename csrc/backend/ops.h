@@ -266,7 +266,7 @@ typedef struct ovlm_targets {
 /* Head of a language model without its T x V logits: logp[t] = log softmax(x w^T)[label[t]],
  * entropy[t] of that distribution, loss += sum dlogp * logp.  Where the label is ignored both are
  * 0 and nothing flows back.  Backward: dx, dw from dlogp and dentropy.  fused: the forward computes
- * dx and dw in the same pass, and no backward follows. */
+ * dx and dw in the same pass.  A backward, without fused, may still follow: of other slopes. */
 typedef struct ovlm_head {
     ovlm_scratch scratch;
     ovlm_tensor x;        /* [T,C]                            */

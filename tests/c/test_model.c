@@ -389,6 +389,29 @@ static void test_prepared(const ovlm_model_config *config, const batch *b)
     }
 }
 
+/* ---- slopes ---- */
+
+/* A forward with its own loss at hand takes the caller's slopes as any other does. */
+static void test_other_slopes(const ovlm_model_config *config, const batch *b)
+{
+    static const char *const names[] = {"cpu", "async"};
+    const ovlm_model_slopes slopes = {.dlogp = b->weight};
+    for (int i = 0; i < 4; i++) {
+        session s[2];
+        for (int own = 0; own < 2; own++) {
+            ovlm_err err = {0};
+            s[own] = new_session(names[i / 2], config, i % 2 == 0 ? OVLM_F32 : OVLM_BF16, b);
+            s[own].pass.own_loss = own == 1;
+            run_until(&s[own], FORWARD);
+            CHECK(ovlm_model_backward(s[own].model, &slopes, &(ovlm_feature_slopes){0},
+                                      &s[own].pass, &err) == OVLM_OK, "%s", err.message);
+        }
+        same_gradients(&s[1], &s[0]);
+        close_session(&s[0]);
+        close_session(&s[1]);
+    }
+}
+
 /* ---- trouble ---- */
 
 static int64_t device_left = -1; /* allocations on the device before they fail; -1: never */
@@ -480,6 +503,7 @@ int main(int argc, char **argv)
         test_gradients(&configs[i], &b);
         test_frozen(&configs[i], &b);
         test_prepared(&configs[i], &b);
+        test_other_slopes(&configs[i], &b);
         test_trouble(&configs[i], &b);
     }
     return test_end("model");

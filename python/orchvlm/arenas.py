@@ -1,7 +1,7 @@
 """Bytes of a model's arenas on a batch, before anything runs: the core's walks over its layers
 (csrc/model), with sizes in the place of tensors."""
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -49,9 +49,28 @@ class _Run:
         """The same workspace, and activations of an encoder."""
         return _Run(self.size, self.exact, self.checkpoint if trained else None, work=self.work)
 
+    def at(self, reached):
+        """The same memory; where no backward comes, nothing is kept."""
+        return self if reached else replace(self, checkpoint=None)
+
     @property
     def stack(self):
         return self.work if self.checkpoint is None else self.keep
+
+
+class _Stream:
+    """Of a tower, after each block: kept where a backward reads it, else in two places that take
+    turns."""
+
+    def __init__(self, row):
+        self.row, self.free = row, 2
+
+    def next(self, run, keep):
+        if keep:
+            run.keep.take(self.row)
+        elif self.free:
+            self.free -= 1
+            run.work.take(self.row)
 
 
 @dataclass
@@ -142,12 +161,15 @@ def _backward(b, rows, segments, run):
         work.touch(_sums(rows, b.width))
 
 
-def _backward_all(blocks, rows, segments, run, below):
-    """From the last block to the first that is trained, or to the bottom where something is
-    trained below."""
-    for i in reversed(range(len(blocks))):
-        if below or any(b.trained for b in blocks[:i + 1]):
-            _backward(blocks[i], rows, segments, run)
+def _lowest(blocks, fed):
+    """The first block that a backward reaches: -1 where it goes on to what is fed to the blocks,
+    their number where it reaches none."""
+    return -1 if fed else next((i for i, b in enumerate(blocks) if b.trained), len(blocks))
+
+
+def _backward_all(blocks, rows, segments, run, lowest):
+    for block in reversed(blocks[max(0, lowest):]):
+        _backward(block, rows, segments, run)
 
 
 def _merger_kept(run, rows, cols, hidden, pooled):
@@ -170,11 +192,15 @@ class _Vision:
         self.deepstack = len(v.get("deepstack_visual_indexes") or ())
         self.pools = config.family == "seed1_5_vl"
         self.trained = trained("model.visual.")
-        self.below = trained("model.visual.patch_embed.") or trained("model.visual.pos_embed.")
+        fed = trained("model.visual.patch_embed.") or trained("model.visual.pos_embed.")
+        self.ends = [trained(f"model.visual.{end}.") for end in (
+            *(f"deepstack_merger_list.{k}" for k in range(self.deepstack)), "merger")]
+        self.ends[-1] = self.ends[-1] or trained("model.visual.ln.")
         self.blocks = [_Block(
             v["hidden_size"], v["num_heads"], v["num_heads"], v["hidden_size"] // v["num_heads"],
             v["intermediate_size"], ranks=ranks(f"model.visual.blocks.{i}."),
             trained=trained(f"model.visual.blocks.{i}.")) for i in range(v["depth"])]
+        self.lowest = _lowest(self.blocks, fed)
 
     def _merger(self, run):
         width, merge = self.v["hidden_size"], self.v["spatial_merge_size"] ** 2
@@ -187,30 +213,39 @@ class _Vision:
         row = rows * v["hidden_size"] * run.size
         values = rows * v.get("in_channels", 3) * v.get("temporal_patch_size", 1) * \
             v["patch_size"] ** 2
-        run.keep.take(values * run.size, 8 * rows, 4 * self.frames,
-                      4 * rows * self.blocks[0].head_dim)
+        depth = len(self.blocks)
+        first = self.lowest if run.checkpoint else depth + 1
         for _ in range(1 + self.deepstack):
             run.keep.take(self.tokens * self.out * run.size)
-        if v.get("num_position_embeddings"):
-            run.keep.take(16 * rows, 16 * rows)
+        # (after which block, whether a backward comes there) of the mergers
+        ends = [(after, run.checkpoint and (first <= after or end)) for after, end in zip(
+            (*(v.get("deepstack_visual_indexes") or ()), depth), self.ends)]
+        ends[-1] = depth - 1, run.checkpoint and (first < depth or self.ends[-1])
         with run.work.rewound():
-            run.stack.take(*(row,) * (1 if run.checkpoint else 2))
+            stream, front = _Stream(row), run.at(first < 0)
+            stream.next(run, first <= 0)
+            front.stack.take(values * run.size)
             run.work.touch(values * self.pixel_size)
-            for block in self.blocks:
-                if run.checkpoint:
-                    run.keep.take(row)
-                _forward(block, rows, run)
-            for _ in range(self.deepstack if run.checkpoint else 0):
-                run.keep.take(*self._merger(run))
-            run.stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
+            if v.get("num_position_embeddings"):
+                front.stack.take(16 * rows, 16 * rows)
+            run.at(first < depth).stack.take(8 * rows, 4 * self.frames,
+                                             4 * rows * self.blocks[0].head_dim)
+            for i, block in enumerate(self.blocks):
+                here = [reached for after, reached in ends if after == i]
+                stream.next(run, i + 1 < depth and first <= i + 1 or any(here))
+                _forward(block, rows, run.at(first <= i))
+                for reached in here[:-1] if i + 1 == depth else here:
+                    with run.work.rewound():
+                        run.at(reached).stack.take(*self._merger(run))
+            run.at(ends[-1][1]).stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
 
     def backward(self, run):
         row = self.patches * self.v["hidden_size"] * run.size
-        with run.work.rewound(row):
+        with run.work.rewound(row * (self.lowest < len(self.blocks))):
             hidden = self._merger(run)[-1]
             run.work.touch(hidden, row, hidden // run.size * 4)
             run.work.touch(row * self.pools)
-            _backward_all(self.blocks, self.patches, self.frames, run, self.below)
+            _backward_all(self.blocks, self.patches, self.frames, run, self.lowest)
 
 
 class _Audio:
@@ -223,13 +258,13 @@ class _Audio:
         self.columns = int((chunks * halved(width)).sum())
         self.segments = len(chunks)
         self.trained = trained("model.audio_tower.")
-        self.below = trained("model.audio_tower.conv")
         heads = a["encoder_attention_heads"]
         self.blocks = [_Block(
             a["d_model"], heads, heads, a["d_model"] // heads, a["encoder_ffn_dim"],
             ranks=ranks(f"model.audio_tower.layers.{i}."),
             trained=trained(f"model.audio_tower.layers.{i}."))
             for i in range(a["encoder_layers"])]
+        self.lowest = _lowest(self.blocks, trained("model.audio_tower.conv"))
 
     def _stages(self):
         """(rows, patch values, channels) of the convolutions and of what follows them."""
@@ -240,28 +275,32 @@ class _Audio:
 
     def forward(self, run):
         row = self.tokens * self.a["d_model"] * run.size
-        run.keep.take(self.tokens * self.a["output_dim"] * run.size, 4 * self.tokens)
+        run.keep.take(self.tokens * self.a["output_dim"] * run.size)
+        depth = len(self.blocks)
+        first = self.lowest if run.checkpoint else depth + 1
         with run.work.rewound():
-            run.stack.take(*(row,) * (1 if run.checkpoint else 2), self.rows[0] * run.size)
+            stream, front = _Stream(row), run.at(first < 0)
+            stream.next(run, first <= 0)
+            front.stack.take(self.rows[0] * run.size)
             run.work.touch(4 * self.rows[0])
             *convolutions, last = self._stages()
             for rows, values, channels in convolutions:
-                run.stack.take(*(rows * channels * run.size,) * 2)
+                front.stack.take(*(rows * channels * run.size,) * 2)
                 run.work.touch(rows * values * run.size)
+            front.stack.take(4 * self.tokens)
             run.work.touch(last[0] * (last[1] + last[2]) * run.size)
-            for block in self.blocks:
-                if run.checkpoint:
-                    run.keep.take(row)
-                _forward(block, self.tokens, run)
+            for i, block in enumerate(self.blocks):
+                stream.next(run, first <= i + 1)
+                _forward(block, self.tokens, run.at(first <= i))
             width = self.a["d_model"]
             run.stack.take(*_merger_kept(run, self.tokens, width, width, 0))
 
     def backward(self, run):
         row = self.tokens * self.a["d_model"] * run.size
-        with run.work.rewound(row):
+        with run.work.rewound(row * (self.lowest < len(self.blocks))):
             run.work.touch(row, row, row // run.size * 4)
-            _backward_all(self.blocks, self.tokens, self.segments, run, self.below)
-            if self.below:
+            _backward_all(self.blocks, self.tokens, self.segments, run, self.lowest)
+            if self.lowest < 0:
                 run.work.take(self.columns * self.a["d_model"] * run.size)
                 for stage, (rows, values, channels) in reversed(list(enumerate(self._stages()))):
                     if stage:  # the gradient of what it read
@@ -288,16 +327,19 @@ def _decoder_blocks(config, trained, ranks):
     return made
 
 
-def _decoder_forward(config, blocks, tokens, mixed, run):
+def _decoder_forward(config, blocks, tokens, mixed, lowest, run):
     row = tokens * config.text["hidden_size"] * run.size
+    first = lowest if run.checkpoint else len(blocks) + 1
     with run.work.rewound():
         run.keep.take(row)
-        run.stack.take(*(row,) * (1 if run.checkpoint else 2), *(4 * tokens,) * (1 + mixed),
-                       12 * tokens, 4 * tokens * config.text["head_dim"], 8 * tokens)
-        for block in blocks:
-            if run.checkpoint:
-                run.keep.take(row)
-            _forward(block, tokens, run)
+        stream = _Stream(row)
+        stream.next(run, first <= 0)
+        run.at(first < 0).stack.take(*(4 * tokens,) * (1 + mixed))
+        run.at(first < len(blocks)).stack.take(12 * tokens, 4 * tokens * config.text["head_dim"])
+        run.stack.take(8 * tokens)
+        for i, block in enumerate(blocks):
+            stream.next(run, first <= i + 1)
+            _forward(block, tokens, run.at(first <= i))
 
 
 def _head_scratch(config, tokens):
@@ -343,22 +385,23 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
     for tower, one in zip(towers, runs):
         tower.forward(one)
     blocks = _decoder_blocks(config, trained, ranks)
-    _decoder_forward(config, blocks, tokens, len(towers), run)
+    backs = [(tower, one) for tower, one in zip(towers, runs) if one.checkpoint]
+    lowest = _lowest(blocks, bool(backs) or trained("model.language_model.embed_tokens."))
+    reached = training and (lowest < len(blocks) or trained("model.language_model.norm."))
+    _decoder_forward(config, blocks, tokens, len(towers), lowest, run.at(reached))
     text, work, row = config.text, run.work, tokens * config.text["hidden_size"] * size
     run.keep.take(*(4 * tokens,) * 3)  # slopes, labels, log-probabilities
     work.touch(_head_scratch(config, tokens))
     if training:
         head = trained("model.language_model.embed_tokens." if config.tied else "lm_head.")
-        run.keep.take(row, text["vocab_size"] * text["hidden_size"] * exact * head)
-        work.take(row, 4 * tokens)
+        run.keep.take(row * reached, text["vocab_size"] * text["hidden_size"] * exact * head)
+        work.take(row * reached, 4 * tokens)
         work.touch(_head_scratch(config, tokens))
-        backs = [(tower, one) for tower, one in zip(towers, runs) if one.checkpoint]
         for tower, _ in backs:
             extra = tower.deepstack if isinstance(tower, _Vision) else 0
             work.take(*(tower.tokens * text["hidden_size"] * size,) * (1 + extra))
-        with work.rewound(row):
-            below = bool(backs) or trained("model.language_model.embed_tokens.")
-            _backward_all(blocks, tokens, segments, run, below)
+        with work.rewound(row * (lowest < len(blocks))):
+            _backward_all(blocks, tokens, segments, run, lowest)
         for tower, one in backs:
             tower.backward(one)
     return run.keep.most + sum(one.keep.most for one in runs), work.most

@@ -7,6 +7,7 @@ ORCHVLM_CUDA      auto (default): build the CUDA backend when nvcc is found, and
                   when that fails; 1: it must be built; 0: never.
 ORCHVLM_ARCHS     CUDA targets, e.g. "80;90a;100" (default "90a").
 ORCHVLM_SANITIZE  e.g. "address,undefined": a debug build of the core under those sanitizers.
+CFLAGS            added to the compiler's; an -O in it replaces our -O3.
 CUDA_HOME         where the toolkit lives (default: nvcc on PATH, then /usr/local/cuda).
 """
 import os
@@ -30,7 +31,7 @@ SANITIZE = os.environ.get("ORCHVLM_SANITIZE", "")
 TENSOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 cflags = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fvisibility=hidden", "-ffp-contract=off",
           *WARNINGS]
-optimize = ["-O3"]
+optimize = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # as everywhere: CFLAGS wins
 if SANITIZE:
     optimize = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 ldflags = [f"-fsanitize={SANITIZE}"] if SANITIZE else []

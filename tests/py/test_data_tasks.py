@@ -136,7 +136,7 @@ def test_counts_by_pixels():
         what = question.split()[2]
         if what == "shapes?":  # whatever is not paper
             paper = np.median(picture[0], axis=0)
-            wanted = (np.abs(picture - paper) > 40).any(axis=2)
+            wanted = (np.abs(picture - paper) > 60).any(axis=2)
         elif what in COLOURS and what != "grey":  # black edges blend to grey
             wanted = near(picture, what)
         else:

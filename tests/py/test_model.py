@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (FIRST_TEXT, IMAGE, draw_config, draw_model, draw_seed_config, grads_of,
-                         slope_along)
+from model_cases import (FIRST_TEXT, IMAGE, MANY, draw_config, draw_model, draw_seed_config,
+                         grads_of, slope_along)
 from omni_cases import draw_any as draw_samples
 from omni_cases import draw_omni_config
 from omni_cases import pack_any as pack
@@ -389,7 +389,7 @@ def test_published_parameter_counts(name, count):
 
 # ---------------------------------------------------------------- threads and signals
 
-def large(T=3000):
+def large(T=MANY):
     """A model and a batch that take a moment."""
     model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
     ids = np.arange(T) % 250

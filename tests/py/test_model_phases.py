@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import orchvlm
-from model_cases import (IMAGE, VIDEO, draw_config, draw_model, draw_samples, draw_seed_config,
-                         grads_of, pack)
+from model_cases import (IMAGE, MANY, VIDEO, draw_config, draw_model, draw_samples,
+                         draw_seed_config, grads_of, pack)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 FAMILIES = {"dense": (draw_config, False), "softmax experts": (draw_config, True),
@@ -381,7 +381,7 @@ def test_bfloat16_phases_are_near(device, dtype):
 def busy():
     """A model at work in another thread."""
     model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
-    ids = np.arange(3000) % 250
+    ids = np.arange(MANY) % 250
     return model, orchvlm.Inputs(input_ids=ids, labels=ids)
 
 
@@ -423,7 +423,7 @@ def test_a_busy_model_refuses(what, tmp_path):
 @pytest.mark.parametrize("what", ("encode", "decode", "encode_backward", "backward"))
 def test_control_c_stops_a_phase(what):
     model, inputs = busy()
-    pixels, grid = np.zeros((64 * 36, 588), np.uint8), [[1, 36, 64]]
+    pixels, grid = np.zeros((MANY // 144 * 144, 588), np.uint8), [[1, 36, MANY // 144 * 4]]
     features = None
     if what == "encode_backward":
         features, _ = model.encode("vision", pixels, grid)

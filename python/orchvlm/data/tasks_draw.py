@@ -126,8 +126,9 @@ def _cells(rng, canvas, n, reading=False):
     if reading:
         chosen.sort(key=lambda cell: (cell[1], cell[0]))
     for c, r in chosen:
-        radius = min(wide, high) * rng.uniform(0.28, 0.44)
-        free = 1.08 * radius  # neighbours never touch
+        # Neighbours never touch, nor do their smoothed edges.
+        radius = min(min(wide, high) * rng.uniform(0.28, 0.44), min(wide, high) / 2 - 1)
+        free = radius + max(0.08 * radius, 1)
         x = c * wide + rng.uniform(free, wide - free)
         y = r * high + rng.uniform(free, high - free)
         out.append((x, y, radius))

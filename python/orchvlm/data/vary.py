@@ -116,11 +116,12 @@ class Varied(Endless):
         scale = (1 + most["zoom"]) ** rng.uniform(-1, 1)
         angle = rng.uniform(-1, 1) * most["turn"]
         dx, dy = (rng.uniform(-1, 1) * most["shift"] * side for side in (width, height))
-        image = image.rotate(angle, Image.Resampling.BICUBIC, translate=(dx, dy), fillcolor=WHITE)
-        w, h = width / scale, height / scale
-        middle = (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-        image = image.transform((width, height), Image.Transform.EXTENT, middle,
-                                Image.Resampling.BICUBIC, fillcolor=WHITE)
+        # From a place in the new picture to the one that is seen there: about the middle.
+        cos, sin = np.cos(np.radians(angle)) / scale, np.sin(np.radians(angle)) / scale
+        x, y = width / 2 + dx, height / 2 + dy
+        back = (cos, -sin, width / 2 - cos * x + sin * y, sin, cos, height / 2 - sin * x - cos * y)
+        image = image.transform((width, height), Image.Transform.AFFINE, back,
+                                Image.Resampling.BILINEAR, fillcolor=WHITE)
         for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = change(image).enhance(1 + rng.uniform(-1, 1) * most["tint"])
         if rng.random() < most["grey"]:

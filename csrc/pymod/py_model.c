@@ -485,6 +485,19 @@ static PyObject *model_memory(PyObject *object, PyObject *ignored)
                          (long long)m.cache_bytes);
 }
 
+/* expert_rows(rows): 0 for all */
+static PyObject *model_expert_rows(PyObject *object, PyObject *number)
+{
+    model_object *self = (model_object *)object;
+    int64_t rows = 0;
+    if (ovlm_arg_int(number, "rows", &rows) < 0 || ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    ovlm_model_set_expert_rows(self->model, rows);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
 static PyObject *model_cache_close(PyObject *object, PyObject *ignored)
 {
     (void)ignored;
@@ -509,6 +522,7 @@ static PyMethodDef model_methods[] = {
     METHOD("train_only", model_train_only),
     METHOD("zero_grad", model_zero_grad),
     {"memory", model_memory, METH_NOARGS, NULL},
+    {"expert_rows", model_expert_rows, METH_O, NULL},
     METHOD("forward", ovlm_py_model_forward),
     METHOD("output", ovlm_py_model_output),
     METHOD("router_counts", ovlm_py_model_router_counts),

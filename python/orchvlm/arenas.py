@@ -151,6 +151,17 @@ def _forward(b, rows, run):
             run.work.touch(chunk * run.size * (3 * b.hidden + b.width), run.sums(rows * b.width))
 
 
+def _experts_backward(b, rows, run):
+    again, work = run.checkpoint == "selective", run.work
+    work.take(rows * b.k * run.exact)
+    if chunk := run.chunked(b, rows):
+        work.take(run.sums(rows * b.width))
+        work.touch(chunk * run.size * (6 * b.hidden + 2 * b.width))
+    else:
+        work.touch(rows * b.k * run.size * (b.width + b.hidden * (3 + again)))
+    work.take(rows * b.experts * run.exact, rows * run.size * b.shared * (3 + again))
+
+
 def _backward(b, rows, segments, run):
     row, work, (q, kv) = rows * run.size, run.work, b.cols
     again = run.checkpoint == "selective"
@@ -158,15 +169,10 @@ def _backward(b, rows, segments, run):
         if run.checkpoint == "full":
             work.take(row * b.width, *(size for size, _ in _kept(b, rows, run)))
         with work.rewound(row * b.width * (1 + again)):
-            chunk = run.chunked(b, rows)
-            slots = chunk * run.size or row * (b.k if b.experts else 1)
-            if chunk:
-                work.take(chunk * run.size * (3 * b.hidden + b.width), run.sums(rows * b.width))
             if b.experts:
-                work.take(slots * b.width, rows * b.k * run.exact, rows * b.experts * run.exact,
-                          row * b.shared * (3 + again))
-            if b.gated:
-                work.take(slots * b.hidden * (3 + (again and not chunk)))
+                _experts_backward(b, rows, run)
+            elif b.gated:
+                work.take(row * b.hidden * (3 + again))
             else:
                 work.take(row * b.hidden)
                 work.touch(4 * rows * b.hidden, 4 * -(-rows // 256) * b.hidden)

@@ -393,9 +393,7 @@ class Model(Phases):
         Raises
         ------
         ValueError
-            It is set to less than 1.
-        TypeError
-            It is set to what is no whole number.
+            It is set to what is no whole number of at least 1.
 
         Examples
         --------

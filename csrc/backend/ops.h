@@ -202,8 +202,9 @@ typedef struct ovlm_unfold {
 /* Router of a mixture of experts.  score = softmax(logits), or sigmoid(logits); the k experts with
  * the largest score (+ bias; among the `limit` of `teams` equal teams whose two best sum highest)
  * are taken, ties to the lower number, and listed in ascending order, so that a token's rows ascend
- * and are summed alike whatever chunks they come in; weight = scale * score / (normalise: sum of the taken scores
- * (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot choose anew.
+ * and are summed alike whatever chunks they come in; weight = scale * score / (normalise: sum of
+ * the taken scores (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot
+ * choose anew.
  * Rows sorted by (expert, token): row[t][j] is slot (t, j)'s, token[row] and offsets[E+1] the way
  * back.  count and score_sum are added to.
  * Backward, from logits and expert: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a
@@ -226,7 +227,7 @@ typedef struct ovlm_router {
 } ovlm_router;
 
 /* y[t] = (add[t] + weight[t][0] h[row[t][0]]) + weight[t][1] ..., of the slots whose row is one of
- * the R from `first` on, which are rows 0 .. R-1 of h and dh: a chunk.  Backward, of the same slots:
+ * the R from `first` on, which are rows 0 .. R-1 of h and dh: a chunk.  Backward, of those slots:
  * dh[row] = weight dy[t], dweight[t][j] = <dy[t], h[row]>; the dweight of others stays, but is 0
  * where row < 0.  No row is named twice; rows of dh that nobody names are not written. */
 typedef struct ovlm_combine {

@@ -21,7 +21,7 @@ OVLM_NODISCARD ovlm_status ovlm_experts_bwd(ovlm_run *run, const ovlm_block *blo
                                             const ovlm_block_context *context, ovlm_tensor dh,
                                             ovlm_tensor dn, ovlm_block_saved *s);
 
-/* ------------------------------------------------------------ gates, of either kind of MLP (mlp.c) */
+/* ------------------------------------------------------------ gates of either MLP (mlp.c) */
 
 OVLM_NODISCARD ovlm_status ovlm_gated_fwd(ovlm_run *run, const ovlm_block *block,
                                           ovlm_stack *redo, ovlm_stack *stack,

@@ -1,4 +1,4 @@
-"""Experts in chunks: nothing changes but the memory, and the last bits of the experts' gradients."""
+"""Experts in chunks: nothing changes but memory and the last bits of the experts' gradients."""
 import os
 import time
 

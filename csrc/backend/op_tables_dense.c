@@ -115,6 +115,7 @@ static ovlm_status grouped_linear_scalars(const void *args, ovlm_pass pass, ovlm
 {
     (void)pass;
     REQUIRE_COUNT("grouped_linear", (const OP *)args, groups, 1);
+    REQUIRE_COUNT("grouped_linear", (const OP *)args, first, 0);
     return OVLM_OK;
 }
 

@@ -223,7 +223,7 @@ static bool combine_needs_h(const void *args, ovlm_pass pass)
 
 static const ovlm_member combine_members[] = {
     ARRAY(row, OVLM_I32, COMBINE_TK, IN, IN),
-    TENSOR(weight, WIDE, COMBINE_T, COMBINE_K, IN, IN),
+    TENSOR(weight, WIDE, COMBINE_T, COMBINE_K, IN, IN, OPTIONAL),
     TENSOR(h, FLOAT, COMBINE_R, COMBINE_C, IN, IN, .when = combine_needs_h),
     TENSOR(add, FLOAT, COMBINE_T, COMBINE_C, IN, UNUSED, OPTIONAL, .alias = "y"),
     TENSOR(y, FLOAT, COMBINE_T, COMBINE_C, OUT, UNUSED),
@@ -236,6 +236,7 @@ static ovlm_status combine_scalars(const void *args, ovlm_pass pass, ovlm_err *e
 {
     (void)pass;
     REQUIRE_COUNT("combine", (const OP *)args, k, 1);
+    REQUIRE_COUNT("combine", (const OP *)args, first, 0);
     return OVLM_OK;
 }
 

@@ -75,19 +75,22 @@ typedef struct ovlm_linear {
     float dx_beta, dw_beta; /* 0 or 1                                              */
 } ovlm_linear;
 
-/* A linear layer per expert: rows offsets[e] .. offsets[e+1]-1 belong to expert e, whose weight is
- * w's rows e*N .. (or e*K .. with w_kn).  x's row of row r is index[r], or r without index; dx
- * always has a row per r.  Experts without rows get dw = 0 (or keep it, with dw_beta). */
+/* A linear layer per expert: of all rows, offsets[e] .. offsets[e+1]-1 belong to expert e, whose
+ * weight is w's rows e*N .. (or e*K .. with w_kn).  A call does R of them, from `first` on, which
+ * are rows 0 .. R-1 of its tensors: a chunk, with the offsets clipped to it.  x's row of row r is
+ * index[r], or r without index; dx always has a row per r.  Experts without rows in the call get
+ * dw = 0 (or keep it, with dw_beta). */
 typedef struct ovlm_grouped_linear {
     ovlm_scratch scratch;
     int64_t groups;              /* E                                              */
-    const int32_t *offsets;      /* [E+1] device; offsets[E] <= y.rows             */
+    int64_t first;               /* >= 0                                           */
+    const int32_t *offsets;      /* [E+1] device                                   */
     const int32_t *host_offsets; /* [E+1], or NULL                                 */
     const int32_t *index;        /* [R] device, or NULL                            */
     ovlm_tensor x;               /* [T,K]                                          */
     ovlm_tensor w;               /* [E*N,K], or [E*K,N] with w_kn                  */
     bool w_kn;
-    ovlm_tensor y;               /* [R,N]; rows from offsets[E] on are not written */
+    ovlm_tensor y;               /* [R,N]; rows of no expert are not written    */
     ovlm_tensor dy;              /* [R,N]                                          */
     ovlm_tensor dx;              /* [R,K]                                          */
     ovlm_tensor dw;
@@ -198,8 +201,10 @@ typedef struct ovlm_unfold {
 
 /* Router of a mixture of experts.  score = softmax(logits), or sigmoid(logits); the k experts with
  * the largest score (+ bias; among the `limit` of `teams` equal teams whose two best sum highest)
- * are taken, ties to the lower number; weight = scale * score / (normalise: sum of the taken scores
- * (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot choose anew.
+ * are taken, ties to the lower number, and listed in ascending order, so that a token's rows ascend
+ * and are summed alike whatever chunks they come in; weight = scale * score / (normalise: sum of
+ * the taken scores (+ 1e-20 for sigmoid)).  replay: expert[] is given, so that recomputation cannot
+ * choose anew.
  * Rows sorted by (expert, token): row[t][j] is slot (t, j)'s, token[row] and offsets[E+1] the way
  * back.  count and score_sum are added to.
  * Backward, from logits and expert: dlogits from dweight, plus aux[e] * dscore[e]: the slope of a
@@ -221,14 +226,16 @@ typedef struct ovlm_router {
     ovlm_tensor dlogits;       /* [T,E] float32, overwritten          */
 } ovlm_router;
 
-/* y[t] = add[t] + sum_j weight[t][j] h[row[t][j]]; row < 0 adds nothing.  Backward: dh[row] =
- * weight dy[t], dweight[t][j] = <dy[t], h[row]> (0 where row < 0).  No row is named twice; rows of
- * dh that nobody names are not written. */
+/* y[t] = (add[t] + weight[t][0] h[row[t][0]]) + weight[t][1] ..., of the slots whose row is one of
+ * the R from `first` on, which are rows 0 .. R-1 of h and dh: a chunk.  Backward, of those slots:
+ * dh[row] = weight dy[t], dweight[t][j] = <dy[t], h[row]>; the dweight of others stays, but is 0
+ * where row < 0.  No row is named twice; rows of dh that nobody names are not written. */
 typedef struct ovlm_combine {
     ovlm_scratch scratch;
     int64_t k;
+    int64_t first;       /* >= 0                                */
     const int32_t *row;  /* [T*k] device                        */
-    ovlm_tensor weight;  /* [T,k] float32                       */
+    ovlm_tensor weight;  /* [T,k] float32, or left out: 1       */
     ovlm_tensor h;       /* [R,C]                               */
     ovlm_tensor add;     /* [T,C] or left out; may be y         */
     ovlm_tensor y;       /* [T,C]                               */

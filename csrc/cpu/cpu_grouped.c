@@ -24,16 +24,25 @@ static int64_t out_cols(const ovlm_grouped_linear *a)
     return a->w_kn ? a->w.cols : a->w.rows / a->groups;
 }
 
-/* x's rows of expert e, as rows or as columns of an operand. */
-static ovlm_gemm_side side_of_x(const ovlm_grouped_linear *a, int64_t e, bool across)
+/* Where expert e's rows begin among those of the call, which are rows of y or, backward, of dy. */
+static int64_t begin_of(const grouped_job *job, int64_t e)
 {
-    int64_t first = a->offsets[e];
+    const ovlm_grouped_linear *a = job->a;
+    int64_t begin = a->offsets[e] - a->first;
+    int64_t rows = job->pass == GROUPED_Y ? a->y.rows : a->dy.rows;
+    return begin < 0 ? 0 : begin > rows ? rows : begin;
+}
+
+/* x's rows of an expert, as rows or as columns of an operand. */
+static ovlm_gemm_side side_of_x(const ovlm_grouped_linear *a, int64_t first, int64_t rows,
+                                bool across)
+{
     ovlm_tensor x = a->x;
     const int32_t *index = a->index;
     if (index != NULL) {
         index += first;
     } else {
-        x = ovlm_tensor_rows(x, first, a->offsets[e + 1] - first);
+        x = ovlm_tensor_rows(x, first, rows);
     }
     return across ? ovlm_gemm_cols(&x, index) : ovlm_gemm_rows(&x, index);
 }
@@ -48,14 +57,14 @@ static ovlm_tensor share_of(const ovlm_grouped_linear *a, ovlm_tensor stack, int
 static ovlm_gemm product_of(const grouped_job *job, int64_t e)
 {
     const ovlm_grouped_linear *a = job->a;
-    int64_t first = a->offsets[e], rows = a->offsets[e + 1] - first;
+    int64_t first = begin_of(job, e), rows = begin_of(job, e + 1) - first;
     ovlm_tensor w = share_of(a, a->w, e), dy = {0};
     if (job->pass != GROUPED_Y) {
         dy = ovlm_tensor_rows(a->dy, first, rows);
     }
     if (job->pass == GROUPED_Y) {
         return (ovlm_gemm){.m = rows, .n = out_cols(a), .k = in_cols(a),
-                           .a = side_of_x(a, e, false),
+                           .a = side_of_x(a, first, rows, false),
                            .b = a->w_kn ? ovlm_gemm_cols(&w, NULL) : ovlm_gemm_rows(&w, NULL),
                            .y = ovlm_tensor_rows(a->y, first, rows)};
     }
@@ -66,7 +75,7 @@ static ovlm_gemm product_of(const grouped_job *job, int64_t e)
                            .y = ovlm_tensor_rows(a->dx, first, rows),
                            .accumulate = a->dx_beta != 0.0f};
     }
-    ovlm_gemm_side of_dy = ovlm_gemm_cols(&dy, NULL), of_x = side_of_x(a, e, true);
+    ovlm_gemm_side of_dy = ovlm_gemm_cols(&dy, NULL), of_x = side_of_x(a, first, rows, true);
     ovlm_tensor dw = share_of(a, a->dw, e);
     return (ovlm_gemm){.m = dw.rows, .n = dw.cols, .k = rows,
                        .a = a->w_kn ? of_x : of_dy, .b = a->w_kn ? of_dy : of_x,
@@ -103,7 +112,7 @@ static void run_pass(const ovlm_cpu *cpu, const ovlm_grouped_linear *a, grouped_
 {
     grouped_job job = {.cpu = cpu, .a = a, .pass = pass, .first_tile = a->scratch.work};
     int64_t groups = a->groups, threads = ovlm_pool_threads(cpu->pool);
-    int64_t mean = (a->offsets[groups] - a->offsets[0] + groups - 1) / groups;
+    int64_t mean = (begin_of(&job, groups) - begin_of(&job, 0) + groups - 1) / groups;
     ovlm_gemm g = product_of(&job, 0);
     *(pass == GROUPED_DW ? &g.k : &g.m) = mean > 0 ? mean : 1;
     /* Of several experts each needs but a few tiles for all threads to be busy. */

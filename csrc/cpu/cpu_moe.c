@@ -79,6 +79,18 @@ static void allow_teams(const ovlm_router *a, const float *value, float *team_va
     }
 }
 
+static void sort_ascending(int32_t *expert, int64_t k)
+{
+    for (int64_t i = 1; i < k; i++) {
+        int32_t held = expert[i];
+        int64_t place = i;
+        for (; place > 0 && expert[place - 1] > held; place--) {
+            expert[place] = expert[place - 1];
+        }
+        expert[place] = held;
+    }
+}
+
 static float weight_sum(const ovlm_router *a, const float *score, const int32_t *expert)
 {
     float sum = a->sigmoid ? 1e-20f : 0;
@@ -157,6 +169,7 @@ static void route_chunk(const void *context, int64_t chunk, int64_t first, int64
                 allow_teams(a, by, team, team_chosen, allowed);
             }
             choose(by, a->teams > 1 ? allowed : NULL, n, a->k, expert);
+            sort_ascending(expert, a->k);
         }
         float factor = (float)a->scale;
         factor = a->normalise ? factor / weight_sum(a, score, expert) : factor;
@@ -293,15 +306,16 @@ ovlm_status ovlm_cpu_combine_measure(ovlm_backend *backend, const ovlm_combine *
     return OVLM_OK;
 }
 
-static ovlm_status check_rows(const ovlm_combine *a, int64_t tokens, int64_t rows, ovlm_err *err)
+/* A slot's row among the `rows` of the call, or -1. */
+static int64_t row_of(const ovlm_combine *a, int64_t rows, int64_t t, int64_t j)
 {
-    for (int64_t i = 0; i < tokens * a->k; i++) {
-        if (a->row[i] >= rows) {
-            return OVLM_FAIL(err, OVLM_E_ARG, "combine: row[%lld] is %d, but h has %lld rows",
-                             (long long)i, (int)a->row[i], (long long)rows);
-        }
-    }
-    return OVLM_OK;
+    int64_t row = a->row[t * a->k + j];
+    return row < a->first || row >= a->first + rows ? -1 : row - a->first;
+}
+
+static float weight_of(const ovlm_combine *a, int64_t t, int64_t j)
+{
+    return ovlm_tensor_given(&a->weight) ? *(const float *)ovlm_cpu_at(&a->weight, t, j) : 1;
 }
 
 static int64_t columns_left(int64_t columns, int64_t from)
@@ -314,7 +328,6 @@ static void combine_rows(const void *context, int64_t first, int64_t count, floa
     const ovlm_combine *a = context;
     float *h = scratch, *y = scratch + COMBINE_COLUMNS;
     for (int64_t t = first; t < first + count; t++) {
-        const float *weight = ovlm_cpu_at(&a->weight, t, 0);
         for (int64_t c = 0; c < a->y.cols; c += COMBINE_COLUMNS) {
             int64_t n = columns_left(a->y.cols, c);
             if (ovlm_tensor_given(&a->add)) {
@@ -323,9 +336,10 @@ static void combine_rows(const void *context, int64_t first, int64_t count, floa
                 memset(y, 0, (size_t)n * sizeof *y);
             }
             for (int64_t j = 0; j < a->k; j++) {
-                int32_t row = a->row[t * a->k + j];
+                int64_t row = row_of(a, a->h.rows, t, j);
                 if (row >= 0) {
-                    ovlm_cpu_add_scaled(y, ovlm_cpu_row(&a->h, row, c, n, h), weight[j], n);
+                    ovlm_cpu_add_scaled(y, ovlm_cpu_row(&a->h, row, c, n, h), weight_of(a, t, j),
+                                        n);
                 }
             }
             ovlm_cpu_store(ovlm_cpu_at(&a->y, t, c), y, n, a->y.dtype);
@@ -336,7 +350,6 @@ static void combine_rows(const void *context, int64_t first, int64_t count, floa
 ovlm_status ovlm_cpu_combine_fwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_err *err)
 {
     OVLM_CPU_CHECK(combine, a, FWD, err);
-    OVLM_TRY(check_rows(a, a->y.rows, a->h.rows, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->y.rows, (a->k + 1) * a->y.cols, combine_rows, a);
     return OVLM_OK;
 }
@@ -346,24 +359,27 @@ static void combine_back_rows(const void *context, int64_t first, int64_t count,
     const ovlm_combine *a = context;
     float *h = scratch, *dh = scratch + COMBINE_COLUMNS, *dy = scratch + 2 * COMBINE_COLUMNS;
     bool with_dh = ovlm_tensor_given(&a->dh), with_dweight = ovlm_tensor_given(&a->dweight);
+    int64_t rows = with_dweight ? a->h.rows : a->dh.rows;
     for (int64_t t = first; t < first + count; t++) {
-        const float *weight = ovlm_cpu_at(&a->weight, t, 0);
         float *dweight = with_dweight ? ovlm_cpu_at(&a->dweight, t, 0) : NULL;
         for (int64_t j = 0; with_dweight && j < a->k; j++) {
-            dweight[j] = 0;
+            if (a->row[t * a->k + j] < 0 || row_of(a, rows, t, j) >= 0) {
+                dweight[j] = 0;
+            }
         }
         for (int64_t c = 0; c < a->dy.cols; c += COMBINE_COLUMNS) {
             int64_t n = columns_left(a->dy.cols, c);
             const float *from = ovlm_cpu_row(&a->dy, t, c, n, dy);
             for (int64_t j = 0; j < a->k; j++) {
-                int32_t row = a->row[t * a->k + j];
+                int64_t row = row_of(a, rows, t, j);
                 if (row >= 0 && with_dweight) {
                     float part;
                     ovlm_cpu_dot(from, ovlm_cpu_row(&a->h, row, c, n, h), n, &part);
                     dweight[j] += part;
                 }
                 if (row >= 0 && with_dh) {
-                    set_scaled(ovlm_cpu_row_out(&a->dh, row, c, dh), from, weight[j], n);
+                    set_scaled(ovlm_cpu_row_out(&a->dh, row, c, dh), from, weight_of(a, t, j),
+                               n);
                     ovlm_cpu_row_done(&a->dh, row, c, n, dh);
                 }
             }
@@ -377,8 +393,6 @@ ovlm_status ovlm_cpu_combine_bwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_
     if (!ovlm_tensor_given(&a->dh) && !ovlm_tensor_given(&a->dweight)) {
         return OVLM_OK;
     }
-    OVLM_TRY(check_rows(a, a->dy.rows,
-                        ovlm_tensor_given(&a->dweight) ? a->h.rows : a->dh.rows, err));
     ovlm_cpu_rows(ovlm_cpu_of(queue), a->dy.rows, 2 * a->k * a->dy.cols, combine_back_rows, a);
     return OVLM_OK;
 }

@@ -164,11 +164,18 @@ ovlm_status ovlm_ref_grouped_linear_measure(ovlm_backend *backend, const ovlm_gr
     return OVLM_OK;
 }
 
+/* Where expert e's rows begin among the call's `rows`. */
+static int64_t grouped_begin(const ovlm_grouped_linear *a, int64_t rows, int64_t e)
+{
+    int64_t begin = a->offsets[e] - a->first;
+    return begin < 0 ? 0 : begin > rows ? rows : begin;
+}
+
 /* NULL, or what is wrong with the offsets and the index. */
 static const char *grouped_fault(const ovlm_grouped_linear *a, int64_t rows, bool reads_x)
 {
-    if (a->offsets[0] != 0 || a->offsets[a->groups] > rows) {
-        return "offsets must begin with 0 and end within the rows";
+    if (a->offsets[0] != 0) {
+        return "offsets must begin with 0";
     }
     for (int64_t e = 0; e < a->groups; e++) {
         if (a->offsets[e + 1] < a->offsets[e]) {
@@ -178,7 +185,8 @@ static const char *grouped_fault(const ovlm_grouped_linear *a, int64_t rows, boo
             return "host_offsets differ from offsets";
         }
     }
-    for (int64_t r = 0; reads_x && a->index != NULL && r < a->offsets[a->groups]; r++) {
+    int64_t end = grouped_begin(a, rows, a->groups);
+    for (int64_t r = 0; reads_x && a->index != NULL && r < end; r++) {
         if (a->index[r] < 0 || a->index[r] >= a->x.rows) {
             return "index must be in [0, x.rows)";
         }
@@ -203,7 +211,8 @@ ovlm_status ovlm_ref_grouped_linear_fwd(ovlm_queue *queue, const ovlm_grouped_li
     }
     for (int64_t e = 0; e < a->groups; e++) {
         ovlm_tensor w = expert_rows(a, a->w, e);
-        for (int64_t r = a->offsets[e]; r < a->offsets[e + 1]; r++) {
+        int64_t end = grouped_begin(a, a->y.rows, e + 1);
+        for (int64_t r = grouped_begin(a, a->y.rows, e); r < end; r++) {
             int64_t source = a->index == NULL ? r : a->index[r];
             for (int64_t n = 0; n < a->y.cols; n++) {
                 double sum = 0;
@@ -226,14 +235,14 @@ ovlm_status ovlm_ref_grouped_linear_bwd(ovlm_queue *queue, const ovlm_grouped_li
         OVLM_REF_LATE(queue, "grouped_linear backward: %s", fault);
     }
     double *dy = a->scratch.work;
-    int64_t cols = a->dy.cols;
-    for (int64_t r = 0; r < a->offsets[a->groups]; r++) {
+    int64_t cols = a->dy.cols, rows = a->dy.rows, held = grouped_begin(a, rows, a->groups);
+    for (int64_t r = 0; r < held; r++) {
         for (int64_t n = 0; n < cols; n++) {
             dy[r * cols + n] = ovlm_ref_at(&a->dy, r, n);
         }
     }
     for (int64_t e = 0; e < a->groups; e++) {
-        int64_t first = a->offsets[e], end = a->offsets[e + 1];
+        int64_t first = grouped_begin(a, rows, e), end = grouped_begin(a, rows, e + 1);
         if (ovlm_tensor_given(&a->dx)) {
             ovlm_tensor w = expert_rows(a, a->w, e);
             input_gradient(dy, cols, first, end, &w, a->w_kn, &a->dx, (double)a->dx_beta);

@@ -66,7 +66,7 @@ static void keep_teams(const ovlm_router *a, double *choice, double *scratch)
     }
 }
 
-/* expert[t][0..k-1], best first. */
+/* expert[t][0..k-1], ascending. */
 static void router_choose(const ovlm_router *a, int64_t t, double *choice, double *scratch)
 {
     int64_t experts = a->logits.cols;
@@ -85,8 +85,12 @@ static void router_choose(const ovlm_router *a, int64_t t, double *choice, doubl
             }
         }
         best = best < 0 ? 0 : best; /* nothing but NaN */
-        a->expert[t * a->k + j] = (int32_t)best;
         choice[best] = (double)NAN; /* taken */
+        int64_t place = j;
+        for (; place > 0 && a->expert[t * a->k + place - 1] > best; place--) {
+            a->expert[t * a->k + place] = a->expert[t * a->k + place - 1];
+        }
+        a->expert[t * a->k + place] = (int32_t)best;
     }
 }
 

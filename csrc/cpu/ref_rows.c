@@ -211,31 +211,28 @@ ovlm_status ovlm_ref_combine_measure(ovlm_backend *backend, const ovlm_combine *
     return ovlm_op_check_combine(a, OVLM_PASS_MEASURE, err);
 }
 
-/* The first slot whose row is not below limit, or -1. */
-static int64_t combine_fault(const ovlm_combine *a, int64_t slots, int64_t limit)
+/* The slot's row among the `rows` of the call, or -1. */
+static int64_t combine_row(const ovlm_combine *a, int64_t rows, int64_t slot)
 {
-    for (int64_t i = 0; i < slots; i++) {
-        if (a->row[i] >= limit) {
-            return i;
-        }
-    }
-    return -1;
+    int64_t row = a->row[slot] - a->first;
+    return a->row[slot] >= 0 && row < rows && row >= 0 ? row : -1;
+}
+
+static double combine_weight(const ovlm_combine *a, int64_t t, int64_t j)
+{
+    return ovlm_tensor_given(&a->weight) ? ovlm_ref_at(&a->weight, t, j) : 1;
 }
 
 ovlm_status ovlm_ref_combine_fwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_err *err)
 {
+    (void)queue;
     OVLM_TRY(ovlm_op_check_combine(a, OVLM_PASS_FWD, err));
-    int64_t fault = combine_fault(a, a->y.rows * a->k, a->h.rows);
-    if (fault >= 0) {
-        OVLM_REF_LATE(queue, "combine forward: row[%lld] is %d, but h has %lld rows",
-                      (long long)fault, (int)a->row[fault], (long long)a->h.rows);
-    }
     for (int64_t t = 0; t < a->y.rows; t++) {
         for (int64_t c = 0; c < a->y.cols; c++) {
             double sum = ovlm_tensor_given(&a->add) ? ovlm_ref_at(&a->add, t, c) : 0;
             for (int64_t j = 0; j < a->k; j++) {
-                int64_t r = a->row[t * a->k + j];
-                sum += r < 0 ? 0 : ovlm_ref_at(&a->weight, t, j) * ovlm_ref_at(&a->h, r, c);
+                int64_t r = combine_row(a, a->h.rows, t * a->k + j);
+                sum += r < 0 ? 0 : combine_weight(a, t, j) * ovlm_ref_at(&a->h, r, c);
             }
             ovlm_ref_put(&a->y, t, c, sum);
         }
@@ -245,25 +242,21 @@ ovlm_status ovlm_ref_combine_fwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_
 
 ovlm_status ovlm_ref_combine_bwd(ovlm_queue *queue, const ovlm_combine *a, ovlm_err *err)
 {
+    (void)queue;
     OVLM_TRY(ovlm_op_check_combine(a, OVLM_PASS_BWD, err));
     bool with_dh = ovlm_tensor_given(&a->dh), with_dweight = ovlm_tensor_given(&a->dweight);
     int64_t rows = with_dweight ? a->h.rows : a->dh.rows;
-    int64_t fault = with_dh || with_dweight ? combine_fault(a, a->dy.rows * a->k, rows) : -1;
-    if (fault >= 0) {
-        OVLM_REF_LATE(queue, "combine backward: row[%lld] is %d, but h has %lld rows",
-                      (long long)fault, (int)a->row[fault], (long long)rows);
-    }
     for (int64_t i = 0; i < a->dy.rows * a->k; i++) {
-        int64_t t = i / a->k, j = i % a->k, r = a->row[i];
+        int64_t t = i / a->k, j = i % a->k, r = combine_row(a, rows, i);
         double dweight = 0;
         for (int64_t c = 0; r >= 0 && c < a->dy.cols; c++) {
             double dy = ovlm_ref_at(&a->dy, t, c);
             if (with_dh) {
-                ovlm_ref_put(&a->dh, r, c, ovlm_ref_at(&a->weight, t, j) * dy);
+                ovlm_ref_put(&a->dh, r, c, combine_weight(a, t, j) * dy);
             }
             dweight += with_dweight ? dy * ovlm_ref_at(&a->h, r, c) : 0;
         }
-        if (with_dweight) {
+        if (with_dweight && (r >= 0 || a->row[i] < 0)) {
             ovlm_ref_put(&a->dweight, t, j, dweight);
         }
     }

@@ -26,6 +26,7 @@ typedef struct ovlm_block_context {
     double *score_sum;             /* [E] device: router probabilities over all layers         */
     ovlm_tensor aux;               /* [1,E]: slope of the balance loss; backward               */
     ovlm_checkpoint checkpoint;
+    int64_t expert_rows;           /* of a chunk, at most; 0: all at once (experts.h)          */
     const ovlm_params *params;
     const ovlm_cache *cache;       /* decoding; or NULL                                        */
 } ovlm_block_context;

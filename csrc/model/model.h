@@ -128,6 +128,10 @@ typedef struct ovlm_pass_options {
     void *poll_ctx;
 } ovlm_pass_options;
 
+/* Passes from now on run their routed experts in chunks of at most so many rows (T*k in all), with
+ * a workspace that is bounded by a chunk; 0: all at once.  Outputs are the same to the last bit. */
+void ovlm_model_set_expert_rows(ovlm_model *model, int64_t rows);
+
 /* The decode, after an encode of the images and one of the sounds, where there are any.  With label
  * NULL there is no loss but the routers' balance. */
 OVLM_NODISCARD ovlm_status ovlm_model_forward(ovlm_model *model, const ovlm_model_inputs *inputs,

@@ -56,6 +56,11 @@ ovlm_status ovlm_model_measure_end(ovlm_model *model, const ovlm_stack held[OVLM
     return status;
 }
 
+void ovlm_model_set_expert_rows(ovlm_model *model, int64_t rows)
+{
+    model->expert_rows = rows;
+}
+
 static ovlm_model_scalars *scalars(const ovlm_model *model)
 {
     return model->scalars.data;
@@ -122,6 +127,7 @@ static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *in
     OVLM_TRY(ovlm_taps_init(&pass->taps, options->taps.entry, options->taps.n, c->depth,
                             &model->call, err));
     pass->context = (ovlm_block_context){.checkpoint = options->checkpoint,
+                                         .expert_rows = model->expert_rows,
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
     pass->count_after = model->count_after;

@@ -1,7 +1,6 @@
 /* objective.c - masked features, pairs and classes: the losses and their slopes. */
 #include "model/objective.h"
 
-#include "cpu/cpu.h"
 #include "model/run.h"
 
 #include <math.h>
@@ -64,42 +63,56 @@ void ovlm_masked_cosine_run(ovlm_masked_cosine *a)
 
 /* ---------------------------------------------------------------- products */
 
-/* Runs `walk` twice over a backend of its own: measuring, then for real. */
 typedef ovlm_status (*walk_fn)(ovlm_run *run, void *args);
 
-static ovlm_status walk_twice(ovlm_run *run, walk_fn walk, void *args)
+static ovlm_status fit_and_walk(ovlm_run *run, walk_fn walk, void *args)
 {
-    ovlm_stack work = {0};
-    run->work = run->keep = &work;
-    run->measuring = true;
-    OVLM_TRY(walk(run, args));
-    ovlm_status status = ovlm_stack_fit(&work, run->queue->backend, OVLM_STACK_DEVICE,
-                                        work.peak_bytes, run->err);
-    if (status == OVLM_OK) {
-        run->measuring = false;
-        status = walk(run, args);
+    ovlm_backend *backend = run->queue->backend;
+    OVLM_TRY(ovlm_stack_fit(run->work, backend, OVLM_STACK_DEVICE, run->work->peak_bytes,
+                            run->err));
+    OVLM_TRY(ovlm_stack_fit(run->stage, backend, OVLM_STACK_HOST, run->stage->peak_bytes,
+                            run->err));
+    run->measuring = false;
+    return walk(run, args);
+}
+
+/* Runs `walk` twice: measuring, then for real, in memory that lives for the call. */
+static ovlm_status walk_twice(ovlm_queue *queue, ovlm_dtype dtype, walk_fn walk, void *args,
+                              ovlm_err *err)
+{
+    ovlm_stack work = {0}, stage = {0};
+    ovlm_run run = {.queue = queue, .ops = queue->backend->ops, .measuring = true, .keep = &work,
+                    .work = &work, .stage = &stage, .dtype = dtype, .exact = dtype, .err = err};
+    OVLM_TRY(walk(&run, args));
+    ovlm_status status = fit_and_walk(&run, walk, args);
+    if (status != OVLM_OK) {
+        (void)run.ops->queue_wait(queue, NULL); /* before its memory is freed */
     }
-    if (status == OVLM_OK) {
-        status = run->ops->queue_wait(run->queue, run->err);
-    }
-    ovlm_stack_free(&work, run->queue->backend, OVLM_STACK_DEVICE);
+    ovlm_stack_free(&work, queue->backend, OVLM_STACK_DEVICE);
+    ovlm_stack_free(&stage, queue->backend, OVLM_STACK_HOST);
     return status;
 }
 
-static ovlm_status on_host(ovlm_dtype dtype, int64_t threads, walk_fn walk, void *args,
-                           ovlm_err *err)
+/* Dense rows from the host to the device. */
+static ovlm_status put_rows(const ovlm_run *run, ovlm_tensor device, const void *host)
 {
-    const ovlm_ops *ops = ovlm_cpu_ops_find(dtype == OVLM_F64 ? "ref" : "cpu");
-    ovlm_backend *backend = NULL;
-    OVLM_TRY(ops->open(&(ovlm_backend_options){.threads = threads}, &backend, err));
-    ovlm_run run = {.ops = ops, .dtype = dtype, .exact = dtype, .err = err};
-    ovlm_status status = ops->queue_open(backend, &run.queue, err);
-    if (status == OVLM_OK) {
-        status = walk_twice(&run, walk, args);
-        ops->queue_close(run.queue);
+    int64_t bytes = device.rows * device.cols * ovlm_dtype_bytes(device.dtype);
+    return run->measuring || bytes == 0 ? OVLM_OK
+                                        : run->ops->copy(run->queue, device.data, host, bytes,
+                                                         OVLM_TO_DEVICE, run->err);
+}
+
+/* The other way; waits. */
+static ovlm_status get_rows(const ovlm_run *run, void *host, ovlm_tensor device)
+{
+    int64_t bytes = device.rows * device.cols * ovlm_dtype_bytes(device.dtype);
+    if (run->measuring) {
+        return OVLM_OK;
     }
-    ops->close(backend);
-    return status;
+    if (bytes > 0) {
+        OVLM_TRY(run->ops->copy(run->queue, host, device.data, bytes, OVLM_TO_HOST, run->err));
+    }
+    return run->ops->queue_wait(run->queue, run->err);
 }
 
 static int64_t block_rows(int64_t rows, int64_t cols)
@@ -120,11 +133,6 @@ static ovlm_status block_back(ovlm_run *run, ovlm_linear *logits, ovlm_tensor sl
     logits->dw_beta = 1;
     RUN(run, linear, bwd, logits);
     return run->measuring ? OVLM_OK : run->ops->queue_wait(run->queue, run->err);
-}
-
-static ovlm_tensor view(const void *data, int64_t rows, int64_t cols, ovlm_dtype dtype)
-{
-    return ovlm_tensor_of((void *)(uintptr_t)data, rows, cols, dtype);
 }
 
 /* ---------------------------------------------------------------- pairs */
@@ -177,43 +185,63 @@ static void siglip_pairs(ovlm_siglip *a, int64_t first, ovlm_tensor z)
     }
 }
 
+/* Unit vectors, on the host and on the device. */
+static ovlm_status put_units(const ovlm_run *run, const ovlm_features *from, ovlm_tensor host,
+                             ovlm_tensor device)
+{
+    if (!run->measuring) {
+        normalise(from, host);
+    }
+    return put_rows(run, device, host.data);
+}
+
+/* From their gradients, by way of the host, to those of the features. */
+static ovlm_status get_slopes(const ovlm_run *run, const ovlm_features *to, ovlm_tensor unit,
+                              ovlm_tensor device)
+{
+    ovlm_tensor host = ovlm_stack_tensor(run->stage, device.rows, device.cols, device.dtype);
+    OVLM_TRY(get_rows(run, host.data, device));
+    if (!run->measuring) {
+        denormalise(to, unit, host);
+    }
+    return OVLM_OK;
+}
+
 static ovlm_status siglip_walk(ovlm_run *run, void *args)
 {
     ovlm_siglip *a = args;
-    int64_t n = a->image.rows, all = a->text.rows, C = a->image.cols;
+    int64_t n = a->image.rows, all = a->text.rows, C = a->image.cols, step = block_rows(n, all);
     ovlm_tensor x = ovlm_stack_tensor(run->work, n, C, run->dtype);
     ovlm_tensor y = ovlm_stack_tensor(run->work, all, C, run->dtype);
     ovlm_tensor dx = ovlm_stack_tensor(run->work, n, C, run->dtype);
     ovlm_tensor dy = ovlm_stack_tensor(run->work, all, C, run->exact);
-    int64_t step = block_rows(n, all);
     ovlm_tensor block = ovlm_stack_tensor(run->work, step, all, run->dtype);
+    ovlm_tensor host_x = ovlm_stack_tensor(run->stage, n, C, run->dtype);
+    ovlm_tensor host_y = ovlm_stack_tensor(run->stage, all, C, run->dtype);
+    ovlm_tensor host_block = ovlm_stack_tensor(run->stage, step, all, run->dtype);
     a->loss = a->dscale = a->dbias = 0;
     OVLM_TRY(ovlm_run_zero_tensor(run, &dy));
-    if (!run->measuring) {
-        normalise(&a->image, x);
-        normalise(&a->text, y);
-    }
+    OVLM_TRY(put_units(run, &a->image, host_x, x));
+    OVLM_TRY(put_units(run, &a->text, host_y, y));
     for (int64_t first = 0; first < n; first += step) {
         int64_t rows = n - first < step ? n - first : step;
         ovlm_tensor z = ovlm_tensor_rows(block, 0, rows);
         ovlm_linear similarity = {.x = ovlm_tensor_rows(x, first, rows), .w = y, .y = z};
         RUN(run, linear, fwd, &similarity);
+        OVLM_TRY(get_rows(run, host_block.data, z));
         if (!run->measuring) {
-            OVLM_TRY(run->ops->queue_wait(run->queue, run->err));
-            siglip_pairs(a, first, z);
+            siglip_pairs(a, first, ovlm_tensor_rows(host_block, 0, rows));
         }
+        OVLM_TRY(put_rows(run, z, host_block.data));
         OVLM_TRY(block_back(run, &similarity, z, ovlm_tensor_rows(dx, first, rows), dy));
     }
-    if (!run->measuring) {
-        denormalise(&a->image, x, dx);
-        denormalise(&a->text, y, dy);
-    }
-    return OVLM_OK;
+    OVLM_TRY(get_slopes(run, &a->image, host_x, dx));
+    return get_slopes(run, &a->text, host_y, dy);
 }
 
-ovlm_status ovlm_siglip_run(ovlm_siglip *args, ovlm_err *err)
+ovlm_status ovlm_siglip_run(ovlm_queue *queue, ovlm_siglip *args, ovlm_err *err)
 {
-    return on_host(args->dtype, args->threads, siglip_walk, args, err);
+    return walk_twice(queue, args->dtype, siglip_walk, args, err);
 }
 
 /* ---------------------------------------------------------------- classes */
@@ -249,32 +277,34 @@ static void superclass_row(ovlm_superclass *a, int64_t row, ovlm_tensor z, int64
 static ovlm_status superclass_walk(ovlm_run *run, void *args)
 {
     ovlm_superclass *a = args;
-    int64_t n = a->feature.rows, V = a->weight.rows, C = a->feature.cols;
-    int64_t step = block_rows(n, V);
+    int64_t n = a->feature.rows, V = a->weight.rows, C = a->feature.cols, step = block_rows(n, V);
+    ovlm_tensor x = ovlm_stack_tensor(run->work, n, C, run->dtype);
+    ovlm_tensor w = ovlm_stack_tensor(run->work, V, C, run->dtype);
+    ovlm_tensor dx = ovlm_stack_tensor(run->work, n, C, run->dtype);
+    ovlm_tensor dw = ovlm_stack_tensor(run->work, V, C, run->exact);
     ovlm_tensor block = ovlm_stack_tensor(run->work, step, V, run->dtype);
-    ovlm_tensor x = view(a->feature.data, n, C, run->dtype);
-    ovlm_tensor dx = view(a->feature.slope, n, C, run->dtype);
-    ovlm_tensor dw = view(a->weight.slope, V, C, run->exact);
+    ovlm_tensor host = ovlm_stack_tensor(run->stage, step, V, run->dtype);
     a->loss = 0;
     OVLM_TRY(ovlm_run_zero_tensor(run, &dw));
+    OVLM_TRY(put_rows(run, x, a->feature.data));
+    OVLM_TRY(put_rows(run, w, a->weight.data));
     for (int64_t first = 0; first < n; first += step) {
         int64_t rows = n - first < step ? n - first : step;
         ovlm_tensor z = ovlm_tensor_rows(block, 0, rows);
-        ovlm_linear logits = {.x = ovlm_tensor_rows(x, first, rows), .y = z,
-                              .w = view(a->weight.data, V, C, run->dtype)};
+        ovlm_linear logits = {.x = ovlm_tensor_rows(x, first, rows), .y = z, .w = w};
         RUN(run, linear, fwd, &logits);
-        if (!run->measuring) {
-            OVLM_TRY(run->ops->queue_wait(run->queue, run->err));
-        }
+        OVLM_TRY(get_rows(run, host.data, z));
         for (int64_t i = 0; i < rows && !run->measuring; i++) {
-            superclass_row(a, first + i, z, i);
+            superclass_row(a, first + i, host, i);
         }
+        OVLM_TRY(put_rows(run, z, host.data));
         OVLM_TRY(block_back(run, &logits, z, ovlm_tensor_rows(dx, first, rows), dw));
     }
-    return OVLM_OK;
+    OVLM_TRY(get_rows(run, a->feature.slope, dx));
+    return get_rows(run, a->weight.slope, dw);
 }
 
-ovlm_status ovlm_superclass_run(ovlm_superclass *args, ovlm_err *err)
+ovlm_status ovlm_superclass_run(ovlm_queue *queue, ovlm_superclass *args, ovlm_err *err)
 {
-    return on_host(args->dtype, args->threads, superclass_walk, args, err);
+    return walk_twice(queue, args->dtype, superclass_walk, args, err);
 }

@@ -3,7 +3,8 @@
  *
  * Each is a sum over rows divided by `total`, the rows of the global batch: parts of a batch add up
  * to the whole, to rounding, in loss and gradients.  Features are float32, or float64, which the
- * reference backend computes.  Products go through the op table, in chunks of rows. */
+ * reference backend computes.  Products go through the op table of the queue that is given, in
+ * chunks of rows; these calls wait for it. */
 #ifndef OVLM_MODEL_OBJECTIVE_H
 #define OVLM_MODEL_OBJECTIVE_H
 
@@ -34,21 +35,19 @@ void ovlm_masked_cosine_run(ovlm_masked_cosine *args);
  * <x_i,y_j> + bias)), z = 1 where text j is offset + i, else -1; x and y are normalised here. */
 typedef struct ovlm_siglip {
     ovlm_dtype dtype;
-    int64_t threads;
     ovlm_features image, text; /* a part's images; the whole batch's texts             */
     int64_t offset;            /* which text belongs to the first image                */
     double scale, bias, total;
     double loss, dscale, dbias; /* out                                                 */
 } ovlm_siglip;
 
-OVLM_NODISCARD ovlm_status ovlm_siglip_run(ovlm_siglip *args, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_siglip_run(ovlm_queue *queue, ovlm_siglip *args, ovlm_err *err);
 
 /* SuperClass (Huang et al. 2024, eq. 2): classification of a feature over the tokens of its
  * caption, -sum_c target_c log softmax(x w^T)_c.  Row i's targets are token[start[i]] .. with their
  * shares, which sum to 1. */
 typedef struct ovlm_superclass {
     ovlm_dtype dtype;
-    int64_t threads;
     ovlm_features feature, weight; /* [rows,C], [V,C]                                  */
     const int64_t *start;      /* [rows+1]                                             */
     const int32_t *token;
@@ -57,6 +56,7 @@ typedef struct ovlm_superclass {
     double loss;               /* out                                                  */
 } ovlm_superclass;
 
-OVLM_NODISCARD ovlm_status ovlm_superclass_run(ovlm_superclass *args, ovlm_err *err);
+OVLM_NODISCARD ovlm_status ovlm_superclass_run(ovlm_queue *queue, ovlm_superclass *args,
+                                               ovlm_err *err);
 
 #endif

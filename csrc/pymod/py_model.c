@@ -37,6 +37,18 @@ PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status s
     Py_RETURN_NONE;
 }
 
+PyObject *ovlm_arg_instance(PyObject *module, const char *type, PyObject *object)
+{
+    PyObject *class = PyObject_GetAttrString(module, type);
+    int is = class == NULL ? -1 : PyObject_IsInstance(object, class);
+    Py_XDECREF(class);
+    if (is == 0) {
+        PyErr_Format(PyExc_TypeError, "expected a %s of the core; got %s", type,
+                     Py_TYPE(object)->tp_name);
+    }
+    return is > 0 ? object : NULL;
+}
+
 int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expected, bool optional,
                    const void **data, int64_t *n)
 {
@@ -485,6 +497,19 @@ static PyObject *model_memory(PyObject *object, PyObject *ignored)
                          (long long)m.cache_bytes);
 }
 
+/* expert_rows(rows): 0 for all */
+static PyObject *model_expert_rows(PyObject *object, PyObject *number)
+{
+    model_object *self = (model_object *)object;
+    int64_t rows = 0;
+    if (ovlm_arg_int(number, "rows", &rows) < 0 || ovlm_model_enter(self) < 0) {
+        return NULL;
+    }
+    ovlm_model_set_expert_rows(self->model, rows);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
 static PyObject *model_cache_close(PyObject *object, PyObject *ignored)
 {
     (void)ignored;
@@ -509,6 +534,7 @@ static PyMethodDef model_methods[] = {
     METHOD("train_only", model_train_only),
     METHOD("zero_grad", model_zero_grad),
     {"memory", model_memory, METH_NOARGS, NULL},
+    {"expert_rows", model_expert_rows, METH_O, NULL},
     METHOD("forward", ovlm_py_model_forward),
     METHOD("output", ovlm_py_model_output),
     METHOD("router_counts", ovlm_py_model_router_counts),

@@ -1,7 +1,66 @@
 /* py_objective.c - the pre-training losses of a vision encoder, on arrays. */
 #include "py_model.h"
 
+#include "cpu/cpu.h"
 #include "model/objective.h"
+
+/* Where products run: on a model's device, or on a CPU backend that lives for the call. */
+typedef struct place {
+    model_object *model;
+    int64_t threads;
+} place;
+
+static int read_place(PyObject *module, PyObject *threads, PyObject *model, place *out)
+{
+    if (ovlm_arg_int(threads, "threads", &out->threads) < 0) {
+        return -1;
+    }
+    if (model == Py_None) {
+        return 0;
+    }
+    out->model = (model_object *)ovlm_arg_instance(module, "Model", model);
+    return out->model == NULL ? -1 : 0;
+}
+
+typedef ovlm_status (*run_fn)(ovlm_queue *queue, void *args, ovlm_err *err);
+
+static ovlm_status run_on_cpu(ovlm_dtype dtype, int64_t threads, run_fn run, void *args,
+                              ovlm_err *err)
+{
+    const ovlm_ops *ops = ovlm_cpu_ops_find(dtype == OVLM_F64 ? "ref" : "cpu");
+    ovlm_backend *backend = NULL;
+    ovlm_queue *queue = NULL;
+    OVLM_TRY(ops->open(&(ovlm_backend_options){.threads = threads}, &backend, err));
+    ovlm_status status = ops->queue_open(backend, &queue, err);
+    if (status == OVLM_OK) {
+        status = run(queue, args, err);
+        ops->queue_close(queue);
+    }
+    ops->close(backend);
+    return status;
+}
+
+/* Without the GIL; -1 with the exception. */
+static int run_at(PyObject *module, const place *at, ovlm_dtype dtype, run_fn run, void *args)
+{
+    ovlm_err err = {0};
+    ovlm_status status;
+    if (at->model != NULL && ovlm_model_enter(at->model) < 0) {
+        return -1;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = at->model != NULL ? run(ovlm_model_queue(at->model->model), args, &err)
+                               : run_on_cpu(dtype, at->threads, run, args, &err);
+    Py_END_ALLOW_THREADS
+    if (at->model != NULL) {
+        at->model->busy = false;
+    }
+    if (status != OVLM_OK) {
+        (void)ovlm_raise(module, &err);
+        return -1;
+    }
+    return 0;
+}
 
 /* A matrix of float32 or float64; the first one's type is the call's. */
 static int read_matrix(PyObject *object, const char *name, ovlm_dtype *dtype, ovlm_features *out)
@@ -90,12 +149,18 @@ static PyObject *masked_cosine(PyObject *module, PyObject *const *args, Py_ssize
     return Py_BuildValue("(dN)", a.loss, slope);
 }
 
-/* siglip(image, text, offset, scale, bias, total, threads)
+static ovlm_status run_siglip(ovlm_queue *queue, void *args, ovlm_err *err)
+{
+    return ovlm_siglip_run(queue, args, err);
+}
+
+/* siglip(image, text, offset, scale, bias, total, threads, Model or None)
  *     -> (loss, dimage, dtext, dscale, dbias) */
 static PyObject *siglip(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     ovlm_siglip a = {.dtype = OVLM_DTYPE_COUNT};
-    if (ovlm_arg_count("siglip", nargs, 7) < 0 ||
+    place at = {0};
+    if (ovlm_arg_count("siglip", nargs, 8) < 0 ||
         read_matrix(args[0], "image", &a.dtype, &a.image) < 0 ||
         read_matrix(args[1], "text", &a.dtype, &a.text) < 0 ||
         same_columns(&a.image, &a.text, "text") < 0 ||
@@ -103,7 +168,7 @@ static PyObject *siglip(PyObject *module, PyObject *const *args, Py_ssize_t narg
         ovlm_arg_double(args[3], "scale", &a.scale) < 0 ||
         ovlm_arg_double(args[4], "bias", &a.bias) < 0 ||
         read_positive(args[5], "total", &a.total) < 0 ||
-        ovlm_arg_int(args[6], "threads", &a.threads) < 0) {
+        read_place(module, args[6], args[7], &at) < 0) {
         return NULL;
     }
     if (a.offset < 0 || a.offset > a.text.rows - a.image.rows) {
@@ -115,15 +180,8 @@ static PyObject *siglip(PyObject *module, PyObject *const *args, Py_ssize_t narg
     }
     PyObject *dimage = new_slope(&a.image, a.dtype), *dtext = new_slope(&a.text, a.dtype);
     PyObject *answer = NULL;
-    if (dimage != NULL && dtext != NULL) {
-        ovlm_err err = {0};
-        ovlm_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_siglip_run(&a, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? Py_BuildValue("(dOOdd)", a.loss, dimage, dtext, a.dscale,
-                                                   a.dbias)
-                                   : ovlm_raise(module, &err);
+    if (dimage != NULL && dtext != NULL && run_at(module, &at, a.dtype, run_siglip, &a) == 0) {
+        answer = Py_BuildValue("(dOOdd)", a.loss, dimage, dtext, a.dscale, a.dbias);
     }
     Py_XDECREF(dimage);
     Py_XDECREF(dtext);
@@ -158,8 +216,7 @@ static int read_superclass(PyObject *const *args, ovlm_superclass *a)
         ovlm_arg_exact(args[2], "start", NPY_INT64, -1, false, &start, &starts) < 0 ||
         ovlm_arg_exact(args[3], "token", NPY_INT32, -1, false, &token, &tokens) < 0 ||
         ovlm_arg_exact(args[4], "share", NPY_FLOAT64, tokens, false, &share, NULL) < 0 ||
-        read_positive(args[5], "total", &a->total) < 0 ||
-        ovlm_arg_int(args[6], "threads", &a->threads) < 0) {
+        read_positive(args[5], "total", &a->total) < 0) {
         return -1;
     }
     a->start = start;
@@ -168,24 +225,27 @@ static int read_superclass(PyObject *const *args, ovlm_superclass *a)
     return check_tokens(a, starts, tokens);
 }
 
-/* superclass(feature, weight, start int64, token int32, share float64, total, threads)
+static ovlm_status run_superclass(ovlm_queue *queue, void *args, ovlm_err *err)
+{
+    return ovlm_superclass_run(queue, args, err);
+}
+
+/* superclass(feature, weight, start int64, token int32, share float64, total, threads,
+ *            Model or None)
  *     -> (loss, dfeature, dweight) */
 static PyObject *superclass(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     ovlm_superclass a = {.dtype = OVLM_DTYPE_COUNT};
-    if (ovlm_arg_count("superclass", nargs, 7) < 0 || read_superclass(args, &a) < 0) {
+    place at = {0};
+    if (ovlm_arg_count("superclass", nargs, 8) < 0 || read_superclass(args, &a) < 0 ||
+        read_place(module, args[6], args[7], &at) < 0) {
         return NULL;
     }
     PyObject *dfeature = new_slope(&a.feature, a.dtype), *dweight = new_slope(&a.weight, a.dtype);
     PyObject *answer = NULL;
-    if (dfeature != NULL && dweight != NULL) {
-        ovlm_err err = {0};
-        ovlm_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ovlm_superclass_run(&a, &err);
-        Py_END_ALLOW_THREADS
-        answer = status == OVLM_OK ? Py_BuildValue("(dOO)", a.loss, dfeature, dweight)
-                                   : ovlm_raise(module, &err);
+    if (dfeature != NULL && dweight != NULL &&
+        run_at(module, &at, a.dtype, run_superclass, &a) == 0) {
+        answer = Py_BuildValue("(dOO)", a.loss, dfeature, dweight);
     }
     Py_XDECREF(dfeature);
     Py_XDECREF(dweight);

@@ -12,19 +12,6 @@ typedef struct shard_object {
 
 /* ---------------------------------------------------------------- arguments */
 
-/* An object of one of this module's types; borrowed. */
-static PyObject *instance_of(PyObject *module, const char *type, PyObject *object)
-{
-    PyObject *class = PyObject_GetAttrString(module, type);
-    int is = class == NULL ? -1 : PyObject_IsInstance(object, class);
-    Py_XDECREF(class);
-    if (is == 0) {
-        PyErr_Format(PyExc_TypeError, "expected a %s of the core; got %s", type,
-                     Py_TYPE(object)->tp_name);
-    }
-    return is > 0 ? object : NULL;
-}
-
 /* Modes of units, as numbers; free with PyMem_Free. */
 static ovlm_shard_mode *read_modes(PyObject *array, int64_t units)
 {
@@ -79,7 +66,7 @@ static const ovlm_params *read_list(PyObject *module, PyObject *source, ovlm_par
     if (PyTuple_Check(source)) {
         return make_list(module, source, made, arena);
     }
-    PyObject *model = instance_of(module, "Model", source);
+    PyObject *model = ovlm_arg_instance(module, "Model", source);
     return model == NULL ? NULL : ovlm_model_params(((model_object *)model)->model);
 }
 
@@ -194,7 +181,8 @@ static PyObject *shard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     if (!PyArg_ParseTuple(args, "OOOL:Shard", &model, &comm, &modes, &node_size) ||
-        instance_of(module, "Model", model) == NULL || instance_of(module, "Comm", comm) == NULL) {
+        ovlm_arg_instance(module, "Model", model) == NULL ||
+        ovlm_arg_instance(module, "Comm", comm) == NULL) {
         return NULL;
     }
     model_object *over = (model_object *)model;

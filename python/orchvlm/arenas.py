@@ -42,12 +42,14 @@ class _Run:
     size: int         # of an activation
     exact: int        # of a gradient
     checkpoint: str
+    chunk: int = 0    # bound of the experts' rows at a time, 0: none
     keep: _Stack = field(default_factory=_Stack)
     work: _Stack = field(default_factory=_Stack)
 
     def tower(self, trained):
         """The same workspace, and activations of an encoder."""
-        return _Run(self.size, self.exact, self.checkpoint if trained else None, work=self.work)
+        return _Run(self.size, self.exact, self.checkpoint if trained else None, self.chunk,
+                    work=self.work)
 
     def at(self, reached):
         """The same memory; where no backward comes, nothing is kept."""
@@ -56,6 +58,14 @@ class _Run:
     @property
     def stack(self):
         return self.work if self.checkpoint is None else self.keep
+
+    def chunked(self, block, rows):
+        """Rows of a chunk of the block's experts; 0: they run at once."""
+        return self.chunk if 0 < self.chunk < rows * block.k else 0
+
+    def sums(self, values):
+        """Bytes of what chunks add up in, where activations are narrower."""
+        return values * self.exact if self.exact > self.size else 0
 
 
 class _Stream:
@@ -120,8 +130,9 @@ def _kept(b, rows, run):
         yield rows * (b.experts + b.k) * run.exact + 8 * rows * b.k + 4 * b.experts, False
         yield 2 * row * b.shared, False
         yield row * b.shared, True
-        yield row * b.k * (2 * b.hidden + b.width), False
-        yield row * b.k * b.hidden, True
+        if not run.chunked(b, rows):
+            yield row * b.k * (2 * b.hidden + b.width), False
+            yield row * b.k * b.hidden, True
     else:
         yield 2 * row * b.hidden, False
         if b.gated:
@@ -136,6 +147,19 @@ def _forward(b, rows, run):
         for size, again in _kept(b, rows, run):
             redo = run.checkpoint in (None, "full") or again and run.checkpoint == "selective"
             (run.work if redo else run.keep).take(size)
+        if chunk := run.chunked(b, rows):
+            run.work.touch(chunk * run.size * (3 * b.hidden + b.width), run.sums(rows * b.width))
+
+
+def _experts_backward(b, rows, run):
+    again, work = run.checkpoint == "selective", run.work
+    work.take(rows * b.k * run.exact)
+    if chunk := run.chunked(b, rows):
+        work.take(run.sums(rows * b.width))
+        work.touch(chunk * run.size * (6 * b.hidden + 2 * b.width))
+    else:
+        work.touch(rows * b.k * run.size * (b.width + b.hidden * (3 + again)))
+    work.take(rows * b.experts * run.exact, rows * run.size * b.shared * (3 + again))
 
 
 def _backward(b, rows, segments, run):
@@ -145,12 +169,10 @@ def _backward(b, rows, segments, run):
         if run.checkpoint == "full":
             work.take(row * b.width, *(size for size, _ in _kept(b, rows, run)))
         with work.rewound(row * b.width * (1 + again)):
-            slots = row * (b.k if b.experts else 1)
             if b.experts:
-                work.take(slots * b.width, rows * b.k * run.exact, rows * b.experts * run.exact,
-                          row * b.shared * (3 + again))
-            if b.gated:
-                work.take(slots * b.hidden * (3 + again))
+                _experts_backward(b, rows, run)
+            elif b.gated:
+                work.take(row * b.hidden * (3 + again))
             else:
                 work.take(row * b.hidden)
                 work.touch(4 * rows * b.hidden, 4 * -(-rows // 256) * b.hidden)
@@ -350,7 +372,7 @@ def _head_scratch(config, tokens):
 
 def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float32",
             checkpoint="none", training=True, pixel_size=4, trained=lambda prefix: True,
-            ranks=lambda prefix: 0):
+            ranks=lambda prefix: 0, chunk=None):
     """Activations and workspace of a forward with labels, and of its backward.
 
     Parameters
@@ -368,13 +390,15 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
     trained, ranks : callable
         Of the first letters of parameters' names: whether one of them is trained, and the sum of
         the ranks of adapters there.
+    chunk : int, optional
+        Bound of the experts' rows at a time; None: all.
 
     Returns
     -------
     activations, workspace : int
     """
     size, exact = SIZES[dtype], max(4, SIZES[dtype])
-    run = _Run(size, exact, checkpoint if training else None)
+    run = _Run(size, exact, checkpoint if training else None, chunk or 0)
     tokens, segments = int(cu_seqlens[-1]), len(cu_seqlens) - 1
     towers = []
     if grid_thw is not None and len(grid_thw):
@@ -407,7 +431,7 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
     return run.keep.most + sum(one.keep.most for one in runs), work.most
 
 
-def of_model(config, inputs, rows, dtype, training, checkpoint):
+def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None):
     """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
     {arena: bytes} after a step, or after a forward alone."""
     training = bool(training)
@@ -418,7 +442,8 @@ def of_model(config, inputs, rows, dtype, training, checkpoint):
         config, inputs.cu_seqlens, inputs.grid_thw, inputs.mel_lengths, dtype=dtype,
         checkpoint=checkpoint, training=training, pixel_size=1 if pixels else 4,
         trained=lambda prefix: any(name.startswith(prefix) for name in names),
-        ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)))
+        ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)),
+        chunk=chunk)
     elements = sum(prod(shape) for _, _, shape, trained in rows if trained)
     return {"training": training * state_bytes(elements, dtype), "activations": activations,
             "workspace": workspace}

@@ -35,6 +35,14 @@ def _total(value, rows):
     return float(max(1, rows)) if value is None else finite_number(value, "total", 1)
 
 
+def _core_of(model):
+    if model is None:
+        return None
+    if not hasattr(model, "_core"):
+        raise TypeError(f"model must be a Model; got {type(model).__name__}")
+    return model._core
+
+
 def masked_cosine(student, teacher, masked, total=None):
     """Masked feature modelling: the mean of 1 - cos(student, teacher) over masked patches.
 
@@ -85,7 +93,8 @@ def masked_cosine(student, teacher, masked, total=None):
                                _total(total, int(masked.sum())))
 
 
-def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None):
+def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None,
+           model=None):
     """Sigmoid loss of image-text pairs.
 
     -(1/total) sum_ij log sigmoid(z_ij (scale <x_i, y_j> + bias)) with z = 1 for an image's own text
@@ -108,6 +117,8 @@ def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None):
         Images of the global batch; by default the texts given.
     threads : int, optional
         By default OMP_NUM_THREADS, or one per core of this process.
+    model : Model, optional
+        Computes on this model's device, with its threads, instead of on the CPU.
 
     Returns
     -------
@@ -148,7 +159,7 @@ def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None):
     scale = finite_number(scale, "scale", -1e30, 1e30)
     bias = finite_number(bias, "bias", -1e30, 1e30)
     return _core.siglip(image, text, int(offset), scale, bias, _total(total, len(text)),
-                        _threads(threads))
+                        _threads(threads), _core_of(model))
 
 
 def inverse_frequency(documents, vocabulary):
@@ -198,7 +209,8 @@ def _classes(tokens, vocabulary):
     return tokens
 
 
-def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=None):
+def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=None,
+               model=None):
     """Classification of images over the tokens of their captions.
 
     -(1/total) sum_i sum_c target_ic log softmax(x_i w^T)_c, where a caption's targets are its
@@ -217,6 +229,8 @@ def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=N
         Images of the global batch; by default those of this call.
     threads : int, optional
         By default OMP_NUM_THREADS, or one per core of this process.
+    model : Model, optional
+        Computes on this model's device, with its threads, instead of on the CPU.
 
     Returns
     -------
@@ -263,4 +277,5 @@ def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=N
     start = np.cumsum([0, *(len(one) for one in found)], dtype=np.int64)
     return _core.superclass(
         feature, weight, start, np.concatenate([*found, []]).astype(np.int32),
-        np.concatenate([*shares, []]), _total(total, len(feature)), _threads(threads))
+        np.concatenate([*shares, []]), _total(total, len(feature)), _threads(threads),
+        _core_of(model))

@@ -380,6 +380,42 @@ class Model(Phases):
         inputs = self._inputs(inputs)
         return flops_of(self.config, inputs, training, self._core.parameters())
 
+    @property
+    def moe_chunk_rows(self):
+        """Rows of routed experts that run at a time; None: all, T times k.
+
+        Beyond the bound the sorted rows go through their experts in chunks of so many, in forwards
+        and in backwards, where what a chunk kept is computed again: activations and workspace are
+        bounded by the chunk, at the cost of one more forward of the experts.  Outputs and the
+        gradients of activations are the same to the last bit; gradients of the experts' weights
+        are sums over chunks, equal up to rounding.
+
+        Raises
+        ------
+        ValueError
+            It is set to what is no whole number of at least 1.
+
+        Examples
+        --------
+        >>> import orchvlm
+        >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
+        >>> inputs = orchvlm.Inputs(input_ids=[72] * 500, labels=[72] * 500)
+        >>> whole, loss = model.memory(inputs), model.forward(inputs).loss
+        >>> model.moe_chunk_rows = 128
+        >>> model.memory(inputs)["activations"] < whole["activations"]
+        True
+        >>> model.forward(inputs).loss == loss
+        True
+        """
+        return self._moe_chunk_rows
+
+    @moe_chunk_rows.setter
+    def moe_chunk_rows(self, rows):
+        if rows is not None:
+            rows = whole_number(rows, "moe_chunk_rows", 1)
+        self._core.expert_rows(rows or 0)
+        self._moe_chunk_rows = rows
+
     def memory(self, inputs=None, *, training=True, checkpoint="none", max_new_tokens=0):
         """Bytes held by arena, now or after a batch that is yet to run.
 
@@ -429,7 +465,8 @@ class Model(Phases):
         inputs, rows = self._inputs(inputs), self._core.parameters()
         checkpoint_number(checkpoint)
         max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 0)
-        coming = arenas.of_model(self.config, inputs, rows, self.dtype, training, checkpoint)
+        coming = arenas.of_model(self.config, inputs, rows, self.dtype, training, checkpoint,
+                                 self.moe_chunk_rows)
         if max_new_tokens and len(inputs):
             longest = int(inputs.lengths.max()) + max_new_tokens
             coming["cache"] = arenas.cache_bytes(self.config, len(inputs), longest, self.dtype)

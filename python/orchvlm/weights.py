@@ -121,7 +121,7 @@ class Weights(Adapters):
                             f"{type(config).__name__}")
         backend, number = backend_of(device)
         self.config, self.device, self.dtype = config, device, dtype
-        self.threads = _threads(threads)
+        self.threads, self._moe_chunk_rows = _threads(threads), None
         self._core = _core.Model(*config.numbers(), backend, number, self.threads, dtype)
         self._list = self._core.parameters()
         self._index = {row[0]: i for i, row in enumerate(self._list)}

@@ -142,8 +142,10 @@ static int32_t *offsets_of(draw *d, int64_t n, int64_t rows)
 static void draw_grouped_linear(draw *d, ovlm_grouped_linear *a)
 {
     int64_t rows = rows_of(d), k = cols_of(d), n = cols_of(d), sources = rows;
+    int64_t all = chance(d, 2) ? rows : rows + between(d, 0, d->size);
     a->groups = between(d, 1, 6);
-    a->offsets = offsets_of(d, a->groups, rows);
+    a->first = between(d, 0, all - rows);
+    a->offsets = offsets_of(d, a->groups, all);
     a->host_offsets = chance(d, 2) ? a->offsets : NULL;
     a->w_kn = chance(d, 2);
     a->dx_beta = beta_of(d);
@@ -362,6 +364,10 @@ static void draw_combine(draw *d, ovlm_combine *a)
     int64_t rows = rows_of(d), cols = cols_of(d);
     a->k = between(d, 1, 4);
     int64_t sources = rows * a->k + between(d, 0, 3);
+    if (chance(d, 2)) {
+        a->first = between(d, 0, sources);
+        sources = between(d, 0, sources - a->first);
+    }
     int32_t *row = room(d, rows * a->k, sizeof *row);
     for (int64_t i = 0; i < rows * a->k; i++) { /* each row once, shuffled */
         int64_t j = between(d, 0, i);
@@ -372,7 +378,7 @@ static void draw_combine(draw *d, ovlm_combine *a)
         row[i] = chance(d, 8) ? -1 : row[i];
     }
     a->row = row;
-    a->weight = tensor(d, rows, a->k);
+    a->weight = maybe(d, tensor(d, rows, a->k));
     a->h = tensor(d, sources, cols);
     a->add = maybe(d, tensor(d, rows, cols));
     a->y = blank(d, rows, cols);

@@ -354,7 +354,10 @@ static grouped draw_grouped(void)
     for (int64_t i = 0; i < e; i++) {
         g.offsets[i + 1] = g.offsets[i] + (int32_t)pick(0, most_rows[pick(0, 3)]);
     }
-    int64_t rows = g.offsets[e] + pick(0, 3), tokens = rows;
+    g.a.first = coin() ? 0 : pick(0, g.offsets[e]);
+    int64_t rows = g.offsets[e] - g.a.first + pick(0, 3), tokens;
+    rows = coin() ? rows : pick(0, rows);
+    tokens = rows;
     if (coin()) {
         tokens = pick(1, 50);
         g.index = malloc((size_t)(rows + 1) * sizeof *g.index);
@@ -389,7 +392,7 @@ static void run_grouped(const ovlm_cpu *cpu, ovlm_grouped_linear *a)
 static int64_t expert_of(const grouped *g, int64_t row)
 {
     for (int64_t e = 0; e < g->a.groups; e++) {
-        if (row >= g->offsets[e] && row < g->offsets[e + 1]) {
+        if (g->a.first + row >= g->offsets[e] && g->a.first + row < g->offsets[e + 1]) {
             return e;
         }
     }
@@ -427,8 +430,9 @@ static void check_grouped(const grouped *g, const ovlm_grouped_linear *old)
         for (int64_t at = 0; at < n * k; at++) {
             int64_t j = at / k, c = at % k;
             double sum = a->dw_beta != 0 ? expert_weight(a, &old->dw, e, j, c) : 0;
-            for (int64_t r = g->offsets[e]; r < g->offsets[e + 1]; r++) {
-                sum += get(&a->dy, r, j) * get(&a->x, g->index != NULL ? g->index[r] : r, c);
+            for (int64_t r = 0; r < a->dy.rows; r++) {
+                int64_t from = g->index != NULL ? g->index[r] : r;
+                sum += expert_of(g, r) == e ? get(&a->dy, r, j) * get(&a->x, from, c) : 0;
             }
             int64_t row = a->w_kn ? e * k + c : e * n + j;
             check_near(&a->dw, row, a->w_kn ? j : c, sum, 70, "expert's dw");

@@ -116,7 +116,7 @@ static double said(const op_case *c, const slope_of *s, const ovlm_tensor *gradi
         return ((double *)gradient->data)[at];
     }
     double sum = 0;
-    for (int64_t r = 0; r < a->offsets[a->groups]; r++) {
+    for (int64_t r = 0; r < a->y.rows && a->first + r < a->offsets[a->groups]; r++) {
         int64_t source = a->index == NULL ? r : a->index[r];
         sum += source == at / a->x.cols ? ((double *)gradient->data)[r * a->x.cols + at % a->x.cols]
                                         : 0;

@@ -188,6 +188,7 @@ static void test_scalars(void)
     REFUSED(linear, OVLM_PASS_FWD, scratch.work = (void *)32, "not aligned to 64 bytes");
     REFUSED(grouped_linear, OVLM_PASS_FWD, groups = 0, "groups must be in [1");
     REFUSED(grouped_linear, OVLM_PASS_FWD, groups = INT64_MAX, "groups must be in [1");
+    REFUSED(grouped_linear, OVLM_PASS_FWD, first = -1, "first must be in [0");
     REFUSED(norm, OVLM_PASS_FWD, groups = 1000, "groups = 1000 must divide");
     REFUSED(norm, OVLM_PASS_FWD, eps = -1, "eps must be");
     REFUSED(rope, OVLM_PASS_FWD, heads = 0, "heads must be");
@@ -204,6 +205,7 @@ static void test_scalars(void)
     REFUSED(router, OVLM_PASS_FWD, k = 100, "k = 100 is more than");
     REFUSED(router, OVLM_PASS_FWD, teams = 77, "teams = 77 must divide");
     REFUSED(combine, OVLM_PASS_FWD, k = -1, "k must be");
+    REFUSED(combine, OVLM_PASS_BWD, first = -1, "first must be");
     REFUSED(balance_loss, OVLM_PASS_FWD, count = NULL, "count is NULL");
     REFUSED(balance_loss, OVLM_PASS_FWD, rows = -1, "rows must be");
     REFUSED(targets, OVLM_PASS_FWD, total = NULL, "total is NULL");

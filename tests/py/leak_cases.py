@@ -201,9 +201,9 @@ CASES = {
                        orchvlm.losses.siglip(FEATURES, FEATURES, 1.0, 0.0, threads=1),
                        orchvlm.losses.superclass(FEATURES, FEATURES, [[0]] * 3, threads=1)),
     "losses_errors": lambda: (
-        must_fail(_core.siglip, FEATURES, FEATURES[:2], 0, 1.0, 0.0, 1.0, 1),
-        must_fail(_core.siglip, FEATURES, FEATURES, 0, 1.0, 0.0, -1.0, 1),
-        must_fail(_core.superclass, FEATURES, FEATURES, *SEGMENTS, 0.0, 1),
+        must_fail(_core.siglip, FEATURES, FEATURES[:2], 0, 1.0, 0.0, 1.0, 1, None),
+        must_fail(_core.siglip, FEATURES, FEATURES, 0, 1.0, 0.0, -1.0, 1, None),
+        must_fail(_core.superclass, FEATURES, FEATURES, *SEGMENTS, 0.0, 1, None),
         must_fail(_core.masked_cosine, FEATURES, FEATURES[0], None, 1.0)),
     "adapters": lambda: (ADAPTED.add_lora(r=1, match=["*q_proj"]), ADAPTED.merge_lora(),
                          must_fail(ADAPTED.add_lora), ADAPTED.remove_lora(),

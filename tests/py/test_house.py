@@ -79,6 +79,14 @@ def test_floors():
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+def test_the_model_names_no_backend():
+    """The order of floors would allow it; but a model runs on whatever table it was given."""
+    wrong = [f"{name(path)}:{number} includes {header}" for path in C_FILES
+             if path.parent.name == "model" for number, _, header in includes(path)
+             if header.startswith("cpu/")]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
 def test_cuda_reaches_the_backend_floor_and_below_only():
     allowed = FLOORS[:FLOORS.index("backend") + 1]
     wrong = [f"{name(path)}:{number} includes {header}"

@@ -52,6 +52,20 @@ def paired(model, pixels, text, which):
     return loss
 
 
+@pytest.mark.parametrize("backend", ["cpu", "async"])
+def test_on_the_model_s_backend(backend):
+    """Bit for bit as on a CPU backend of their own; on memory that only the device reads, too."""
+    rng = np.random.default_rng(SEED)
+    model = draw_model(SEED, draw_config(rng, False), threads=1, device=backend)
+    image, text = (rng.standard_normal((n, 6)).astype("f4") for n in (3, 5))
+    for loss in (lambda **place: losses.siglip(image, text, 5.0, -2.0, offset=1, **place),
+                 lambda **place: losses.superclass(image, text, [[0, 2], [], [4]], **place)):
+        for want, got in zip(loss(threads=1), loss(model=model)):
+            np.testing.assert_array_equal(got, want)
+    with pytest.raises(TypeError, match="model"):
+        losses.siglip(image, text, 5.0, -2.0, model="cpu")
+
+
 def classified(model, pixels, weight, which):
     features = encoded(model, pixels, which)
     tokens = [[i, 2 * i + 1] for i in which]

@@ -13,8 +13,10 @@ from multiprocessing import connection
 from . import _core
 from ._numbers import finite_number
 
-#: After a signal or a failure, how long ranks have to end by themselves before they are killed.
+#: After a failure, how long ranks have to end by themselves before they are killed.
 _KILL_S = 10.0
+#: The same after a signal: a rank that trains ends its step and writes a checkpoint first.
+_END_S = 600.0
 #: The same where a rank failed before all had met.
 _JOIN_S = 1.0
 
@@ -181,7 +183,12 @@ class _Ranks:
         """Pass it on; the second one kills."""
         self.signals.append(number)
         self.send(number if len(self.signals) == 1 else signal.SIGKILL)
-        self.deadline = self.deadline or time.monotonic() + _KILL_S
+        self._limit(_END_S)
+
+    def _limit(self, seconds):
+        """The ranks have so much time from now on, or less where that was said before."""
+        at = time.monotonic() + seconds
+        self.deadline = at if self.deadline is None else min(at, self.deadline)
 
     def hear(self, pipe):
         """What a rank says, or that it died."""
@@ -222,10 +229,8 @@ class _Ranks:
                 left = None
             for pipe in connection.wait(list(self.pipes), left):
                 self.hear(pipe)
-            if self.errors and self.deadline is None:
-                # Who has not joined waits for all; who has, hears of the failure in time.
-                left = silent_s + _KILL_S if self.joined == len(self.processes) else _JOIN_S
-                self.deadline = time.monotonic() + left
+            if self.errors:  # who has not joined waits for all; who has, hears of it in time
+                self._limit(silent_s + _KILL_S if self.joined == len(self.processes) else _JOIN_S)
 
     def end(self):
         """Nothing is left behind."""

@@ -12,7 +12,7 @@ from .checkpoint import CheckpointError, SafeTensors, write_file
 
 _WEIGHT, KIND_ADAPTER = 0, 4
 _RANK_MOST = 65536  # of the core
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # before every name in PEFT's files
 # What another value of would change what an adapter computes.
 _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
@@ -188,20 +188,24 @@ class Adapters:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
         if base is not None and not isinstance(base, str):
             raise TypeError(f"base must be a string; got {base!r}")
-        entries = [(_PREFIX + name, shape, lambda name=name: self._whole(name))
-                   for name, kind, shape, _ in self._list if kind == KIND_ADAPTER]
+        entries, text = self._adapter_files(base)
         if self._only_gathers(entries):
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / ADAPTER, entries, dtype)
+        write_whole(folder / ADAPTER_CONFIG, lambda stream: stream.write(text))
+
+    def _adapter_files(self, base=None):
+        """(tensors as write_file takes them, bytes of the configuration)"""
+        entries = [(_PREFIX + name, shape, lambda name=name: self._whole(name))
+                   for name, kind, shape, _ in self._list if kind == KIND_ADAPTER]
         values = {**_NEUTRAL, "r": self.lora["r"], "lora_alpha": self.lora["alpha"],
                   "use_rslora": self.lora["rslora"], "target_modules": self.lora["modules"],
                   "base_model_name_or_path": base, "inference_mode": True,
                   "init_lora_weights": True, "task_type": None, "revision": None,
                   "layers_to_transform": None, "layers_pattern": None, "auto_mapping": None}
-        write_file(folder / _TENSORS, entries, dtype)
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        write_whole(folder / _CONFIG, lambda stream: stream.write(text.encode()))
+        return entries, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
     def load_adapter(self, folder):
         """Adds the adapters of a folder, ours or PEFT's; they are what is trained from then on.
@@ -219,8 +223,8 @@ class Adapters:
             mis-shaped or non-finite tensor; there are adapters already.
         """
         folder = Path(folder)
-        r, alpha, rslora = _read_config(folder / _CONFIG)
-        file = SafeTensors(folder / _TENSORS)
+        r, alpha, rslora = _read_config(folder / ADAPTER_CONFIG)
+        file = SafeTensors(folder / ADAPTER)
         tensors = {_our_name(name, folder): name for name in file.tensors}
         modules = {name.rpartition(".lora_")[0] for name in tensors}
         places = self._modules()

@@ -18,6 +18,7 @@ _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2
            "U8": np.dtype("u1")}
 _HEADER_MOST_BYTES = 100 << 20  # what the format's own reader accepts
 _SHARD_BYTES = 5 << 30
+INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
@@ -30,6 +31,12 @@ class SafeTensors:
     Parameters
     ----------
     path : path-like
+
+    Attributes
+    ----------
+    tensors : dict of str to (first byte, last byte, dtype, shape)
+    metadata : dict of str to str
+        What the file says besides.
 
     Raises
     ------
@@ -67,7 +74,7 @@ class SafeTensors:
                                   f"{str(error)[:80]}") from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is no object")
-        header.pop("__metadata__", None)
+        self.metadata = header.pop("__metadata__", None) or {}
         return header
 
     def _unique(self, pairs):
@@ -140,7 +147,7 @@ def open_folder(folder):
         A broken index or file; an index that names a file outside the folder.
     """
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / "model.safetensors"
     if single.exists() and not index.exists():
         file = SafeTensors(single)
         return dict.fromkeys(file.tensors, file)
@@ -181,9 +188,17 @@ def _tensor_bytes(name, shape, dtype):
     return math.prod(shape) * (2 if _narrow(name, dtype) else 4)
 
 
-def write_file(path, tensors, dtype):
-    """Writes one file; tensors: [(name, shape, function that gives float32)], in order."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def stored(name, values, dtype):
+    """A tensor's numbers as a file of this dtype holds them."""
+    if not _narrow(name, dtype):
+        return np.ascontiguousarray(values, "<f4")
+    return values if values.dtype == np.uint16 else narrowed(values)
+
+
+def write_file(path, tensors, dtype, metadata=None):
+    """Writes one file; tensors: [(name, shape, function that gives float32, or what
+    :func:`stored` made of it)], in order."""
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, shape, _ in tensors:
         end = offset + _tensor_bytes(name, shape, dtype)
         header[name] = {"dtype": "BF16" if _narrow(name, dtype) else "F32", "shape": list(shape),
@@ -195,15 +210,27 @@ def write_file(path, tensors, dtype):
     def write(stream):
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, _, get in tensors:
-            values = narrowed(get()) if _narrow(name, dtype) else get()
-            kind = "<u2" if _narrow(name, dtype) else "<f4"
-            stream.write(np.ascontiguousarray(values, kind).tobytes())
+            stream.write(stored(name, get(), dtype).tobytes())
     write_whole(path, write)
 
 
-def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
-    """Writes tensors ``[(name, shape, get)]`` as one file, or as shards with an index."""
-    folder = Path(folder)
+def in_files(tensors, dtype, shard_bytes=_SHARD_BYTES):
+    """How a model's tensors are spread over files.
+
+    Parameters
+    ----------
+    tensors : list of (name, shape, get)
+    dtype : {"float32", "bfloat16"}
+    shard_bytes : int
+        A file of more tensors than one has no more.
+
+    Returns
+    -------
+    files : list of (str, list)
+        Name and tensors of each.
+    index : bytes or None
+        Of ``model.safetensors.index.json``, where there are several.
+    """
     shards, used = [[]], 0
     for entry in tensors:
         count = _tensor_bytes(*entry[:2], dtype)
@@ -213,17 +240,24 @@ def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
         shards[-1].append(entry)
         used += count
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], dtype)
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        return [("model.safetensors", shards[0])], None
+    files = [(f"model-{i:05}-of-{len(shards):05}.safetensors", shard)
+             for i, shard in enumerate(shards, 1)]
+    total = sum(_tensor_bytes(*entry[:2], dtype) for entry in tensors)
+    index = {"metadata": {"total_size": total},
+             "weight_map": {entry[0]: file for file, shard in files for entry in shard}}
+    return files, json.dumps(index, indent=2).encode()
+
+
+def write_folder(folder, tensors, dtype="float32", shard_bytes=_SHARD_BYTES):
+    """Writes tensors ``[(name, shape, get)]`` as one file, or as shards with an index."""
+    folder = Path(folder)
+    files, index = in_files(tensors, dtype, shard_bytes)
+    for file, some in files:
+        write_file(folder / file, some, dtype)
+    place = folder / INDEX
+    if index is None:
+        place.unlink(missing_ok=True)
         return
-    names, total = {}, 0
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        write_file(folder / file, shard, dtype)
-        for name, shape, _ in shard:
-            names[name] = file
-            total += _tensor_bytes(name, shape, dtype)
-    index = {"metadata": {"total_size": total}, "weight_map": names}
-    write_whole(folder / "model.safetensors.index.json",
-                lambda stream: stream.write(json.dumps(index, indent=2).encode()))
+    write_whole(place, lambda stream: stream.write(index))
     (folder / "model.safetensors").unlink(missing_ok=True)

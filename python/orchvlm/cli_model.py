@@ -5,6 +5,7 @@ _TRAIN_EXAMPLES = """examples:
   orchvlm train --preset tiny                     ten minutes on the embedded tasks, and a report
   orchvlm train --preset tiny --steps 2000 --kinds read,chart --out run-read
   orchvlm train --preset tiny --resume            goes on where it was stopped
+  orchvlm train --preset tiny --resume auto       the same, or begins: for jobs that are restarted
   orchvlm train --preset small --data chats.jsonl shards/ emoji.zip --minutes 60
   orchvlm train --model run-tiny --data chats.jsonl --lr 1e-4 --out run-chats
   orchvlm train --preset tiny-omni --data speech.zip --kinds digits
@@ -66,8 +67,9 @@ def _add_train(commands, raw):
     _add_tasks(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="DIR", help="default run-PRESET")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the last checkpoint in --out, with its settings")
+    group.add_argument("--resume", nargs="?", const="", metavar="auto|DIR",
+                       help="go on from the last good checkpoint in --out, with its settings; "
+                            "auto: where there is one, else begin; DIR: from this checkpoint")
     group.add_argument("--steps", type=_whole, metavar="N")
     group.add_argument("--minutes", type=_real, metavar="M",
                        help="of training, which the learning rate then follows, so that no run "

@@ -4,12 +4,15 @@ import os
 import shlex
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 from ._files import read_object, write_whole
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .recipes import FIRST_STD, TASKS, starting_point
+from .run_folder import MANIFEST
 from .sources import held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
@@ -66,7 +69,14 @@ def _settings(arguments):
     name = given.get("preset") or (Path(given["model"]).name if "model" in given else "tiny")
     out = Path(arguments.out or f"run-{name}")
     stored = {}
-    if arguments.resume:
+    if arguments.resume == "auto" and not checkpoints(out):
+        arguments.resume = None
+    if arguments.resume not in (None, "", "auto"):
+        stored = _stored(arguments.resume)
+        if not stored or not (Path(arguments.resume) / MANIFEST).exists():
+            raise CommandError(f"{arguments.resume}: no checkpoint-N of a run")
+        out = Path(arguments.out or Path(arguments.resume).resolve().parent)
+    elif arguments.resume is not None:
         stored = _stored(out) if (out / _SETTINGS).exists() else None
         if stored is None or not checkpoints(out):
             raise CommandError(f"{out}: no run to resume; leave out --resume, or name its folder "
@@ -160,6 +170,15 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+@contextmanager
+def _plain_warnings():
+    """Warnings as lines, not as code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"orchvlm: {message}", file=sys.stderr)
+        yield
+
+
+@_plain_warnings()
 def _train_rank(comm, arguments, out, settings):
     """What one rank does; the first one talks and writes."""
     from .data import Loader, RankLoader
@@ -175,8 +194,8 @@ def _train_rank(comm, arguments, out, settings):
     config = TrainingConfig(steps=steps or _ENDLESS, minutes=settings.get("minutes"), lr=lr,
                             min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP)
     trainer = Trainer(model, loader, config, out, comm)
-    if arguments.resume:
-        trainer.resume()
+    if arguments.resume is not None:
+        trainer.resume(None if arguments.resume in ("", "auto") else arguments.resume)
     if not first:
         for _ in trainer.run():
             pass
@@ -197,7 +216,7 @@ def _steps(trainer, out):
         for row in trainer.run():
             line.show(row)
             write(row)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         line.end()
         print(f"stopped at step {trainer.step}; {out} holds it, --resume goes on",
               file=sys.stderr)

@@ -19,8 +19,9 @@ def _column(value, name, length, dtype):
     return _frozen(array.astype(dtype))
 
 
-def floats(value, name, shape, dtype=np.float32):
-    """A read-only array of this shape, where None stands for any length; float32 as a rule."""
+def floats(value, name, shape, dtype=np.float32, finite=True):
+    """A read-only array of this shape, where None stands for any length; float32 as a rule.  What
+    is read is ``finite``; what was computed need not be."""
     array = np.asarray(value)
     if array.size and array.dtype.kind not in "iuf":
         raise TypeError(f"{name} must hold numbers; got dtype {array.dtype}")
@@ -28,11 +29,11 @@ def floats(value, name, shape, dtype=np.float32):
     if array.ndim != len(shape) or array.shape != wanted:
         words = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape ({words}); got {array.shape}")
-    if not np.isfinite(array).all():
+    if finite and not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite")
     with np.errstate(over="ignore"):
         array = array.astype(dtype, copy=False)
-    if not np.isfinite(array).all():
+    if finite and not np.isfinite(array).all():
         raise ValueError(f"{name} holds a value that {np.dtype(dtype)} cannot hold")
     return _frozen(array)
 

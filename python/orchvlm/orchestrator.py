@@ -36,6 +36,8 @@ class Prepared:
         Rows and sizes of what this rank encodes, by medium.
     ran : Ran
         Counts the samples that this rank read, whoever computes them.
+    inputs : Inputs
+        Those samples.
     """
 
     plan: object
@@ -43,6 +45,7 @@ class Prepared:
     micro: list
     items: dict
     ran: Ran
+    inputs: Inputs
 
 
 class Orchestrator:
@@ -177,7 +180,7 @@ class Orchestrator:
                    "data": time.perf_counter() - planned}
         ran = Ran([inputs], self.model)
         ran.plan, ran.prepared_seconds = plan, seconds
-        return Prepared(plan, normalizer, micro, items, ran)
+        return Prepared(plan, normalizer, micro, items, ran, inputs)
 
     def plan(self, batch):
         """The plan of a global batch; every rank makes the same one.
@@ -293,6 +296,20 @@ class Orchestrator:
                                        modality=name)
 
     # ------------------------------------------------------------ over ranks
+
+    @staticmethod
+    def inputs(prepared):
+        """The samples of a batch that this rank read.
+
+        Parameters
+        ----------
+        prepared : Prepared
+
+        Returns
+        -------
+        Inputs
+        """
+        return prepared.inputs
 
     def total(self, array):
         """An array of numbers, summed over the ranks.

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from .inputs import Inputs
 from .shares import label_weights
 
 
@@ -103,6 +104,11 @@ class OneRank:
     def _route(self, packs):
         parts = [self._model.route(pack) for pack in packs]
         return sum(counts for counts, _ in parts), sum(rows for _, rows in parts)
+
+    @staticmethod
+    def inputs(packs):
+        """The samples of a batch."""
+        return Inputs.concatenate(packs)
 
     def total(self, array):
         """An array of numbers, summed over the ranks."""

@@ -28,9 +28,10 @@ class Phases(Weights):
     """What :class:`orchvlm.Model` runs: its phases."""
 
     def _exact(self, value, name, shape):
-        """Hidden states, features or their gradients as the core takes them."""
+        """Hidden states, features or their gradients as the core takes them; a step in which they
+        overflow is one that the optimizer skips."""
         dtype = np.float64 if self.dtype == "float64" else np.float32
-        return None if value is None else floats(value, name, shape, dtype)
+        return None if value is None else floats(value, name, shape, dtype, finite=False)
 
     def _width(self):
         return self.config.text["hidden_size"]

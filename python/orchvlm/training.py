@@ -1,14 +1,7 @@
 """Training on one rank: packs of samples, AdamW, a schedule, metrics, runs that go on."""
 import json
 import math
-import os
-import queue
-import shutil
-import signal
-import tempfile
-import threading
 import time
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,92 +10,19 @@ import numpy as np
 
 from ._files import write_whole
 from ._numbers import finite_number
+from .ahead import Ahead
 from .averaging import EMA
+from .endings import Endings, held_back
 from .model import Model
+from .nonfinite import LOG, NonFiniteError, Skipped, step_files
 from .optim import AdamW, schedule
 from .passes import OneRank
 from .peak import gemm_peak
 from .routing import MODES, Balance
+from .run_folder import checkpoints, clean, latest_checkpoint, note_figure
+from .saving import Saver, SaveError, chosen, read_checkpoint
 
-_STATE = "training_state.npz"
-
-
-class _Ahead:
-    """Makes batches in a thread of its own, before they are asked for; with each goes the loader's
-    state behind it.
-
-    ``make`` turns the loader's packs into what a step takes.  At most ``most`` are made ahead; a
-    batch is begun when one is taken, never by the thread's own will, so that ranks that take
-    equally many have begun equally many.  What was made and not used is given back by
-    :meth:`close`, for whoever goes on.
-    """
-
-    def __init__(self, loader, make, most, left=()):
-        self._loader, self._make = loader, make
-        self._left = list(left)
-        self._orders, self._made = queue.Queue(), queue.Queue()
-        self._under_way = 0
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        self._order(most - len(self._left))
-
-    def _order(self, n):
-        for _ in range(n):
-            self._under_way += 1
-            self._orders.put(True)
-
-    def _work(self):
-        failed = None
-        while self._orders.get():
-            if failed is None:
-                try:
-                    batch = self._make(self._loader)
-                    self._made.put((batch, self._loader.state_dict()))
-                    continue
-                except BaseException as error:  # handed on to whoever asks for the next batch
-                    failed = error
-            self._made.put((failed, None))
-
-    def next(self):
-        """(batch, loader state behind it); the loader's own exception, every time, once it failed.
-        """
-        item, state = self._left.pop(0) if self._left else self._taken()
-        if isinstance(item, BaseException):
-            self._left.insert(0, (item, None))
-            raise item
-        self._order(1)
-        return item, state
-
-    def _taken(self):
-        item = self._made.get()
-        self._under_way -= 1
-        return item
-
-    def close(self):
-        """Ends the thread behind what was begun; all batches that nobody took."""
-        self._orders.put(False)
-        self._thread.join()
-        while self._under_way:
-            self._left.append(self._taken())
-        return self._left
-
-
-@contextmanager
-def _held_back():
-    """Ctrl-C waits until the block is done: a step is taken and written down, or it is not."""
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if here else None
-    if before is None:  # only the main thread is interrupted
-        yield
-        return
-    seen = []
-    signal.signal(signal.SIGINT, lambda *_: seen.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if seen:
-            signal.raise_signal(signal.SIGINT)
+__all__ = ["Trainer", "TrainingConfig", "checkpoints", "latest_checkpoint", "read_metrics"]
 
 
 @dataclass
@@ -155,7 +75,10 @@ class TrainingConfig:
     save_every : int
         Steps between checkpoints; 0: at the end only.
     keep : int
-        Checkpoints of this run that stay, the latest ones; 0: all.
+        Checkpoints of this run that stay, the latest ones, and the best besides, see
+        :meth:`Trainer.judge`; 0: all.
+    most_skipped : int
+        Steps in a row whose loss or gradient is no number; so many end the run.
 
     Raises
     ------
@@ -193,10 +116,11 @@ class TrainingConfig:
     ema: float = None
     save_every: int = 0
     keep: int = 0
+    most_skipped: int = 5
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("micro_batches", 1), ("warmup", 0), ("save_every", 0),
-                            ("keep", 0)):
+                            ("keep", 0), ("most_skipped", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
                     value < least:
@@ -280,7 +204,10 @@ class Trainer:
         self.elapsed_s = 0.0  # time in steps, over all parts of the run
         self._loader_state = None
         self._left = []       # packs that were made and not used
-        self._saved = None    # step of the last checkpoint written or read
+        shard = model.shard
+        self._saver = Saver(self.folder, config.keep, None if shard is None else shard.comm,
+                            shard is not None and shard.holds_state)
+        self._skipped = Skipped(self.folder, config.most_skipped)
 
     @property
     def done(self):
@@ -293,58 +220,96 @@ class Trainer:
     def run(self):
         """Takes the steps that are left.
 
-        Ctrl-C, an error and a loop that is left early all leave a checkpoint of the last whole
-        step.  The run ends early where the data end.
+        Checkpoints are copied between two steps and written while the next ones run.  Ctrl-C, an
+        error and a loop that is left early all leave one of the last whole step; so does SIGTERM,
+        which ends the run behind the step, with several ranks behind the same one on all (Ctrl-C
+        likewise).  The run ends early where the data end.
 
         Yields
         ------
         dict
-            For every step: step, loss, lr, grad_norm, skipped, tokens, targets, tokens_per_s,
-            tflops, mfu (their share of what a matrix product reaches on the device, see
-            :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with experts aux_loss
-            (without its coefficient), expert_load (fullest over mean) and routing_seconds; also a
-            line of ``metrics.jsonl``.  A loss that is no number is None there.  With several ranks
-            on all of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says.
+            For every step: step, loss, lr, grad_norm, skipped, skipped_steps (so far), tokens,
+            targets, tokens_per_s, tflops, mfu (their share of what a matrix product reaches on the
+            device, see :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with
+            experts aux_loss (without its coefficient), expert_load (fullest over mean) and
+            routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number is None
+            there.  With several ranks on all of them, and besides what
+            :meth:`orchvlm.Orchestrator.metrics` says.
 
         Raises
         ------
         CommError
             Another rank failed.
+        OSError
+            On all ranks: a checkpoint cannot be written; those from before are whole.
+        NonFiniteError
+            On all ranks: ``most_skipped`` steps in a row had no number.  ``nonfinite-N`` in the
+            run's folder is for :func:`orchvlm.replay`.
+        SystemExit
+            With status 143, after SIGTERM.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        passes, log, broken = self.passes, None, False
+        passes, log, how = self.passes, None, "all"
         self._peak = gemm_peak(self.model.device, self.model.dtype, self.model.threads)
-        ahead = _Ahead(self.loader, passes.make, passes.ahead, self._left)
+        self._endings = Endings(passes.size)
+        if passes.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
+            for name in ("metrics.jsonl", LOG):
+                _cut(self.folder / name, self.step)
+        if self._loader_state is None:
+            self._loader_state = self.loader.state_dict()
+        ahead = Ahead(self.loader, passes.make, passes.ahead, self._left)
+        self._endings.begin()
         try:
             if passes.rank == 0:
-                log = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+                log = open(self.folder / "metrics.jsonl", "ab", buffering=0)
             while self.done < 1:
                 start = time.perf_counter()
                 try:
                     batch, state = ahead.next()
                 except StopIteration:
                     break
-                yield self._one(batch, state, start, log)
-                if self.config.save_every and self.step % self.config.save_every == 0:
-                    self.save()
-        except GeneratorExit:
-            raise
+                row, signs = self._one(batch, state, start, log)
+                yield row
+                self._between(batch, signs)
         except BaseException as error:
-            broken = self._together()  # ranks that write together do so after whole steps only
-            if isinstance(error, Exception):
+            how = self._how(error)
+            if isinstance(error, Exception) and not isinstance(error, SaveError) and how != "all":
                 passes.abort(f"{type(error).__name__}: {error}")
             raise
         finally:
             try:
-                if self.step and self._saved != self.step and not broken:
-                    self.save()
+                self._last(how)
             finally:
+                self._endings.end()
                 self._left = ahead.close()
                 if log is not None:
                     log.close()
 
+    def _how(self, error):
+        """Who writes the last checkpoint of a run that ends with this: all ranks, which know of it,
+        rank 0, which has all that there is, or nobody."""
+        if isinstance(error, SaveError):
+            return "none"
+        if isinstance(error, NonFiniteError) or self._endings.obeyed or (
+                isinstance(error, GeneratorExit) and self._saver.together):
+            return "all"
+        return "none" if self._saver.together else "rank 0"
+
+    def _last(self, how):
+        """The checkpoint at a run's end."""
+        if how == "all" or how == "rank 0" and self.passes.rank == 0:
+            if self.step:
+                self._save(alone=how != "all")
+            self._saver.complain()
+            return
+        self._saver.drop()
+        if how == "rank 0":
+            self._saver.saved = self.step
+
     def _one(self, batch, state, start, log):
-        """One step; ``state`` is the loader's behind its batch."""
+        """(row of metrics, signs of all ranks) of one step; ``state`` is the loader's behind its
+        batch."""
         self.model.zero_grad()
         ran = self.passes.run(batch, self._balance, self.config.checkpoint)
         self.passes.reduce_gradients()
@@ -352,31 +317,72 @@ class Trainer:
         place = self.step if self.step < self._warmup else max(
             self._warmup, self.done * self.config.steps)
         rate = self._rate(place if self.config.minutes else self.step)
-        with _held_back():
-            done = self.optimizer.step(rate)
+        with held_back():
+            loss, targets, tokens, flops, *signs = self.passes.total(np.array(
+                [ran.loss, ran.targets, ran.tokens, ran.flops, *self._saver.signs(),
+                 *self._endings.signs()])).tolist()
+            done = self.optimizer.step(rate) if math.isfinite(loss) else {
+                "grad_norm": math.nan, "skipped": True}
             experts = self._balance.end(done["skipped"])
             if self.ema is not None and not done["skipped"]:
                 self.ema.update()
             # One clock for all ranks: that of rank 0 says when a run by minutes is over.
             seconds = time.perf_counter() - start if self.passes.rank == 0 else 0.0
-            loss, targets, tokens, flops, seconds = self.passes.total(np.array(
-                [ran.loss, ran.targets, ran.tokens, ran.flops, seconds])).tolist()
+            seconds = float(self.passes.total(np.array([seconds]))[0])
             self.step += 1
             self.elapsed_s += seconds
-            self._loader_state = state
+            self._before, self._loader_state = self._loader_state, state
+            self._skipped.note(done)
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
-                   "skipped": done["skipped"], "tokens": int(tokens), "targets": int(targets),
+                   "skipped": done["skipped"], "skipped_steps": self._skipped.count,
+                   "tokens": int(tokens), "targets": int(targets),
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
                    "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
                    "elapsed_s": self.elapsed_s, **experts, **self.passes.metrics(ran)}
-            if log is not None:
-                log.write(json.dumps({key: value if math.isfinite(value) else None
-                                      for key, value in row.items()}) + "\n")
-                log.flush()
-        return row
+            try:
+                if log is not None:
+                    log.write((json.dumps({key: value if math.isfinite(value) else None
+                                           for key, value in row.items()}) + "\n").encode())
+                if log is not None and done["skipped"]:
+                    self._skipped.tell(self.step, loss, self._samples())
+            except OSError as error:
+                self._saver.note(self.folder / "metrics.jsonl", error)
+        return row, signs
+
+    def _between(self, batch, signs):
+        """What is done behind a step, on all ranks alike: ``signs`` are the same on all."""
+        self._saver.settle(*signs[:2])
+        if self._skipped.too_many:
+            raise NonFiniteError(self._dump(batch))
+        if self.config.save_every and self.step % self.config.save_every == 0:
+            self._saver.finish()
+            self._saver.start(self)
+        self._endings.obey(*signs[2:])
+
+    def _samples(self):
+        """Names of the last step's samples, where the loader has them."""
+        names = getattr(self.loader, "names", None)
+        return [] if names is None else names(self._before, self._loader_state)
+
+    def _dump(self, batch):
+        """Writes the last step for :func:`orchvlm.replay`; what to say."""
+        name, size = f"nonfinite-{self.step}", self.passes.size
+        facts = {"step": self.step, "dtype": self.model.dtype, "ranks": size,
+                 "checkpoint": self.config.checkpoint, "samples": self._samples(),
+                 "drawn": self._before.get("source", {}).get("drawn", 0)}
+        self._saver.finish()
+        self._saver.start(self, name, step_files(self.passes.inputs(batch), self.passes.rank, size,
+                                                 facts))
+        self._saver.finish()
+        return (f"{self._skipped.in_a_row} steps in a row whose loss or gradient is no number; "
+                f"orchvlm.replay({str(self.folder / name)!r}) takes the last one again")
 
     def save(self):
-        """Writes the model, the optimizer and the place in the data; whole or not at all.
+        """Writes a checkpoint of the present step; whole or not at all.  All ranks call it.
+
+        It holds the model as :meth:`Model.from_pretrained` reads it, the optimizer's state by rank
+        (``optimizer-R-of-N.safetensors``: flat, with offset and full shape in the file's metadata),
+        the place in the data, and ``manifest.json`` with sizes and checksums.
 
         Returns
         -------
@@ -386,77 +392,52 @@ class Trainer:
         Raises
         ------
         OSError
-            It cannot be written; checkpoints from before are untouched.
+            On all ranks: it cannot be written; checkpoints from before are untouched.
         """
-        target, together = self.folder / f"checkpoint-{self.step}", self._together()
-        if self.passes.rank and not together:  # all ranks hold the same
-            self._saved = self.step
-            return target
-        temporary = self._temporary(together)
-        try:
-            self._write(temporary, together)
-            if together:
-                self.model.shard.comm.barrier()
-            with _held_back():
-                if self.passes.rank == 0:
-                    os.chmod(temporary, 0o755)
-                    if target.exists():  # of an earlier run: out of the way first, gone last
-                        os.replace(target, temporary / "before")
-                    os.replace(temporary, target)
-                self._saved = self.step
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if self.passes.rank == 0:
-            shutil.rmtree(target / "before", ignore_errors=True)
-            if self.config.keep:
-                for _, old in checkpoints(self.folder)[:-self.config.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
-        return target
+        self._saver.finish()
+        self._saver.start(self)
+        self._saver.finish()
+        return self.folder / f"checkpoint-{self.step}"
 
-    def _together(self):
-        """Whether a checkpoint takes all ranks."""
-        return self.model.shard is not None and self.model.shard.holds_state
+    def _save(self, alone):
+        self._saver.finish(alone)
+        if self._saver.saved != self.step:
+            self._saver.start(self)
+            self._saver.finish(alone)
 
-    def _temporary(self, together):
-        """A new folder, on all ranks the same."""
-        name = np.zeros(256, np.uint8)
+    def judge(self, figure):
+        """Says how good the present weights are; the best checkpoint stays, see ``keep``.
+
+        Parameters
+        ----------
+        figure : float
+            The greater, the better: a score, minus a loss.
+        """
         if self.passes.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".checkpoint-"))
-            name[:len(made.name)] = np.frombuffer(made.name.encode(), np.uint8)
-        if together:
-            self.model.shard.comm.broadcast(name)
-        return self.folder / name.tobytes().rstrip(b"\0").decode()
+            note_figure(self.folder, self.step, float(figure))
 
-    def _write(self, folder, together):
-        """A checkpoint's files; together with the others this rank's part of them."""
-        rank, size = self.passes.rank, self.passes.size
-        if rank == 0 or self.model.shard.holds:
-            self.model.save_pretrained(folder)
-            if self.model.lora is not None:
-                self.model.save_adapter(folder)
-        state, averages = self.optimizer.state_dict(), {}
-        if together:
-            write_whole(folder / f"optimizer-{rank + 1}-of-{size}.npz",
-                        lambda stream: np.savez(stream, **state))
-            state = {}
-        if rank:
-            return
-        if self.ema is not None:
-            averages = self.ema.state_dict()
-        facts = {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
-                 "routing": self._balance.state_dict()}
-        write_whole(folder / _STATE, lambda stream: np.savez(
-            stream, __facts__=np.array(json.dumps(facts)), **state, **averages))
+    def facts(self):
+        """What a checkpoint says besides weights and the optimizer's state.
+
+        Returns
+        -------
+        dict
+            As JSON takes it.  There is no state of random numbers: all that is drawn follows from
+            the seeds and counts in the loader's.
+        """
+        return {"step": self.step, "elapsed_s": self.elapsed_s, "loader": self._loader_state,
+                "routing": self._balance.state_dict(), "skipped": self._skipped.state_dict()}
 
     def resume(self, checkpoint=None):
-        """Goes on from a checkpoint; metrics of later steps are dropped.
+        """Goes on from a checkpoint, on any number of ranks; metrics of later steps are dropped,
+        and their checkpoints when the next one is written.  All ranks call it.
 
         Parameters
         ----------
         checkpoint : path-like, optional
-            By default the run's latest.
+            By default the run's latest that is as it was written; of later ones a warning says what
+            is wrong.
 
         Returns
         -------
@@ -468,29 +449,25 @@ class Trainer:
         FileNotFoundError
             There is none.
         ValueError
-            It belongs to another model, optimizer or data set.
+            A file of it is missing, cut off or altered; it belongs to another model, optimizer or
+            data set.
         """
-        checkpoint = Path(checkpoint or latest_checkpoint(self.folder))
+        checkpoint = chosen(checkpoint, self.folder, self.passes)
+        facts, states, averages = read_checkpoint(checkpoint)
         stored = Model.from_pretrained(checkpoint, threads=1)
         if self.model.lora is not None:
             stored.load_adapter(checkpoint)
-        with np.load(checkpoint / _STATE, allow_pickle=False) as state:
-            facts = json.loads(str(state["__facts__"]))
-            self._balance.load_state_dict(facts.get("routing"))
-            self.loader.load_state_dict(facts["loader"])
-            self.model.load_state_dict(stored.state_dict())
-            average = {k for k in state.files if k.endswith("/average")}
-            if self.ema is not None:
-                self.ema.load_state_dict({k: state[k] for k in average})
-            with ExitStack() as files:
-                parts = [files.enter_context(np.load(path, allow_pickle=False))
-                         for path in sorted(checkpoint.glob("optimizer-*.npz"))]
-                self.optimizer.load_state_dict(parts or {k: state[k] for k in state.files
-                                                         if k != "__facts__" and k not in average})
+        self._balance.load_state_dict(facts.get("routing"))
+        self.loader.load_state_dict(facts["loader"])
+        self.model.load_state_dict(stored.state_dict())
+        if self.ema is not None:
+            self.ema.load_state_dict(averages)
+        self.optimizer.load_state_dict(states)
+        self._skipped.load_state_dict(facts["skipped"])
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
-        self._loader_state, self._left, self._saved = facts["loader"], [], self.step
-        if self.passes.rank == 0:
-            _cut(self.folder / "metrics.jsonl", self.step)
+        self._loader_state, self._left = facts["loader"], []
+        if checkpoint.parent == self.folder:
+            self._saver.go_on(self.step)
         return self.step
 
 
@@ -522,17 +499,3 @@ def _cut(path, step):
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         write_whole(path, lambda stream: stream.write(
             "".join(json.dumps(row) + "\n" for row in kept).encode()))
-
-
-def checkpoints(folder):
-    """[(step, folder)] of a run's checkpoints, the latest last."""
-    return sorted((int(p.name.rpartition("-")[2]), p) for p in Path(folder).glob("checkpoint-*")
-                  if p.name.rpartition("-")[2].isdigit())
-
-
-def latest_checkpoint(folder):
-    """The checkpoint folder with the greatest step; FileNotFoundError without any."""
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"{folder} has no checkpoint to resume from")
-    return found[-1][1]

@@ -239,19 +239,24 @@ class Weights(Adapters):
         ValueError
             Another dtype.
         """
-        dtype = self.dtype if dtype is None else dtype
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
-        folder, square = Path(folder), self._square_experts()
-        entries = [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
-                   for entry in self._entries(name, shape, square and name.endswith(_EXPERTS))]
+        folder, dtype = Path(folder), self.dtype if dtype is None else dtype
+        entries, config = self._files(dtype)
         if self._only_gathers(entries):
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(folder, entries, dtype)
-        config = ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
-            if square else self.config
         config.save(folder)
+
+    def _files(self, dtype):
+        """(tensors as write_folder takes them, configuration) of what :meth:`save_pretrained`
+        writes."""
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {dtype!r}")
+        square = self._square_experts()
+        entries = [entry for name, kind, shape, _ in self._list if kind != KIND_ADAPTER
+                   for entry in self._entries(name, shape, square and name.endswith(_EXPERTS))]
+        return entries, ModelConfig({**self.config.values, "transformers_version": "5.0.0"}) \
+            if square else self.config
 
     def _parts(self, name, shape):
         """[(name in files, index into the parameter or None: all of it)]"""

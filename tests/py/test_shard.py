@@ -434,7 +434,7 @@ def test_runs_that_change_ranks_and_modes(tmp_path):
     folder = tmp_path / "many"
     got = orchvlm.comm.run_threads(2, run, folder, 2, "fsdp", False)[0]
     assert sorted(path.name for path in (folder / "checkpoint-2").glob("optimizer*")) == [
-        "optimizer-1-of-2.npz", "optimizer-2-of-2.npz"]
+        "optimizer-1-of-2.safetensors", "optimizer-2-of-2.safetensors"]
     got += orchvlm.comm.run_threads(3, run, folder, 4, "zero1", True)[0]
     got += run(None, folder, 6, "ddp", True)
     assert got == pytest.approx(wanted, rel=2e-4)

@@ -56,6 +56,17 @@ class _Part:
             self._order = shuffled(self.size, self.seed, self.number, epoch)
         return self.data[int(self._order[place])]
 
+    def place(self, k, orders):
+        """Index of the k-th sample drawn of it; ``orders`` keeps what was worked out."""
+        if self.size is None:
+            return k
+        epoch, place = divmod(k, self.size)
+        if not self.shuffle:
+            return place
+        if (self.number, epoch) not in orders:
+            orders[self.number, epoch] = shuffled(self.size, self.seed, self.number, epoch)
+        return int(orders[self.number, epoch][place])
+
     def _streamed(self, k):
         if self._stream is None:  # from the start, or from where an earlier run stopped
             self._stream = self._opened(k)
@@ -169,10 +180,35 @@ class Mixture:
         """
         self._draw(False)
 
+    def _part(self, k):
+        """Which data set the k-th sample is of."""
+        share = _mixed(self.seed, k) / 2**64
+        return min(int(np.searchsorted(self._ends, share, "right")), len(self._parts) - 1)
+
+    def names(self, before, after):
+        """Which samples were drawn between two states.
+
+        Parameters
+        ----------
+        before, after : dict
+            From :meth:`state_dict`.
+
+        Returns
+        -------
+        list of str
+            As ``datasets[1][7]``, in the order in which they were drawn; of what is read in one
+            stream, the place in it.
+        """
+        drawn, names, orders = list(before["parts"]), [], {}
+        for k in range(before["drawn"], after["drawn"]):
+            part = self._part(k)
+            place = self._parts[part].place(drawn[part], orders)
+            names.append(f"datasets[{part}][{place}]")
+            drawn[part] += 1
+        return names
+
     def _draw(self, read):
-        share = _mixed(self.seed, self.drawn) / 2**64
-        part = min(int(np.searchsorted(self._ends, share, "right")), len(self._parts) - 1)
-        sample = self._parts[part].next(read)
+        sample = self._parts[self._part(self.drawn)].next(read)
         self.drawn += 1
         return sample
 
@@ -332,6 +368,21 @@ class Loader:
         if self._waiting is None:
             return {"source": self._source.state_dict(), "skipped": self.skipped}
         return {"source": self._state, "skipped": self._skipped_before}
+
+    def names(self, before, after):
+        """Which samples were drawn between two states, those that were left out among them.
+
+        Parameters
+        ----------
+        before, after : dict
+            From :meth:`state_dict`.
+
+        Returns
+        -------
+        list of str
+            As :meth:`Mixture.names` has them.
+        """
+        return self._source.names(before["source"], after["source"])
 
     def load_state_dict(self, state):
         """Goes on where another loader of the same source stopped.

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import queue
 import shutil
 import signal
 import tempfile
@@ -17,74 +16,16 @@ import numpy as np
 
 from ._files import write_whole
 from ._numbers import finite_number
+from .ahead import Ahead
 from .averaging import EMA
 from .model import Model
 from .optim import AdamW, schedule
 from .passes import OneRank
 from .peak import gemm_peak
 from .routing import MODES, Balance
+from .watch import Watch, read_metrics, tell, write_row
 
 _STATE = "training_state.npz"
-
-
-class _Ahead:
-    """Makes batches in a thread of its own, before they are asked for; with each goes the loader's
-    state behind it.
-
-    ``make`` turns the loader's packs into what a step takes.  At most ``most`` are made ahead; a
-    batch is begun when one is taken, never by the thread's own will, so that ranks that take
-    equally many have begun equally many.  What was made and not used is given back by
-    :meth:`close`, for whoever goes on.
-    """
-
-    def __init__(self, loader, make, most, left=()):
-        self._loader, self._make = loader, make
-        self._left = list(left)
-        self._orders, self._made = queue.Queue(), queue.Queue()
-        self._under_way = 0
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        self._order(most - len(self._left))
-
-    def _order(self, n):
-        for _ in range(n):
-            self._under_way += 1
-            self._orders.put(True)
-
-    def _work(self):
-        failed = None
-        while self._orders.get():
-            if failed is None:
-                try:
-                    batch = self._make(self._loader)
-                    self._made.put((batch, self._loader.state_dict()))
-                    continue
-                except BaseException as error:  # handed on to whoever asks for the next batch
-                    failed = error
-            self._made.put((failed, None))
-
-    def next(self):
-        """(batch, loader state behind it); the loader's own exception, every time, once it failed.
-        """
-        item, state = self._left.pop(0) if self._left else self._taken()
-        if isinstance(item, BaseException):
-            self._left.insert(0, (item, None))
-            raise item
-        self._order(1)
-        return item, state
-
-    def _taken(self):
-        item = self._made.get()
-        self._under_way -= 1
-        return item
-
-    def close(self):
-        """Ends the thread behind what was begun; all batches that nobody took."""
-        self._orders.put(False)
-        self._thread.join()
-        while self._under_way:
-            self._left.append(self._taken())
-        return self._left
 
 
 @contextmanager
@@ -226,6 +167,18 @@ class Trainer:
     comm : Comm, optional
         Of the ranks that train together, each with the same model and a loader of its own samples
         (:class:`orchvlm.data.RankLoader`).  Rank 0 writes.
+    watch : Watch, optional
+        Looks at held-out samples; all ranks have one, with the same samples.  A checkpoint is
+        written of what is best, and stays.
+    callbacks : list of callable
+        ``f(row)`` after every step, on rank 0 alone, with a copy of what :meth:`run` yields.
+
+    Attributes
+    ----------
+    told : RunConfig or None
+        What :meth:`from_config` made it from, which is then in the folder as ``config.toml``.
+    processor : orchvlm.data.Processor or None
+        The loader's, from there.
 
     Raises
     ------
@@ -255,13 +208,20 @@ class Trainer:
     [1, 2]
     """
 
-    def __init__(self, model, loader, config, folder, comm=None):
+    told = processor = None
+
+    def __init__(self, model, loader, config, folder, comm=None, *, watch=None, callbacks=()):
         if not isinstance(model, Model) or not isinstance(config, TrainingConfig):
             raise TypeError("Trainer takes a Model, a loader and a TrainingConfig; got "
                             f"{type(model).__name__} and {type(config).__name__}")
         for name in ("__next__", "state_dict", "load_state_dict"):
             if not hasattr(loader, name):
                 raise TypeError(f"loader must have {name}; got {type(loader).__name__}")
+        if not isinstance(watch, (Watch, type(None))):
+            raise TypeError(f"watch must be a Watch; got {type(watch).__name__}")
+        if not all(map(callable, callbacks)):
+            raise TypeError(f"callbacks must be callable; got {list(callbacks)!r:.60}")
+        self.watch, self.callbacks = watch, tuple(callbacks)
         self.model, self.loader, self.config = model, loader, config
         self.folder = Path(folder)
         patterns = [p for p in config.freeze
@@ -269,6 +229,10 @@ class Trainer:
         if patterns:
             model.freeze(*patterns)
         self.passes = _passes(model, config, comm)
+        if watch is not None and watch.figure != "loss" and model.shard and model.shard.holds:
+            raise ValueError(f"watch looks at {watch.figure}, but a model whose weights are in "
+                             "shards gives no answers: let it look at 'loss', or shard by 'ddp' "
+                             "or 'zero1'")
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
         self.ema = None if config.ema is None else EMA(model, config.ema)
@@ -282,6 +246,45 @@ class Trainer:
         self._left = []       # packs that were made and not used
         self._saved = None    # step of the last checkpoint written or read
 
+    @classmethod
+    def from_config(cls, config, comm=None, callbacks=()):
+        """Makes model, loader and trainer of what a file says.
+
+        Parameters
+        ----------
+        config : RunConfig, dict or path-like
+            As in :class:`RunConfig`; a path is one of a TOML file.
+        comm : Comm, optional
+            Of the ranks; ``ranks.n`` starts none.
+        callbacks : list of callable
+            As of the class.
+
+        Returns
+        -------
+        Trainer
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of :class:`RunConfig` and :class:`Trainer`.
+        """
+        from .building import pieces
+        told, processor, model, loader, watch = pieces(config, comm)
+        trainer = cls(model, loader, told.training(), told["output.folder"], comm, watch=watch,
+                      callbacks=callbacks)
+        trainer.told, trainer.processor = told, processor
+        return trainer
+
+    def fit(self):
+        """Takes all the steps that are left.
+
+        Returns
+        -------
+        list of dict
+            The rows of :meth:`run`, and what it raises.
+        """
+        return list(self.run())
+
     @property
     def done(self):
         """Share of the run that is behind: 1 at its end."""
@@ -294,7 +297,7 @@ class Trainer:
         """Takes the steps that are left.
 
         Ctrl-C, an error and a loop that is left early all leave a checkpoint of the last whole
-        step.  The run ends early where the data end.
+        step.  The run ends early where the data end, and where the watch is over.
 
         Yields
         ------
@@ -304,29 +307,43 @@ class Trainer:
             :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with experts aux_loss
             (without its coefficient), expert_load (fullest over mean) and routing_seconds; also a
             line of ``metrics.jsonl``.  A loss that is no number is None there.  With several ranks
-            on all of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says.
+            on all of them, and besides what :meth:`orchvlm.Orchestrator.metrics` says; where the
+            watch looked, what :meth:`Watch.look` says.
 
         Raises
         ------
+        Error
+            A callback failed; the other ranks get a CommError that says so.
         CommError
             Another rank failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         passes, log, broken = self.passes, None, False
         self._peak = gemm_peak(self.model.device, self.model.dtype, self.model.threads)
-        ahead = _Ahead(self.loader, passes.make, passes.ahead, self._left)
+        ahead = Ahead(self.loader, passes.make, passes.ahead, self._left)
         try:
+            if passes.rank == 0 and self.told is not None:
+                self.told.write(self.folder)
             if passes.rank == 0:
                 log = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-            while self.done < 1:
+            if self.watch is not None:
+                self.watch.recall(self.folder / "metrics.jsonl", self.step, passes)
+            while self.done < 1 and not (self.watch and self.watch.over):
                 start = time.perf_counter()
                 try:
                     batch, state = ahead.next()
                 except StopIteration:
                     break
-                yield self._one(batch, state, start, log)
+                place = log and log.tell()
+                row = self._one(batch, state, start, log)
+                if self.watch is not None and self.step % self.watch.every == 0:
+                    self._look(row, log, place)
+                if passes.rank == 0:
+                    tell(self.callbacks, row)
+                yield row
                 if self.config.save_every and self.step % self.config.save_every == 0:
                     self.save()
+            passes.total(np.zeros(1))  # no rank ends well where the last callback failed
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -370,10 +387,20 @@ class Trainer:
                    "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
                    "elapsed_s": self.elapsed_s, **experts, **self.passes.metrics(ran)}
             if log is not None:
-                log.write(json.dumps({key: value if math.isfinite(value) else None
-                                      for key, value in row.items()}) + "\n")
-                log.flush()
+                write_row(log, row)
         return row
+
+    def _look(self, row, log, place):
+        """Adds held-out figures to a row that begins at a place of the log; the best look leaves a
+        checkpoint."""
+        row |= self.watch.look(self.model, self.passes, self.step)
+        if log is not None:
+            with _held_back():
+                log.seek(place)
+                log.truncate()
+                write_row(log, row)
+        if self.watch.best_step == self.step and self._saved != self.step:
+            self.save()
 
     def save(self):
         """Writes the model, the optimizer and the place in the data; whole or not at all.
@@ -410,8 +437,9 @@ class Trainer:
         if self.passes.rank == 0:
             shutil.rmtree(target / "before", ignore_errors=True)
             if self.config.keep:
-                for _, old in checkpoints(self.folder)[:-self.config.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                for step, old in checkpoints(self.folder)[:-self.config.keep]:
+                    if self.watch is None or step != self.watch.best_step:
+                        shutil.rmtree(old, ignore_errors=True)
         return target
 
     def _together(self):
@@ -503,17 +531,6 @@ def _passes(model, config, comm):
     Shard(model, comm, config.shard, config.node_size)
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches)
-
-
-def read_metrics(path):
-    """Rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _cut(path, step):

@@ -29,12 +29,12 @@ def picture_rule(most):
     return {} if most is None else {"max_pixels": most, "min_pixels": min(most, _LEAST_PIXELS)}
 
 
-def open_model(folder, max_pixels=None, **options):
-    """(model, processor) of a folder with ``config.json``, its adapter with it."""
+def open_model(folder, **options):
+    """The model of a folder with ``config.json``, its adapter with it."""
     model = Model.from_pretrained(folder, **options)
     if (Path(folder) / "adapter_config.json").exists():
         model.load_adapter(folder)
-    return model, Processor.from_pretrained(folder, **picture_rule(max_pixels))
+    return model
 
 
 def resolved(config, ranks):
@@ -51,27 +51,37 @@ def resolved(config, ranks):
 def pieces(config, comm=None):
     """(RunConfig, processor, model, loader, watch) of a run: of a RunConfig, path or dict."""
     config = resolved(config, 1 if comm is None else comm.size)
-    model, processor = build(config)
+    model = build(config)
+    processor = processor_of(config, model.config)
     return config, processor, model, loader_of(config, processor, comm), watch_of(config, processor)
 
 
-def build(config):
-    """(model, processor) that a run starts from, with its adapters."""
+def threads_of(config):
+    """Of each rank; None: as many as a model takes by itself."""
     ranks = config["ranks.n"]
-    threads = config["ranks.threads"] or (None if ranks == 1 else max(1, cores() // ranks))
-    options = {"dtype": config["model.dtype"], "threads": threads}
+    return config["ranks.threads"] or (None if ranks == 1 else max(1, cores() // ranks))
+
+
+def processor_of(config, model_config):
+    """What makes inputs of the run's samples."""
+    rule, folder = picture_rule(config["data.max_pixels"]), config["model.folder"]
+    if folder:
+        return Processor.from_pretrained(model_folder(folder), **rule)
+    return Processor.from_config(model_config.values, **rule)
+
+
+def build(config):
+    """The model that a run starts from, with its adapters."""
+    options = {"dtype": config["model.dtype"], "threads": threads_of(config)}
     if config["model.folder"]:
-        model, processor = open_model(model_folder(config["model.folder"]),
-                                      config["data.max_pixels"], **options)
+        model = open_model(model_folder(config["model.folder"]), **options)
     else:
         model = Model.from_config(preset(config["model.preset"]), config["training.seed"],
                                   std=config["model.std"], **options)
-        processor = Processor.from_config(model.config.values,
-                                          **picture_rule(config["data.max_pixels"]))
     if config["lora.r"]:
         model.add_lora(config["lora.r"], config["lora.alpha"], config["lora.match"],
                        config["training.seed"], rslora=config["lora.rslora"])
-    return model, processor
+    return model
 
 
 def watch_of(config, processor):

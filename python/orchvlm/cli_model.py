@@ -73,6 +73,9 @@ def _add_train(commands, raw):
     group.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                        help="any key, the value in TOML or plain text; several times for several; "
                             "wins over everything")
+    group.add_argument("--explain", action="store_true",
+                       help="print the whole configuration, parameters, memory of each rank by "
+                            "arena, FLOPs and time of a step; train nothing")
     group.add_argument("--keys", action="store_true", help="list all keys, train nothing")
 
 

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from ._files import write_whole
-from .building import model_folder, open_model
+from .building import model_folder, open_model, picture_rule
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
@@ -33,9 +33,11 @@ def _stored(folder):
 
 def _open(path, threads):
     """(model, processor) of a folder; pictures as its run has them."""
+    from .data import Processor
     folder = model_folder(path)
     told = _stored(folder)
-    return open_model(folder, told and told["data.max_pixels"], threads=threads)
+    rule = picture_rule(told and told["data.max_pixels"])
+    return open_model(folder, threads=threads), Processor.from_pretrained(folder, **rule)
 
 
 def _given(arguments):
@@ -131,13 +133,24 @@ def train(arguments):
         need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
     with init() as launched:
         if launched.size > 1:  # torchrun, mpirun or srun started the ranks
+            config.set("ranks.n", launched.size, "launcher")
+            if arguments.explain:
+                return _explain(config) if launched.rank == 0 else 0
             return _train_rank(launched, arguments, out, config)
+    if arguments.explain:
+        return _explain(config)
     # What is wrong with the data, this process says.
     training_source(config.section("data"), config["training.seed"])
     ranks = config["ranks.n"]
     if ranks == 1:
         return _train_rank(None, arguments, out, config)
     return run_processes(ranks, _train_rank, arguments, out, config)[0]
+
+
+def _explain(config):
+    from .explain import explain
+    print(explain(config))
+    return 0
 
 
 def _train_rank(comm, arguments, out, config):
@@ -179,7 +192,7 @@ def _finish(trainer, config, out):
     model, shard = trainer.model, trainer.model.shard
     if samples:
         if shard is not None and shard.holds:  # this rank has a part: what it wrote is whole
-            model, _ = open_model(model_folder(out), threads=model.threads)
+            model = open_model(model_folder(out), threads=model.threads)
         seen = evaluate(model, samples, trainer.processor, progress=_counted)
         print(seen)
         table = {kind: {"score": mean, "exact": exact, "samples": n}

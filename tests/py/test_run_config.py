@@ -164,6 +164,22 @@ def test_the_callback_of_the_docs(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the command
 
+def test_the_file_of_the_readme(tmp_path):
+    """Read as it stands, and trained with in two steps."""
+    pytest.importorskip("PIL")
+    (block,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "README.md").read_text(),
+                          re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.toml").write_text(block)
+    config = RunConfig.load(tmp_path / "run.toml")
+    assert len(block.splitlines()) <= 12 and config["output.folder"] == "run-run"
+    assert config["evaluation.patience"] == 3 and config.training().steps == 900
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "run.toml"), "--steps", "2", "--out", str(out),
+                 *FEW, "--set", "evaluation.every=1"]) == 0
+    rows = read_metrics(out / "metrics.jsonl")
+    assert all(row["eval_loss"] > 0 for row in rows) and len(rows) == 2
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """(folder, run) of a run from a file, with options and --set."""

@@ -2,6 +2,7 @@
 import argparse
 
 _TRAIN_EXAMPLES = """examples:
+  orchvlm train run.toml --set training.ema=0.999
   orchvlm train --preset tiny                     ten minutes on the embedded tasks, and a report
   orchvlm train --preset tiny --steps 2000 --kinds read,chart --out run-read
   orchvlm train --preset tiny --resume            goes on where it was stopped
@@ -21,72 +22,63 @@ _GENERATE_EXAMPLES = """examples:
 """
 
 
-def _whole(text):
+def _count(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
     return value
 
 
-def _real(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
+_count.__name__ = "integer"
+_METAVARS = {"--preset": "NAME", "--model": "DIR", "--out": "DIR", "--kinds": "A,B,..."}
+
+
+def _typed(key):
+    """What turns an option's text into the key's value."""
+    def value(text):
+        try:
+            return key.kind.parse(text, plain=True)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return value
 
 
-def _share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in 0 .. 1; got {text}")
-    return value
-
-
-_whole.__name__, _real.__name__, _share.__name__ = "integer", "number", "number"
-
-
-def _add_tasks(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", metavar="PATH",
-                       help=".jsonl, .tar or .zip files, or folders of them")
-    group.add_argument("--kinds", metavar="A,B,...",
-                       help="of embedded tasks: read, colour, shape, describe, count, point, box, "
-                            "chart, puzzle, screen; of packs in a zip: captions, emoji, screens, "
-                            "nlvr, nlvr_captions, digits")
-    group.add_argument("--difficulty", type=_share, metavar="D", help="of embedded tasks, 0 to 1")
+def _add_keys(group, names):
+    """Options for keys of a run, from the table of keys."""
+    from .run_keys import BY_NAME
+    for name in names.split():
+        key = BY_NAME[name]
+        how = {"nargs": "+", "metavar": "PATH"} if name == "data.files" else {
+            "type": _typed(key), "metavar": _METAVARS.get(key.option, key.short[0].upper())}
+        words = f"{key.words} (default: {key.default_words})".replace("%", "%%")
+        group.add_argument(key.option, dest=name, help=words, **how)
 
 
 def _add_train(commands, raw):
     parser = commands.add_parser("train", formatter_class=raw, epilog=_TRAIN_EXAMPLES,
                                  help="train a model, evaluate it, write a report",
                                  description="Trains a vision-language model on this computer.")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml",
+                        help="what the run is told; options win over it, and --keys lists all that "
+                             "it may say")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", metavar="NAME",
-                       help="tiny (default), tiny-moe, tiny-omni or small")
-    start.add_argument("--model", metavar="DIR", help="go on from a model's or run's weights")
-    _add_tasks(parser)
+    _add_keys(start, "model.preset model.folder")
+    _add_keys(parser.add_argument_group("data"), "data.files data.kinds data.difficulty "
+              "data.max_pixels data.tokens")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="default run-PRESET")
+    _add_keys(group, "output.folder")
     group.add_argument("--resume", nargs="?", const="", metavar="auto|DIR",
-                       help="go on from the last good checkpoint in --out, with its settings; "
+                       help="go on from the last good checkpoint in --out, with its configuration; "
                             "auto: where there is one, else begin; DIR: from this checkpoint")
-    group.add_argument("--steps", type=_whole, metavar="N")
-    group.add_argument("--minutes", type=_real, metavar="M",
-                       help="of training, which the learning rate then follows, so that no run "
-                            "repeats another; by default as the preset says, unless --steps is "
-                            "given")
-    group.add_argument("--lr", type=_real, metavar="R", help="greatest learning rate")
-    group.add_argument("--tokens", type=_whole, metavar="T", help="in a step; 2,048 for tiny")
-    group.add_argument("--max-pixels", type=_whole, metavar="P",
-                       help="pictures are shrunk to so many; 3136 are 56 x 56")
-    group.add_argument("--ranks", type=_whole, metavar="N",
-                       help="processes that train together, balanced; default 2, or as torchrun, "
-                            "mpirun or srun started them")
-    group.add_argument("--threads", type=_whole, metavar="N",
-                       help="of each rank; default: all cores, shared out")
-    group.add_argument("--seed", type=int, metavar="S", help="of weights and data; default 0")
-    group.add_argument("--samples", type=_whole, default=100, metavar="N",
-                       help="held-out samples of each kind; default %(default)s")
+    _add_keys(group, "training.steps training.minutes training.lr training.seed ranks.n "
+              "ranks.threads evaluation.samples")
+    group.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                       help="any key, the value in TOML or plain text; several times for several; "
+                            "wins over everything")
+    group.add_argument("--explain", action="store_true",
+                       help="print the whole configuration, parameters, memory of each rank by "
+                            "arena, FLOPs and time of a step; train nothing")
+    group.add_argument("--keys", action="store_true", help="list all keys, train nothing")
 
 
 def add_model_commands(commands, raw):
@@ -113,23 +105,23 @@ def add_model_commands(commands, raw):
                           help="a picture; several times for several")
     generate.add_argument("--audio", action="append", default=[], metavar="WAV",
                           help="a sound, likewise")
-    generate.add_argument("--max-new-tokens", type=_whole, default=64, metavar="N",
+    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N",
                           help="default %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T",
                           help="0 (default) takes the likeliest token")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
-    generate.add_argument("--threads", type=_whole, metavar="N")
+    generate.add_argument("--threads", type=_count, metavar="N")
     score = commands.add_parser("eval", help="how often a model answers right, by task",
                                 description="Asks held-out questions and counts right answers.")
     score.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
-    _add_tasks(score)
+    _add_keys(score.add_argument_group("data"), "data.files data.kinds data.difficulty")
     score.add_argument("--split", choices=["val", "test"], default="test",
                        help="default %(default)s; a training run looks at val")
-    score.add_argument("--samples", type=_whole, default=100, metavar="N",
+    score.add_argument("--samples", type=_count, default=100, metavar="N",
                        help="of each kind; default %(default)s")
     score.add_argument("--report", metavar="HTML", help="write pictures, questions and answers")
     score.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    score.add_argument("--threads", type=_whole, metavar="N")
+    score.add_argument("--threads", type=_count, metavar="N")
     look = commands.add_parser("inspect", help="parameters, FLOPs and memory of a model",
                                description="Counts what a configuration makes, without making it.")
     look.add_argument("model", metavar="MODEL|PRESET",
@@ -137,11 +129,11 @@ def add_model_commands(commands, raw):
                            "tiny-omni, small, seed1.5-vl, qwen3-omni-thinker")
     look.add_argument("--image", default="448x448", metavar="WxH",
                       help="of the sample that is counted; default %(default)s")
-    look.add_argument("--text-tokens", type=_whole, default=128, metavar="T",
+    look.add_argument("--text-tokens", type=_count, default=128, metavar="T",
                       help="of that sample; default %(default)s")
     look.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                       help="of the weights; default %(default)s")
-    look.add_argument("--tokens", type=_whole, default=4096, metavar="T",
+    look.add_argument("--tokens", type=_count, default=4096, metavar="T",
                       help="of a pack, for activations; default %(default)s")
     look.add_argument("--checkpoint", choices=["none", "selective", "full"], default="none",
                       help="activations that are computed again; default %(default)s")

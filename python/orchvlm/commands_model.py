@@ -6,92 +6,83 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-from ._files import read_object, write_whole
+from ._files import write_whole
+from .building import model_folder, open_model, picture_rule
 from .cli import CommandError
 from .configs import ModelConfig, preset
-from .recipes import FIRST_STD, TASKS, starting_point
+from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
+from .run_keys import BY_NAME, KEYS, reference, toml
 from .run_folder import MANIFEST
 from .sources import held_out, training_source
 from .tables import format_bytes, text_table
-from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, read_metrics
+from .training import Trainer, checkpoints, read_metrics
 
-_SETTINGS, _TIMELINE = "run.json", "timeline.json"
-_KEPT = ("preset", "model", "data", "kinds", "difficulty", "max_pixels", "steps", "minutes", "lr",
-         "tokens", "seed")
-_SAVE_EVERY, _KEEP = 200, 2  # steps between checkpoints, and how many stay
-_ENDLESS = 1_000_000         # steps of a run that the clock ends
-_LEAST_PIXELS = 56 * 56      # of a picture, where --max-pixels allows as many
+_TIMELINE = "timeline.json"
 
 
-# ---------------------------------------------------------------- models and settings
-
-
-def model_folder(path):
-    """The folder with ``config.json``: itself, or a run's latest checkpoint."""
-    path = Path(path)
-    if (path / "config.json").exists():
-        return path
-    if path.is_dir() and checkpoints(path):
-        return latest_checkpoint(path)
-    raise CommandError(f"{path}: neither a model (config.json) nor a run (checkpoint-N)")
-
-
-def _open(path, threads=None, settings=None):
-    """(model, processor) of a folder; pictures as these settings, or its run's, have them."""
-    from .data import Processor
-    from .model import Model
-    folder = model_folder(path)
-    rule = _picture_rule(_stored(folder) if settings is None else settings)
-    return Model.from_pretrained(folder, threads=threads), Processor.from_pretrained(folder, **rule)
-
-
-def _picture_rule(settings):
-    """What the processor is told about the size of pictures."""
-    most = settings.get("max_pixels")
-    return {} if most is None else {"max_pixels": most, "min_pixels": min(most, _LEAST_PIXELS)}
+# ---------------------------------------------------------------- models and what runs were told
 
 
 def _stored(folder):
-    """Settings of the run that a folder is or belongs to; {} for a model from elsewhere."""
+    """What the run was told that a folder is or belongs to; None for a model from elsewhere."""
     for place in (Path(folder), Path(folder).parent):
-        if (place / _SETTINGS).exists():
-            return read_object(place / _SETTINGS, CommandError)
-    return {}
+        if (place / RUN_FILE).exists():
+            return RunConfig.load(place / RUN_FILE)
+    return None
 
 
-def _settings(arguments):
-    """(folder of the run, its settings): as asked, else as stored, else as the recipe says."""
-    given = {key: getattr(arguments, key) for key in _KEPT if getattr(arguments, key) is not None}
-    if "kinds" in given:
-        given["kinds"] = given["kinds"].split(",")
-    name = given.get("preset") or (Path(given["model"]).name if "model" in given else "tiny")
-    out = Path(arguments.out or f"run-{name}")
-    stored = {}
+def _open(path, threads):
+    """(model, processor) of a folder; pictures as its run has them."""
+    from .data import Processor
+    folder = model_folder(path)
+    told = _stored(folder)
+    rule = picture_rule(told and told["data.max_pixels"])
+    return open_model(folder, threads=threads), Processor.from_pretrained(folder, **rule)
+
+
+def _given(arguments):
+    """What options and --set say: layers of a configuration."""
+    options = {key.name: vars(arguments)[key.name] for key in KEYS
+               if vars(arguments).get(key.name) is not None}
+    sets = dict(map(override, getattr(arguments, "set", ())))
+    return ("command line", nested(options)), ("--set", nested(sets))
+
+
+def _told(arguments):
+    """(configuration of the run, its folder) from file, options and what is stored."""
+    layers, path = _given(arguments), arguments.config
+    config = RunConfig.load(path, *layers) if path else RunConfig(*layers)
+    out = Path(config["output.folder"])
     if arguments.resume == "auto" and not checkpoints(out):
         arguments.resume = None
     if arguments.resume not in (None, "", "auto"):
-        stored = _stored(arguments.resume)
-        if not stored or not (Path(arguments.resume) / MANIFEST).exists():
+        given = Path(arguments.resume).resolve()
+        if not (given / MANIFEST).exists() or not (given.parent / RUN_FILE).exists():
             raise CommandError(f"{arguments.resume}: no checkpoint-N of a run")
-        out = Path(arguments.out or Path(arguments.resume).resolve().parent)
+        config = RunConfig.load(given.parent / RUN_FILE, *layers)
+        out = Path(config["output.folder"] if config.origins["output.folder"] in
+                   ("command line", "--set") else given.parent)
+        config.set("output.folder", str(out), "command line")
     elif arguments.resume is not None:
-        stored = _stored(out) if (out / _SETTINGS).exists() else None
-        if stored is None or not checkpoints(out):
+        if not (out / RUN_FILE).exists() or not checkpoints(out):
             raise CommandError(f"{out}: no run to resume; leave out --resume, or name its folder "
                                "with --out")
+        if path:
+            layers = (path, read_toml(path)), *layers
+        config = RunConfig.load(out / RUN_FILE, *layers)
+        config.set("output.folder", str(out), "command line")
     elif checkpoints(out):
-        raise CommandError(f"{out} holds a run: --resume goes on with it, --out DIR starts another")
-    elif "model" not in given:
-        given.setdefault("preset", "tiny")
-    made = {**starting_point(stored.get("preset") or given.get("preset")), "seed": 0, **stored}
-    if "steps" in given and "minutes" not in given:
-        made.pop("minutes", None)
-    made |= given
-    if not made.get("data"):
-        made = {"kinds": TASKS["kinds"], "difficulty": TASKS["difficulty"], **made}
-    return out, {key: made[key] for key in _KEPT if key in made}
+        named = config.origins["output.folder"] in ("command line", "--set")
+        if named or not path or not (out / RUN_FILE).exists() or not os.path.samefile(
+                path, out / RUN_FILE):
+            raise CommandError(f"{out} holds a run: --resume goes on with it, --out DIR starts "
+                               "another")
+        out = next(place for n in count(2) if not (place := Path(f"{out}-{n}")).exists())
+        config.set("output.folder", str(out), "repeats")
+    return config, out
 
 
 # ---------------------------------------------------------------- train
@@ -109,6 +100,10 @@ class _Line:
         loss = row["loss"]
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         done, now = self._trainer.done, time.monotonic()
+        if "eval_loss" in row:
+            print(f"step {row['step']:,}  held out: " + "  ".join(
+                f"{key.removeprefix('eval_')} {value:.4g}" for key, value in row.items()
+                if key.startswith("eval_")), file=sys.stderr, flush=True)
         if now < self._next and done < 1:
             return
         self._next = now + self._wait_s
@@ -133,41 +128,42 @@ def _board(folder):
     writer = Writer(str(folder / "tensorboard"))
 
     def write(row):
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu"):
+        looked = [key for key in row if key.startswith("eval_")]
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu", *looked):
             writer.add_scalar(key, float(row[key]), row["step"])
     return write, writer.close
-
-
-def _start(settings, threads):
-    from .data import Processor
-    from .model import Model
-    if "model" in settings:
-        return _open(settings["model"], threads, settings)
-    name = settings["preset"]
-    model = Model.from_config(preset(name), seed=settings["seed"], threads=threads,
-                              std=FIRST_STD.get(name, 0.02))
-    return model, Processor.from_config(model.config.values, **_picture_rule(settings))
 
 
 def train(arguments):
     """``orchvlm train``"""
     from .comm import init, run_processes
     from .data.assets import need
-    out, settings = _settings(arguments)
-    if not settings.get("data"):
+    if arguments.keys:
+        print(reference(), end="")
+        return 0
+    config, out = _told(arguments)
+    if not config["data.files"]:
         need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
     with init() as launched:
         if launched.size > 1:  # torchrun, mpirun or srun started the ranks
-            return _train_rank(launched, arguments, out, settings)
-    training_source(settings)  # what is wrong with the data, this process says
-    ranks = arguments.ranks or min(2, _cores())
+            config.set("ranks.n", launched.size, "launcher")
+            if arguments.explain:
+                return _explain(config) if launched.rank == 0 else 0
+            return _train_rank(launched, arguments, out, config)
+    if arguments.explain:
+        return _explain(config)
+    # What is wrong with the data, this process says.
+    training_source(config.section("data"), config["training.seed"])
+    ranks = config["ranks.n"]
     if ranks == 1:
-        return _train_rank(None, arguments, out, settings)
-    return run_processes(ranks, _train_rank, arguments, out, settings)[0]
+        return _train_rank(None, arguments, out, config)
+    return run_processes(ranks, _train_rank, arguments, out, config)[0]
 
 
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _explain(config):
+    from .explain import explain
+    print(explain(config))
+    return 0
 
 
 @contextmanager
@@ -179,35 +175,20 @@ def _plain_warnings():
 
 
 @_plain_warnings()
-def _train_rank(comm, arguments, out, settings):
+def _train_rank(comm, arguments, out, config):
     """What one rank does; the first one talks and writes."""
-    from .data import Loader, RankLoader
-    ranks = 1 if comm is None else comm.size
-    first = comm is None or comm.rank == 0
-    threads = arguments.threads or (None if ranks == 1 else max(1, _cores() // ranks))
-    model, processor = _start(settings, threads)
-    source = training_source(settings)
-    loader = Loader(source, processor, settings["tokens"], too_long="skip") if ranks == 1 else \
-        RankLoader(source, processor, settings["tokens"], comm, too_long="skip")
-    lr = settings["lr"]
-    steps = settings.get("steps")
-    config = TrainingConfig(steps=steps or _ENDLESS, minutes=settings.get("minutes"), lr=lr,
-                            min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP)
-    trainer = Trainer(model, loader, config, out, comm)
+    trainer = Trainer.from_config(config, comm)
     if arguments.resume is not None:
         trainer.resume(None if arguments.resume in ("", "auto") else arguments.resume)
-    if not first:
-        for _ in trainer.run():
-            pass
+    if trainer.passes.rank:
+        trainer.fit()
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / _SETTINGS, lambda stream: stream.write(
-        (json.dumps(settings, indent=1) + "\n").encode()))
-    print(f"{model!r}; {settings['tokens']:,} tokens a step; "
-          f"{f'{steps:,} steps' if steps else str(settings['minutes']) + ' minutes'}; "
+    steps, ranks = config["training.steps"], trainer.passes.size
+    print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "
+          f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
           f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     _steps(trainer, out)
-    return _finish(trainer, processor, settings, arguments, out)
+    return _finish(trainer, config, out)
 
 
 def _steps(trainer, out):
@@ -226,31 +207,34 @@ def _steps(trainer, out):
     line.end()
 
 
-def _finish(trainer, processor, settings, arguments, out):
+def _finish(trainer, config, out):
     """Evaluation and report."""
     from .evaluation import evaluate
-    samples, seen = held_out(settings, "val", arguments.samples), None
+    samples, seen = held_out(config.section("data"), "val", config["evaluation.samples"]), None
+    model, shard = trainer.model, trainer.model.shard
     if samples:
-        seen = evaluate(trainer.model, samples, processor, progress=_counted)
+        if shard is not None and shard.holds:  # this rank has a part: what it wrote is whole
+            model = open_model(model_folder(out), threads=model.threads)
+        seen = evaluate(model, samples, trainer.processor, progress=_counted)
         print(seen)
         table = {kind: {"score": mean, "exact": exact, "samples": n}
                  for kind, (mean, exact, n) in seen.by_kind().items()}
         write_whole(out / "evaluation.json",
                     lambda stream: stream.write((json.dumps(table, indent=1) + "\n").encode()))
-    for path in _reports(trainer, seen, settings, _repeated(settings), out):
+    for path in _reports(trainer, seen, config, out):
         print(f"wrote {path}")
     return 0
 
 
-def _repeated(settings):
+def _repeated(run):
     """The command that trains the same."""
-    words = ["orchvlm", "train"]
-    for key, value in settings.items():
-        if value is not None:
-            words.append(f"--{key.replace('_', '-')}")
-            words += [",".join(value)] if key == "kinds" else map(str, value) if isinstance(
-                value, list) else [str(value)]
-    return shlex.join(words)
+    return shlex.join(["orchvlm", "train", str(Path(run) / RUN_FILE)])
+
+
+def _facts(config):
+    """[(key, value)] of what is not so by default."""
+    return [(name, toml(value)) for name, value in config.values.items()
+            if value is not None and value != BY_NAME[name].default]
 
 
 def _counted(done, whole):
@@ -259,7 +243,7 @@ def _counted(done, whole):
               if done < whole else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _reports(trainer, seen, settings, command, out):
+def _reports(trainer, seen, config, out):
     """Writes them; their paths, one by one."""
     from .ranks_report import trace_of
     from .training_report import plot_training, write_report
@@ -270,16 +254,15 @@ def _reports(trainer, seen, settings, command, out):
              ("tokens in all", f"{tokens:,}"),
              ("mean speed", f"{tokens / trainer.elapsed_s:,.0f} tokens/s"
               if trainer.elapsed_s else "")]
-    facts += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-              for key, value in settings.items() if key not in ("preset", "model")]
-    title = f"Training {settings.get('preset') or settings['model']}"
+    facts += _facts(config)
+    title = f"Training {config['model.preset'] or config['model.folder']}"
     timeline = trainer.passes.timeline
     if timeline:
         trace = json.dumps(trace_of(timeline)).encode()
         write_whole(out / _TIMELINE, lambda stream: stream.write(trace))
         yield out / _TIMELINE
-    write_report(out / "report.html", rows, seen, title=title, facts=facts, command=command,
-                 timeline=timeline)
+    write_report(out / "report.html", rows, seen, title=title, facts=facts,
+                 command=_repeated(out), timeline=timeline)
     yield out / "report.html"
     try:
         plot_training(rows, out / "curves.png", seen)
@@ -299,10 +282,10 @@ def report(arguments):
     if (run / _TIMELINE).exists():
         timeline = timeline_of(json.loads((run / _TIMELINE).read_text(encoding="utf-8")))
     path = Path(arguments.out or run / "report.html")
-    settings = _stored(run)
+    told = _stored(run)
     write_report(path, read_metrics(run / "metrics.jsonl"), title=f"Run {run.name}",
-                 facts=[(key, str(value)) for key, value in settings.items()],
-                 command=_repeated(settings), timeline=timeline)
+                 facts=_facts(told) if told else (), command=_repeated(run) if told else "",
+                 timeline=timeline)
     print(f"wrote {path}")
     return 0
 
@@ -330,12 +313,10 @@ def evaluate(arguments):
     """``orchvlm eval``"""
     from .evaluation import evaluate as ask
     model, processor = _open(arguments.model, arguments.threads)
-    settings = _stored(model_folder(arguments.model))
-    for key in ("data", "kinds", "difficulty"):
-        value = getattr(arguments, key)
-        if value is not None:
-            settings[key] = value.split(",") if key == "kinds" else value
-    samples = held_out(settings, arguments.split, arguments.samples)
+    told = _stored(model_folder(arguments.model))
+    layers = [("run", nested(told.values))] if told else []
+    config = RunConfig(*layers, *_given(arguments))
+    samples = held_out(config.section("data"), arguments.split, arguments.samples)
     if not samples:
         raise CommandError("these data have no held-out samples with answers")
     seen = ask(model, samples, processor, progress=_counted)

@@ -383,6 +383,10 @@ _PRESETS = {
 }
 
 
+#: Names that :func:`preset` knows.
+PRESETS = tuple(sorted(_PRESETS))
+
+
 def preset(name):
     """A configuration by name.
 
@@ -416,5 +420,5 @@ def preset(name):
     27
     """
     if name not in _PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(sorted(_PRESETS))}; got {name!r}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
     return ModelConfig(_PRESETS[name])

@@ -127,11 +127,10 @@ class Orchestrator:
         self.rank, self.size = comm.rank, comm.size
         # A step, and beside it the next one's data, in a thread of its own.
         self._ways = Dispatcher(comm), Dispatcher(comm.dup())
-        self.media = [name for name in MEDIA if (model.config.audible if name == "audio"
-                                                 else bool(model.config.vision))]
+        self.media = media_of(model.config)
         self.shard = model.shard or Shard(model, comm)
-        self.cluster = cluster or Cluster(1, comm.size, 1.0, 1e11, 1e10, 1e10)
-        self.costs = costs or _counted_costs(model, self.cluster, self.media)
+        self.cluster = cluster or one_node(comm.size)
+        self.costs = costs or counted_costs(model.config, self.cluster)
         self._limits = {name: most for name, most in limits.items()
                         if most is not None and name in (*self.media, "llm")}
 
@@ -193,15 +192,7 @@ class Orchestrator:
         -------
         StepPlan
         """
-        return plan_step(batch, self.cluster, self.costs, memory=self._memory(batch),
-                         work_limit=_WORK, time_limit=None)
-
-    def _memory(self, batch):
-        """The limits as the planner takes them; what is longer has a micro-batch to itself."""
-        lengths = {"llm": batch.language_lengths,
-                   **{name: items.length for name, items in batch.phases.items()}}
-        return {name: (self.cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
-                for name, most in self._limits.items()}
+        return planned(batch, self.cluster, self.costs, self._limits)
 
     def _raw(self, plan, batch, name, held, sizes, ways):
         """(rows, sizes) of the items that this rank encodes."""
@@ -384,9 +375,30 @@ def _limit(value, name):
     return value if value is None else _count("Orchestrator", name, value, least=1)
 
 
-def _counted_costs(model, cluster, media):
-    counted = from_model(model.config.values, cluster).costs
-    return {name: counted[name] for name in (*media, "llm")}
+def media_of(config):
+    """Phases before the language's."""
+    return [name for name in MEDIA if (config.audible if name == "audio" else bool(config.vision))]
+
+
+def one_node(ranks):
+    """A cluster of so many ranks, of which it matters only that all are alike."""
+    return Cluster(1, ranks, 1.0, 1e11, 1e10, 1e10)
+
+
+def counted_costs(config, cluster):
+    """Costs of the phases, counted from a ModelConfig."""
+    counted = from_model(config.values, cluster).costs
+    return {name: counted[name] for name in (*media_of(config), "llm")}
+
+
+def planned(batch, cluster, costs, limits):
+    """The plan of a batch; of ``limits`` by phase (tokens, patches, frames) a micro-batch has at
+    most so many, and what is longer one to itself."""
+    lengths = {"llm": batch.language_lengths,
+               **{name: items.length for name, items in batch.phases.items()}}
+    memory = {name: (cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
+              for name, most in limits.items()}
+    return plan_step(batch, cluster, costs, memory=memory, work_limit=_WORK, time_limit=None)
 
 
 def _micro_batches(inputs, batch, share, ways):

@@ -3,20 +3,15 @@
 from pathlib import Path
 
 from .cli import CommandError
-from .recipes import TASKS
 
 _SUFFIXES = (".jsonl", ".tar", ".zip")
 _NAMED = ("captions", "emoji")  # packs of pictures that have a name, wherever in them it is seen
 _HELD_SEED = 1  # of the embedded tasks; their splits share no drawing anyway
 
 
-def _tasks(settings, split, seed):
+def _tasks(said, split, seed, kinds):
     from .data import Tasks
-    fields = dict(TASKS)
-    for key in ("kinds", "difficulty"):
-        if settings.get(key) is not None:
-            fields[key] = settings[key]
-    return Tasks(seed=seed, split=split, **fields)
+    return Tasks(seed, kinds, split, said["difficulty"], said["max_side"])
 
 
 def _files(paths):
@@ -66,14 +61,16 @@ def _packs(path, split, kinds=None):
     raise CommandError(f"{path}: no records.jsonl with messages or captions in this zip file")
 
 
-def training_source(settings):
+def training_source(said, seed):
     """What is trained on.
 
     Parameters
     ----------
-    settings : dict
-        ``data`` (paths) and ``kinds`` (packs of zip files that hold several), or, without data,
-        ``kinds`` and ``difficulty`` of the embedded tasks; ``seed``.
+    said : dict
+        ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
+        ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks: the section ``data`` of a
+        :class:`orchvlm.RunConfig`.
+    seed : int
 
     Returns
     -------
@@ -85,13 +82,12 @@ def training_source(settings):
         A path that holds no data.
     """
     from .data import JsonLines, Mixture, TarShards
-    seed = settings.get("seed", 0)
-    if not settings.get("data"):
-        return Mixture([_tasks(settings, "train", seed)], seed=seed)
-    files = _files(settings["data"])
+    if not said["files"]:
+        return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
+    files = _files(said["files"])
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
     sets += [_varied(kind, pack, seed) for p in files if p.suffix == ".zip"
-             for kind, pack in _packs(p, "train", settings.get("kinds"))]
+             for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
@@ -107,12 +103,12 @@ def _varied(kind, pack, seed):
     return Varied(pack, seed) if kind in _NAMED else pack
 
 
-def held_out(settings, split, samples):
+def held_out(said, split, samples):
     """Samples with answers that were not trained on.
 
     Parameters
     ----------
-    settings : dict
+    said : dict
         As for :func:`training_source`.
     split : str
         ``val`` or ``test``.
@@ -125,16 +121,14 @@ def held_out(settings, split, samples):
         Empty where the data have no such split.
     """
     from .data import DataError
-    if not settings.get("data"):
-        kinds = settings.get("kinds") or TASKS["kinds"]
-        tasks = [_tasks({**settings, "kinds": [kind]}, split, _HELD_SEED)
-                 for kind in kinds]
+    if not said["files"]:
+        tasks = [_tasks(said, split, _HELD_SEED, [kind]) for kind in said["kinds"]]
         return [some[i] for some in tasks for i in range(samples)]
     found = []
-    for path in _files(settings["data"]):
+    for path in _files(said["files"]):
         if path.suffix == ".zip":
             try:
-                packs = _packs(path, split, settings.get("kinds"))
+                packs = _packs(path, split, said["kinds"])
             except (DataError, CommandError):  # no such split
                 continue
             rows = [pack[i] for _, pack in packs for i in range(min(samples, len(pack)))]

@@ -21,6 +21,7 @@ from .peak import gemm_peak
 from .routing import MODES, Balance
 from .run_folder import checkpoints, clean, latest_checkpoint, note_figure
 from .saving import Saver, SaveError, chosen, read_checkpoint
+from .watch import FIGURES, Watch, read_metrics, tell, write_row
 
 __all__ = ["Trainer", "TrainingConfig", "checkpoints", "latest_checkpoint", "read_metrics"]
 
@@ -150,6 +151,18 @@ class Trainer:
     comm : Comm, optional
         Of the ranks that train together, each with the same model and a loader of its own samples
         (:class:`orchvlm.data.RankLoader`).  Rank 0 writes.
+    watch : Watch, optional
+        Looks at held-out samples; all ranks have one, with the same samples.  A checkpoint is
+        written of what is best, and stays.
+    callbacks : list of callable
+        ``f(row)`` after every step, on rank 0 alone, with a copy of what :meth:`run` yields.
+
+    Attributes
+    ----------
+    told : RunConfig or None
+        What :meth:`from_config` made it from, which is then in the folder as ``config.toml``.
+    processor : orchvlm.data.Processor or None
+        The loader's, from there.
 
     Raises
     ------
@@ -179,13 +192,20 @@ class Trainer:
     [1, 2]
     """
 
-    def __init__(self, model, loader, config, folder, comm=None):
+    told = processor = None
+
+    def __init__(self, model, loader, config, folder, comm=None, *, watch=None, callbacks=()):
         if not isinstance(model, Model) or not isinstance(config, TrainingConfig):
             raise TypeError("Trainer takes a Model, a loader and a TrainingConfig; got "
                             f"{type(model).__name__} and {type(config).__name__}")
         for name in ("__next__", "state_dict", "load_state_dict"):
             if not hasattr(loader, name):
                 raise TypeError(f"loader must have {name}; got {type(loader).__name__}")
+        if not isinstance(watch, (Watch, type(None))):
+            raise TypeError(f"watch must be a Watch; got {type(watch).__name__}")
+        if not all(map(callable, callbacks)):
+            raise TypeError(f"callbacks must be callable; got {list(callbacks)!r:.60}")
+        self.watch, self.callbacks = watch, tuple(callbacks)
         self.model, self.loader, self.config = model, loader, config
         self.folder = Path(folder)
         patterns = [p for p in config.freeze
@@ -193,6 +213,10 @@ class Trainer:
         if patterns:
             model.freeze(*patterns)
         self.passes = _passes(model, config, comm)
+        if watch is not None and watch.figure != "loss" and model.shard and model.shard.holds:
+            raise ValueError(f"watch looks at {watch.figure}, but a model whose weights are in "
+                             "shards gives no answers: let it look at 'loss', or shard by 'ddp' "
+                             "or 'zero1'")
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
         self.ema = None if config.ema is None else EMA(model, config.ema)
@@ -209,6 +233,45 @@ class Trainer:
                             shard is not None and shard.holds_state)
         self._skipped = Skipped(self.folder, config.most_skipped)
 
+    @classmethod
+    def from_config(cls, config, comm=None, callbacks=()):
+        """Makes model, loader and trainer of what a file says.
+
+        Parameters
+        ----------
+        config : RunConfig, dict or path-like
+            As in :class:`RunConfig`; a path is one of a TOML file.
+        comm : Comm, optional
+            Of the ranks; ``ranks.n`` starts none.
+        callbacks : list of callable
+            As of the class.
+
+        Returns
+        -------
+        Trainer
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of :class:`RunConfig` and :class:`Trainer`.
+        """
+        from .building import pieces
+        told, processor, model, loader, watch = pieces(config, comm)
+        trainer = cls(model, loader, told.training(), told["output.folder"], comm, watch=watch,
+                      callbacks=callbacks)
+        trainer.told, trainer.processor = told, processor
+        return trainer
+
+    def fit(self):
+        """Takes all the steps that are left.
+
+        Returns
+        -------
+        list of dict
+            The rows of :meth:`run`, and what it raises.
+        """
+        return list(self.run())
+
     @property
     def done(self):
         """Share of the run that is behind: 1 at its end."""
@@ -223,7 +286,7 @@ class Trainer:
         Checkpoints are copied between two steps and written while the next ones run.  Ctrl-C, an
         error and a loop that is left early all leave one of the last whole step; so does SIGTERM,
         which ends the run behind the step, with several ranks behind the same one on all (Ctrl-C
-        likewise).  The run ends early where the data end.
+        likewise).  The run ends early where the data end, and where the watch is over.
 
         Yields
         ------
@@ -234,10 +297,13 @@ class Trainer:
             experts aux_loss (without its coefficient), expert_load (fullest over mean) and
             routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number is None
             there.  With several ranks on all of them, and besides what
-            :meth:`orchvlm.Orchestrator.metrics` says.
+            :meth:`orchvlm.Orchestrator.metrics` says; where the watch looked, what
+            :meth:`Watch.look` says.
 
         Raises
         ------
+        Error
+            A callback failed; the other ranks get a CommError that says so.
         CommError
             Another rank failed.
         OSError
@@ -261,17 +327,27 @@ class Trainer:
         ahead = Ahead(self.loader, passes.make, passes.ahead, self._left)
         self._endings.begin()
         try:
+            if passes.rank == 0 and self.told is not None:
+                self.told.write(self.folder)
             if passes.rank == 0:
                 log = open(self.folder / "metrics.jsonl", "ab", buffering=0)
-            while self.done < 1:
+            if self.watch is not None:
+                self.watch.recall(self.folder / "metrics.jsonl", self.step, passes)
+            while self.done < 1 and not (self.watch and self.watch.over):
                 start = time.perf_counter()
                 try:
                     batch, state = ahead.next()
                 except StopIteration:
                     break
+                place = log and log.tell()
                 row, signs = self._one(batch, state, start, log)
+                if self.watch is not None and self.step % self.watch.every == 0:
+                    self._look(row, log, place)
+                if passes.rank == 0:
+                    tell(self.callbacks, row)
                 yield row
                 self._between(batch, signs)
+            passes.total(np.zeros(1))  # no rank ends well where the last callback failed
         except BaseException as error:
             how = self._how(error)
             if isinstance(error, Exception) and not isinstance(error, SaveError) and how != "all":
@@ -341,8 +417,7 @@ class Trainer:
                    "elapsed_s": self.elapsed_s, **experts, **self.passes.metrics(ran)}
             try:
                 if log is not None:
-                    log.write((json.dumps({key: value if math.isfinite(value) else None
-                                           for key, value in row.items()}) + "\n").encode())
+                    write_row(log, row)
                 if log is not None and done["skipped"]:
                     self._skipped.tell(self.step, loss, self._samples())
             except OSError as error:
@@ -354,7 +429,8 @@ class Trainer:
         self._saver.settle(*signs[:2])
         if self._skipped.too_many:
             raise NonFiniteError(self._dump(batch))
-        if self.config.save_every and self.step % self.config.save_every == 0:
+        best = self.watch is not None and self.watch.best_step == self.step
+        if best or self.config.save_every and self.step % self.config.save_every == 0:
             self._saver.finish()
             self._saver.start(self)
         self._endings.obey(*signs[2:])
@@ -376,6 +452,21 @@ class Trainer:
         self._saver.finish()
         return (f"{self._skipped.in_a_row} steps in a row whose loss or gradient is no number; "
                 f"orchvlm.replay({str(self.folder / name)!r}) takes the last one again")
+
+    def _look(self, row, log, place):
+        """Adds held-out figures to a row that begins at a place of the log."""
+        row |= self.watch.look(self.model, self.passes, self.step)
+        if log is None:
+            return
+        figure = row[f"eval_{self.watch.figure}"]
+        try:
+            with held_back():
+                log.truncate(place)
+                write_row(log, row)
+                if math.isfinite(figure):
+                    self.judge(FIGURES[self.watch.figure] * figure)
+        except OSError as error:
+            self._saver.note(self.folder / "metrics.jsonl", error)
 
     def save(self):
         """Writes a checkpoint of the present step; whole or not at all.  All ranks call it.
@@ -480,17 +571,6 @@ def _passes(model, config, comm):
     Shard(model, comm, config.shard, config.node_size)
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches)
-
-
-def read_metrics(path):
-    """Rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _cut(path, step):

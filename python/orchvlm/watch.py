@@ -1,0 +1,187 @@
+"""Held-out samples, looked at while a model trains: what is best, and when to stop."""
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ._core import Error
+from ._numbers import whole_number
+from .evaluation import evaluate
+from .inputs import Inputs
+from .shares import label_weights
+
+FIGURES = {"loss": -1, "exact": 1, "score": 1}  # and which way is better
+_AT_ONCE = 8  # samples of a forward: ranks run equally many
+
+
+class Watch:
+    """Looks at held-out samples every so many steps, remembers the best look, says when to stop.
+
+    Parameters
+    ----------
+    samples : sequence of dict
+        As :class:`Processor` takes them; for answers with ``answer`` and ``check``.
+    processor : Processor
+        Of the model's configuration.
+    every : int
+        Steps from one look to the next.
+    figure : {"loss", "exact", "score"}
+        Which one must get better.  The loss is looked at always, answers only for the others: a
+        model whose weights are in shards gives none.
+    patience : int
+        The run ends after so many looks in a row that are no better than the best; 0: never.
+
+    Attributes
+    ----------
+    best, best_step : float and int, or None
+        The best look so far.
+    since : int
+        Looks since then.
+
+    Raises
+    ------
+    TypeError
+        Something else than a Processor.
+    ValueError
+        No samples, a figure that is unknown, a count out of range.
+
+    Notes
+    -----
+    Over ranks each looks at every N-th sample; sums are taken over all, so that all ranks know the
+    same and stop behind the same step.
+
+    Examples
+    --------
+    >>> import tempfile, orchvlm
+    >>> from orchvlm import data
+    >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+    >>> processor = data.Processor.from_config(model.config.values)
+    >>> loader = data.Loader(data.Mixture([data.Tasks(seed=0)]), processor, max_tokens=128)
+    >>> tasks = data.Tasks(seed=1, split="val")
+    >>> watch = orchvlm.Watch([tasks[i] for i in range(2)], processor, every=1)
+    >>> config = orchvlm.TrainingConfig(steps=2, warmup=0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = orchvlm.Trainer(model, loader, config, folder, watch=watch).fit()
+    >>> rows[-1]["eval_loss"] < rows[0]["eval_loss"], rows[-1]["eval_best_step"]
+    (True, 2)
+    """
+
+    def __init__(self, samples, processor, every, figure="loss", patience=0):
+        from .data import Processor
+        if not isinstance(processor, Processor):
+            raise TypeError(f"processor must be a Processor; got {type(processor).__name__}")
+        if figure not in FIGURES:
+            raise ValueError(f"figure must be one of {', '.join(FIGURES)}; got {figure!r:.60}")
+        self.samples, self.processor = list(samples), processor
+        if not self.samples:
+            raise ValueError("samples are empty: there is nothing to look at")
+        self.every, self.figure = whole_number(every, "every", 1), figure
+        self.patience = whole_number(patience, "patience", 0)
+        self.best = self.best_step = None
+        self.since = 0
+
+    @property
+    def over(self):
+        """bool : the figure has not got better for long."""
+        return 0 < self.patience <= self.since
+
+    def look(self, model, passes, step):
+        """Loss of the held-out samples, and answers.
+
+        Parameters
+        ----------
+        model : Model
+        passes : OneRank or Orchestrator
+            All ranks look.
+        step : int
+
+        Returns
+        -------
+        dict of str to float
+            For the step's row: ``eval_loss``, ``eval_exact`` and ``eval_score`` where they are
+            asked for, ``eval_best``, ``eval_best_step`` and ``eval_seconds``.
+        """
+        start, sums = time.perf_counter(), np.zeros(5)
+        rank, size = passes.rank, passes.size
+        mine = self.samples[rank::size]
+        for first in range(0, -(-len(self.samples) // size), _AT_ONCE):
+            pack = self._pack(mine[first:first + _AT_ONCE])
+            logp, _ = model.logprobs(pack, training=False)
+            weights = label_weights(pack).astype(np.float64)
+            sums[:2] += -(weights * logp).sum(), weights.sum()
+        if self.figure != "loss":
+            scores = [score for _, _, score in evaluate(model, mine, self.processor).rows]
+            sums[2:] = sum(score >= 1 for score in scores), sum(scores), len(scores)
+        loss, weight, exact, score, asked = passes.total(sums).tolist()
+        row = {"eval_loss": loss / weight if weight else math.nan}
+        if asked:
+            row |= {"eval_exact": exact / asked, "eval_score": score / asked}
+        self._note(step, row[f"eval_{self.figure}"])
+        if self.best is not None:
+            row |= {"eval_best": self.best, "eval_best_step": self.best_step}
+        return {**row, "eval_seconds": time.perf_counter() - start}
+
+    def _pack(self, samples):
+        """Empty ones too: a rank without samples goes along."""
+        if not samples:
+            return Inputs(input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
+        return Inputs.concatenate([self.processor.one(sample) for sample in samples])
+
+    def _note(self, step, value):
+        sign = FIGURES[self.figure]
+        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best):
+            self.best, self.best_step, self.since = value, step, 0
+        else:
+            self.since += 1
+
+    def recall(self, path, step, passes):
+        """Goes on where a run was.
+
+        Parameters
+        ----------
+        path : pathlib.Path
+            Of its metrics, which may not be there; rank 0 reads them.
+        step : int
+            It was at.
+        passes : OneRank or Orchestrator
+        """
+        self.best, self.best_step, self.since = None, None, 0
+        for row in read_metrics(path) if passes.rank == 0 and path.exists() else ():
+            if row["step"] <= step and f"eval_{self.figure}" in row:
+                value = row[f"eval_{self.figure}"]
+                self._note(row["step"], math.nan if value is None else value)
+        best, step, since = passes.total(np.array(
+            [self.best or 0.0, self.best_step or 0, self.since])).tolist()
+        if step:
+            self.best, self.best_step = best, int(step)
+        self.since = int(since)
+
+
+def tell(callbacks, row):
+    """Calls all with a copy of a step's row; orchvlm.Error that names the one that fails."""
+    for callback in callbacks:
+        try:
+            callback(dict(row))
+        except Exception as error:
+            name = getattr(callback, "__name__", type(callback).__name__)
+            raise Error(f"callback {name} failed behind step {row['step']}: "
+                        f"{type(error).__name__}: {error}") from error
+
+
+def write_row(log, row):
+    """A line of metrics, to a file of bytes; what is no number is null."""
+    log.write((json.dumps({key: value if math.isfinite(value) else None
+                           for key, value in row.items()}) + "\n").encode())
+
+
+def read_metrics(path):
+    """Rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

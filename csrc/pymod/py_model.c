@@ -37,7 +37,7 @@ PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status s
     Py_RETURN_NONE;
 }
 
-PyObject *ovlm_arg_instance(PyObject *module, const char *type, PyObject *object)
+PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object)
 {
     PyObject *class = PyObject_GetAttrString(module, type);
     int is = class == NULL ? -1 : PyObject_IsInstance(object, class);

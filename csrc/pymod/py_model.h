@@ -35,7 +35,7 @@ int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expecte
                    const void **data, int64_t *n);
 
 /* An object of one of this module's types ("Model", "Comm"); borrowed, NULL with TypeError. */
-PyObject *ovlm_arg_instance(PyObject *module, const char *type, PyObject *object);
+PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object);
 
 /* METH_METHOD | METH_FASTCALL | METH_KEYWORDS methods of the other file, for the type's table. */
 #define OVLM_MODEL_METHOD(name)                                                          \

@@ -18,7 +18,7 @@ static int read_place(PyObject *module, PyObject *threads, PyObject *model, plac
     if (model == Py_None) {
         return 0;
     }
-    out->model = (model_object *)ovlm_arg_instance(module, "Model", model);
+    out->model = (model_object *)ovlm_instance_of(module, "Model", model);
     return out->model == NULL ? -1 : 0;
 }
 

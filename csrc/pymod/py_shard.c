@@ -66,7 +66,7 @@ static const ovlm_params *read_list(PyObject *module, PyObject *source, ovlm_par
     if (PyTuple_Check(source)) {
         return make_list(module, source, made, arena);
     }
-    PyObject *model = ovlm_arg_instance(module, "Model", source);
+    PyObject *model = ovlm_instance_of(module, "Model", source);
     return model == NULL ? NULL : ovlm_model_params(((model_object *)model)->model);
 }
 
@@ -181,8 +181,8 @@ static PyObject *shard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     if (!PyArg_ParseTuple(args, "OOOL:Shard", &model, &comm, &modes, &node_size) ||
-        ovlm_arg_instance(module, "Model", model) == NULL ||
-        ovlm_arg_instance(module, "Comm", comm) == NULL) {
+        ovlm_instance_of(module, "Model", model) == NULL ||
+        ovlm_instance_of(module, "Comm", comm) == NULL) {
         return NULL;
     }
     model_object *over = (model_object *)model;

@@ -19,7 +19,17 @@ _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_
             "lora_dropout": 0.0, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
             "lora_bias": False, "layer_replication": None, "trainable_token_indices": None,
             "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None,
-            "exclude_modules": None, "megatron_config": None}
+            "exclude_modules": None, "megatron_config": None, "use_bdlora": False,
+            "arrow_config": None, "kasa_config": None, "monteclora_config": None,
+            "velora_config": None}
+# Read, or of no account for what stored adapters compute: tensors name the modules, and how they
+# were started or quantised is over.  Not init_lora_weights: some starts change the base.
+_KNOWN = {*_NEUTRAL, "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules",
+          "base_model_name_or_path", "inference_mode", "task_type", "revision", "auto_mapping",
+          "peft_version", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config",
+          "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+          "ensure_weight_tying"}
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
 
 class Adapters:
@@ -219,8 +229,10 @@ class Adapters:
         FileNotFoundError
             A file is missing.
         ValueError
-            A kind of adapter that is not computed here, modules that this model has not, a
-            mis-shaped or non-finite tensor; there are adapters already.
+            A kind of adapter that is not computed here (DoRA, trained biases or whole modules,
+            ranks or scales by module, dropout, a start that changes the base, ...), a key of the
+            file that is not known, each by its name; modules that this model has not, a mis-shaped
+            or non-finite tensor; there are adapters already.
         """
         folder = Path(folder)
         r, alpha, rslora = _read_config(folder / ADAPTER_CONFIG)
@@ -259,6 +271,14 @@ def _our_name(stored, folder):
 def _read_config(path):
     """(r, alpha, rslora) of PEFT's file; ValueError for what is not computed here."""
     values = read_object(path, CheckpointError)
+    for key in sorted(values.keys() - _KNOWN):
+        raise CheckpointError(f"{path}: unknown key {short(key)}, got {short(values[key])}; it "
+                              "might be a switch that is not computed here: take it out if it "
+                              "changes nothing")
+    start = values.get("init_lora_weights")
+    if not any(start is one or isinstance(one, str) and start == one for one in _STARTS):
+        raise CheckpointError(f"{path}: init_lora_weights = {short(start)} starts from another "
+                              "base; adapters of an unchanged base alone are computed here")
     for key, neutral in _NEUTRAL.items():
         value = values.get(key, neutral)
         if value != neutral and value not in (None, [], {}, False):

@@ -217,6 +217,11 @@ def _filled(values, family):
     return filled
 
 
+def expert_layers(layers, step, dense_first):
+    """range of the decoder layers with experts: each ``step``-th, from ``dense_first`` on."""
+    return range(-(-(dense_first + 1) // step) * step - 1, layers, step)
+
+
 def rope(text):
     """(theta, M-RoPE sections or None, interleaved) from any version's spelling."""
     found = text.get("rope_scaling") or text.get("rope_parameters") or {}

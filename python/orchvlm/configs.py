@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _core
 from ._files import read_object, write_whole
-from .config_keys import ACTS, FAMILIES, ConfigError, checked, rope
+from .config_keys import ACTS, FAMILIES, ConfigError, checked, expert_layers, rope
 from .sounds import CHUNK
 from .thinker import thinker_values
 
@@ -141,10 +141,10 @@ class ModelConfig:
     @property
     def sparse_layers(self):
         """list of bool : of each decoder layer, whether it has experts."""
-        text, first = self.text, self._dense_first()
-        step = text.get("decoder_sparse_step", 1)
-        return [self.sparse and i >= first and (i + 1) % step == 0
-                for i in range(text["num_hidden_layers"])]
+        text = self.text
+        held = expert_layers(text["num_hidden_layers"], text.get("decoder_sparse_step", 1),
+                             self._dense_first())
+        return [self.sparse and i in held for i in range(text["num_hidden_layers"])]
 
     @property
     def visual_tokens(self):

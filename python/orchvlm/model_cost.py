@@ -2,6 +2,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from .config_keys import expert_layers
 from .cost import BatchCost, Cluster, SequenceCost, _coefficient
 from .sounds import CHUNK, CHUNK_TOKENS, halved
 
@@ -220,11 +221,10 @@ def _sparse_layers(text, layers):
     """Number of layers with experts."""
     if _first(text.values, ("num_experts", "num_local_experts", "n_routed_experts"), 0) == 0:
         return 0
-    step = text("decoder_sparse_step", "moe_layer_freq", default=1)
-    dense_first = text("first_k_dense_replace", default=0, least=0)
+    held = expert_layers(layers, text("decoder_sparse_step", "moe_layer_freq", default=1),
+                         text("first_k_dense_replace", default=0, least=0))
     dense = {i for i in text.list("mlp_only_layers") if isinstance(i, int)}
-    return (max(0, layers // step - dense_first // step)
-            - sum(dense_first <= i < layers and (i + 1) % step == 0 for i in dense))
+    return len(held) - sum(i in held for i in dense)
 
 
 def _experts(text, hidden):

@@ -204,6 +204,8 @@ def test_files_of_peft(tmp_path):
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"lora_dropout": 0.1}, "dropout"),
     ({"peft_type": "IA3"}, "peft_type"), ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 0}, "r must"),
+    ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"), ({"lora_bias": True}, "lora_bias"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"use_other": False}, "use_other"),
     ({"r": 7}, "shape"), ({"lora_alpha": None}, "lora_alpha"), ({"r": "8"}, "r must")))
 def test_adapters_of_another_kind_are_refused(change, words, tmp_path):
     model, _, _ = draw("some", 8)
@@ -214,6 +216,18 @@ def test_adapters_of_another_kind_are_refused(change, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         again.load_adapter(tmp_path)
     assert again.lora is None and not adapters_of(again)
+
+
+def test_keys_that_change_nothing(tmp_path):
+    model, _, _ = draw("some", 8)
+    model.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "peft_version": "0.21.2", "init_lora_weights": "gaussian", "loftq_config": {},
+        "megatron_core": "megatron.core", "qalora_group_size": 16, "use_bdlora": False}))
+    again = draw_model([SEED, 8], model.config, threads=1)
+    again.load_adapter(tmp_path)
+    assert again.lora == model.lora
 
 
 def test_tensors_that_do_not_fit(tmp_path):

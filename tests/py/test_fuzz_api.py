@@ -270,7 +270,8 @@ METHODS = {"BatchCost()": BatchCost(1.0, 2.0, 3.0), "SequenceCost()": SequenceCo
               for name in ("apply", "reverse", "start", "start_reverse")}}
 
 # What a protocol asks for beside the usual.
-PROTOCOL = {"Tensor().__dlpack__": (BufferError,), "Model().tensor": (KeyError,)}
+PROTOCOL = {"Tensor().__dlpack__": (BufferError,), "Model().tensor": (KeyError,),
+            "replay": (OSError,)}
 
 
 def callables():

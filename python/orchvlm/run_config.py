@@ -61,7 +61,8 @@ class RunConfig:
     def __init__(self, *layers):
         said, origins = {}, {}
         for layer in layers:
-            where, table = layer if isinstance(layer, tuple) else ("configuration", layer)
+            pair = isinstance(layer, tuple) and len(layer) == 2
+            where, table = layer if pair else ("configuration", layer)
             if not isinstance(table, dict):
                 raise TypeError(f"{where} must be a dict; got {type(table).__name__}")
             found = _flat(table, where)
@@ -268,6 +269,9 @@ def _unknown(section, key):
 def _flat(table, where):
     """{section.key: value} of tables, every value looked at."""
     found = {}
+    names = [*table, *(key for keys in table.values() if isinstance(keys, dict) for key in keys)]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"{where}: names of sections and keys are texts; got {wrong[0]!r:.60}")
     for section, keys in table.items():
         if section not in SECTIONS:
             near = get_close_matches(section, SECTIONS, 1)

@@ -96,6 +96,13 @@ def test_refusals(table, words):
         RunConfig(("file.toml", table))
 
 
+@pytest.mark.parametrize("layer", [3, None, "a.toml", (1, 2, 3), ("a", 3), {3: {}}, {None: {}},
+                                   {"data": {3: 4}}])
+def test_layers_that_are_none(layer):
+    with pytest.raises(TypeError, match="must be a dict|are texts"):
+        RunConfig(layer)
+
+
 def test_layers():
     """Later ones win, and take back what would contradict them."""
     base = RunConfig({"training": {"minutes": 3}})

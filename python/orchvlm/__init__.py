@@ -21,6 +21,7 @@ _HOME = {
     "Model": "model", "Output": "model", "ModelConfig": "configs", "preset": "configs",
     "AdamW": "optim", "schedule": "optim", "model_flops": "flops", "evaluate": "evaluation",
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
+    "Pretraining": "pretraining", "PretrainingConfig": "pretraining",
     "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
     "Comm": "comm", "Orchestrator": "orchestrator", "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",

@@ -23,6 +23,7 @@ _HOME = {
     "Evaluation": "evaluation", "Trainer": "training", "TrainingConfig": "training",
     "RunConfig": "run_config", "Watch": "watch", "replay": "nonfinite",
     "NonFiniteError": "nonfinite", "recipe": "recipes", "profile": "profiling", "EMA": "averaging",
+    "Pretraining": "pretraining", "PretrainingConfig": "pretraining",
     "Comm": "comm", "Orchestrator": "orchestrator", "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo", "comm": "comm",

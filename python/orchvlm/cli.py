@@ -1,4 +1,4 @@
-"""The ``orchvlm`` command: train, report, generate, eval, inspect; plan, simulate; doctor."""
+"""The ``orchvlm`` command: pretrain, train, report, generate, eval, inspect; plan, simulate; doctor."""
 import argparse
 import os
 import sys
@@ -169,6 +169,8 @@ def make_parser():
                                      parser_class=_Parser)
     from .cli_model import add_model_commands
     add_model_commands(commands, raw)
+    from .cli_pretrain import add_pretrain_command
+    add_pretrain_command(commands, raw)
     plan = commands.add_parser("plan", formatter_class=raw, epilog=_PLAN_EXAMPLES,
                                help="plan one step from lengths",
                                description="Plans one training step and proves how good it is.")
@@ -210,6 +212,9 @@ def _run(arguments):
     from . import commands
     if arguments.command == "doctor":
         return commands.doctor()
+    if arguments.command == "pretrain":
+        from .commands_pretrain import pretrain
+        return pretrain(arguments)
     if arguments.command in ("train", "report", "generate", "eval", "inspect"):
         from . import commands_model
         name = "evaluate" if arguments.command == "eval" else arguments.command

@@ -26,8 +26,8 @@ _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_
 # were started or quantised is over.  Not init_lora_weights: some starts change the base.
 _KNOWN = {*_NEUTRAL, "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules",
           "base_model_name_or_path", "inference_mode", "task_type", "revision", "auto_mapping",
-          "peft_version", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config",
-          "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+          "peft_version", "layers_to_transform", "layers_pattern", "megatron_core",
+          "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
           "ensure_weight_tying"}
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 

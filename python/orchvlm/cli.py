@@ -1,4 +1,5 @@
-"""The ``orchvlm`` command: pretrain, train, report, generate, eval, inspect; plan, simulate; doctor."""
+"""The ``orchvlm`` command: pretrain, train, report, generate, eval, inspect; plan, simulate;
+doctor."""
 import argparse
 import os
 import sys

@@ -3,8 +3,9 @@ import json
 from pathlib import Path
 
 from ._files import read_object, write_whole
+from .building import model_folder
 from .cli import CommandError
-from .commands_model import _steps, model_folder
+from .commands_model import _steps
 from .configs import preset
 from .pretraining import Pretraining, PretrainingConfig
 from .recipes import FIRST_STD
@@ -70,7 +71,8 @@ def pretrain(arguments):
     if not settings.get("data"):
         raise CommandError("--data names .zip packs of pictures with captions")
     need("PIL", "pillow")
-    samples = held_out(settings, "train", _ALL)
+    packs = {"files": settings["data"], "kinds": settings.get("kinds")}
+    samples = held_out(packs, "train", _ALL)
     if not samples:
         raise CommandError("these data have no pictures with captions to train on")
     model, processor = _start(settings, arguments.threads)
@@ -88,7 +90,7 @@ def pretrain(arguments):
           f"{settings['batch']} a step; {f'{steps:,} steps' if steps else f'{minutes} minutes'}; "
           f"{out}/", flush=True)
     _steps(run, out)
-    others = held_out(settings, "val", _ALL)
+    others = held_out(packs, "val", _ALL)
     if others:
         print(f"{100 * run.accuracy(others):.1f} % of {len(others)} held-out captions are told by "
               "the tower and its classifier")

@@ -215,10 +215,11 @@ class PlacesHead:
         """Sets what :meth:`state_dict` gave; ValueError where it is another classifier's."""
         arrays = [state.get(f"head/{name}") for name in ("weight", "exp_avg", "exp_avg_sq")]
         if "head/steps" not in state or any(
-                a is None or a.shape != self.weight.shape for a in arrays):
+                a is None or a.size != self.weight.size for a in arrays):
             raise ValueError("this state holds no classifier of these captions and places")
-        self.weight, self._first, self._second = (np.array(a, np.float32) for a in arrays)
-        self.steps = int(state["head/steps"])
+        self.weight, self._first, self._second = (
+            np.array(a, np.float32).reshape(self.weight.shape) for a in arrays)
+        self.steps = int(np.ravel(state["head/steps"])[0])
 
 
 def _norm(rows):
@@ -293,6 +294,10 @@ class _Classified(OneRank):
     def make(self, loader):
         return next(loader)
 
+    @staticmethod
+    def inputs(batch):
+        return batch[0]
+
     def run(self, batch, balance, checkpoint):
         inputs, targets = batch
         ran = Ran([inputs], self._model)
@@ -319,7 +324,8 @@ class _WithHead:
     def state_dict(self):
         return {**self._tower.state_dict(), **self._head.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, states):
+        (state,) = [states] if isinstance(states, dict) else states
         self._head.load_state_dict({k: state[k] for k in state if k.startswith("head/")})
         self._tower.load_state_dict({k: state[k] for k in state if not k.startswith("head/")})
 

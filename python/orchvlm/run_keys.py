@@ -259,7 +259,8 @@ KEYS = (
         "the best; 0: never", 0),
     Key("output.save_every", _COUNT, "steps between checkpoints; 0: at the end only", 200,
         field="save_every"),
-    Key("output.keep", _COUNT, "latest checkpoints that stay, and the best besides; 0: all", 2, field="keep"),
+    Key("output.keep", _COUNT, "latest checkpoints that stay, and the best besides; 0: all", 2,
+        field="keep"),
     Key("output.folder", _TEXT, "of the run", None, "run-NAME, of the file, preset or model",
         "--out"),
 )

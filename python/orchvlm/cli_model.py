@@ -74,6 +74,9 @@ def _add_train(commands, raw):
                             "repeats another; by default as the preset says, unless --steps is "
                             "given")
     group.add_argument("--lr", type=_real, metavar="R", help="greatest learning rate")
+    group.add_argument("--vision-lr", type=_real, metavar="R",
+                       help="that of the vision tower, where it is another: a pre-trained one "
+                            "keeps what it knows while the decoder learns to read it")
     group.add_argument("--tokens", type=_whole, metavar="T", help="in a step; 2,048 for tiny")
     group.add_argument("--max-pixels", type=_whole, metavar="P",
                        help="pictures are shrunk to so many; 3136 are 56 x 56")

@@ -16,7 +16,7 @@ from .training import Trainer, TrainingConfig, checkpoints, latest_checkpoint, r
 
 _SETTINGS, _TIMELINE = "run.json", "timeline.json"
 _KEPT = ("preset", "model", "data", "kinds", "difficulty", "max_pixels", "steps", "minutes", "lr",
-         "tokens", "seed")
+         "vision_lr", "tokens", "seed")
 _SAVE_EVERY, _KEEP = 200, 2  # steps between checkpoints, and how many stay
 _ENDLESS = 1_000_000         # steps of a run that the clock ends
 _LEAST_PIXELS = 56 * 56      # of a picture, where --max-pixels allows as many
@@ -173,7 +173,8 @@ def _train_rank(comm, arguments, out, settings):
     lr = settings["lr"]
     steps = settings.get("steps")
     config = TrainingConfig(steps=steps or _ENDLESS, minutes=settings.get("minutes"), lr=lr,
-                            min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP)
+                            min_lr=lr / 50, save_every=_SAVE_EVERY, keep=_KEEP,
+                            groups=_tower_rate(settings.get("vision_lr")))
     trainer = Trainer(model, loader, config, out, comm)
     if arguments.resume:
         trainer.resume()
@@ -189,6 +190,11 @@ def _train_rank(comm, arguments, out, settings):
           f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     _steps(trainer, out)
     return _finish(trainer, processor, settings, arguments, out)
+
+
+def _tower_rate(lr):
+    """Groups of the optimizer, where the vision tower has a rate of its own."""
+    return () if lr is None else ({"match": "model.visual.*", "lr": lr},)
 
 
 def _steps(trainer, out):

@@ -4,7 +4,8 @@ from .cli_model import _real, _whole
 _EXAMPLES = """examples:
   orchvlm pretrain --preset tiny --data signs.zip --kinds emoji --max-pixels 3136 --minutes 12
   orchvlm train --model run-tiny-vit --data signs.zip --kinds emoji --max-pixels 3136 \\
-      --lr 5e-4 --tokens 2048 --minutes 18 --out run-signs
+      --lr 7e-4 --set 'training.groups=[{match="model.visual.*", lr=1e-4}]' \\
+      --tokens 1024 --minutes 18 --out run-signs
 
 The vision tower learns to tell pictures' captions, and the words in them, by classification; the
 model that is left in --out has the rest as it was, and trains on from there.

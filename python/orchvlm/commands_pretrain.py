@@ -9,16 +9,14 @@ from .commands_model import _steps
 from .configs import preset
 from .pretraining import Pretraining, PretrainingConfig
 from .recipes import FIRST_STD
-from .sources import held_out
 from .training import checkpoints
 
-_SETTINGS = "run.json"
+_SETTINGS = "pretrain.json"
 _FIRST = {"lr": 1e-3, "batch": 64, "seed": 0}
 _MINUTES = 12.0
 _KEPT = ("preset", "model", "data", "kinds", "max_pixels", "steps", "minutes", *_FIRST)
 _SAVE_EVERY, _KEEP = 500, 2  # steps between checkpoints, and how many stay
 _ENDLESS = 1_000_000         # steps of a run that the clock ends
-_ALL = 2**31                 # samples: as many as there are
 _LEAST_PIXELS = 56 * 56      # of a picture, where --max-pixels allows as many
 
 
@@ -64,6 +62,22 @@ def _start(settings, threads):
     return model, Processor.from_config(model.config.values, **rule)
 
 
+def _samples(settings, split):
+    """Pictures with captions of a split; those to train on there must be."""
+    from .data import DataError, load_pack
+    found = []
+    for path in settings["data"]:
+        for kind in settings.get("kinds") or ["captions"]:
+            try:
+                pack = load_pack(path, kind, split)
+            except DataError:
+                if split == "train":
+                    raise
+                continue
+            found += [pack[i] for i in range(len(pack))]
+    return found
+
+
 def pretrain(arguments):
     """``orchvlm pretrain``"""
     from .data.assets import need
@@ -71,10 +85,7 @@ def pretrain(arguments):
     if not settings.get("data"):
         raise CommandError("--data names .zip packs of pictures with captions")
     need("PIL", "pillow")
-    packs = {"files": settings["data"], "kinds": settings.get("kinds")}
-    samples = held_out(packs, "train", _ALL)
-    if not samples:
-        raise CommandError("these data have no pictures with captions to train on")
+    samples = _samples(settings, "train")
     model, processor = _start(settings, arguments.threads)
     steps, minutes, lr = settings.get("steps"), settings.get("minutes"), settings["lr"]
     config = PretrainingConfig(steps=steps or _ENDLESS, minutes=minutes, lr=lr, min_lr=lr / 50,
@@ -90,7 +101,7 @@ def pretrain(arguments):
           f"{settings['batch']} a step; {f'{steps:,} steps' if steps else f'{minutes} minutes'}; "
           f"{out}/", flush=True)
     _steps(run, out)
-    others = held_out(packs, "val", _ALL)
+    others = _samples(settings, "val")
     if others:
         print(f"{100 * run.accuracy(others):.1f} % of {len(others)} held-out captions are told by "
               "the tower and its classifier")

@@ -160,7 +160,7 @@ def test_doctests(name):
     module = importlib.import_module(name)
     optional = {"matplotlib": ("plots",), "scipy": ("milp",),
                 "PIL": ("images", "processor", "mixture", "tasks", "sheet", "training",
-                        "evaluation"),
+                        "evaluation", "pretraining"),
                 "tokenizers": ("tokenizer",)}
     for package, users in optional.items():
         if name.endswith(users):

@@ -193,13 +193,15 @@ def test_two_commands_from_a_zip(pack, tmp_path, capsys):
     assert main(["pretrain", "--resume", "--steps", "3", "--out", tower]) == 0
     assert [row["step"] for row in read_metrics(tmp_path / "vit" / "metrics.jsonl")] == [1, 2, 3]
     assert main(["train", "--model", tower, "--steps", "1", "--tokens", "100", "--ranks", "1",
-                 "--samples", "1", "--out", run, *few]) == 0
+                 "--set", 'training.groups=[{match="model.visual.*", lr=1e-5}]', "--samples", "1",
+                 "--out", run, *few]) == 0
     assert main(["eval", run, "--samples", "2", "--threads", "1"]) == 0
 
 
 def test_refusals_of_the_command(pack, tmp_path, capsys):
     for words, said in ((["--out", str(tmp_path)], "--data names"),
                         (["--resume", "--out", str(tmp_path)], "no run to resume"),
-                        (["--data", str(tmp_path / "no.zip")], "no such file")):
+                        (["--data", pack, "--kinds", "digits"], "no member"),
+                        (["--data", str(tmp_path / "no.zip")], "no readable zip file")):
         assert main(["pretrain", *words]) == 2
         assert said in capsys.readouterr().err

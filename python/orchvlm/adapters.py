@@ -19,13 +19,14 @@ _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_
             "lora_dropout": 0.0, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
             "lora_bias": False, "layer_replication": None, "trainable_token_indices": None,
             "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None,
-            "exclude_modules": None, "megatron_config": None, "use_bdlora": False,
-            "arrow_config": None, "kasa_config": None, "monteclora_config": None,
-            "velora_config": None}
+            "exclude_modules": None, "megatron_config": None}
+# The same of later versions of PEFT; not written, as earlier ones refuse them.
+_LATER = dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+                        "velora_config"))
 # Read, or of no account for what stored adapters compute: tensors name the modules, and how they
 # were started or quantised is over.  Not init_lora_weights: some starts change the base.
-_KNOWN = {*_NEUTRAL, "r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules",
-          "base_model_name_or_path", "inference_mode", "task_type", "revision", "auto_mapping",
+_KNOWN = {*_NEUTRAL, *_LATER, "r", "lora_alpha", "use_rslora", "init_lora_weights",
+          "target_modules", "base_model_name_or_path", "inference_mode", "task_type", "revision", "auto_mapping",
           "peft_version", "layers_to_transform", "layers_pattern", "megatron_core",
           "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
           "ensure_weight_tying"}
@@ -279,7 +280,7 @@ def _read_config(path):
     if not any(start is one or isinstance(one, str) and start == one for one in _STARTS):
         raise CheckpointError(f"{path}: init_lora_weights = {short(start)} starts from another "
                               "base; adapters of an unchanged base alone are computed here")
-    for key, neutral in _NEUTRAL.items():
+    for key, neutral in (_NEUTRAL | _LATER).items():
         value = values.get(key, neutral)
         if value != neutral and value not in (None, [], {}, False):
             raise CheckpointError(f"{path}: {key} = {short(value)} is not computed here; only "

@@ -458,13 +458,12 @@ class Trainer:
         row |= self.watch.look(self.model, self.passes, self.step)
         if log is None:
             return
-        figure = row[f"eval_{self.watch.figure}"]
         try:
             with held_back():
                 log.truncate(place)
                 write_row(log, row)
-                if math.isfinite(figure):
-                    self.judge(FIGURES[self.watch.figure] * figure)
+                if self.watch.best_step == self.step:
+                    self.judge(FIGURES[self.watch.figure] * self.watch.best)
         except OSError as error:
             self._saver.note(self.folder / "metrics.jsonl", error)
 

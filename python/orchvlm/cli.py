@@ -1,4 +1,4 @@
-"""The ``orchvlm`` command: pretrain, train, report, generate, eval, inspect; plan, simulate; doctor."""
+"""The ``orchvlm`` command: pretrain, train, report, generate, eval; plan, simulate; doctor."""
 import argparse
 import os
 import sys

@@ -340,7 +340,7 @@ class Pretraining(Trainer):
     Parameters
     ----------
     model : Model
-        Is changed.
+        Is changed; all but its vision tower stays frozen afterwards, see :meth:`Model.unfreeze`.
     samples : sequence of dict
         With messages, one picture among them, and ``answer``, its caption; as
         :func:`orchvlm.data.load_pack` gives them.  Pictures are varied anew each time

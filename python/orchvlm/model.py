@@ -400,10 +400,12 @@ class Model(Phases):
         >>> import orchvlm
         >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny-moe"), seed=0)
         >>> inputs = orchvlm.Inputs(input_ids=[72] * 500, labels=[72] * 500)
-        >>> whole, loss = model.memory(inputs), model.forward(inputs).loss
+        >>> whole = model.memory(inputs)
         >>> model.moe_chunk_rows = 128
         >>> model.memory(inputs)["activations"] < whole["activations"]
         True
+        >>> loss = model.forward(inputs).loss
+        >>> model.moe_chunk_rows = None
         >>> model.forward(inputs).loss == loss
         True
         """

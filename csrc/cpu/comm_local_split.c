@@ -50,6 +50,9 @@ static ovlm_status share_block(local_comm *comm, ovlm_comm_label *label, int64_t
     local_block **all = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &all, comm->n, err));
     if (leader == comm->rank) {
+        if (comm->job->lock >= 0) {
+            (void)unlink(path); /* of a job that was killed here: O_EXCL would find it */
+        }
         OVLM_TRY(ovlm_local_block_new(comm->job, path, n, block, err));
     }
     OVLM_TRY(gather_equal(comm, label, block, (int64_t)sizeof *block, all, arena, err));

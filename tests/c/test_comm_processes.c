@@ -267,6 +267,29 @@ static void test_left_behind(void)
     (void)unlink(path);
 }
 
+/* Nor are the files of a split in which a job was killed. */
+static void test_split_left_behind(void)
+{
+    const play p = {.n = 3, .options = {.silent_s = 5, .join_s = 5}, .act = act_well,
+                    .message = ""};
+    char name[sizeof path + 40];
+    int used = 0;
+    for (int way = 0; way < 2; way++) {
+        for (int call = 0; call < 3; call++) {
+            for (int leader = 0; leader < 3; leader++) {
+                (void)snprintf(name, sizeof name, "%s.00000001.%d.%d", path, call, leader);
+                FILE *file = way == 0 ? fopen(name, "w") : NULL;
+                CHECK(way == 1 || (file != NULL && fclose(file) == 0), "%s", name);
+                used += way == 1 && unlink(name) != 0;
+            }
+        }
+        if (way == 0) {
+            play_through("files of an old split", &p, -1, FINE);
+        }
+    }
+    CHECK(used > 0, "no split had one of these names");
+}
+
 static void test_joining(void)
 {
     ovlm_err err = {0};
@@ -321,6 +344,7 @@ int main(int argc, char **argv)
     }
     test_joining();
     test_left_behind();
+    test_split_left_behind();
     CHECK(rmdir(folder) == 0, "files are left in %s", folder);
     return test_end("comm_processes");
 }

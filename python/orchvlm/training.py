@@ -226,6 +226,8 @@ class Trainer:
                               config.min_lr)
         self.step = 0
         self.elapsed_s = 0.0  # time in steps, over all parts of the run
+        self._rest_s = 0.0    # of the last step, behind its clock
+        self._torn = False    # weights and step are not of the same step
         self._loader_state = None
         self._left = []       # packs that were made and not used
         shard = model.shard
@@ -365,7 +367,7 @@ class Trainer:
     def _how(self, error):
         """Who writes the last checkpoint of a run that ends with this: all ranks, which know of it,
         rank 0, which has all that there is, or nobody."""
-        if isinstance(error, SaveError):
+        if isinstance(error, SaveError) or self._torn:
             return "none"
         if isinstance(error, NonFiniteError) or self._endings.obeyed or (
                 isinstance(error, GeneratorExit) and self._saver.together):
@@ -394,18 +396,21 @@ class Trainer:
             self._warmup, self.done * self.config.steps)
         rate = self._rate(place if self.config.minutes else self.step)
         with held_back():
-            loss, targets, tokens, flops, *signs = self.passes.total(np.array(
-                [ran.loss, ran.targets, ran.tokens, ran.flops, *self._saver.signs(),
+            # One clock for all ranks: that of rank 0 says when a run by minutes is over.
+            now = time.perf_counter()
+            seconds = now - start + self._rest_s if self.passes.rank == 0 else 0.0
+            loss, targets, tokens, flops, seconds, *signs = self.passes.total(np.array(
+                [ran.loss, ran.targets, ran.tokens, ran.flops, seconds, *self._saver.signs(),
                  *self._endings.signs()])).tolist()
+            more = self.passes.metrics(ran)
+            self._torn = True
             done = self.optimizer.step(rate) if math.isfinite(loss) else {
                 "grad_norm": math.nan, "skipped": True}
             experts = self._balance.end(done["skipped"])
             if self.ema is not None and not done["skipped"]:
                 self.ema.update()
-            # One clock for all ranks: that of rank 0 says when a run by minutes is over.
-            seconds = time.perf_counter() - start if self.passes.rank == 0 else 0.0
-            seconds = float(self.passes.total(np.array([seconds]))[0])
             self.step += 1
+            self._torn = False
             self.elapsed_s += seconds
             self._before, self._loader_state = self._loader_state, state
             self._skipped.note(done)
@@ -414,7 +419,7 @@ class Trainer:
                    "tokens": int(tokens), "targets": int(targets),
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
                    "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
-                   "elapsed_s": self.elapsed_s, **experts, **self.passes.metrics(ran)}
+                   "elapsed_s": self.elapsed_s, **experts, **more}
             try:
                 if log is not None:
                     write_row(log, row)
@@ -422,6 +427,7 @@ class Trainer:
                     self._skipped.tell(self.step, loss, self._samples())
             except OSError as error:
                 self._saver.note(self.folder / "metrics.jsonl", error)
+            self._rest_s = time.perf_counter() - now  # goes to the next step's time
         return row, signs
 
     def _between(self, batch, signs):

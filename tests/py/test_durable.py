@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import orchvlm
+from comm_kill import wait_for
 from durable_cases import losses, made, over
 from orchvlm import saving
 from orchvlm._comm_run import shared_folder
@@ -211,7 +212,8 @@ def test_it_is_written_while_steps_run(tmp_path, monkeypatch):
     for row in trainer.run():
         states[row["step"]] = trainer.model.state_dict()
         if row["step"] == 5:
-            assert checkpoints(tmp_path) == [] and (tmp_path / ".checkpoint-3").exists()
+            wait_for([tmp_path / ".checkpoint-3"], 60)  # its thread has begun
+            assert checkpoints(tmp_path) == []
             gate.set()
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]
     for step, path in checkpoints(tmp_path):

@@ -2,6 +2,7 @@
  * expert is shared by threads and an empty one costs nothing.  The gather of rows happens while
  * operands are packed. */
 #include "cpu/cpu_gemm.h"
+#include "cpu/cpu_load.h"
 
 typedef enum grouped_pass { GROUPED_Y, GROUPED_DX, GROUPED_DW } grouped_pass;
 
@@ -133,7 +134,7 @@ ovlm_status ovlm_cpu_grouped_linear_measure(ovlm_backend *backend, const ovlm_gr
                                             ovlm_op_bytes *bytes, ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_grouped_linear(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(grouped_linear, a, MEASURE, err);
     int64_t list = (a->groups + 1) * (int64_t)sizeof(int64_t);
     *bytes = (ovlm_op_bytes){.fwd_work = list, .bwd_work = list};
     return OVLM_OK;
@@ -142,7 +143,7 @@ ovlm_status ovlm_cpu_grouped_linear_measure(ovlm_backend *backend, const ovlm_gr
 ovlm_status ovlm_cpu_grouped_linear_fwd(ovlm_queue *queue, const ovlm_grouped_linear *a,
                                         ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_grouped_linear(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(grouped_linear, a, FWD, err);
     run_pass(ovlm_cpu_of(queue), a, GROUPED_Y);
     return OVLM_OK;
 }
@@ -150,7 +151,7 @@ ovlm_status ovlm_cpu_grouped_linear_fwd(ovlm_queue *queue, const ovlm_grouped_li
 ovlm_status ovlm_cpu_grouped_linear_bwd(ovlm_queue *queue, const ovlm_grouped_linear *a,
                                         ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_grouped_linear(a, OVLM_PASS_BWD, err));
+    OVLM_CPU_CHECK(grouped_linear, a, BWD, err);
     if (ovlm_tensor_given(&a->dx)) {
         run_pass(ovlm_cpu_of(queue), a, GROUPED_DX);
     }

@@ -4,6 +4,7 @@
  * into scratch, since both dx = dpre w and dw = dpre^T x read it; column sums of dpre on the way.
  * Sums over T go in blocks of SUM_ROWS rows and then over blocks, for any number of threads. */
 #include "cpu/cpu_gemm.h"
+#include "cpu/cpu_load.h"
 
 enum { SUM_ROWS = 256, ALIGN = 64 };
 
@@ -27,7 +28,7 @@ ovlm_status ovlm_cpu_linear_measure(ovlm_backend *backend, const ovlm_linear *a,
                                     ovlm_op_bytes *bytes, ovlm_err *err)
 {
     (void)backend;
-    OVLM_TRY(ovlm_op_check_linear(a, OVLM_PASS_MEASURE, err));
+    OVLM_CPU_CHECK(linear, a, MEASURE, err);
     int64_t sums = ovlm_tensor_given(&a->dbias)
                        ? aligned(sum_blocks(a->x.rows) * a->y.cols * (int64_t)sizeof(float))
                        : 0;
@@ -37,7 +38,7 @@ ovlm_status ovlm_cpu_linear_measure(ovlm_backend *backend, const ovlm_linear *a,
 
 ovlm_status ovlm_cpu_linear_fwd(ovlm_queue *queue, const ovlm_linear *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_linear(a, OVLM_PASS_FWD, err));
+    OVLM_CPU_CHECK(linear, a, FWD, err);
     ovlm_gemm g = {.m = a->x.rows, .n = a->y.cols, .k = a->x.cols,
                    .a = ovlm_gemm_rows(&a->x, NULL),
                    .b = a->w_kn ? ovlm_gemm_cols(&a->w, NULL) : ovlm_gemm_rows(&a->w, NULL),
@@ -92,7 +93,7 @@ static ovlm_tensor make_slope(const ovlm_cpu *cpu, const ovlm_linear *a)
 
 ovlm_status ovlm_cpu_linear_bwd(ovlm_queue *queue, const ovlm_linear *a, ovlm_err *err)
 {
-    OVLM_TRY(ovlm_op_check_linear(a, OVLM_PASS_BWD, err));
+    OVLM_CPU_CHECK(linear, a, BWD, err);
     const ovlm_cpu *cpu = ovlm_cpu_of(queue);
     ovlm_tensor dpre = make_slope(cpu, a);
     if (ovlm_tensor_given(&a->dx)) {

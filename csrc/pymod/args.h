@@ -21,7 +21,8 @@ typedef struct ovlm_module_state {
     PyObject *error, *backend_error, *comm_error;
 } ovlm_module_state;
 
-/* The one place where a status becomes an exception; returns NULL for convenience. */
+/* The one place where a status becomes an exception, which is then set; returns NULL, always, for
+ * callers that do: the others return -1 behind it. */
 PyObject *ovlm_raise(PyObject *module, const ovlm_err *err);
 
 /* A one-dimensional C-contiguous array borrowed from a Python object.  `owner` holds the reference;

@@ -213,7 +213,7 @@ static flight *new_flight(dispatch_object *self, PyObject *module, PyObject *con
     ovlm_err err = {0};
     if (ovlm_dispatch_measure(self->dispatch, &f->parcel, &f->parcel.scratch_bytes, &err) !=
         OVLM_OK) {
-        (void)ovlm_raise(module, &err);
+        ovlm_raise(module, &err);
         free_flight(f);
         return NULL;
     }

@@ -56,7 +56,7 @@ static int run_at(PyObject *module, const place *at, ovlm_dtype dtype, run_fn ru
         at->model->busy = false;
     }
     if (status != OVLM_OK) {
-        (void)ovlm_raise(module, &err);
+        ovlm_raise(module, &err);
         return -1;
     }
     return 0;

@@ -380,7 +380,7 @@ static PyObject *step_rebuild(PyObject *module, PyObject *const *args, Py_ssize_
     status = ovlm_step_plan_init(&view.problem, &plan, &err);
     Py_END_ALLOW_THREADS
     if (status != OVLM_OK) {
-        (void)ovlm_raise(module, &err);
+        ovlm_raise(module, &err);
         goto done;
     }
     if (!PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != plan->n_phases + 1) {

@@ -118,7 +118,8 @@ def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None,
     threads : int, optional
         By default OMP_NUM_THREADS, or one per core of this process.
     model : Model, optional
-        Computes on this model's device, with its threads, instead of on the CPU.
+        Computes on this model's device, with its threads, instead of on the CPU; float64 only
+        where that device has it (``"ref"``).
 
     Returns
     -------
@@ -134,7 +135,10 @@ def siglip(image, text, scale, bias, *, offset=0, total=None, threads=None,
     TypeError
         No numbers.
     ValueError
-        Shapes that do not fit, an image without a text, values that are not finite.
+        Shapes that do not fit, an image without a text, values that are not finite, float64 on a
+        model's device that does not compute in it.
+    RuntimeError
+        The model is busy.
 
     References
     ----------
@@ -230,7 +234,8 @@ def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=N
     threads : int, optional
         By default OMP_NUM_THREADS, or one per core of this process.
     model : Model, optional
-        Computes on this model's device, with its threads, instead of on the CPU.
+        Computes on this model's device, with its threads, instead of on the CPU; float64 only
+        where that device has it (``"ref"``).
 
     Returns
     -------
@@ -244,7 +249,9 @@ def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=N
         No numbers.
     ValueError
         Shapes that do not fit, a token outside the vocabulary, negative weights, values that are
-        not finite.
+        not finite, float64 on a model's device that does not compute in it.
+    RuntimeError
+        The model is busy.
 
     References
     ----------

@@ -2,6 +2,7 @@
  * and junk never reaches memory. */
 #include <string.h>
 
+#include "cpu/cpu_device.h"
 #include "cpu/ref.h"
 #include "op_cases.h"
 #include "test.h"
@@ -262,6 +263,61 @@ static void test_slices(void)
     CHECK(ovlm_op_check_attention(&a, OVLM_PASS_BWD, &err) == OVLM_E_ARG, "dk of 3 columns");
 }
 
+static bool any_columns(const ovlm_member *member, int n, const void *args)
+{
+    bool found = false;
+    for (int i = 0; i < n; i++) {
+        const ovlm_tensor *t = (const void *)((const char *)args + member[i].offset);
+        found = found || (member[i].kind == OVLM_MEMBER_TENSOR && t->cols > 0);
+    }
+    return found;
+}
+
+/* Whether a case has a tensor at all. */
+static bool has_tensor(const op_case *c)
+{
+    const ovlm_op_schema *schema = ovlm_op_schemas[c->op];
+    const char *args = (const char *)&c->args;
+    bool found = any_columns(schema->member, schema->member_n, args);
+    if (schema->list_bytes != 0) {
+        int64_t n = *(const int64_t *)(const void *)(args + schema->n_offset);
+        const char *list = *(const char *const *)(const void *)(args + schema->list_offset);
+        for (int64_t i = 0; i < n; i++) {
+            found = found || any_columns(schema->list_member, schema->list_member_n,
+                                         list + (size_t)i * schema->list_bytes);
+        }
+    }
+    return found;
+}
+
+/* The CPU backend computes float64 in no operation but scale, and says so: never garbage. */
+static void test_float64_is_refused(int draws)
+{
+    const ovlm_backend_options options = {.threads = 1};
+    ovlm_backend *backend = NULL;
+    ovlm_queue *queue = NULL;
+    CHECK(ovlm_cpu_ops.open(&options, &backend, NULL) == OVLM_OK, "open");
+    CHECK(ovlm_cpu_ops.queue_open(backend, &queue, NULL) == OVLM_OK, "queue");
+    for (int i = 0; i < draws * OVLM_OP_COUNT; i++) {
+        ovlm_op op = (ovlm_op)(i % OVLM_OP_COUNT);
+        op_case c;
+        op_result result;
+        ovlm_err err = {0};
+        op_case_draw(&c, op, OVLM_F32, 9, &test_rng);
+        ovlm_status status = op_case_run(&c, queue, true, op_has_backward(op), &test_rng, &result,
+                                         &err);
+        if (status == OVLM_OK) {
+            op_result_free(&result);
+        }
+        CHECK(op == OVLM_OP_scale || !has_tensor(&c) ||
+                  (status == OVLM_E_ARG && strstr(err.message, "float64") != NULL),
+              "%s: %s", ovlm_op_schemas[op]->name, err.message);
+        op_case_free(&c);
+    }
+    ovlm_cpu_ops.queue_close(queue);
+    ovlm_cpu_ops.close(backend);
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
@@ -276,6 +332,7 @@ int main(int argc, char **argv)
     test_scalars();
     test_list();
     test_slices();
+    test_float64_is_refused(20);
     ovlm_ref_ops.queue_close(queue);
     ovlm_ref_ops.close(backend);
     return test_end("ops_valid");

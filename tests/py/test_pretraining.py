@@ -64,6 +64,12 @@ def test_on_the_model_s_backend(backend):
             np.testing.assert_array_equal(got, want)
     with pytest.raises(TypeError, match="model"):
         losses.siglip(image, text, 5.0, -2.0, model="cpu")
+    wide = text.astype("f8")  # what the device cannot compute is refused, not computed wrongly
+    for loss in (lambda: losses.siglip(wide, wide, 5.0, -2.0, model=model),
+                 lambda: losses.superclass(wide, wide, [[0]] * len(wide), model=model)):
+        with pytest.raises(ValueError, match="float64"):
+            loss()
+    assert np.isfinite(losses.siglip(text, text, 5.0, -2.0, model=model)[0])  # usable as before
 
 
 def classified(model, pixels, weight, which):

@@ -54,27 +54,45 @@ def _add_keys(group, names):
         group.add_argument(key.option, dest=name, help=words, **how)
 
 
-def _add_train(commands, raw):
-    parser = commands.add_parser("train", formatter_class=raw, epilog=_TRAIN_EXAMPLES,
-                                 help="train a model, evaluate it, write a report",
-                                 description="Trains a vision-language model on this computer.")
+def add_run_arguments(parser, data, run):
+    """The arguments of a command that trains.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+    data, run : str
+        Keys that get an option, by group.
+
+    Returns
+    -------
+    argparse group
+        For more about the run.
+    """
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml",
-                        help="what the run is told; options win over it, and --keys lists all that "
-                             "it may say")
-    start = parser.add_mutually_exclusive_group()
-    _add_keys(start, "model.preset model.folder")
-    _add_keys(parser.add_argument_group("data"), "data.files data.kinds data.difficulty "
-              "data.max_pixels data.tokens")
+                        help="what the run is told; options win over it, and `orchvlm train "
+                             "--keys` lists all that it may say")
+    _add_keys(parser.add_mutually_exclusive_group(), "model.preset model.folder")
+    _add_keys(parser.add_argument_group("data"), data)
     group = parser.add_argument_group("run")
     _add_keys(group, "output.folder")
     group.add_argument("--resume", nargs="?", const="", metavar="auto|DIR",
                        help="go on from the last good checkpoint in --out, with its configuration; "
                             "auto: where there is one, else begin; DIR: from this checkpoint")
-    _add_keys(group, "training.steps training.minutes training.lr training.seed ranks.n "
-              "ranks.threads evaluation.samples")
+    _add_keys(group, run)
     group.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                        help="any key, the value in TOML or plain text; several times for several; "
                             "wins over everything")
+    return group
+
+
+def _add_train(commands, raw):
+    parser = commands.add_parser("train", formatter_class=raw, epilog=_TRAIN_EXAMPLES,
+                                 help="train a model, evaluate it, write a report",
+                                 description="Trains a vision-language model on this computer.")
+    group = add_run_arguments(
+        parser, "data.files data.kinds data.difficulty data.max_pixels data.tokens",
+        "training.steps training.minutes training.lr training.seed ranks.n ranks.threads "
+        "evaluation.samples")
     group.add_argument("--explain", action="store_true",
                        help="print the whole configuration, parameters, memory of each rank by "
                             "arena, FLOPs and time of a step; train nothing")

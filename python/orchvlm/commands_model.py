@@ -51,10 +51,11 @@ def _given(arguments):
     return ("command line", nested(options)), ("--set", nested(sets))
 
 
-def _told(arguments):
-    """(configuration of the run, its folder) from file, options and what is stored."""
+def told_by(arguments, *first):
+    """(configuration of the run, its folder) from file, options and what is stored; a new run's
+    ``first`` layers are what all of these win over."""
     layers, path = _given(arguments), arguments.config
-    config = RunConfig.load(path, *layers) if path else RunConfig(*layers)
+    config = RunConfig.load(path, *layers, first=first) if path else RunConfig(*first, *layers)
     out = Path(config["output.folder"])
     if arguments.resume == "auto" and not checkpoints(out):
         arguments.resume = None
@@ -141,7 +142,7 @@ def train(arguments):
     if arguments.keys:
         print(reference(), end="")
         return 0
-    config, out = _told(arguments)
+    config, out = told_by(arguments)
     if not config["data.files"]:
         need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
     with init() as launched:
@@ -187,11 +188,12 @@ def _train_rank(comm, arguments, out, config):
     print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "
           f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
           f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
-    _steps(trainer, out)
+    take_steps(trainer, out)
     return _finish(trainer, config, out)
 
 
-def _steps(trainer, out):
+def take_steps(trainer, out):
+    """All that are left, with a line that tells how far."""
     line, (write, close) = _Line(trainer), _board(out)
     try:
         for row in trainer.run():

@@ -78,7 +78,7 @@ class RunConfig:
         self._check()
 
     @classmethod
-    def load(cls, path, *layers):
+    def load(cls, path, *layers, first=()):
         """Reads a file.
 
         Parameters
@@ -87,6 +87,8 @@ class RunConfig:
             TOML.  Where nobody names a folder for NAME.toml's run, it is ``run-NAME``.
         *layers : dict or (str, dict)
             What wins over it.
+        first : sequence of dict or (str, dict)
+            What it wins over.
 
         Returns
         -------
@@ -100,7 +102,7 @@ class RunConfig:
             It is not TOML, or as of :class:`RunConfig`.
         """
         folder = {"output": {"folder": f"run-{Path(path).stem}"}}
-        return cls(("default", folder), (str(path), read_toml(path)), *layers)
+        return cls(*first, ("default", folder), (str(path), read_toml(path)), *layers)
 
     def __getitem__(self, name):
         return self.values[name]
@@ -143,7 +145,7 @@ class RunConfig:
         -------
         str
         """
-        lines = ["# All that this run was told; orchvlm train with this file repeats it."]
+        lines = ["# All that this run was told; the same command with this file repeats it."]
         for section in SECTIONS:
             lines += ["", f"[{section}]"]
             lines += [f"{name} = {toml(value)}" for name, value in self.section(section).items()

@@ -16,6 +16,7 @@ SECTIONS = {
     "lora": "Low-rank adapters, which are then trained alone.",
     "data": "What it is trained on.  Paths are relative to where the command runs.",
     "training": "Steps, rates and what a step does.",
+    "pretraining": "Of `orchvlm pretrain` alone.",
     "ranks": "Processes that train together.",
     "evaluation": "Held-out samples.",
     "output": "What is written."}
@@ -239,6 +240,9 @@ KEYS = (
     _field("training.most_skipped", _SIZE, "steps in a row whose loss or gradient is no number; so "
            "many end the run"),
     _field("training.ema", _DECAY, "decay of a moving average of the weights", "none is kept"),
+    Key("pretraining.batch", _SIZE, "pictures of a step", 64, "", "--batch"),
+    Key("pretraining.places", _SIZE, "rows and columns of the grid that features are pooled into",
+        2),
     Key("ranks.n", _SIZE, "processes; torchrun, mpirun and srun bring their own", None,
         "2, or the cores where there are fewer", "--ranks"),
     Key("ranks.threads", _SIZE, "of each rank", None, "all cores, shared out", "--threads"),

@@ -215,9 +215,9 @@ class _Vision:
         self.pools = config.family == "seed1_5_vl"
         self.trained = trained("model.visual.")
         fed = trained("model.visual.patch_embed.") or trained("model.visual.pos_embed.")
-        self.ends = [trained(f"model.visual.{end}.") for end in (
-            *(f"deepstack_merger_list.{k}" for k in range(self.deepstack)), "merger")]
-        self.ends[-1] = self.ends[-1] or trained("model.visual.ln.")
+        self.mergers = {after: trained(f"model.visual.deepstack_merger_list.{k}.")
+                        for k, after in enumerate(v.get("deepstack_visual_indexes") or ())}
+        self.end = trained("model.visual.merger.") or trained("model.visual.ln.")
         self.blocks = [_Block(
             v["hidden_size"], v["num_heads"], v["num_heads"], v["hidden_size"] // v["num_heads"],
             v["intermediate_size"], ranks=ranks(f"model.visual.blocks.{i}."),
@@ -239,10 +239,10 @@ class _Vision:
         first = self.lowest if run.checkpoint else depth + 1
         for _ in range(1 + self.deepstack):
             run.keep.take(self.tokens * self.out * run.size)
-        # (after which block, whether a backward comes there) of the mergers
-        ends = [(after, run.checkpoint and (first <= after or end)) for after, end in zip(
-            (*(v.get("deepstack_visual_indexes") or ()), depth), self.ends)]
-        ends[-1] = depth - 1, run.checkpoint and (first < depth or self.ends[-1])
+        # Whether a backward comes there: to the mergers, by the block before them, and to the end.
+        mergers = {after: run.checkpoint and (first <= after or trained)
+                   for after, trained in self.mergers.items()}
+        end = run.checkpoint and (first < depth or self.end)
         with run.work.rewound():
             stream, front = _Stream(row), run.at(first < 0)
             stream.next(run, first <= 0)
@@ -253,13 +253,13 @@ class _Vision:
             run.at(first < depth).stack.take(8 * rows, 4 * self.frames,
                                              4 * rows * self.blocks[0].head_dim)
             for i, block in enumerate(self.blocks):
-                here = [reached for after, reached in ends if after == i]
-                stream.next(run, i + 1 < depth and first <= i + 1 or any(here))
+                read = first <= i + 1 if i + 1 < depth else end
+                stream.next(run, read or mergers.get(i, False))
                 _forward(block, rows, run.at(first <= i))
-                for reached in here[:-1] if i + 1 == depth else here:
+                if i in mergers:
                     with run.work.rewound():
-                        run.at(reached).stack.take(*self._merger(run))
-            run.at(ends[-1][1]).stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
+                        run.at(mergers[i]).stack.take(*self._merger(run))
+            run.at(end).stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
 
     def backward(self, run):
         row = self.patches * self.v["hidden_size"] * run.size

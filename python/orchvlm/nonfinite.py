@@ -9,7 +9,6 @@ import numpy as np
 from ._files import read_object, write_whole
 from .checkpoint import CheckpointError
 from .inputs import Inputs
-from .model import Model
 from .run_folder import verify
 from .shares import label_weights
 
@@ -171,12 +170,11 @@ def replay(folder, *, device="cpu", threads=None):
     ...     print("manifest.json" in str(error))
     True
     """
+    from .building import open_model
     folder = Path(folder)
     verify(folder)
     facts = read_object(folder / _STEP, CheckpointError)
-    model = Model.from_pretrained(folder, device=device, dtype=facts["dtype"], threads=threads)
-    if (folder / "adapter_config.json").exists():
-        model.load_adapter(folder)
+    model = open_model(folder, device=device, dtype=facts["dtype"], threads=threads)
     inputs, checkpoint = _read_inputs(folder, facts["ranks"]), facts["checkpoint"]
     normalizer = float(label_weights(inputs).sum(dtype=np.float64))
     loss, odd = _taken(model, inputs, checkpoint, normalizer)

@@ -361,7 +361,6 @@ class Orchestrator:
         return {**row, "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
                 "predicted_seconds": plan.time}
 
-
     def _gather_events(self, ran, names):
         """Keeps when every rank did what, for reports."""
         mine = np.array([(names.index(name), start, end) for name, start, end in ran.events],

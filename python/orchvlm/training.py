@@ -1,4 +1,4 @@
-"""Training on one rank: packs of samples, AdamW, a schedule, metrics, runs that go on."""
+"""Training on one rank or many: packs of samples, AdamW, a schedule, metrics, runs that go on."""
 import json
 import math
 import time

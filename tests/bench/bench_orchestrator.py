@@ -338,11 +338,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ways = {"balance": balance, "predict": predict, "speed": speed, "exposed": exposed,
             "fsdp2": fsdp2}
-    parser.add_argument("what", nargs="*", choices=[*ways, []], default=[])
+    parser.add_argument("what", nargs="*", metavar="WAY", help=", ".join(ways))
     parser.add_argument("--data", default=Path(__file__).parents[3] / "shared/data/packs")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=4)
     options = parser.parse_args()
+    if unknown := set(options.what) - set(ways):
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(ways)}")
     for name in options.what or ["balance", "predict", "speed", "exposed"]:
         ways[name](options)
 

@@ -207,6 +207,9 @@ def take_steps(trainer, out):
     finally:
         close()
     line.end()
+    left_out = (trainer.facts()["loader"] or {}).get("skipped", 0)
+    if left_out:
+        print(f"{left_out:,} samples could not be used and were left out", file=sys.stderr)
 
 
 def _finish(trainer, config, out):

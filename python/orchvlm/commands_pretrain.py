@@ -18,13 +18,13 @@ def _first(arguments):
 
 def _samples(config, split):
     """Pictures with captions of a split; those to train on there must be."""
-    from .data import DataError, load_pack
+    from .data import NoRecordsError, load_pack
     found = []
     for path in config["data.files"]:
         for kind in config["data.kinds"] or ["captions"]:
             try:
                 pack = load_pack(path, kind, split)
-            except DataError:
+            except NoRecordsError:
                 if split == "train":
                     raise
                 continue

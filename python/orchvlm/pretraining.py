@@ -248,8 +248,8 @@ class _Pictures:
         from .data import DataError
         pixels, grids, targets, failed = [], [], [], 0
         while len(grids) < self._batch:
-            sample = next(self._source)
             try:
+                sample = next(self._source)
                 grid, values = picture(self._processor, sample)
             except DataError:
                 self.skipped, failed = self.skipped + 1, failed + 1

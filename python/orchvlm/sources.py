@@ -36,10 +36,12 @@ def _packs(path, split, kinds=None):
     """[(kind, records)] of a zip and a split; of known packs as questions, else as samples, and
     the kind is None.  ``kinds`` picks among the packs of a zip that holds several; without it the
     first one is taken."""
-    from .data import DataError, ZipPack, load_pack
+    from .data import DataError, NoRecordsError, ZipPack, load_pack
     if kinds:
         try:
             return [(kind, load_pack(path, kind, split)) for kind in kinds]
+        except NoRecordsError:
+            raise
         except (DataError, ValueError) as error:
             raise CommandError(f"{path}: --kinds {','.join(kinds)}: {error}") from None
     plain = None
@@ -56,6 +58,8 @@ def _packs(path, split, kinds=None):
     for kind in ("nlvr", "digits"):  # packs whose records lie in a folder of their own
         try:
             return [(kind, load_pack(path, kind, split))]
+        except NoRecordsError:
+            raise
         except DataError:
             continue
     raise CommandError(f"{path}: no records.jsonl with messages or captions in this zip file")
@@ -119,8 +123,13 @@ def held_out(said, split, samples):
     -------
     list of dict
         Empty where the data have no such split.
+
+    Raises
+    ------
+    CommandError, DataError
+        A path that holds no data, a file that is broken.
     """
-    from .data import DataError
+    from .data import NoRecordsError
     if not said["files"]:
         tasks = [_tasks(said, split, _HELD_SEED, [kind]) for kind in said["kinds"]]
         return [some[i] for some in tasks for i in range(samples)]
@@ -129,7 +138,7 @@ def held_out(said, split, samples):
         if path.suffix == ".zip":
             try:
                 packs = _packs(path, split, said["kinds"])
-            except (DataError, CommandError):  # no such split
+            except NoRecordsError:
                 continue
             rows = [pack[i] for _, pack in packs for i in range(min(samples, len(pack)))]
             found += [row for row in rows if "answer" in row and "check" in row]

@@ -420,15 +420,20 @@ class Trainer:
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
                    "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
                    "elapsed_s": self.elapsed_s, **experts, **more}
-            try:
-                if log is not None:
-                    write_row(log, row)
-                if log is not None and done["skipped"]:
-                    self._skipped.tell(self.step, loss, self._samples())
-            except OSError as error:
-                self._saver.note(self.folder / "metrics.jsonl", error)
+            if log is not None:
+                self._wrote("metrics.jsonl", write_row, log, row)
+            if log is not None and done["skipped"]:
+                self._wrote(LOG, self._skipped.tell, self.step, loss, self._samples())
             self._rest_s = time.perf_counter() - now  # goes to the next step's time
         return row, signs
+
+    def _wrote(self, name, write, *arguments):
+        """Writes to a file of the run; of one that cannot be written all ranks hear behind the
+        next step."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            self._saver.note(self.folder / name, error)
 
     def _between(self, batch, signs):
         """What is done behind a step, on all ranks alike: ``signs`` are the same on all."""
@@ -464,14 +469,12 @@ class Trainer:
         row |= self.watch.look(self.model, self.passes, self.step)
         if log is None:
             return
-        try:
-            with held_back():
-                log.truncate(place)
-                write_row(log, row)
-                if self.watch.best_step == self.step:
-                    self.judge(FIGURES[self.watch.figure] * self.watch.best)
-        except OSError as error:
-            self._saver.note(self.folder / "metrics.jsonl", error)
+        with held_back():
+            self._wrote("metrics.jsonl", log.truncate, place)
+            self._wrote("metrics.jsonl", write_row, log, row)
+            if self.watch.best_step == self.step:
+                self._wrote("figures.json", self.judge,
+                            FIGURES[self.watch.figure] * self.watch.best)
 
     def save(self):
         """Writes a checkpoint of the present step; whole or not at all.  All ranks call it.

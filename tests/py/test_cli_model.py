@@ -336,3 +336,13 @@ def test_what_the_blind_reach():
     seen = orchvlm.Evaluation(rows)
     assert seen.blind() == pytest.approx({"count": 3 / 4, "point": 2 / 3, "all": 5 / 7})
     assert "blind %" in str(seen)
+
+
+@pytest.mark.parametrize("kinds", (None, ["emoji"]))
+def test_a_broken_file_is_no_empty_split(tmp_path, kinds):
+    from orchvlm.cli import CommandError
+    from orchvlm.data import DataError
+    from orchvlm.sources import held_out
+    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    with pytest.raises((CommandError, DataError), match="broken.zip"):
+        held_out({"files": [str(tmp_path / "broken.zip")], "kinds": kinds}, "val", 3)

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from orchvlm import Inputs, data
+from orchvlm import Inputs, comm, data
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 
@@ -183,3 +183,39 @@ def test_loaders_refused(change, error):
     fields = {"source": data.Mixture([[1]]), "processor": Lengths(), "max_tokens": 5, **change}
     with pytest.raises(error):
         data.Loader(**fields)
+
+
+class Holed:
+    """Texts of which every third cannot be read."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, k):
+        if k % 3 == 1:
+            raise data.DataError(f"text {k} is broken")
+        return {"messages": [{"role": "user", "content": f"text {k}"},
+                             {"role": "assistant", "content": "a" * (k + 1)}]}
+
+
+def packs(kind, comm, n=8):
+    processor = data.Processor(family="seed1_5_vl")
+    source = data.Mixture([Holed(), Holed()], seed=SEED)
+    made = data.Loader(source, processor, 90, too_long="skip") if kind == "one" else \
+        data.RankLoader(source, processor, 90, comm, too_long="skip")
+    ids = [sorted(tuple(one.input_ids) for one in (pack[k] for k in range(len(pack))))
+           for pack in islice(made, n)]
+    return ids, made.state_dict()
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3))
+def test_what_a_data_set_cannot_read_is_left_out(ranks):
+    """By the loader that may, alike on any number of ranks; by the other it ends the run."""
+    (wanted, state), = comm.run_threads(1, lambda group: packs("one", group))
+    got = comm.run_threads(ranks, lambda group: packs("ranks", group))
+    for k, pack in enumerate(wanted):
+        assert sorted(sum((rank[0][k] for rank in got), [])) == pack
+    assert state["skipped"] > 3 and all(rank[1] == state for rank in got)
+    with pytest.raises(data.DataError, match="broken"):
+        list(islice(data.Loader(data.Mixture([Holed()], seed=SEED),
+                                data.Processor(family="seed1_5_vl"), 90), 9))

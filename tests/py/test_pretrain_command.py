@@ -205,3 +205,18 @@ def test_refusals_of_the_command(pack, tmp_path, capsys):
                         (["--data", str(tmp_path / "no.zip")], "no readable zip file")):
         assert main(["pretrain", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_told(pack, tmp_path, capsys):
+    """A broken picture among them is left out, and the run says so at its end."""
+    record = {"image": "broken.png", "caption": "nothing", "split": "train", "category": "emoji"}
+    broken = str(tmp_path / "broken.zip")
+    with zipfile.ZipFile(pack) as old, zipfile.ZipFile(broken, "w") as new:
+        records = old.read("records.jsonl").decode()
+        for name in set(old.namelist()) - {"records.jsonl"}:
+            new.writestr(name, old.read(name))
+        new.writestr("broken.png", b"no picture")
+        new.writestr("records.jsonl", records + "\n" + json.dumps(record))
+    assert main(["pretrain", "--steps", "4", "--batch", "6", "--data", broken, "--kinds", "emoji",
+                 "--max-pixels", "3136", "--threads", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "samples could not be used and were left out" in capsys.readouterr().err

@@ -7,7 +7,7 @@ before it is used.
 from importlib import import_module
 
 _HOME = {
-    "Asset": "assets", "DataError": "assets",
+    "Asset": "assets", "DataError": "assets", "NoRecordsError": "assets",
     "ImageRule": "images", "load_image": "images", "smart_resize": "images",
     "VideoRule": "video", "Clip": "video", "sample_frames": "video",
     "read_wav": "audio", "resample": "audio", "log_mel": "audio", "audio_tokens": "audio",

@@ -14,6 +14,10 @@ class DataError(ValueError):
     """A sample, file or archive that cannot be used; the message is one line and says where."""
 
 
+class NoRecordsError(DataError):
+    """An archive that can be read has nothing of the split that was asked for."""
+
+
 def need(module, package, extra="data"):
     """Imports an optional module, or says what to install.
 

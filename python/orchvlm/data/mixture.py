@@ -208,7 +208,12 @@ class Mixture:
         return names
 
     def _draw(self, read):
-        sample = self._parts[self._part(self.drawn)].next(read)
+        part = self._parts[self._part(self.drawn)]
+        try:
+            sample = part.next(read)
+        except DataError:  # of this one alone; all ranks go on with the one behind it
+            self.drawn += 1
+            raise
         self.drawn += 1
         return sample
 
@@ -337,13 +342,11 @@ class Loader:
         while True:
             self._state, self._skipped_before = self._source.state_dict(), self.skipped
             try:
-                sample = next(self._source)
+                return self._fitting(next(self._source))
             except StopIteration:
                 if may_end:
                     return None
                 raise
-            try:
-                return self._fitting(sample)
             except DataError:
                 if self.too_long == "raise":
                     raise

@@ -4,7 +4,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from .assets import MOST_BYTES, Asset, DataError, check_name
+from .assets import MOST_BYTES, Asset, DataError, NoRecordsError, check_name
 from .datasets import parse_record, resolved
 
 
@@ -192,7 +192,7 @@ def load_pack(path, kind, split=None):
     ValueError
         An unknown kind.
     DataError
-        A broken file, or no record in it.
+        A broken file; as a NoRecordsError, nothing of this split in it.
 
     Examples
     --------
@@ -212,5 +212,5 @@ def load_pack(path, kind, split=None):
             raise DataError(f"{path}: a record without {error}") from None
     pack = ZipPack(path, records, checked, split, keep)
     if not len(pack):
-        raise DataError(f"{path}: no record of split {split!r}")
+        raise NoRecordsError(f"{path}: no record of split {split!r}")
     return pack

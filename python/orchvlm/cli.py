@@ -1,4 +1,4 @@
-"""The ``orchvlm`` command: pretrain, train, report, generate, eval, inspect; plan, simulate;
+"""The ``orchvlm`` command: init, pretrain, train, report, generate, eval, inspect; plan, simulate;
 doctor."""
 import argparse
 import os
@@ -170,6 +170,8 @@ def make_parser():
                                      parser_class=_Parser)
     from .cli_model import add_model_commands
     add_model_commands(commands, raw)
+    from .cli_init import add_init_command
+    add_init_command(commands, raw)
     from .cli_pretrain import add_pretrain_command
     add_pretrain_command(commands, raw)
     plan = commands.add_parser("plan", formatter_class=raw, epilog=_PLAN_EXAMPLES,
@@ -213,6 +215,9 @@ def _run(arguments):
     from . import commands
     if arguments.command == "doctor":
         return commands.doctor()
+    if arguments.command == "init":
+        from .commands_init import init
+        return init(arguments)
     if arguments.command == "pretrain":
         from .commands_pretrain import pretrain
         return pretrain(arguments)

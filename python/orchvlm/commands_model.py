@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from ._files import write_whole
-from .building import model_folder, open_model, picture_rule
+from .building import model_folder, open_model
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
@@ -35,12 +35,10 @@ def _stored(folder):
 
 
 def _open(path, threads):
-    """(model, processor) of a folder; pictures as its run has them."""
+    """(model, processor) of a folder."""
     from .data import Processor
     folder = model_folder(path)
-    told = _stored(folder)
-    rule = picture_rule(told and told["data.max_pixels"])
-    return open_model(folder, threads=threads), Processor.from_pretrained(folder, **rule)
+    return open_model(folder, threads=threads), Processor.from_pretrained(folder)
 
 
 def _given(arguments):

@@ -11,8 +11,9 @@ def _first(arguments):
     """What a new run begins with, unless it is told otherwise."""
     given = vars(arguments)
     name = given["model.preset"] or Path(given["model.folder"] or "tiny").name
-    return "pretrain", {"training": {"lr": 1e-3, "minutes": 12.0,
-                                     "weight_decay": PretrainingConfig.weight_decay},
+    return "pretrain", {"training": {"lr": 1.5e-3, "minutes": 12.0,
+                                     "weight_decay": PretrainingConfig.weight_decay,
+                                     "betas": list(PretrainingConfig.betas)},
                         "output": {"folder": f"run-{name}-vit", "save_every": 500}}
 
 

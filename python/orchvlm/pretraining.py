@@ -19,7 +19,7 @@ from .training import Trainer, TrainingConfig
 
 _FASTER = 2.0        # rate of the classifier over that of the tower
 _EPS_MOMENTS, _EPS_NORM = 1e-8, 1e-5
-_FIRST_STD = 0.01    # of the classifier's weights: all classes alike at first
+_FIRST_STD = 0.03    # of the classifier's weights: all classes alike at first
 
 
 @dataclass
@@ -56,7 +56,8 @@ class PretrainingConfig(TrainingConfig):
     """
 
     weight_decay: float = 0.05
-    batch: int = 64
+    betas: tuple = (0.9, 0.99)
+    batch: int = 128
     places: int = 2
     seed: int = 0
 
@@ -239,7 +240,8 @@ class _Pictures:
 
     def __init__(self, samples, classes, processor, batch, seed):
         from .data import Mixture, Varied
-        self._source = Mixture([Varied(samples, seed)], seed=seed)
+        pixels = processor.images.max_pixels
+        self._source = Mixture([Varied(samples, seed, pixels=pixels)], seed=seed)
         self._classes, self._processor, self._batch = classes, processor, batch
         self._most = len(samples)
         self.skipped = 0
@@ -271,11 +273,14 @@ class _Pictures:
 
 def picture(processor, sample):
     """(grid, patches) of a sample's only picture, or DataError."""
-    from .data import DataError
-    inputs = processor.one(sample)
-    if inputs.grid_thw is None or len(inputs.grid_thw) != 1:
-        raise DataError("a sample to pre-train on has one picture")
-    return inputs.grid_thw[0], inputs.pixels
+    from .data import DataError, load_image
+    from .data.chat import read_messages
+    seen = [part for message in read_messages(sample) for part in message.parts
+            if part[0] != "text"]
+    if [part[0] for part in seen] != ["image"]:
+        raise DataError("a sample to pre-train on has one picture, and no film nor sound")
+    pixels, grid = processor.images(load_image(seen[0][1]))
+    return grid, pixels
 
 
 def pictures(pixels, grids):
@@ -394,6 +399,7 @@ class Pretraining(Trainer):
         model.freeze(*(name for name in model.parameters
                        if not name.startswith("model.visual.") or "deepstack" in name))
         super().__init__(model, loader, config, folder)
+        self.processor = processor
         self.head = PlacesHead(len(self.classes), model.config.text["hidden_size"],
                                config.places, model.config.vision["spatial_merge_size"],
                                config.seed)

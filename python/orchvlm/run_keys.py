@@ -240,7 +240,7 @@ KEYS = (
     _field("training.most_skipped", _SIZE, "steps in a row whose loss or gradient is no number; so "
            "many end the run"),
     _field("training.ema", _DECAY, "decay of a moving average of the weights", "none is kept"),
-    Key("pretraining.batch", _SIZE, "pictures of a step", 64, "", "--batch"),
+    Key("pretraining.batch", _SIZE, "pictures of a step", 128, "", "--batch"),
     Key("pretraining.places", _SIZE, "rows and columns of the grid that features are pooled into",
         2),
     Key("ranks.n", _SIZE, "processes; torchrun, mpirun and srun bring their own", None,

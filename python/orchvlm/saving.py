@@ -58,6 +58,9 @@ def snapshot(trainer, rank, writers):
                                  + "\n").encode())
     if index is not None:
         _bytes(jobs, INDEX, index)
+    if trainer.processor is not None:
+        for name, content in trainer.processor.files().items():
+            _bytes(jobs, name, content)
     if trainer.ema is not None:
         averages = {key.removesuffix("/average"): values
                     for key, values in trainer.ema.state_dict().items()}

@@ -72,7 +72,8 @@ def training_source(said, seed):
     ----------
     said : dict
         ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
-        ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks: the section ``data`` of a
+        ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, and ``max_pixels`` where
+        pictures need no more: the section ``data`` of a
         :class:`orchvlm.RunConfig`.
     seed : int
 
@@ -90,7 +91,7 @@ def training_source(said, seed):
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"])
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
-    sets += [_varied(kind, pack, seed) for p in files if p.suffix == ".zip"
+    sets += [_varied(kind, pack, seed, said.get("max_pixels")) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
@@ -98,13 +99,56 @@ def training_source(said, seed):
     return Mixture(sets, seed=seed)
 
 
-def _varied(kind, pack, seed):
+def _varied(kind, pack, seed, pixels):
     """A few thousand recordings or pictures are soon known by heart, unless they are never met
     alike."""
     from .data import Varied, VariedSounds
     if "audio" in pack.record(0):
         return VariedSounds(pack, seed)
-    return Varied(pack, seed) if kind in _NAMED else pack
+    return Varied(pack, seed, pixels=pixels) if kind in _NAMED else pack
+
+
+def texts(said):
+    """All words of training data, one after the other.
+
+    Parameters
+    ----------
+    said : dict
+        ``files`` and ``kinds``, as for :func:`training_source`.
+
+    Yields
+    ------
+    str
+        A text of a message.  A sample that cannot be read is left out.
+
+    Raises
+    ------
+    CommandError, DataError
+        A path that holds no data, a file that is broken.
+    """
+    from .data import DataError, JsonLines, TarShards, read_messages
+    for path in _files(said["files"]):
+        if path.suffix == ".zip":
+            rows = [pack for _, pack in _packs(path, "train", said["kinds"])]
+        else:
+            rows = [JsonLines(path) if path.suffix == ".jsonl" else TarShards([path])]
+        for row in rows:
+            for sample in row if isinstance(row, TarShards) else _each(row):
+                try:
+                    messages = read_messages(sample)
+                except DataError:
+                    continue
+                yield from (part[1] for message in messages for part in message.parts
+                            if part[0] == "text")
+
+
+def _each(rows):
+    from .data import DataError
+    for i in range(len(rows)):
+        try:
+            yield rows[i]
+        except DataError:
+            continue
 
 
 def held_out(said, split, samples):

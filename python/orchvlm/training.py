@@ -162,7 +162,7 @@ class Trainer:
     told : RunConfig or None
         What :meth:`from_config` made it from, which is then in the folder as ``config.toml``.
     processor : orchvlm.data.Processor or None
-        The loader's, from there.
+        The loader's, where it has one: what makes it is in each checkpoint.
 
     Raises
     ------
@@ -192,7 +192,7 @@ class Trainer:
     [1, 2]
     """
 
-    told = processor = None
+    told = None
 
     def __init__(self, model, loader, config, folder, comm=None, *, watch=None, callbacks=()):
         if not isinstance(model, Model) or not isinstance(config, TrainingConfig):
@@ -207,6 +207,7 @@ class Trainer:
             raise TypeError(f"callbacks must be callable; got {list(callbacks)!r:.60}")
         self.watch, self.callbacks = watch, tuple(callbacks)
         self.model, self.loader, self.config = model, loader, config
+        self.processor = getattr(loader, "processor", None)
         self.folder = Path(folder)
         patterns = [p for p in config.freeze
                     if any(fnmatchcase(name, p) for name in model.parameters)]
@@ -258,10 +259,10 @@ class Trainer:
             As of :class:`RunConfig` and :class:`Trainer`.
         """
         from .building import pieces
-        told, processor, model, loader, watch = pieces(config, comm)
+        told, _, model, loader, watch = pieces(config, comm)
         trainer = cls(model, loader, told.training(), told["output.folder"], comm, watch=watch,
                       callbacks=callbacks)
-        trainer.told, trainer.processor = told, processor
+        trainer.told = told
         return trainer
 
     def fit(self):

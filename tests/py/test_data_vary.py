@@ -5,7 +5,8 @@ import pytest
 import orchvlm
 from orchvlm import data
 
-pytest.importorskip("PIL", reason="pictures need Pillow")
+Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
+NOTHING = dict.fromkeys(("shift", "zoom", "stretch", "turn", "tint", "hue", "grey", "hide"), 0)
 
 
 def sample(picture, answer="cat"):
@@ -43,10 +44,47 @@ def test_every_sample_once_per_pass():
 
 
 def test_nothing_asked_nothing_changed():
-    still = data.Varied([sample(gradient())], shift=0, zoom=0, turn=0, tint=0, grey=0)
+    still = data.Varied([sample(gradient())], **NOTHING)
     assert np.array_equal(picture_of(still[5]), gradient())
-    grey = picture_of(data.Varied([sample(gradient())], shift=0, zoom=0, turn=0, tint=0, grey=1)[0])
+    grey = picture_of(data.Varied([sample(gradient())], **NOTHING | {"grey": 1})[0])
     assert (grey[..., 0] == grey[..., 2]).all() and grey.std() > 1
+    assert np.abs(grey[..., 0] - gradient() @ [0.299, 0.587, 0.114]).max() <= 1
+
+
+def test_turned_colours_keep_their_grey_axis():
+    """A rotation about (1, 1, 1): the sum of the three stays, and so does their length."""
+    picture = np.random.default_rng(3).integers(90, 160, (20, 30, 3)).astype(np.uint8)
+    varied = data.Varied([sample(picture)], **NOTHING | {"hue": 1})
+    turned = [picture_of(varied[k]).astype(float) for k in range(4)]
+    for got in turned:
+        assert np.abs(got.sum(-1) - picture.sum(-1, dtype=float)).max() <= 2
+        lengths = [np.linalg.norm(p.astype(float), axis=-1) for p in (got, picture)]
+        assert np.abs(lengths[0] - lengths[1]).max() <= 2
+    assert max(np.abs(got - picture).max() for got in turned) > 5
+
+
+def test_a_hidden_rectangle_is_of_one_colour():
+    varied = data.Varied([sample(gradient())], **NOTHING | {"hide": 1})
+    for k in range(8):
+        picture = picture_of(varied[k])
+        changed = (picture != gradient()).any(-1)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        inside = picture[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].reshape(-1, 3)
+        assert (inside == inside[0]).all()
+        assert 0.01 < changed.mean() <= 0.45 ** 2 + 0.01
+
+
+def test_pictures_are_no_larger_than_asked():
+    """Shrunk to so many pixels, and the same when they come from memory."""
+    source = [sample(gradient(90, 200)), sample(gradient(20, 30))]
+    varied = data.Varied(source, 5, pixels=1800)
+    first = {k: picture_of(varied[k]) for k in range(4)}
+    assert {p.shape for p in first.values()} == {(28, 63, 3), (20, 30, 3)}
+    fresh = data.Varied(source, 5, pixels=1800)
+    assert all(np.array_equal(picture_of(fresh[k]), first[k]) for k in reversed(range(4)))
+    still = picture_of(data.Varied([sample(gradient(90, 200))], pixels=1800, **NOTHING)[0])
+    small = np.asarray(Image.fromarray(gradient(90, 200)).resize((63, 28), Image.BOX), float)
+    assert np.abs(still - small).mean() < 6
 
 
 def test_it_feeds_a_mixture_that_goes_on_where_it_stopped():
@@ -65,7 +103,8 @@ def test_it_feeds_a_mixture_that_goes_on_where_it_stopped():
 def test_refusals(arguments, kind):
     with pytest.raises(kind):
         data.Varied(*arguments)
-    for name, value in (("shift", 2), ("zoom", -1), ("turn", float("nan")), ("grey", 1.5)):
+    for name, value in (("shift", 2), ("zoom", -1), ("turn", float("nan")), ("grey", 1.5),
+                        ("stretch", 1), ("hide", 1.5), ("pixels", 0)):
         with pytest.raises(ValueError, match=name):
             data.Varied([{}], **{name: value})
     with pytest.raises(IndexError):

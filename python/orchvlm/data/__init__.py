@@ -12,7 +12,7 @@ _HOME = {
     "VideoRule": "video", "Clip": "video", "sample_frames": "video",
     "read_wav": "audio", "resample": "audio", "log_mel": "audio", "audio_tokens": "audio",
     "load_sound": "audio",
-    "ByteTokenizer": "tokenizer", "HubTokenizer": "tokenizer",
+    "ByteTokenizer": "tokenizer", "HubTokenizer": "tokenizer", "learn_tokenizer": "learned",
     "read_messages": "chat",
     "Processor": "processor",
     "JsonLines": "datasets", "TarShards": "shards", "ZipPack": "packs", "load_pack": "packs",

@@ -311,7 +311,7 @@ class Loader:
                 raise ValueError(f"{name} must be >= 1; got {value}")
         if too_long not in ("raise", "skip"):
             raise ValueError(f"too_long must be 'raise' or 'skip'; got {too_long!r}")
-        self._source, self._processor = source, processor
+        self._source, self.processor = source, processor
         self.max_tokens, self.max_patches, self.too_long = max_tokens, max_patches, too_long
         self.skipped = 0
         self._waiting = None                 # the sample that did not fit into the last pack
@@ -353,7 +353,7 @@ class Loader:
                 self.skipped += 1
 
     def _fitting(self, sample):
-        inputs = self._processor.one(sample)
+        inputs = self.processor.one(sample)
         tokens, patches = sample_extent(inputs)
         if tokens > self.max_tokens or patches > (self.max_patches or math.inf):
             raise DataError(f"a sample of {tokens} tokens and {patches} patches fits into no pack "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._files import write_whole
 from ..inputs import IGNORED, Inputs
 from .assets import DataError, read_file
 from .audio import audio_tokens, load_sound
@@ -14,6 +15,7 @@ from .tokenizer import ByteTokenizer, HubTokenizer
 from .video import VideoRule, open_video
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # as Pillow counts its filters
 POSITIONS_PER_SECOND = 13  # of Qwen3-Omni's temporal axis, in its published files
 
 
@@ -182,6 +184,53 @@ class Processor:
             changes.setdefault("videos", _video_settings(_read_json(rules), rules))
         tokenizer = HubTokenizer(folder) if (folder / "tokenizer.json").exists() else None
         return cls.from_config(config, tokenizer, **changes)
+
+    def files(self):
+        """What :meth:`save_pretrained` writes.
+
+        Returns
+        -------
+        dict of str to bytes
+            Contents by name: ``preprocessor_config.json`` as :meth:`from_pretrained` and
+            ``transformers`` read it, and the tokenizer's, of one that is not built in.
+        """
+        rule = self.images
+        stated = {"patch_size": rule.patch_size, "merge_size": rule.merge_size,
+                  "temporal_patch_size": rule.temporal_size,
+                  "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
+                  "image_mean": list(rule.mean), "image_std": list(rule.std),
+                  "resample": _RESAMPLE[rule.resample]}
+        text = json.dumps(stated, indent=2, sort_keys=True) + "\n"
+        return {"preprocessor_config.json": text.encode(), **self.tokenizer.files}
+
+    def save_pretrained(self, folder):
+        """Writes what makes this processor, beside a model's ``config.json``.
+
+        Parameters
+        ----------
+        folder : path
+            Is made where it is missing.
+
+        Raises
+        ------
+        OSError
+            It cannot be written; no file is left half written.
+
+        Examples
+        --------
+        >>> import tempfile, orchvlm
+        >>> config = orchvlm.preset("tiny")
+        >>> processor = orchvlm.data.Processor.from_config(config.values, max_pixels=56 * 56)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     orchvlm.Model.from_config(config, seed=0).save_pretrained(folder)
+        ...     processor.save_pretrained(folder)
+        ...     orchvlm.data.Processor.from_pretrained(folder).images == processor.images
+        True
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_whole(folder / name, lambda stream, content=content: stream.write(content))
 
     def check_ids(self, config):
         """Raises where a model's placeholders are not the tokenizer's.
@@ -389,7 +438,8 @@ def _image_settings(rules):
     found = {"min_pixels": size.get("shortest_edge", rules.get("min_pixels")),
              "max_pixels": size.get("longest_edge", rules.get("max_pixels")),
              "mean": rules.get("image_mean"), "std": rules.get("image_std"),
-             "resample": {2: "bilinear", 3: "bicubic"}.get(rules.get("resample"))}
+             "resample": {code: name for name, code in _RESAMPLE.items()}.get(
+                 rules.get("resample"))}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -13,6 +13,9 @@ SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_s
 # A name for each role would cost as many bytes as a short question has.
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 _BYTES_ONLY, _FIRST_WORD, _WITH_WORDS = 272, 272, 512
+# What belongs to a tokenizer.json and may stand beside it.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+           "chat_template.json")
 # A space belongs to the word behind it.
 _PIECE = re.compile(" ?[A-Za-z]+|[^A-Za-z]", re.DOTALL)
 
@@ -63,6 +66,7 @@ class ByteTokenizer:
         self.special = {name: 256 + k for k, name in enumerate(SPECIAL + ROLE_TOKENS)}
         self.stop = (self.special["<|im_end|>"], self.special["<|endoftext|>"])
         self.template = None
+        self.files = {}  # it is built in
 
     def encode(self, text):
         """The tokens of a text; what looks like a special token in it is only bytes.
@@ -130,6 +134,11 @@ class HubTokenizer:
         ``chat_template.json`` and ``tokenizer_config.json``.  The path of a ``tokenizer.json``
         serves too.
 
+    Attributes
+    ----------
+    files : dict of str to bytes
+        What it was made of, as :meth:`Processor.save_pretrained` writes it.
+
     Raises
     ------
     DataError
@@ -166,6 +175,8 @@ class HubTokenizer:
         self.special = {token.content: number for number, token
                         in self._inner.get_added_tokens_decoder().items()}
         folder = file.parent
+        self.files = {"tokenizer.json": content, **{
+            name: read_file(folder / name) for name in _BESIDE if (folder / name).exists()}}
         config = _json(folder / "tokenizer_config.json")
         self.variables = {key: _content(config[key]) for key in ("bos_token", "eos_token",
                                                                  "pad_token", "unk_token")

@@ -1,18 +1,24 @@
 """The same pictures, seen a little differently each time."""
 import numpy as np
 
+from .._numbers import whole_number
 from .assets import need
 from .images import load_image
 from .mixture import shuffled
 
 WHITE = (255, 255, 255)
+_MOST = {"shift": 0.5, "zoom": 0.9, "stretch": 0.9, "turn": 180}  # all others 1
+_LIGHT = (0.299, 0.587, 0.114)   # of a colour's grey, ITU-R BT.601
+_MOST_HUE = np.pi / 6
+_FINER = 1.5  # times as fine as what is made of it may a picture be that is looked at bilinearly
+_MOST_KEPT_BYTES = 1 << 28
 
 
 class Endless:
     """Samples of a data set without end, each of its media of one kind varied anew: item k depends
     on the data set, the seed and k alone, and every sample comes once in each pass."""
 
-    medium = None  # of the message parts that _vary(rng, source) is for
+    medium = None  # of the message parts that _vary(rng, source, where) is for
 
     def __init__(self, dataset, seed=0):
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -33,25 +39,28 @@ class Endless:
         turn, place = divmod(int(index), len(self._data))
         if self._order[0] != turn:
             self._order = turn, shuffled(len(self._data), self.seed, turn)
-        sample = self._data[int(self._order[1][place])]
+        number = int(self._order[1][place])
+        sample = self._data[number]
         rng = np.random.default_rng([self.seed, int(index)])
-        return {**sample, "messages": [self._message(rng, message)
-                                       for message in sample["messages"]]}
+        return {**sample, "messages": [self._message(rng, message, (number, k))
+                                       for k, message in enumerate(sample["messages"])]}
 
-    def _message(self, rng, message):
+    def _message(self, rng, message, where):
         medium = self.medium
         if not isinstance(message.get("content"), list):
             return message
         return {**message, "content": [
-            {**part, medium: self._vary(rng, part[medium])} if part.get("type") == medium
-            and medium in part else part for part in message["content"]]}
+            {**part, medium: self._vary(rng, part[medium], (*where, k))}
+            if part.get("type") == medium and medium in part else part
+            for k, part in enumerate(message["content"])]}
 
     def __repr__(self):
         return f"<{type(self).__name__}: {self._data!r}, seed {self.seed}>"
 
 
 class Varied(Endless):
-    """Samples of a data set without end, their pictures moved, scaled, turned and tinted at random.
+    """Samples of a data set without end, their pictures moved, scaled, turned, tinted and partly
+    hidden at random.
 
     For small data sets whose answers do not depend on where in a picture something is, nor on
     exact colours: what a model sees in the next pass is not what it saw in the last.
@@ -62,12 +71,17 @@ class Varied(Endless):
         With messages, as :func:`read_messages` takes them.
     seed : int
         Every seed is another sequence.
-    shift, zoom, turn : float
-        At most this share of a side, this share larger or smaller, so many degrees.
+    shift, zoom, stretch, turn : float
+        At most this share of a side, this share larger or smaller, this share wider or higher, so
+        many degrees.
     tint : float
         At most this share more or less brightness, contrast and saturation.
-    grey : float
-        How often a picture loses its colours, 0 to 1.
+    hue, grey, hide : float
+        How often, 0 to 1, colours are turned by up to 30 degrees, colours are lost, and a
+        rectangle of 15 to 45 % of each side is covered by a colour.
+    pixels : int, optional
+        A picture with more is shrunk to so many, which is faster than to shrink it afterwards; up
+        to 256 MiB of such pictures stay in memory from one pass to the next.
 
     Raises
     ------
@@ -97,33 +111,99 @@ class Varied(Endless):
 
     medium = "image"
 
-    def __init__(self, dataset, seed=0, *, shift=0.1, zoom=0.2, turn=12.0, tint=0.3, grey=0.1):
+    def __init__(self, dataset, seed=0, *, shift=0.12, zoom=0.25, stretch=0.2, turn=12.0, tint=0.4,
+                 hue=0.3, grey=0.1, hide=0.2, pixels=None):
         super().__init__(dataset, seed)
-        most = {"shift": 0.5, "zoom": 0.9, "turn": 180, "tint": 1, "grey": 1}
-        given = {"shift": shift, "zoom": zoom, "turn": turn, "tint": tint, "grey": grey}
+        given = {"shift": shift, "zoom": zoom, "stretch": stretch, "turn": turn, "tint": tint,
+                 "hue": hue, "grey": grey, "hide": hide}
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-            if not 0 <= value <= most[name]:
-                raise ValueError(f"{name} must be in 0 .. {most[name]}; got {value}")
-        self._most = given
+            if not 0 <= value <= _MOST.get(name, 1):
+                raise ValueError(f"{name} must be in 0 .. {_MOST.get(name, 1)}; got {value}")
+        self._most, self._pixels = given, pixels
+        self._kept, self._kept_bytes = {}, 0
+        if pixels is not None:
+            whole_number(pixels, "pixels", 1)
 
-    def _vary(self, rng, source):
+    def _vary(self, rng, source, where):
+        image = self._moved(rng, *self._read(source, where))
+        if any(self._most[name] for name in ("tint", "hue", "grey")):
+            image = image.convert("RGB", self._colours(rng, image))
+        picture = np.asarray(image)
+        return self._hidden(rng, picture) if rng.random() < self._most["hide"] else picture
+
+    def _read(self, source, where):
+        """A picture, no finer than it is of use, and the size of what is made of it; of shrunk
+        ones both are kept, for the next pass."""
         need("PIL", "pillow")
-        from PIL import Image, ImageEnhance
+        from PIL import Image
+        if where in self._kept:
+            return self._kept[where]
         image = Image.fromarray(load_image(source))
-        most, (width, height) = self._most, image.size
+        if self._pixels is None:
+            return image, image.size
+        size = _within(image.size, self._pixels)
+        finer = _within(image.size, _FINER ** 2 * self._pixels)
+        if finer != image.size:  # bilinear looks at more would leave out pixels
+            image = image.resize(finer, Image.Resampling.BOX)
+        if self._kept_bytes < _MOST_KEPT_BYTES:
+            self._kept[where] = image, size
+            self._kept_bytes += 3 * image.width * image.height
+        return image, size
+
+    def _moved(self, rng, image, size):
+        """Scaled, stretched, turned and shifted, by one bilinear look at each pixel."""
+        from PIL import Image
+        (width, height), most = size, self._most
         scale = (1 + most["zoom"]) ** rng.uniform(-1, 1)
-        angle = rng.uniform(-1, 1) * most["turn"]
+        wider = (1 + most["stretch"]) ** (rng.uniform(-1, 1) / 2)
+        angle = np.radians(rng.uniform(-1, 1) * most["turn"])
         dx, dy = (rng.uniform(-1, 1) * most["shift"] * side for side in (width, height))
         # From a place in the new picture to the one that is seen there: about the middle.
-        cos, sin = np.cos(np.radians(angle)) / scale, np.sin(np.radians(angle)) / scale
+        finer_x, finer_y = image.width / width, image.height / height
+        cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+        a, b = cos / wider * finer_x, -sin / wider * finer_x
+        d, e = sin * wider * finer_y, cos * wider * finer_y
         x, y = width / 2 + dx, height / 2 + dy
-        back = (cos, -sin, width / 2 - cos * x + sin * y, sin, cos, height / 2 - sin * x - cos * y)
-        image = image.transform((width, height), Image.Transform.AFFINE, back,
-                                Image.Resampling.BILINEAR, fillcolor=WHITE)
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = change(image).enhance(1 + rng.uniform(-1, 1) * most["tint"])
+        back = (a, b, image.width / 2 - a * x - b * y, d, e, image.height / 2 - d * x - e * y)
+        return image.transform((width, height), Image.Transform.AFFINE, back,
+                               Image.Resampling.BILINEAR, fillcolor=WHITE)
+
+    def _colours(self, rng, image):
+        """What new colours are of old ones: three rows of three factors and a summand."""
+        most = self._most
+        bright, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * most["tint"]
         if rng.random() < most["grey"]:
-            image = image.convert("L").convert("RGB")
-        return np.asarray(image)
+            saturation = 0
+        grey = np.tile(_LIGHT, (3, 1))
+        matrix = grey + (np.eye(3) - grey) * saturation
+        if rng.random() < most["hue"]:
+            matrix = _turned(rng.uniform(-1, 1) * _MOST_HUE) @ matrix
+        # About the mean of all values, which takes the picture itself.
+        mean = (matrix @ np.asarray(image).reshape(-1, 3).mean(0)).mean()
+        summand = np.full((3, 1), bright * (1 - contrast) * mean)
+        return tuple(np.hstack([bright * contrast * matrix, summand]).ravel().tolist())
+
+    @staticmethod
+    def _hidden(rng, picture):
+        """With a rectangle of one colour on it."""
+        height, width = (max(1, int(side * rng.uniform(0.15, 0.45))) for side in picture.shape[:2])
+        row = rng.integers(0, picture.shape[0] - height + 1)
+        column = rng.integers(0, picture.shape[1] - width + 1)
+        picture = picture.copy()
+        picture[row:row + height, column:column + width] = rng.integers(0, 256, 3)
+        return picture
+
+
+def _within(size, pixels):
+    """(width, height) of at most so many pixels, of the same shape."""
+    width, height = size
+    share = min(1, (pixels / (width * height)) ** 0.5)
+    return max(1, int(width * share)), max(1, int(height * share))
+
+
+def _turned(angle):
+    """The rotation of colours about the axis of greys (Rodrigues)."""
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross

@@ -54,7 +54,7 @@ class VariedSounds(Endless):
 
     medium = "audio"
 
-    def _vary(self, rng, source):
+    def _vary(self, rng, source, where):
         samples, rate = read_wav(source)
         speed = rng.uniform(*_SPEED)
         # In steps of a twentieth: two rates with a large common divisor are soon resampled.

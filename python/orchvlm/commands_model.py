@@ -16,7 +16,7 @@ from .configs import ModelConfig, preset
 from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
 from .run_keys import BY_NAME, KEYS, reference, toml
 from .run_folder import MANIFEST
-from .sources import held_out, training_source
+from .sources import framed, held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, checkpoints, read_metrics
 
@@ -305,7 +305,9 @@ def generate(arguments):
         if not Path(path).exists():
             raise CommandError(f"{path}: no such file")
     parts.append({"type": "text", "text": arguments.question})
-    inputs = processor({"messages": [{"role": "user", "content": parts}]}, prompt=True)
+    told = _stored(model_folder(arguments.model))
+    sample = framed({"messages": [{"role": "user", "content": parts}]}, told and told["data.frame"])
+    inputs = processor(sample, prompt=True)
     (said,) = model.generate(inputs, arguments.max_new_tokens, seed=arguments.seed,
                              temperature=arguments.temperature, stop=processor.tokenizer.stop)
     print(processor.tokenizer.decode(said))

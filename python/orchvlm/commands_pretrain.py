@@ -5,6 +5,7 @@ from .building import build, processor_of, resolved
 from .cli import CommandError
 from .commands_model import take_steps, told_by
 from .pretraining import Pretraining, PretrainingConfig
+from .sources import framed
 
 
 def _first(arguments):
@@ -44,7 +45,7 @@ def pretrain(arguments):
     samples = _samples(config, "train")
     model = build(config)
     settings = PretrainingConfig(**vars(config.training()), **config.section("pretraining"),
-                                 seed=config["training.seed"])
+                                 seed=config["training.seed"], frame=config["data.frame"])
     run = Pretraining(model, samples, processor_of(config, model.config), settings, out)
     run.told = config
     if arguments.resume is not None:
@@ -55,7 +56,7 @@ def pretrain(arguments):
           f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
           f"{out}/", flush=True)
     take_steps(run, out)
-    others = _samples(config, "val")
+    others = [framed(sample, settings.frame) for sample in _samples(config, "val")]
     if others:
         print(f"{100 * run.accuracy(others):.1f} % of {len(others)} held-out captions are told by "
               "the tower and its classifier")

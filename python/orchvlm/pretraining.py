@@ -35,10 +35,12 @@ class PretrainingConfig(TrainingConfig):
         where in a picture something is, whatever the picture's size.
     seed : int
         Of the order of pictures, how they are varied, and the classifier's first weights.
+    frame : int, optional
+        As of :class:`orchvlm.data.Varied`.
 
     Attributes
     ----------
-    batch, places, seed : int
+    batch, places, seed, frame : int
         As above; all others as in :class:`TrainingConfig`, of which those about packs, ranks and
         experts have no effect.
 
@@ -60,12 +62,15 @@ class PretrainingConfig(TrainingConfig):
     batch: int = 128
     places: int = 2
     seed: int = 0
+    frame: int = None
 
     def __post_init__(self):
         super().__post_init__()
         whole_number(self.batch, "batch", 1, 2**20)
         whole_number(self.places, "places", 1, 64)
         whole_number(self.seed, "seed", 0)
+        if self.frame is not None:
+            whole_number(self.frame, "frame", 1, 2**13)
 
 
 class Classes:
@@ -238,11 +243,12 @@ class _Pictures:
     """Batches of pictures and the classes of their captions, without end; what cannot be read is
     passed over and counted."""
 
-    def __init__(self, samples, classes, processor, batch, seed):
+    def __init__(self, samples, classes, processor, config):
         from .data import Mixture, Varied
-        pixels = processor.images.max_pixels
-        self._source = Mixture([Varied(samples, seed, pixels=pixels)], seed=seed)
-        self._classes, self._processor, self._batch = classes, processor, batch
+        varied = Varied(samples, config.seed, pixels=processor.images.max_pixels,
+                        frame=config.frame)
+        self._source = Mixture([varied], seed=config.seed)
+        self._classes, self._processor, self._batch = classes, processor, config.batch
         self._most = len(samples)
         self.skipped = 0
 
@@ -394,7 +400,7 @@ class Pretraining(Trainer):
             raise ValueError("every sample needs its caption, a string, as 'answer'")
         self.classes = Classes(captions)
         self._processor = processor
-        loader = _Pictures(samples, self.classes, processor, config.batch, config.seed)
+        loader = _Pictures(samples, self.classes, processor, config)
         # What gets no gradient here must not decay either.
         model.freeze(*(name for name in model.parameters
                        if not name.startswith("model.visual.") or "deepstack" in name))
@@ -412,7 +418,7 @@ class Pretraining(Trainer):
         Parameters
         ----------
         samples : sequence of dict
-            As those that are trained on.
+            As those that are trained on, but framed where these are.
         batch : int
             Pictures at a time.
 

@@ -172,6 +172,7 @@ _GROUPS = Kind('a list of tables {match = "...", lr = ..., weight_decay = ...}',
                lambda value: isinstance(value, (list, tuple)) and all(map(_is_group, value)),
                lambda value: [dict(v) for v in value])
 _SHARD = Kind("one of " + ", ".join(SHARD_MODES) + ", or a table of patterns to them", _is_shard)
+_FRAME = Kind("a whole number in 1 .. 8192", lambda value: _SIZE.holds(value) and value <= 8192)
 _SIDE = Kind(f"a whole number in {SMALL} .. 2048", lambda value: _SIZE.holds(value)
              and SMALL <= value <= 2048)
 
@@ -213,6 +214,9 @@ KEYS = (
         f"(drawn for {LARGE})", None, str(TASKS["max_side"])),
     Key("data.max_pixels", _SIZE, "pictures are shrunk to so many pixels; 3136 are 56 x 56", None,
         "as the family has it", "--max-pixels"),
+    Key("data.frame", _FRAME, "pictures of the packs captions and emoji are cut to what is not "
+        "transparent and put into the middle of a white square of so many pixels", None,
+        "they stay as they are"),
     Key("data.tokens", _SIZE, "of a global batch, whatever the number of ranks", None,
         "2048 for tiny, else as the preset needs", "--tokens"),
     Key("data.patches", _SIZE, "of pictures in a global batch, at most", None, "no limit"),

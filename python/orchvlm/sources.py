@@ -72,8 +72,8 @@ def training_source(said, seed):
     ----------
     said : dict
         ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
-        ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, and ``max_pixels`` where
-        pictures need no more: the section ``data`` of a
+        ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, ``max_pixels`` and
+        ``frame``: the section ``data`` of a
         :class:`orchvlm.RunConfig`.
     seed : int
 
@@ -91,7 +91,7 @@ def training_source(said, seed):
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"])
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
-    sets += [_varied(kind, pack, seed, said.get("max_pixels")) for p in files if p.suffix == ".zip"
+    sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
@@ -99,13 +99,15 @@ def training_source(said, seed):
     return Mixture(sets, seed=seed)
 
 
-def _varied(kind, pack, seed, pixels):
+def _varied(kind, pack, seed, said):
     """A few thousand recordings or pictures are soon known by heart, unless they are never met
     alike."""
     from .data import Varied, VariedSounds
     if "audio" in pack.record(0):
         return VariedSounds(pack, seed)
-    return Varied(pack, seed, pixels=pixels) if kind in _NAMED else pack
+    if kind not in _NAMED:
+        return pack
+    return Varied(pack, seed, pixels=said["max_pixels"], frame=said["frame"])
 
 
 def texts(said):
@@ -151,6 +153,39 @@ def _each(rows):
             continue
 
 
+def framed(sample, side):
+    """A sample whose pictures are framed, as :func:`orchvlm.data.load_image` does it.
+
+    Parameters
+    ----------
+    sample : dict
+    side : int or None
+        None: the sample as it is.
+
+    Returns
+    -------
+    dict
+        A copy.
+
+    Raises
+    ------
+    orchvlm.data.DataError
+        A picture that is broken.
+    """
+    from .data import load_image
+    if side is None:
+        return sample
+
+    def one(part):
+        if not isinstance(part, dict) or part.get("type") != "image":
+            return part
+        return {**part, "image": load_image(part["image"], frame=side)}
+    return {**sample, "messages": [
+        {**message, "content": [one(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list) else message
+        for message in sample["messages"]]}
+
+
 def held_out(said, split, samples):
     """Samples with answers that were not trained on.
 
@@ -184,6 +219,7 @@ def held_out(said, split, samples):
                 packs = _packs(path, split, said["kinds"])
             except NoRecordsError:
                 continue
-            rows = [pack[i] for _, pack in packs for i in range(min(samples, len(pack)))]
+            rows = [framed(pack[i], said["frame"] if kind in _NAMED else None)
+                    for kind, pack in packs for i in range(min(samples, len(pack)))]
             found += [row for row in rows if "answer" in row and "check" in row]
     return found

@@ -345,4 +345,4 @@ def test_a_broken_file_is_no_empty_split(tmp_path, kinds):
     from orchvlm.sources import held_out
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
     with pytest.raises((CommandError, DataError), match="broken.zip"):
-        held_out({"files": [str(tmp_path / "broken.zip")], "kinds": kinds}, "val", 3)
+        held_out({"files": [str(tmp_path / "broken.zip")], "kinds": kinds, "frame": None}, "val", 3)

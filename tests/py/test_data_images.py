@@ -146,6 +146,41 @@ def test_alpha_on_white():
         assert np.abs(data.load_image(source) - want).max() <= 1.01
 
 
+def test_a_frame_holds_what_is_not_transparent():
+    """In the middle, as large as it fits, from every kind of source; nothing bleeds in from
+    colours that nobody sees."""
+    rng = np.random.default_rng(SEED)
+    print("seed", SEED)
+    for _ in range(20):
+        height, width = rng.integers(1, 40, 2)
+        top, left, bottom, right = rng.integers(0, 30, 4)
+        clear = np.zeros((height, width, 4), np.uint8)
+        clear[...] = 200, 30, 60, 255
+        clear = np.pad(clear, ((top, bottom), (left, right), (0, 0)))
+        framed = data.load_image(encoded(Image.fromarray(clear)), frame=24)
+        assert np.array_equal(framed, data.load_image(clear, frame=24))
+        assert framed.shape == (24, 24, 3)
+        long, short = 24, max(1, round(24 * min(height, width) / max(height, width)))
+        seen = (framed != 255).any(-1)
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        assert (len(rows), len(columns)) == ((long, short) if height >= width else (short, long))
+        assert abs(rows[0] - (23 - rows[-1])) <= 1 and abs(columns[0] - (23 - columns[-1])) <= 1
+        assert (framed[seen] == (200, 30, 60)).all()
+
+
+def test_frames_of_pictures_without_transparency():
+    """Nothing is cut, of any mode; one that is all transparent is white."""
+    for image in (Image.new("L", (20, 10), 7), Image.new("P", (20, 10)), Image.new("1", (20, 10)),
+                  Image.fromarray(np.full((10, 20), 700, np.uint16))):
+        framed = data.load_image(image, frame=40)
+        assert framed.shape == (40, 40, 3)
+        assert (framed[:10] == 255).all() and (framed[30:] == 255).all()
+        assert (framed[10:30] < 10).all()
+    assert (data.load_image(np.zeros((5, 9, 4), np.uint8), frame=8) == 255).all()
+    with pytest.raises(data.DataError, match="floating point"):
+        data.load_image(encoded(Image.new("F", (3, 2)), "TIFF"), frame=8)
+
+
 def test_grey_and_alpha():
     pair = np.array([[[0, 255], [0, 0]]], np.uint8)
     assert data.load_image(pair).tolist() == [[[0] * 3, [255] * 3]]

@@ -74,6 +74,17 @@ def test_a_hidden_rectangle_is_of_one_colour():
         assert 0.01 < changed.mean() <= 0.45 ** 2 + 0.01
 
 
+def test_a_framed_picture_is_varied_in_its_frame():
+    """Nothing varied: the frame of load_image, but for one more look at each pixel."""
+    clear = np.dstack([gradient(), np.full((40, 56), 255, np.uint8)])
+    clear = np.pad(clear, ((30, 10), (5, 60), (0, 0)))
+    picture = picture_of(data.Varied([sample(clear)], frame=42, **NOTHING)[0])
+    assert picture.shape == (42, 42, 3)
+    framed = data.load_image(clear, frame=42).astype(float)
+    assert np.abs(picture - framed).mean() < 4
+    assert (picture[:4] == 255).all() and (picture[8:34] != 255).any(-1).all()
+
+
 def test_pictures_are_no_larger_than_asked():
     """Shrunk to so many pixels, and the same when they come from memory."""
     source = [sample(gradient(90, 200)), sample(gradient(20, 30))]
@@ -104,7 +115,7 @@ def test_refusals(arguments, kind):
     with pytest.raises(kind):
         data.Varied(*arguments)
     for name, value in (("shift", 2), ("zoom", -1), ("turn", float("nan")), ("grey", 1.5),
-                        ("stretch", 1), ("hide", 1.5), ("pixels", 0)):
+                        ("stretch", 1), ("hide", 1.5), ("pixels", 0), ("frame", 0)):
         with pytest.raises(ValueError, match=name):
             data.Varied([{}], **{name: value})
     with pytest.raises(IndexError):

@@ -181,9 +181,9 @@ def pack(tmp_path_factory):
     return str(path)
 
 
-def test_two_commands_from_a_zip(pack, tmp_path, capsys):
+def test_two_commands_from_a_zip(pack, tmp_path, capsys, monkeypatch):
     tower, run = str(tmp_path / "vit"), str(tmp_path / "run")
-    few = ["--data", pack, "--kinds", "emoji", "--max-pixels", "3136", "--threads", "1"]
+    few = ["--data", pack, "--kinds", "emoji", "--set", "data.frame=56", "--threads", "1"]
     first = ["pretrain", "--steps", "2", "--batch", "4", "--out", tower, *few]
     assert main(first) == 0
     out, err = capsys.readouterr()
@@ -196,6 +196,15 @@ def test_two_commands_from_a_zip(pack, tmp_path, capsys):
                  "--set", 'training.groups=[{match="model.visual.*", lr=1e-5}]', "--samples", "1",
                  "--out", run, *few]) == 0
     assert main(["eval", run, "--samples", "2", "--threads", "1"]) == 0
+    Image.new("RGB", (300, 100)).save(tmp_path / "wide.png")
+    for folder, tokens in ((run, 4), (str(tmp_path / "other"), 44)):  # framed as its run's
+        if folder != run:
+            orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0).save_pretrained(folder)
+        seen = []
+        monkeypatch.setattr(orchvlm.Model, "generate", lambda self, inputs, *a, seen=seen, **k: (
+            seen.append(int((inputs.input_ids == 262).sum())), [[65]])[1])
+        assert main(["generate", folder, "--image", str(tmp_path / "wide.png"), "What?"]) == 0
+        assert seen == [tokens]
 
 
 def test_refusals_of_the_command(pack, tmp_path, capsys):

@@ -9,6 +9,7 @@ from .._numbers import reals
 from .assets import DataError, as_asset, need
 
 MOST_PIXELS = 1 << 26        # of a file before it is decoded; more is taken for a bomb
+_CLEAR = 16                  # alpha, of 255, up to which a pixel counts as not there
 MOST_RATIO = 200             # of the longer to the shorter side
 # Formats whose decoders run in process and read no other file (EPS would start Ghostscript).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -77,7 +78,7 @@ def smart_resize(height, width, factor, min_pixels, max_pixels, least=0):
     return rows, columns
 
 
-def load_image(source, name="image"):
+def load_image(source, name="image", frame=None):
     """A picture as RGB bytes, upright, on white.
 
     Parameters
@@ -87,6 +88,9 @@ def load_image(source, name="image"):
         and alpha), 3 or 4 (colours and alpha) channels.
     name : str
         What messages call it.
+    frame : int, optional
+        The picture is cut to what is not transparent and put, as large as it fits, into the middle
+        of a white square of so many pixels along a side.
 
     Returns
     -------
@@ -116,14 +120,14 @@ def load_image(source, name="image"):
     need("PIL", "pillow")
     from PIL import Image
     if isinstance(source, np.ndarray):
-        return _rgb(_image_of(source, name), name)
+        return _rgb(_image_of(source, name), name, frame)
     if isinstance(source, Image.Image):
-        return _rgb(source, name)
+        return _rgb(source, name, frame)
     asset = as_asset(source, name)
     if asset is None:
         raise TypeError(f"{name}: a picture must be a path, bytes, an array or a PIL image; got "
                         f"{type(source).__name__}")
-    return _rgb(open_image(asset.read(), asset.name), asset.name)
+    return _rgb(open_image(asset.read(), asset.name), asset.name, frame)
 
 
 def open_image(content, name):
@@ -170,7 +174,7 @@ def _image_of(array, name):
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _rgb(image, name):
+def _rgb(image, name, frame=None):
     """Decoded, upright, on white."""
     from PIL import ImageOps
     _check_size(image, name)
@@ -179,11 +183,35 @@ def _rgb(image, name):
             raise DataError(f"{name}: an animation of {image.n_frames} pictures; give it as a "
                             "video, or one of its pictures")
         image = ImageOps.exif_transpose(image)
+        if frame is not None:
+            image = _framed(image, frame, name)
         return np.asarray(to_rgb(image, name))
     except DataError:
         raise
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise DataError(f"{name}: broken picture ({_reason(error)})") from None
+
+
+def _framed(image, side, name):
+    """Cut to what is not transparent, in the middle of a square."""
+    from PIL import Image
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        seen = image.getchannel("A").point(lambda alpha: 255 * (alpha > _CLEAR)).getbbox()
+        image = image.crop(seen) if seen else image
+    elif image.mode not in ("RGB", "L"):
+        image = to_rgb(image, name)
+    share = side / max(image.size)
+    size = [max(1, round(length * share)) for length in image.size]
+    # Colours behind full transparency are arbitrary and must not bleed in: resize weighs by alpha.
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    square = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+    square.alpha_composite(image.convert("RGBA"), tuple((side - length) // 2 for length in size))
+    return square
+
+
+def _has_alpha(image):
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def to_rgb(image, name):
@@ -197,7 +225,7 @@ def to_rgb(image, name):
         return Image.fromarray(np.round(deep / 257).astype(np.uint8)).convert("RGB")
     if mode == "F":
         raise DataError(f"{name}: grey values in floating point have no white; give 8 or 16 bits")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")

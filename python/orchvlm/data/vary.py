@@ -82,6 +82,8 @@ class Varied(Endless):
     pixels : int, optional
         A picture with more is shrunk to so many, which is faster than to shrink it afterwards; up
         to 256 MiB of such pictures stay in memory from one pass to the next.
+    frame : int, optional
+        As for :func:`load_image`, before anything is varied; with it ``pixels`` has no meaning.
 
     Raises
     ------
@@ -112,7 +114,7 @@ class Varied(Endless):
     medium = "image"
 
     def __init__(self, dataset, seed=0, *, shift=0.12, zoom=0.25, stretch=0.2, turn=12.0, tint=0.4,
-                 hue=0.3, grey=0.1, hide=0.2, pixels=None):
+                 hue=0.3, grey=0.1, hide=0.2, pixels=None, frame=None):
         super().__init__(dataset, seed)
         given = {"shift": shift, "zoom": zoom, "stretch": stretch, "turn": turn, "tint": tint,
                  "hue": hue, "grey": grey, "hide": hide}
@@ -121,10 +123,11 @@ class Varied(Endless):
                 raise TypeError(f"{name} must be a number; got {type(value).__name__}")
             if not 0 <= value <= _MOST.get(name, 1):
                 raise ValueError(f"{name} must be in 0 .. {_MOST.get(name, 1)}; got {value}")
-        self._most, self._pixels = given, pixels
+        self._most, self._pixels, self._frame = given, pixels, frame
         self._kept, self._kept_bytes = {}, 0
-        if pixels is not None:
-            whole_number(pixels, "pixels", 1)
+        for name, value in (("pixels", pixels), ("frame", frame)):
+            if value is not None:
+                whole_number(value, name, 1, 2**26 if name == "pixels" else 2**13)
 
     def _vary(self, rng, source, where):
         image = self._moved(rng, *self._read(source, where))
@@ -140,13 +143,17 @@ class Varied(Endless):
         from PIL import Image
         if where in self._kept:
             return self._kept[where]
-        image = Image.fromarray(load_image(source))
-        if self._pixels is None:
+        frame = self._frame
+        image = Image.fromarray(load_image(source, frame=frame and round(_FINER * frame)))
+        if frame:
+            size = frame, frame
+        elif self._pixels is None:
             return image, image.size
-        size = _within(image.size, self._pixels)
-        finer = _within(image.size, _FINER ** 2 * self._pixels)
-        if finer != image.size:  # bilinear looks at more would leave out pixels
-            image = image.resize(finer, Image.Resampling.BOX)
+        else:
+            size = _within(image.size, self._pixels)
+            finer = _within(image.size, _FINER ** 2 * self._pixels)
+            if finer != image.size:  # bilinear looks at more would leave out pixels
+                image = image.resize(finer, Image.Resampling.BOX)
         if self._kept_bytes < _MOST_KEPT_BYTES:
             self._kept[where] = image, size
             self._kept_bytes += 3 * image.width * image.height

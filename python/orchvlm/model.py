@@ -505,6 +505,8 @@ class Model(Phases):
         ------
         ValueError
             A setting out of range, an empty prompt.
+        RuntimeError
+            The model is busy, or generates already: in another thread, or what called ``callback``.
         """
         from .generation import generate
         return generate(self, inputs, max_new_tokens, temperature=temperature, top_k=top_k,

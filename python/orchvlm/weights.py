@@ -1,5 +1,6 @@
 """The weights of a model: made at random or from files, seen as arrays, saved, frozen."""
 import os
+import threading
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -127,6 +128,7 @@ class Weights(Adapters):
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)
         self.grads = _Arrays(self, _GRAD)
+        self._generates = threading.Lock()  # held from a prompt to its last new token
         watch(self)
 
     # ------------------------------------------------------------ making

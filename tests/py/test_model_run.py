@@ -87,6 +87,21 @@ def test_stop_tokens_and_callbacks():
     assert model.memory()["cache"] == 0 and model.generate(pack(samples), 8) == said
 
 
+def test_a_model_that_generates_refuses_to_generate():
+    """Also between two tokens, where another thread would find the core idle."""
+    model, samples, _ = draw("dense", 2, samples=2)
+    said, refused = model.generate(pack(samples), 4), []
+
+    def again(sample, token):
+        for what in (pack(samples), pack(samples[:1])):
+            with pytest.raises(RuntimeError, match="generating already"):
+                model.generate(what, 2)
+            refused.append(sample)
+        model.forward(pack(samples))  # what needs no cache may run
+    assert model.generate(pack(samples), 4, callback=again) == said and len(refused) == 16
+    assert model.generate(pack(samples), 4) == said
+
+
 def test_sampling():
     model, samples, _ = draw("dense", 3, samples=2)
     prompt = pack(samples)

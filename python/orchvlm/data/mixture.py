@@ -91,7 +91,13 @@ class _Part:
                             f"to go on behind sample {skip}; give something that can")
         while True:
             stream, seen = iter(self.data), 0
-            while seen < skip and next(stream, None) is not None:
+            while seen < skip:
+                try:
+                    next(stream)
+                except StopIteration:
+                    break
+                except DataError:  # it was drawn as well
+                    pass
                 seen += 1
             if seen == skip:
                 return stream
@@ -173,14 +179,18 @@ class Mixture:
         return self._draw(True)
 
     def skip(self):
-        """Passes over the next sample, which is not read where its data set is a sequence.
+        """Passes over the next sample, which is not read where its data set is a sequence; whether it
+        can be used is for another one to find.
 
         Raises
         ------
         StopIteration
             There is none.
         """
-        self._draw(False)
+        try:
+            self._draw(False)
+        except DataError:
+            pass
 
     def _part(self, k):
         """Which data set the k-th sample is of."""

@@ -185,9 +185,9 @@ def _train_rank(comm, arguments, out, config):
         trainer.fit()
         return 0
     steps, ranks = config["training.steps"], trainer.passes.size
+    ends = f"{steps:,} steps" if steps else f"{config['training.minutes']:g} minutes"
     print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "
-          f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
-          f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
+          f"{ends}; {f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     take_steps(trainer, out)
     return _finish(trainer, config, out)
 

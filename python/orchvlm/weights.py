@@ -501,7 +501,8 @@ class Weights(Adapters):
         return self._core.parameters()[self._place(name)][3]
 
     def freeze(self, *patterns):
-        """Stops training what matches; it holds no gradient or optimizer memory from then on.
+        """Stops training what matches; it holds no gradient or optimizer memory from then on, while
+        gradients and moments of what stays trained are kept.
 
         Parameters
         ----------
@@ -519,7 +520,7 @@ class Weights(Adapters):
         self._train(patterns, False)
 
     def unfreeze(self, *patterns):
-        """Trains what matches again; as :meth:`freeze`.
+        """Trains what matches again, from moments of 0; as :meth:`freeze`.
 
         Parameters
         ----------
@@ -532,4 +533,15 @@ class Weights(Adapters):
         mask = np.array([row[3] for row in self._core.parameters()])
         for pattern in patterns:
             mask[matching(self, pattern)] = value
+        kept = self._training_state(mask) if self._core.memory()[1] else {}
         self._core.train_only(mask)
+        for (place, which), array in kept.items():
+            self._core.write(place, which, array)
+
+    def _training_state(self, mask):
+        """{(place, which): copy} of gradients, moments and masters of the trained parameters that
+        the mask has; their memory is laid out anew when it changes."""
+        arrays = {(int(place), which): self._core.array(int(place), which, False)
+                  for place in np.flatnonzero(mask)
+                  for which in (_GRAD, _MOMENT1, _MOMENT2, _MASTER)}
+        return {key: array for key, array in arrays.items() if array is not None}

@@ -335,7 +335,8 @@ def test_what_the_blind_reach():
                                     ("600 600", [400, 400, 800, 800]))]
     seen = orchvlm.Evaluation(rows)
     assert seen.blind() == pytest.approx({"count": 3 / 4, "point": 2 / 3, "all": 5 / 7})
-    assert "blind %" in str(seen)
+    assert "blind %" in str(seen) and repr(seen) == str(seen)  # and never the pictures
+    assert "<table>" in seen._repr_html_() and "blind %" in seen._repr_html_()
 
 
 @pytest.mark.parametrize("kinds", (None, ["emoji"]))

@@ -271,6 +271,32 @@ def test_bad_state_changes_nothing():
     assert all(np.array_equal(opt.state_dict()[k], v) for k, v in state.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_freezing_in_the_middle_changes_nothing_for_the_others(dtype):
+    """Their gradients, moments and masters are what they were."""
+    model, samples, _ = draw("dense", 21, dtype=dtype)
+    opt = orchvlm.AdamW(model, lr=1e-3)
+    for _ in range(2):
+        model.zero_grad()
+        model.forward(pack(samples))
+        model.backward()
+        opt.step()
+    assert "lr=0.001" in repr(opt) and "2 steps taken" in repr(opt)
+    before, grads = opt.state_dict(), {name: np.array(g) for name, g in model.grads.items()}
+    for change in (lambda: model.freeze("model.visual.*"), lambda: model.unfreeze("*")):
+        change()
+        after = opt.state_dict()
+        assert any(array.any() for key, array in after.items() if key.endswith("/exp_avg_sq"))
+        for key, array in after.items():
+            if key.startswith("model.visual."):
+                assert not array.any() or key.endswith("/master")
+            else:
+                assert np.array_equal(array, before[key])
+        for name in model.grads:
+            if not name.startswith("model.visual."):
+                assert np.array_equal(model.grads[name], grads[name])
+
+
 def test_frozen_parts_hold_no_moments():
     model, samples, _ = draw("dense", 10)
     model.freeze("model.visual.*")

@@ -201,7 +201,8 @@ def take_steps(trainer, out):
             write(row)
     except (KeyboardInterrupt, SystemExit):
         line.end()
-        print(f"stopped at step {trainer.step}; {out} holds it, --resume goes on",
+        print(f"stopped at step {trainer.step}; " + (
+            f"{out} holds it, --resume goes on" if checkpoints(out) else "nothing was saved yet"),
               file=sys.stderr)
         raise
     finally:
@@ -325,14 +326,14 @@ def evaluate(arguments):
     if not samples:
         raise CommandError("these data have no held-out samples with answers")
     seen = ask(model, samples, processor, progress=_counted)
-    if arguments.report:
-        from .training_report import write_report
-        write_report(arguments.report, [], seen, title=f"Evaluation of {arguments.model}")
     if arguments.json:
         print(json.dumps({kind: {"score": mean, "exact": exact, "samples": n}
                           for kind, (mean, exact, n) in seen.by_kind().items()}, indent=1))
     else:
         print(seen)
+    if arguments.report:  # last: where it cannot be written, the answers are not lost
+        from .training_report import write_report
+        write_report(arguments.report, [], seen, title=f"Evaluation of {arguments.model}")
     return 0
 
 

@@ -364,18 +364,18 @@ class Loader:
             except DataError as error:
                 if self.too_long == "raise":
                     raise
-                self._leave_out(error)
+                self._warn(error)
+                self.skipped += 1
                 in_a_row += 1
                 if in_a_row == MOST_SKIPPED:
                     raise DataError(f"{in_a_row:,} samples in a row cannot be used; the last: "
                                     f"{error}") from None
 
-    def _leave_out(self, error):
-        """Counts a sample that cannot be used; says why, of the first."""
+    def _warn(self, error):
+        """Says why the first sample is left out."""
         if not self._told:
             warnings.warn(f"a sample that cannot be used is left out: {error}", stacklevel=2)
             self._told = True
-        self.skipped += 1
 
     def _fitting(self, sample):
         inputs = self._processor.one(sample)

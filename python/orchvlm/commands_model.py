@@ -347,10 +347,15 @@ def _config(name):
 
 
 def _size(text):
+    from .data.images import MOST_RATIO
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise CommandError(f"--image must be WIDTHxHEIGHT in pixels, e.g. 448x448; got {text}")
-    return int(height), int(width)
+    sides = int(height), int(width)
+    if max(sides) > MOST_RATIO * min(sides):
+        raise CommandError(f"--image {text}: the aspect ratio is above {MOST_RATIO}; such pictures "
+                           "are refused in training, too")
+    return sides
 
 
 def inspect(arguments):

@@ -68,7 +68,8 @@ class Model(Phases):
     config : ModelConfig
     parameters, grads : mapping
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
-        changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
+        changes the model.  bfloat16 comes as a float32 copy that cannot be written; :meth:`tensor`
+        gives it as it is.
     device, dtype : str
     threads : int
     shard : Shard or None

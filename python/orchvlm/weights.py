@@ -206,11 +206,14 @@ class Weights(Adapters):
         Raises
         ------
         FileNotFoundError
-            A file is missing.
+            The folder or a file is missing.
         ValueError
             A configuration or file that is not understood; a missing, surplus, mis-shaped or
             non-finite tensor, by name.
         """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; nothing is downloaded here: fetch "
+                                    "the model's files first, and name the folder that has them")
         model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
         model._read_files(Path(folder))
         return model
@@ -435,7 +438,11 @@ class Weights(Adapters):
             raise ValueError(f"{name} lies on several ranks: on all of them, Model.state_dict() "
                              "gathers weights and Shard.gradients() gradients")
         array = self._core.array(place, which, view)
-        return widened(array) if array is not None and array.dtype == np.uint16 else array
+        if array is None or array.dtype != np.uint16:
+            return array
+        array = widened(array)
+        array.flags.writeable = not view  # what is written into a copy would be lost
+        return array
 
     def _whole(self, name):
         """A weight as float32: a view where the model has it, else gathered from all ranks."""

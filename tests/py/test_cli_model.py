@@ -240,6 +240,7 @@ def test_refusals(refuse, trained, tmp_path):
     assert "no such file" in refuse("generate", trained, "What?", "--image", tmp_path / "no.png")
     assert "no such folder" in refuse("inspect", "nothing")
     assert "WIDTHxHEIGHT" in refuse("inspect", "tiny", "--image", "12")
+    assert "ratio is above 200" in refuse("inspect", "tiny", "--image", "10x2001")
     assert not (tmp_path / "x").exists()
 
 

@@ -174,7 +174,7 @@ def test_data_of_which_nothing_can_be_used_end():
     """They do not spin; a sample now and then that can be used is enough to go on."""
     packs = data.Loader(data.Mixture([[100]]), Lengths(), 12, too_long="skip")
     with pytest.warns(UserWarning, match="left out: a sample of 100 tokens"), \
-            pytest.raises(data.DataError, match="1,000 samples in a row.*the last: a sample of 100"):
+            pytest.raises(data.DataError, match="1,000 samples in a row.*the last: a sample of"):
         next(packs)
     rare = data.Loader(data.Mixture([[100] * 999 + [5]], shuffle=False), Lengths(), 5,
                        too_long="skip")

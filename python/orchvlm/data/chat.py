@@ -32,10 +32,10 @@ def read_messages(sample):
         ``{"type": "image_url", "image_url": {"url": ...}}``, and so for video and audio.  A part
         without source, or a mark ``<image>`` inside a string, takes the next one of the sample's
         ``images`` (``image``), ``videos`` or ``audios``; where the sample has no such list, a mark
-        is text.  Or ``conversations``: a list of ``{"from": "human", "value": ...}``.  A message with ``weight`` scales its labels; 0 takes
-        them out.  A video part may say ``fps``, the frames per second to take, and, for a list or
-        folder of frames, ``sample_fps``, those that it has.  Calls of tools are refused, other
-        fields of a message are not read.
+        is text.  Or ``conversations``: a list of ``{"from": "human", "value": ...}``.  A message
+        with ``weight`` scales its labels; 0 takes them out.  A video part may say ``fps``, the
+        frames per second to take, and, for a list or folder of frames, ``sample_fps``, those that
+        it has.  Calls of tools are refused; other fields of a message are not read.
 
     Returns
     -------

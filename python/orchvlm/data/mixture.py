@@ -179,8 +179,8 @@ class Mixture:
         return self._draw(True)
 
     def skip(self):
-        """Passes over the next sample, which is not read where its data set is a sequence; whether it
-        can be used is for another one to find.
+        """Passes over the next sample, which is not read where its data set is a sequence; whether
+        it can be used is for another one to find.
 
         Raises
         ------

@@ -120,3 +120,6 @@ class EMA:
     def close(self):
         """Gives the memory back; the weights are the model's own."""
         self.model._core.average("close")
+
+    def __repr__(self):
+        return f"<EMA: decay {self.decay:g} of {self.model!r}>"

@@ -183,9 +183,9 @@ def _train_rank(comm, arguments, out, config):
         trainer.fit()
         return 0
     steps, ranks = config["training.steps"], trainer.passes.size
+    ends = f"{steps:,} steps" if steps else f"{config['training.minutes']:g} minutes"
     print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "
-          f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
-          f"{f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
+          f"{ends}; {f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     take_steps(trainer, out)
     return _finish(trainer, config, out)
 
@@ -199,7 +199,8 @@ def take_steps(trainer, out):
             write(row)
     except (KeyboardInterrupt, SystemExit):
         line.end()
-        print(f"stopped at step {trainer.step}; {out} holds it, --resume goes on",
+        print(f"stopped at step {trainer.step}; " + (
+            f"{out} holds it, --resume goes on" if checkpoints(out) else "nothing was saved yet"),
               file=sys.stderr)
         raise
     finally:
@@ -325,14 +326,14 @@ def evaluate(arguments):
     if not samples:
         raise CommandError("these data have no held-out samples with answers")
     seen = ask(model, samples, processor, progress=_counted)
-    if arguments.report:
-        from .training_report import write_report
-        write_report(arguments.report, [], seen, title=f"Evaluation of {arguments.model}")
     if arguments.json:
         print(json.dumps({kind: {"score": mean, "exact": exact, "samples": n}
                           for kind, (mean, exact, n) in seen.by_kind().items()}, indent=1))
     else:
         print(seen)
+    if arguments.report:  # last: where it cannot be written, the answers are not lost
+        from .training_report import write_report
+        write_report(arguments.report, [], seen, title=f"Evaluation of {arguments.model}")
     return 0
 
 
@@ -346,10 +347,15 @@ def _config(name):
 
 
 def _size(text):
+    from .data.images import MOST_RATIO
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise CommandError(f"--image must be WIDTHxHEIGHT in pixels, e.g. 448x448; got {text}")
-    return int(height), int(width)
+    sides = int(height), int(width)
+    if max(sides) > MOST_RATIO * min(sides):
+        raise CommandError(f"--image {text}: the aspect ratio is above {MOST_RATIO}; such pictures "
+                           "are refused in training, too")
+    return sides
 
 
 def inspect(arguments):

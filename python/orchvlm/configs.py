@@ -47,7 +47,7 @@ def _interleaved(sections, half):
     return [half - rows - columns, rows, columns]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelConfig:
     """What a model is made of.
 
@@ -270,6 +270,9 @@ class ModelConfig:
     def n_parameters(self):
         """int : number of weights, and of the routers' corrections."""
         return count_elements(self.parameters().values())
+
+    def __repr__(self):
+        return f"<ModelConfig {self.family}: {self.n_parameters / 1e6:,.1f}M parameters>"
 
     def save(self, folder):
         """Writes ``config.json``, whole or not at all.

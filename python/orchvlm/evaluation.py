@@ -2,10 +2,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from .tables import text_table
+from .tables import html_table, text_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Answers to a set of samples.
 
@@ -82,6 +82,11 @@ class Evaluation:
 
     def __str__(self):
         return text_table(*self.table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        return html_table(*self.table())
 
 
 def evaluate(model, samples, processor, *, max_new_tokens=32, batch=32, progress=None):

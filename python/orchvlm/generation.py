@@ -89,6 +89,8 @@ def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, t
     ------
     ValueError
         A setting out of range, an empty prompt.
+    RuntimeError
+        The model generates already: in another thread, or what called ``callback``.
     """
     if not isinstance(inputs, Inputs):
         raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
@@ -99,32 +101,45 @@ def generate(model, inputs, max_new_tokens=64, *, temperature=0.0, top_k=None, t
         return []
     if lengths.min() == 0:
         raise ValueError(f"sample {int(lengths.argmin())} is empty: a prompt needs a token")
+    # Between two tokens the core is not busy, but its cache is in use.
+    if not model._generates.acquire(blocking=False):
+        raise RuntimeError("the model is generating already, in another thread or around this "
+                           "callback; use one model for each")
+    try:
+        model._core.cache_open(n, int(lengths.max()) + max_new_tokens)
+        try:
+            return _continued(model, inputs, max_new_tokens, temperature, top_k, top_p, seed, stop,
+                              callback)
+        finally:
+            model._core.cache_close()
+    finally:
+        model._generates.release()
+
+
+def _continued(model, inputs, max_new_tokens, temperature, top_k, top_p, seed, stop, callback):
+    """New tokens of each sample, with an open cache."""
+    n = len(inputs)
     rngs = [np.random.default_rng([int(seed), b]) for b in range(n)]
     position = _next_positions(inputs)
     said, active = [[] for _ in range(n)], list(range(n))
-    core = model._core
-    core.cache_open(n, int(lengths.max()) + max_new_tokens)
-    try:
-        logits = core.extend(*model._arguments(inputs))
-        for _ in range(max_new_tokens):
-            fresh = {}
-            for b in active:
-                token = sample(logits[b], rngs[b], temperature, top_k, top_p)
-                if token in stop:
-                    continue
-                said[b].append(token)
-                fresh[b] = token
-                if callback is not None:
-                    callback(b, token)
-            active = list(fresh)
-            if not active or len(said[active[0]]) == max_new_tokens:
-                break
-            step = Inputs(input_ids=[fresh[b] for b in active],
-                          cu_seqlens=np.cumsum([0] + [b in fresh for b in range(n)]),
-                          position_ids=np.tile(position[active], (3, 1)))
-            position[active] += 1
-            logits = core.extend(step.input_ids, step.cu_seqlens, step.position_ids,
-                                 *[None] * 7)
-    finally:
-        core.cache_close()
+    logits = model._core.extend(*model._arguments(inputs))
+    for _ in range(max_new_tokens):
+        fresh = {}
+        for b in active:
+            token = sample(logits[b], rngs[b], temperature, top_k, top_p)
+            if token in stop:
+                continue
+            said[b].append(token)
+            fresh[b] = token
+            if callback is not None:
+                callback(b, token)
+        active = list(fresh)
+        if not active or len(said[active[0]]) == max_new_tokens:
+            break
+        step = Inputs(input_ids=[fresh[b] for b in active],
+                      cu_seqlens=np.cumsum([0] + [b in fresh for b in range(n)]),
+                      position_ids=np.tile(position[active], (3, 1)))
+        position[active] += 1
+        logits = model._core.extend(step.input_ids, step.cu_seqlens, step.position_ids,
+                                    *[None] * 7)
     return said

@@ -68,7 +68,8 @@ class Model(Phases):
     config : ModelConfig
     parameters, grads : mapping
         Arrays by their names on the hub.  On the CPU in float32 they are views: writing into them
-        changes the model.  bfloat16 comes as a float32 copy; :meth:`tensor` gives it as it is.
+        changes the model.  bfloat16 comes as a float32 copy that cannot be written; :meth:`tensor`
+        gives it as it is.
     device, dtype : str
     threads : int
     shard : Shard or None
@@ -505,6 +506,8 @@ class Model(Phases):
         ------
         ValueError
             A setting out of range, an empty prompt.
+        RuntimeError
+            The model is busy, or generates already: in another thread, or what called ``callback``.
         """
         from .generation import generate
         return generate(self, inputs, max_new_tokens, temperature=temperature, top_k=top_k,

@@ -120,6 +120,10 @@ class AdamW:
             self.step_count += 1
         return {"grad_norm": norm, "clip": clip, "skipped": bool(bad)}
 
+    def __repr__(self):
+        return (f"<AdamW: lr={self.lr:g}, betas={self.betas}, weight_decay={self.weight_decay:g}, "
+                f"{self.step_count:,} steps taken>")
+
     def _sharded(self):
         shard = self.model.shard
         return shard if shard is not None and shard.holds_state else None

@@ -1,5 +1,6 @@
 """The weights of a model: made at random or from files, seen as arrays, saved, frozen."""
 import os
+import threading
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -127,6 +128,7 @@ class Weights(Adapters):
         self._index = {row[0]: i for i, row in enumerate(self._list)}
         self.parameters = _Arrays(self, _WEIGHT)
         self.grads = _Arrays(self, _GRAD)
+        self._generates = threading.Lock()  # held from a prompt to its last new token
         watch(self)
 
     # ------------------------------------------------------------ making
@@ -204,11 +206,14 @@ class Weights(Adapters):
         Raises
         ------
         FileNotFoundError
-            A file is missing.
+            The folder or a file is missing.
         ValueError
             A configuration or file that is not understood; a missing, surplus, mis-shaped or
             non-finite tensor, by name.
         """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; nothing is downloaded here: fetch "
+                                    "the model's files first, and name the folder that has them")
         model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
         model._read_files(Path(folder))
         return model
@@ -433,7 +438,11 @@ class Weights(Adapters):
             raise ValueError(f"{name} lies on several ranks: on all of them, Model.state_dict() "
                              "gathers weights and Shard.gradients() gradients")
         array = self._core.array(place, which, view)
-        return widened(array) if array is not None and array.dtype == np.uint16 else array
+        if array is None or array.dtype != np.uint16:
+            return array
+        array = widened(array)
+        array.flags.writeable = not view  # what is written into a copy would be lost
+        return array
 
     def _whole(self, name):
         """A weight as float32: a view where the model has it, else gathered from all ranks."""
@@ -499,7 +508,8 @@ class Weights(Adapters):
         return self._core.parameters()[self._place(name)][3]
 
     def freeze(self, *patterns):
-        """Stops training what matches; it holds no gradient or optimizer memory from then on.
+        """Stops training what matches; it holds no gradient or optimizer memory from then on, while
+        gradients and moments of what stays trained are kept.
 
         Parameters
         ----------
@@ -517,7 +527,7 @@ class Weights(Adapters):
         self._train(patterns, False)
 
     def unfreeze(self, *patterns):
-        """Trains what matches again; as :meth:`freeze`.
+        """Trains what matches again, from moments of 0; as :meth:`freeze`.
 
         Parameters
         ----------
@@ -530,4 +540,15 @@ class Weights(Adapters):
         mask = np.array([row[3] for row in self._core.parameters()])
         for pattern in patterns:
             mask[matching(self, pattern)] = value
+        kept = self._training_state(mask) if self._core.memory()[1] else {}
         self._core.train_only(mask)
+        for (place, which), array in kept.items():
+            self._core.write(place, which, array)
+
+    def _training_state(self, mask):
+        """{(place, which): copy} of gradients, moments and masters of the trained parameters that
+        the mask has; their memory is laid out anew when it changes."""
+        arrays = {(int(place), which): self._core.array(int(place), which, False)
+                  for place in np.flatnonzero(mask)
+                  for which in (_GRAD, _MOMENT1, _MOMENT2, _MASTER)}
+        return {key: array for key, array in arrays.items() if array is not None}

@@ -48,6 +48,7 @@ def test_it_is_the_average(device, dtype, tolerance):
     opt = orchvlm.AdamW(model, lr=1e-2)
     wanted = {n: w.astype(np.float64) for n, w in model.state_dict().items()}
     ema = orchvlm.EMA(model, decay=0.75)
+    assert "decay 0.75" in repr(ema)
     for weights in trained(model, inputs, opt, ema):
         for name, values in weights.items():
             wanted[name] = 0.75 * wanted[name] + 0.25 * values

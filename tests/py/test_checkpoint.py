@@ -232,6 +232,8 @@ def test_hostile_indices(text, tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+        orchvlm.Model.from_pretrained("someone/some-model")
     with pytest.raises(FileNotFoundError):
         orchvlm.Model.from_pretrained(tmp_path)
     draw().config.save(tmp_path)

@@ -19,6 +19,7 @@ from model_cases import draw_config
 import orchvlm
 from orchvlm import data
 from orchvlm.cli import main
+from orchvlm.commands_model import take_steps
 from orchvlm.parts import count_parameters, sample_flops
 from orchvlm.training import checkpoints, read_metrics
 from orchvlm.training_report import smoothed, svg_curve, write_report
@@ -114,6 +115,18 @@ def test_resume(trained, capsys):
     assert all(row["tokens"] <= 200 for row in rows)  # as the run began
 
 
+def test_what_stops_before_the_first_step_promises_nothing(tmp_path, trained, capsys):
+    def run():
+        raise KeyboardInterrupt
+        yield
+    trainer = types.SimpleNamespace(step=0, done=0.0, run=run)
+    for folder, words in ((tmp_path / "none", "step 0; nothing was saved yet"),
+                          (trained, f"step 0; {trained} holds it, --resume goes on")):
+        with pytest.raises(KeyboardInterrupt):
+            take_steps(trainer, folder)
+        assert words in capsys.readouterr().err
+
+
 def test_resume_auto_begins_and_goes_on(tmp_path, capsys, refuse):
     """The same command each time, as jobs that are restarted give it; and a checkpoint by name."""
     run = tmp_path / "run"
@@ -142,6 +155,11 @@ def test_eval_and_generate(trained, tmp_path, capsys):
     assert {kind: row["samples"] for kind, row in seen.items()} == {"screen": 2, "count": 2,
                                                                     "all": 4}
     assert "<figure>" in (tmp_path / "seen.html").read_text()
+    # A report that cannot be written costs the report, not the answers.
+    assert main(["eval", str(trained), "--samples", "1", "--kinds", "count", "--json", "--report",
+                 str(tmp_path / "none" / "seen.html")]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["all"]["samples"] == 1 and "there is no such folder" in err
     from PIL import Image
     Image.new("RGB", (70, 50), (200, 30, 30)).save(tmp_path / "red.png")
     command = ["generate", str(trained), "What colour?", "--image", str(tmp_path / "red.png"),
@@ -222,6 +240,7 @@ def test_refusals(refuse, trained, tmp_path):
     assert "no such file" in refuse("generate", trained, "What?", "--image", tmp_path / "no.png")
     assert "no such folder" in refuse("inspect", "nothing")
     assert "WIDTHxHEIGHT" in refuse("inspect", "tiny", "--image", "12")
+    assert "ratio is above 200" in refuse("inspect", "tiny", "--image", "10x2001")
     assert not (tmp_path / "x").exists()
 
 
@@ -335,7 +354,8 @@ def test_what_the_blind_reach():
                                     ("600 600", [400, 400, 800, 800]))]
     seen = orchvlm.Evaluation(rows)
     assert seen.blind() == pytest.approx({"count": 3 / 4, "point": 2 / 3, "all": 5 / 7})
-    assert "blind %" in str(seen)
+    assert "blind %" in str(seen) and repr(seen) == str(seen)  # and never the pictures
+    assert "<table>" in seen._repr_html_() and "blind %" in seen._repr_html_()
 
 
 @pytest.mark.parametrize("kinds", (None, ["emoji"]))

@@ -72,6 +72,7 @@ def test_a_stream_that_was_never_finished():
     (riff(struct.pack("<HHIIHH", 1, 1, 0, 0, 2, 16), b"\0\0"), "0 samples per second"),
     (riff(struct.pack("<HHIIHH", 1, 1, 8000, 0, 2, 16), b"\0"), "no samples in it"),
     (riff(struct.pack("<HHIIHH", 3, 1, 8000, 0, 4, 32), b"\0\0\xc0\x7f"), "not finite"),
+    (wav(np.zeros((100, 1)), 2)[:-80], "breaks off behind 120 of 200 bytes"),
     (riff(b"\1\0", b"\0\0"), "fmt"),
 ])
 def test_refused(content, words):

@@ -1,8 +1,11 @@
 """Conversations: how data sets write them, tokens and labels, positions, through both tokenizers.
 """
+import base64
 import json
 import os
 import secrets
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from orchvlm import data
 from orchvlm.data.words import WORDS
 
-pytest.importorskip("PIL", reason="pictures need Pillow")
+Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 PICTURE = np.full((64, 96, 3), 200, np.uint8)
 SMALL = data.ImageRule(min_pixels=1)          # 64 x 96 are 2 x 3 tokens
@@ -41,6 +44,7 @@ def text(words):
     talk("<image>What?", [text("A cat.")], image="a.png"),
     talk([{"type": "image_url", "image_url": {"url": "a.png"}}, text("What?")], "A cat."),
     talk([{"type": "image", "url": "a.png"}, {"text": "What?"}], "A cat."),
+    talk([{"type": "input_image", "image_url": "a.png"}, text("What?")], "A cat."),
     talk([{"image": "a.png"}, "What?"], "A cat."),
     {"conversations": [{"from": "human", "value": "<image>What?"},
                        {"from": "gpt", "value": "A cat."}], "image": "a.png"},
@@ -65,7 +69,11 @@ def test_marks_without_media_are_text():
     (talk([7]), "must be an object"), (talk([{"type": "text", "text": 7}]), "must be a string"),
     (talk("no mark", images=["a", "b"]), "2 images are given and 0 are placed"),
     (talk([{"type": "image"}]), "one image more is marked"),
+    (talk("<image><image>", images=["a"]), "one image more is marked"),
+    (talk("<image>", images=[]), "one image more is marked"),
     (talk("hi", [image()]), "holds text only"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+     "'tool_calls' is not read"),
     ({"messages": [{"role": "user", "content": "", "weight": -1}]}, "'weight' must be"),
     ({"id": "s7", "messages": None}, "sample 's7'"),
 ])
@@ -238,6 +246,62 @@ def test_sounds():
     assert inputs.mel.shape == (100, 128) and inputs.mel_lengths.tolist() == [100]
     assert (inputs.input_ids == BYTES.special["<|audio_pad|>"]).sum() == 13
     assert inputs.mel_sample.tolist() == [0] and inputs[1].mel.shape == (0, 128)
+
+
+def wav_file(n=8000):
+    form = struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)
+    body = (np.sin(np.arange(n) * 0.3) * 9000).astype("<i2").tobytes()
+    return (b"RIFF" + struct.pack("<I", 36 + len(body)) + b"WAVEfmt " +
+            struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(body)) + body)
+
+
+def test_media_as_data_sets_of_the_hub_write_them(tmp_path):
+    """As {"bytes", "path"}, in memory or as lines of JSON; as chats carry sounds; decoded."""
+    (tmp_path / "a.wav").write_bytes(wav_file())
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
+    picture, sound = (tmp_path / "a.png").read_bytes(), wav_file()
+    hears = data.Processor(family="qwen3_omni_moe")
+
+    def both(seen, heard):
+        return talk([{"type": "image", "image": seen}, heard, text("?")], "A")
+    plain = hears(both(picture, {"type": "audio", "audio": sound}))
+    carried = {"data": base64.b64encode(sound).decode(), "format": "wav"}
+    memory = [
+        both({"bytes": picture, "path": None}, {"type": "input_audio", "input_audio": carried}),
+        both({"bytes": picture, "path": "b.png"}, {"type": "audio", "audio": {
+            "path": "gone.wav", "array": np.frombuffer(sound[44:], "<i2") / 2**15,
+            "sampling_rate": 16000}})]
+    lines = [both({"bytes": None, "path": "a.png"}, {"type": "audio", "audio": {
+        "bytes": None, "path": "a.wav"}}), both("a.png", {"type": "input_audio",
+                                                          "input_audio": carried})]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for sample in (*memory, *data.JsonLines(tmp_path / "a.jsonl")):
+        got = hears(sample)
+        assert np.array_equal(got.pixels, plain.pixels)
+        np.testing.assert_allclose(got.mel, plain.mel, atol=1e-6)
+
+
+@pytest.mark.parametrize("part, words", [
+    ({"type": "image", "image": 3}, "a picture must be"),
+    ({"type": "image", "image": {"bytes": None, "path": None}}, "a picture must be"),
+    ({"type": "audio", "audio": 3.5}, "a sound must be"),
+    ({"type": "audio", "audio": (["a"], 8000)}, "samples must be numbers"),
+    ({"type": "audio", "audio": {"data": "?"}}, "not base64"),
+    ({"type": "image", "image": "thin.png"}, "thin.png: the aspect ratio"),
+    ({"type": "audio", "audio": "short.wav"}, "short.wav: a sound needs more than 200"),
+])
+def test_a_medium_of_the_wrong_kind_is_the_samples_fault(tmp_path, monkeypatch, part, words):
+    """So that a loader may leave it out; and it is named."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 1)).save("thin.png")
+    Path("short.wav").write_bytes(wav_file(100))
+    with pytest.raises(data.DataError, match=words):
+        data.Processor(family="qwen3_omni_moe")(talk([part]))
+
+
+def test_a_family_without_ears_refuses_sounds():
+    with pytest.raises(data.DataError, match="seed1_5_vl has no audio encoder"):
+        data.Processor(family="seed1_5_vl")(talk([{"type": "audio", "audio": wav_file()}]))
 
 
 # ---------------------------------------------------------------- the Hub's tokenizers

@@ -170,6 +170,21 @@ def test_samples_that_fit_nowhere():
     assert next(lenient).lengths.tolist() == [5, 7]
 
 
+def test_data_of_which_nothing_can_be_used_end():
+    """They do not spin; a sample now and then that can be used is enough to go on."""
+    packs = data.Loader(data.Mixture([[100]]), Lengths(), 12, too_long="skip")
+    with pytest.warns(UserWarning, match="left out: a sample of 100 tokens"), \
+            pytest.raises(data.DataError, match="1,000 samples in a row.*the last: a sample of"):
+        next(packs)
+    rare = data.Loader(data.Mixture([[100] * 999 + [5]], shuffle=False), Lengths(), 5,
+                       too_long="skip")
+    with pytest.warns(UserWarning) as told:
+        assert [next(rare).lengths.tolist() for _ in range(2)] == [[5], [5]]
+    assert len(told) == 1 and rare.skipped >= 1998
+    with pytest.raises(data.DataError, match=r"datasets\[1\] is empty: \(\)"):
+        data.Mixture([[1], ()])
+
+
 def test_the_last_pack_of_a_generator():
     packs = data.Loader(data.Mixture([iter([30, 20, 20])]), Lengths(), 60)
     assert [pack.lengths.tolist() for pack in packs] == [[30, 20], [20]]

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import tarfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchvlm import data
+from orchvlm import comm, data
 from orchvlm.data.assets import check_name
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
@@ -172,6 +173,52 @@ def test_shards_refuse(tmp_path, member, words):
     path = write_tar(tmp_path / "a.tar", [member])
     with pytest.raises(data.DataError, match=words):
         list(data.TarShards(path))
+
+
+def test_behind_a_bad_sample_shards_go_on(tmp_path):
+    """One that cannot be used costs none of those behind it, here, over ranks, or resumed."""
+    bad = [("2.png", b"P"), ("3.json", b"{"), link("4.png", "/etc/passwd"), ("5/nosuffix", b"")]
+    members = [("1.txt", b"one"), *bad, ("._6.txt", b"\0"), ("6.txt", b"six"), ("7.txt", b"seven")]
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])  # in 2.png's header
+    write_tar(tmp_path / "c.tar", [("8.txt", b"eight")])
+    shards = data.TarShards(str(tmp_path / "*.tar"))
+
+    def ids(stream):
+        found = []
+        while True:
+            try:
+                found.append(next(stream)["id"])
+            except data.DataError as error:
+                found.append(str(error).partition(": ")[2][:14])
+            except StopIteration:
+                return found
+    whole = ids(iter(shards))
+    assert [one for one in whole if len(one) == 1] == ["1", "6", "7", "8"] and len(whole) == 9
+    assert whole[1].startswith("neither") and whole[-2].startswith("broken archive")
+    for skip in range(11):
+        assert ids(shards.stream(skip)) == whole[skip:]
+
+    def read(group, resumed_at=None):
+        source, processor = data.Mixture([shards]), data.Processor(family="seed1_5_vl")
+        limits = (7,) if group is None else (7, group)  # one sample in a pack
+        kind = data.Loader if group is None else data.RankLoader
+        loader, seen = kind(source, processor, *limits, too_long="skip"), []
+        for k in range(12):
+            if k == resumed_at:
+                state, again = loader.state_dict(), data.Mixture([shards])
+                loader = kind(again, processor, *limits, too_long="skip")
+                loader.load_state_dict(state)
+            seen.append(next(loader).input_ids.tolist())
+        return seen
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = read(None)
+        assert [bytes(i for i in ids if i < 256).decode() for ids in alone[:5]] == [
+            "one", "six", "seven", "eight", "one"]
+        assert all(read(None, k) == alone for k in range(12))
+        two = comm.run_threads(2, read)
+    assert [a + b for a, b in zip(*two)] == alone
 
 
 def test_a_shard_that_claims_too_much(tmp_path):

@@ -1,5 +1,6 @@
 """Gradients of whole models, what must not change them, freezing, bad input, threads, Ctrl-C."""
 import os
+import re
 import signal
 import threading
 import time
@@ -360,6 +361,7 @@ def test_a_model_that_no_machine_holds():
                                                  ("small", 110, 5)))
 def test_presets_are_of_their_promised_sizes(name, millions, off):
     assert abs(orchvlm.preset(name).n_parameters / 1e6 - millions) < off
+    assert re.fullmatch(r"<ModelConfig \w+: [\d,]+\.\dM parameters>", repr(orchvlm.preset(name)))
 
 
 @pytest.mark.parametrize("name, count", (("qwen", 31_070_754_032), ("vision", 538_631_408),

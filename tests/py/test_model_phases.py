@@ -487,6 +487,22 @@ def test_what_dlpack_cannot_have_is_refused():
         far.tensor("model.language_model.norm.weight").__dlpack__()
 
 
+def test_what_is_written_into_a_copy_is_not_lost_in_silence():
+    """Weights in bfloat16 come as copies; gradients, in float32, where they lie."""
+    model, inputs, _ = draw("dense", 15, dtype="bfloat16")
+    name = "model.language_model.norm.weight"
+    with pytest.raises(ValueError, match="read-only"):
+        model.parameters[name][0] = 5.0
+    model.forward(inputs)
+    model.backward()
+    model.grads[name][0] = 5.0
+    assert model.grads[name][0] == 5.0
+    state = model.state_dict()
+    state[name][...] = 2.0
+    model.load_state_dict(state)
+    assert (model.parameters[name] == 2).all()
+
+
 def test_bfloat16_reaches_torch():
     torch = pytest.importorskip("torch", reason="bfloat16 needs a library that has it")
     model, inputs, _ = draw("dense", 15, dtype="bfloat16")

@@ -87,6 +87,21 @@ def test_stop_tokens_and_callbacks():
     assert model.memory()["cache"] == 0 and model.generate(pack(samples), 8) == said
 
 
+def test_a_model_that_generates_refuses_to_generate():
+    """Also between two tokens, where another thread would find the core idle."""
+    model, samples, _ = draw("dense", 2, samples=2)
+    said, refused = model.generate(pack(samples), 4), []
+
+    def again(sample, token):
+        for what in (pack(samples), pack(samples[:1])):
+            with pytest.raises(RuntimeError, match="generating already"):
+                model.generate(what, 2)
+            refused.append(sample)
+        model.forward(pack(samples))  # what needs no cache may run
+    assert model.generate(pack(samples), 4, callback=again) == said and len(refused) == 16
+    assert model.generate(pack(samples), 4) == said
+
+
 def test_sampling():
     model, samples, _ = draw("dense", 3, samples=2)
     prompt = pack(samples)
@@ -254,6 +269,32 @@ def test_bad_state_changes_nothing():
         with pytest.raises(ValueError, match="optimizer state"):
             opt.load_state_dict(bad)
     assert all(np.array_equal(opt.state_dict()[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_freezing_in_the_middle_changes_nothing_for_the_others(dtype):
+    """Their gradients, moments and masters are what they were."""
+    model, samples, _ = draw("dense", 21, dtype=dtype)
+    opt = orchvlm.AdamW(model, lr=1e-3)
+    for _ in range(2):
+        model.zero_grad()
+        model.forward(pack(samples))
+        model.backward()
+        opt.step()
+    assert "lr=0.001" in repr(opt) and "2 steps taken" in repr(opt)
+    before, grads = opt.state_dict(), {name: np.array(g) for name, g in model.grads.items()}
+    for change in (lambda: model.freeze("model.visual.*"), lambda: model.unfreeze("*")):
+        change()
+        after = opt.state_dict()
+        assert any(array.any() for key, array in after.items() if key.endswith("/exp_avg_sq"))
+        for key, array in after.items():
+            if key.startswith("model.visual."):
+                assert not array.any() or key.endswith("/master")
+            else:
+                assert np.array_equal(array, before[key])
+        for name in model.grads:
+            if not name.startswith("model.visual."):
+                assert np.array_equal(model.grads[name], grads[name])
 
 
 def test_frozen_parts_hold_no_moments():

@@ -130,11 +130,15 @@ def from_address(text, where):
     head, comma, body = text.partition(",")
     if not comma or not head.endswith(";base64"):
         raise DataError(f"{where}: a data: address must be 'data:TYPE;base64,...'")
+    return _decoded(body, "data:", f"{where}: the data: address")
+
+
+def _decoded(text, name, what):
     try:
-        content = base64.b64decode(body, validate=True)
+        content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise DataError(f"{where}: the data: address is not base64") from None
-    return Asset("data:", lambda: content)
+        raise DataError(f"{what} is not base64") from None
+    return Asset(name, lambda: content)
 
 
 def is_address(text):
@@ -149,10 +153,15 @@ def as_asset(source, what):
     if isinstance(source, (bytes, bytearray, memoryview)):
         content = bytes(source)
         return Asset(what, lambda: content)
-    if isinstance(source, dict) and isinstance(source.get("bytes"), bytes):  # as datasets keeps it
-        return as_asset(source["bytes"], what)
-    if isinstance(source, dict) and isinstance(source.get("path"), str):
-        return as_asset(source["path"], what)
+    if isinstance(source, dict):
+        name = source.get("path")
+        if source.get("array") is not None:  # a sound that is decoded already
+            return None
+        if isinstance(source.get("bytes"), bytes):  # as datasets keeps it
+            return as_asset(source["bytes"], name if isinstance(name, str) else what)
+        if isinstance(source.get("data"), str):  # as chats over the network carry sounds
+            return _decoded(source["data"], what, f"{what}: 'data'")
+        return None if name is None or isinstance(name, dict) else as_asset(name, what)
     if isinstance(source, str) and is_address(source):
         if source.startswith("file://"):
             return as_asset(Path(source[7:]), what)

@@ -14,6 +14,7 @@ WINDOW = 400       # samples of a Fourier window: 25 ms
 HOP = 160          # samples from one frame to the next: 10 ms
 MOST_SECONDS = 4 * 3600
 RATES = (1_000, 768_000)
+_UNKNOWN_BYTES = 0x7FFF0000
 
 
 def read_wav(source, name="sound"):
@@ -38,7 +39,8 @@ def read_wav(source, name="sound"):
     TypeError
         A source of another kind.
     DataError
-        A file that is no WAV, broken, compressed or empty.
+        A file that is no WAV, cut off, compressed or empty.  One written by a stream that never
+        filled in its length is read to its end.
 
     Examples
     --------
@@ -80,7 +82,11 @@ def _chunks(content, name):
         if tag == b"fmt ":
             form = content[start:start + min(size, 40)]
         elif tag == b"data":
-            # Streams that were never finished claim more than there is: what is there counts.
+            # A stream whose length was never filled in claims all that the field can hold, or
+            # nearly; any other length is that of the whole file.
+            if len(content) - start < size < _UNKNOWN_BYTES:
+                raise DataError(f"{name}: it breaks off behind {len(content) - start:,} of "
+                                f"{size:,} bytes of samples")
             return *_format(form, name), content[start:start + size]
         place = start + size + size % 2
     raise DataError(f"{name}: a WAV file without samples (no 'data' chunk)")
@@ -318,8 +324,10 @@ def load_sound(source, bins=128, name="sound"):
 
     Parameters
     ----------
-    source : path, bytes, Asset, (samples, rate), or {"array": samples, "sampling_rate": rate}
-        A WAV file, or samples with their rate as the Hub's data sets keep them.
+    source : path, bytes, Asset, (samples, rate), or dict
+        A WAV file, or samples with their rate; as the Hub's data sets keep them, ``{"array":
+        samples, "sampling_rate": rate}`` or ``{"path": ..., "bytes": ...}``, and as chats do,
+        ``{"data": base64}``.
     bins : int
         Mel filters.
     name : str
@@ -351,6 +359,8 @@ def load_sound(source, bins=128, name="sound"):
             if samples.ndim == 2:
                 samples = samples.mean(axis=np.argmin(samples.shape))
         else:
+            source = as_asset(source, name) or source
+            name = getattr(source, "name", name)
             samples, rate = read_wav(source, name)
         return log_mel(resample(samples, rate), bins)
     except DataError:

@@ -31,10 +31,11 @@ def read_messages(sample):
         parts ``{"type": "text", "text": ...}``, ``{"type": "image", "image": source}``,
         ``{"type": "image_url", "image_url": {"url": ...}}``, and so for video and audio.  A part
         without source, or a mark ``<image>`` inside a string, takes the next one of the sample's
-        ``images`` (``image``), ``videos`` or ``audios``.  Or ``conversations``: a list of
-        ``{"from": "human", "value": ...}``.  A message with ``weight`` scales its labels; 0 takes
-        them out.  A video part may say ``fps``, the frames per second to take, and, for a list or
-        folder of frames, ``sample_fps``, those that it has.
+        ``images`` (``image``), ``videos`` or ``audios``; where the sample has no such list, a mark
+        is text.  Or ``conversations``: a list of ``{"from": "human", "value": ...}``.  A message
+        with ``weight`` scales its labels; 0 takes them out.  A video part may say ``fps``, the
+        frames per second to take, and, for a list or folder of frames, ``sample_fps``, those that
+        it has.  Calls of tools are refused; other fields of a message are not read.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def read_messages(sample):
         raise DataError(f"{where}: needs 'messages' or 'conversations', a list that is not empty; "
                         f"fields: {', '.join(map(str, sample))[:80]}")
     waiting = {medium: _listed(sample, medium) for medium in MEDIA}
-    given = {medium: len(sources) for medium, sources in waiting.items()}
+    given = {medium: len(sources or ()) for medium, sources in waiting.items()}
     messages = [_message(turn, f"{where}, message {k}", waiting) for k, turn in enumerate(turns)]
     for medium in MEDIA:
         if waiting[medium]:
@@ -75,10 +76,10 @@ def read_messages(sample):
 
 
 def _listed(sample, medium):
-    """The sample's own list of media, to be taken from the front."""
+    """The sample's own list of media, to be taken from the front; None where it has no list."""
     value = sample.get(medium + "s", sample.get(medium))
     if value is None:
-        return []
+        return None
     if isinstance(value, (list, tuple)) and not (
             medium == "audio" and isinstance(value, tuple)):  # (samples, rate) is one sound
         return list(value)
@@ -91,6 +92,9 @@ def _message(turn, where, waiting):
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r:.40}; known: {', '.join(ROLES)}")
+    for call in ("tool_calls", "function_call"):
+        if turn.get(call):  # an answer without them would be learned as an empty one
+            raise DataError(f"{where}: {call!r} is not read; write the call into 'content'")
     content = turn.get("content", turn.get("value"))
     message = Message(ROLES[role], weight=_weight(turn.get("weight"), where))
     if isinstance(content, str):
@@ -128,10 +132,10 @@ def _next(medium, where, waiting):
 
 
 def _marked(text, where, waiting):
-    """Cuts a string at its marks; a mark that no list answers is plain text."""
+    """Cuts a string at its marks; those of a medium that the sample has no list of are text."""
     parts, place = [], 0
     for match in _MARK.finditer(text):
-        if not waiting[match[1]]:
+        if waiting[match[1]] is None:
             continue
         if match.start() > place:
             parts.append(("text", text[place:match.start()]))
@@ -159,7 +163,7 @@ def _part(part, where, waiting):
         medium = kind.removeprefix("input_").removesuffix("_url")
     if not isinstance(kind, str) or medium not in MEDIA:
         raise DataError(f"{where}: unknown type {kind!r:.40}; known: text, {', '.join(MEDIA)}")
-    for key in (medium, kind, "url", "path", "data", "bytes"):
+    for key in (medium, kind, f"{medium}_url", "url", "path", "data", "bytes"):
         source = part.get(key)
         if isinstance(source, dict) and "url" in source:
             source = source["url"]

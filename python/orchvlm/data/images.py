@@ -370,13 +370,15 @@ class ImageRule:
         fewest = min(self.min_pixels if min_pixels is None else min_pixels, most)
         return smart_resize(height, width, self.factor, fewest, most, self.least)
 
-    def __call__(self, picture):
+    def __call__(self, picture, name="image"):
         """The patches of one picture.
 
         Parameters
         ----------
         picture : uint8[height, width, 3]
             As :func:`load_image` returns it.
+        name : str
+            What messages call it.
 
         Returns
         -------
@@ -391,7 +393,7 @@ class ImageRule:
         try:
             size = self.size(*picture.shape[:2])
         except ValueError as error:
-            raise DataError(f"image: {error}") from None
+            raise DataError(f"{name}: {error}") from None
         return self.patches(np.repeat(self.resized(picture, size)[None], self.temporal_size, 0))
 
     def resized(self, picture, size):

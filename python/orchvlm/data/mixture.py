@@ -2,6 +2,7 @@
 """
 import hashlib
 import math
+import warnings
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..inputs import Inputs
 from .assets import DataError
 
 MASK = 2**64 - 1
+MOST_SKIPPED = 1000  # samples in a row: so many are no accident, but a wrong folder or format
 
 
 def _mixed(*numbers):
@@ -37,7 +39,7 @@ class _Part:
                             f"{type(data).__name__}")
         self.size = len(data) if self.indexed and hasattr(data, "__len__") else None
         if self.size == 0:
-            raise DataError(f"datasets[{number}] is empty")
+            raise DataError(f"datasets[{number}] is empty: {data!r:.200}")
         self._epoch, self._order, self._stream = None, None, None
 
     def next(self, read=True):
@@ -89,7 +91,13 @@ class _Part:
                             f"to go on behind sample {skip}; give something that can")
         while True:
             stream, seen = iter(self.data), 0
-            while seen < skip and next(stream, None) is not None:
+            while seen < skip:
+                try:
+                    next(stream)
+                except StopIteration:
+                    break
+                except DataError:  # it was drawn as well
+                    pass
                 seen += 1
             if seen == skip:
                 return stream
@@ -171,14 +179,18 @@ class Mixture:
         return self._draw(True)
 
     def skip(self):
-        """Passes over the next sample, which is not read where its data set is a sequence.
+        """Passes over the next sample, which is not read where its data set is a sequence; whether
+        it can be used is for another one to find.
 
         Raises
         ------
         StopIteration
             There is none.
         """
-        self._draw(False)
+        try:
+            self._draw(False)
+        except DataError:
+            pass
 
     def _part(self, k):
         """Which data set the k-th sample is of."""
@@ -283,8 +295,9 @@ class Loader:
 
     Notes
     -----
-    :attr:`skipped` counts the samples left out.  The state is that of the source before the first
-    sample of the next pack, so that a resumed run yields the very same packs.
+    :attr:`skipped` counts the samples left out; a warning says what is wrong with the first, and a
+    thousand in a row end it with what is wrong with the last.  The state is that of the source
+    before the first sample of the next pack, so that a resumed run yields the very same packs.
 
     Examples
     --------
@@ -313,7 +326,7 @@ class Loader:
             raise ValueError(f"too_long must be 'raise' or 'skip'; got {too_long!r}")
         self._source, self.processor = source, processor
         self.max_tokens, self.max_patches, self.too_long = max_tokens, max_patches, too_long
-        self.skipped = 0
+        self.skipped, self._told = 0, False
         self._waiting = None                 # the sample that did not fit into the last pack
         self._state = source.state_dict()    # before it
         self._skipped_before = 0             # and how many were skipped up to there
@@ -339,6 +352,7 @@ class Loader:
 
     def _next_fitting(self, may_end):
         """The next sample that fits an empty pack; None at the source's end, behind others."""
+        in_a_row = 0
         while True:
             self._state, self._skipped_before = self._source.state_dict(), self.skipped
             try:
@@ -347,10 +361,21 @@ class Loader:
                 if may_end:
                     return None
                 raise
-            except DataError:
+            except DataError as error:
                 if self.too_long == "raise":
                     raise
+                self._warn(error)
                 self.skipped += 1
+                in_a_row += 1
+                if in_a_row == MOST_SKIPPED:
+                    raise DataError(f"{in_a_row:,} samples in a row cannot be used; the last: "
+                                    f"{error}") from None
+
+    def _warn(self, error):
+        """Says why the first sample is left out."""
+        if not self._told:
+            warnings.warn(f"a sample that cannot be used is left out: {error}", stacklevel=2)
+            self._told = True
 
     def _fitting(self, sample):
         inputs = self.processor.one(sample)

@@ -7,7 +7,7 @@ import numpy as np
 
 from .._files import write_whole
 from ..inputs import IGNORED, Inputs
-from .assets import DataError, read_file
+from .assets import DataError, as_asset, read_file
 from .audio import audio_tokens, load_sound
 from .chat import CHATML, Template, encode_bytes, encode_template, read_messages
 from .images import ImageRule, load_image
@@ -334,6 +334,7 @@ class Processor:
         return Inputs(**fields)
 
     def _medium(self, kind, source, options):
+        source = as_asset(source, kind) or source
         try:
             return getattr(self, f"_{kind}")(source, options)
         except KeyError as error:
@@ -346,7 +347,7 @@ class Processor:
         return name
 
     def _image(self, source, options):
-        rows, grid = self.images(load_image(source))
+        rows, grid = self.images(_loaded(load_image, source), getattr(source, "name", "image"))
         markup = [(self._name("<|vision_start|>"), 1),
                   (self._name("<|image_pad|>"), self.images.tokens(grid)),
                   (self._name("<|vision_end|>"), 1)]
@@ -376,7 +377,10 @@ class Processor:
         return _Medium("video", rows, grid, markup, [self._block(frame)] * grid[0])
 
     def _audio(self, source, options):
-        mel = load_sound(source, self.mel_bins)
+        if self.family != "qwen3_omni_moe":
+            raise DataError(f"{getattr(source, 'name', 'sound')}: {self.family} has no audio "
+                            "encoder")
+        mel = _loaded(load_sound, source, self.mel_bins)
         markup = [(self._name("<|audio_start|>"), 1),
                   (self._name("<|audio_pad|>"), audio_tokens(len(mel))),
                   (self._name("<|audio_end|>"), 1)]
@@ -411,6 +415,14 @@ class Processor:
     def __repr__(self):
         return (f"<Processor: {self.family}, patches of {self.images.patch_size}, "
                 f"{self.tokenizer!r}>")
+
+
+def _loaded(load, source, *options):
+    """A medium; one of a kind that ``load`` does not take is the sample's fault."""
+    try:
+        return load(source, *options)
+    except TypeError as error:
+        raise DataError(str(error)) from None
 
 
 def _built_in(text_config):

@@ -11,6 +11,7 @@ PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "ppm"}
 SOUNDS = {"wav"}
 VIDEOS = {"mp4", "webm", "mkv", "avi", "mov"}
 TEXTS = {"txt", "text", "caption"}
+_BROKEN = (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, KeyError)
 
 
 class TarShards:
@@ -38,7 +39,9 @@ class TarShards:
     Notes
     -----
     Nothing is written to disk.  The shards are read front to back; :meth:`stream` skips what was
-    seen before, so that a run can go on where it stopped.
+    seen before, so that a run can go on where it stopped.  Behind a sample that cannot be used, or
+    a shard that breaks off, iteration goes on.  What macOS adds to archives (``._1.png``) is passed
+    over.
 
     Examples
     --------
@@ -80,33 +83,31 @@ class TarShards:
         skip : int
             Samples to pass over; their headers are read and their contents are not.
 
-        Yields
-        ------
-        dict
-            Samples with ``id``.
+        Returns
+        -------
+        iterator of dict
+            Samples with ``id``.  DataError comes out of it in the place of one that cannot be used;
+            the next one stands behind that.
         """
-        for path in self.paths:
-            for key, members in self._groups(path):
-                if skip > 0:
-                    skip -= 1
-                    continue
-                files = {name: content() for name, content in members.items()}
-                yield self._sample(key, files, f"{path}, {key}")
+        return _Samples(self, skip)
 
     def _groups(self, path):
-        """(key, {suffix: reader}) of neighbours; a reader works until the next group is asked."""
+        """(key, {suffix: reader}) of neighbours, or (key, DataError); a reader works until the next
+        group is asked."""
+        key, members = None, {}
         try:
             with tarfile.open(path, "r:*") as tar:
-                key, members = None, {}
                 for member in tar:
-                    if member.isdir():
+                    try:
+                        this, suffix = self._named(member, path)
+                    except DataError as error:  # of this member alone
+                        if members:
+                            yield key, members
+                        yield member.name, error
+                        key, members = None, {}
                         continue
-                    name = self._checked(member, path)
-                    folder, _, base = name.rpartition("/")
-                    stem, dot, suffix = base.partition(".")
-                    this = f"{folder}/{stem}" if folder else stem
-                    if not dot or not stem:
-                        raise DataError(f"{path}: member {name[:80]!r} has no stem and suffix")
+                    if suffix is None:
+                        continue
                     if this != key and members:
                         yield key, members
                         members = {}
@@ -114,10 +115,21 @@ class TarShards:
                     members[suffix.lower()] = _Reader(tar, member, path)
                 if members:
                     yield key, members
-        except DataError:
-            raise
-        except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, KeyError) as error:
-            raise DataError(f"{path}: broken archive ({str(error)[:80]})") from None
+        except _BROKEN as error:
+            yield key, _broken(path, error)
+
+    def _named(self, member, path):
+        """(what neighbours share, suffix or None) of a member that is read, or passed over."""
+        if member.isdir():
+            return None, None
+        name = self._checked(member, path)
+        folder, _, base = name.rpartition("/")
+        if base.startswith("._"):
+            return None, None
+        stem, dot, suffix = base.partition(".")
+        if not dot or not stem:
+            raise DataError(f"{path}: member {name[:80]!r} has no stem and suffix")
+        return f"{folder}/{stem}" if folder else stem, suffix
 
     @staticmethod
     def _checked(member, path):
@@ -160,6 +172,38 @@ class TarShards:
 
     def __repr__(self):
         return f"<TarShards: {len(self.paths)} shards>"
+
+
+def _broken(path, error):
+    reason = str(error).partition("\n")[0].rstrip(":")
+    return DataError(f"{path}: broken archive ({reason[:80]})")
+
+
+class _Samples:
+    """What is left of some shards; an error ends none but its own sample."""
+
+    def __init__(self, shards, skip):
+        self._shards, self._skip = shards, skip
+        self._groups = ((path, *group) for path in shards.paths for group in shards._groups(path))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        for path, key, members in self._groups:
+            if self._skip > 0:
+                self._skip -= 1
+                continue
+            if isinstance(members, DataError):
+                raise members
+            try:
+                files = {name: content() for name, content in members.items()}
+            except DataError:
+                raise
+            except _BROKEN as error:
+                raise _broken(path, error) from None
+            return self._shards._sample(key, files, f"{path}, {key}")
+        raise StopIteration
 
 
 class _Reader:

@@ -224,6 +224,7 @@ def test_keys_that_change_nothing(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {
         "peft_version": "0.21.2", "init_lora_weights": "gaussian", "loftq_config": {},
+        "exclude_modules": ["lm_head"],
         "megatron_core": "megatron.core", "qalora_group_size": 16, "use_bdlora": False}))
     again = draw_model([SEED, 8], model.config, threads=1)
     again.load_adapter(tmp_path)

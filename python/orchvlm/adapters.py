@@ -27,9 +27,9 @@ _LATER = dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "monteclora
 # were started or quantised is over.  Not init_lora_weights: some starts change the base.
 _KNOWN = {*_NEUTRAL, *_LATER, "r", "lora_alpha", "use_rslora", "init_lora_weights",
           "target_modules", "exclude_modules", "base_model_name_or_path", "inference_mode",
-          "task_type", "revision", "auto_mapping", "peft_version", "layers_to_transform", "layers_pattern",
-          "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config",
-          "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
+          "task_type", "revision", "auto_mapping", "peft_version", "layers_to_transform",
+          "layers_pattern", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+          "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
 

@@ -114,7 +114,10 @@ def test_fresh_adapters_change_nothing_and_train_alone(dtype):
     inputs = pack(draw_samples(rng, config))
     before = model.state_dict()
     loss = model.forward(inputs, training=False).loss
+    early = orchvlm.AdamW(model, lr=1e-2)
     model.add_lora(r=2)
+    with pytest.raises(ValueError, match="before the model's adapters"):
+        early.step()
     assert model.forward(inputs, training=False).loss == loss
     opt = orchvlm.AdamW(model, lr=1e-2)
     step(model, inputs)

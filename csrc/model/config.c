@@ -142,14 +142,23 @@ static ovlm_status check_decoder(const ovlm_decoder_config *c, ovlm_err *err)
                          "%lld, %lld and %lld", (long long)c->heads, (long long)c->kv_heads,
                          (long long)c->head_dim);
     }
+    if (c->rotary < 2 || c->rotary > c->head_dim || c->rotary % 2 != 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "decoder: the elements of a head that turn must be even and in [2, %lld]; "
+                         "got %lld", (long long)c->head_dim, (long long)c->rotary);
+    }
+    if (c->act <= OVLM_ACT_NONE || c->act > OVLM_ACT_SILU) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "decoder: act must be one of ovlm_act, not none; got %d",
+                         (int)c->act);
+    }
     int64_t sections = 0;
     for (int i = 0; i < OVLM_AXES; i++) {
         sections += c->section[i] < 0 ? -SIZE_MOST : c->section[i];
     }
-    if (sections != c->head_dim / 2) {
+    if (sections != c->rotary / 2) {
         return OVLM_FAIL(err, OVLM_E_ARG,
-                         "decoder: the M-RoPE sections must sum to head_dim/2 = %lld; got %lld",
-                         (long long)(c->head_dim / 2), (long long)sections);
+                         "decoder: the M-RoPE sections must sum to half of the elements that turn, "
+                         "%lld; got %lld", (long long)(c->rotary / 2), (long long)sections);
     }
     if (!(c->eps > 0) || !(c->theta > 1)) {
         return OVLM_FAIL(err, OVLM_E_ARG, "decoder: eps must be > 0 and theta > 1; got %g and %g",

@@ -49,10 +49,12 @@ typedef struct ovlm_decoder_config {
     int64_t first_dense;          /* layers before this one are dense                           */
     int64_t sparse_step;          /* layer l has experts when (l + 1) % sparse_step is 0        */
     int64_t teams, limit;         /* group-limited routing; teams 1: none                       */
+    int64_t rotary;               /* elements of a head that turn, from the first on            */
     int64_t section[OVLM_AXES];   /* M-RoPE: frequencies of time, height, width                 */
     bool interleaved_sections;    /* axes alternate (Qwen3-VL), or stand one after the other    */
     bool qkv_bias, out_bias, qk_norm, tied; /* biases of the attention's products */
     bool sigmoid_router, normalise_router, expert_kn; /* expert weights [E,C,F] as Qwen3-VL-MoE */
+    ovlm_act act;                 /* of gated layers: dense, experts, shared                    */
     double router_scale, aux_coef;
     double eps, theta;
 } ovlm_decoder_config;

@@ -116,9 +116,9 @@ static ovlm_status prepare_context(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_
     const ovlm_tokens *tokens = &pass->tokens;
     float frequency[OVLM_ROPE_MOST];
     int32_t axis[OVLM_ROPE_MOST];
-    int64_t half = c->head_dim / 2;
+    int64_t half = c->rotary / 2;
     for (int64_t i = 0; i < half; i++) {
-        frequency[i] = (float)(1.0 / pow(c->theta, 2.0 * (double)i / (double)c->head_dim));
+        frequency[i] = (float)(1.0 / pow(c->theta, 2.0 * (double)i / (double)c->rotary));
         axis[i] = axis_of(c, i);
     }
     void *position = NULL, *start = NULL;

@@ -339,7 +339,7 @@ static void add_decoder_block(builder *b, ovlm_block *block, int64_t number)
     *block = (ovlm_block){.width = c->width, .heads = c->heads, .kv_heads = c->kv_heads,
                           .head_dim = c->head_dim, .hidden = sparse ? c->expert_hidden : c->hidden,
                           .rms = true, .causal = true, .gated = true, .qk_norm = c->qk_norm,
-                          .eps = c->eps, .act = OVLM_ACT_SILU, .moe = sparse ? c : NULL};
+                          .eps = c->eps, .act = c->act, .moe = sparse ? c : NULL};
     add_one(b, &block->norm1, OVLM_PARAM_NORM, 0, c->width, prefix, "input_layernorm", ".weight");
     add_attention(b, block, prefix);
     add_one(b, &block->norm2, OVLM_PARAM_NORM, 0, c->width, prefix,

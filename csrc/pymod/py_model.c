@@ -95,18 +95,18 @@ static ovlm_model_config config_of(const int64_t *i, const double *f)
                     .qkv_bias = i[44] != 0, .qk_norm = i[45] != 0, .tied = i[46] != 0,
                     .sigmoid_router = i[47] != 0, .normalise_router = i[48] != 0,
                     .expert_kn = i[49] != 0,
-                    .out_bias = i[50] != 0, .eps = f[2], .theta = f[3], .router_scale = f[4],
-                    .aux_coef = f[5]},
-        .audio = {.depth = i[51], .width = i[52], .heads = i[53], .hidden = i[54], .bins = i[55],
-                  .channels = i[56], .chunk = i[57], .window = i[58], .out_width = i[59],
-                  .act = (ovlm_act)i[60], .eps = f[6]}};
+                    .out_bias = i[50] != 0, .rotary = i[51], .act = (ovlm_act)i[52],
+                    .eps = f[2], .theta = f[3], .router_scale = f[4], .aux_coef = f[5]},
+        .audio = {.depth = i[53], .width = i[54], .heads = i[55], .hidden = i[56], .bins = i[57],
+                  .channels = i[58], .chunk = i[59], .window = i[60], .out_width = i[61],
+                  .act = (ovlm_act)i[62], .eps = f[6]}};
     for (int k = 0; k < OVLM_DEEPSTACK_MOST; k++) {
         c.vision.deepstack[k] = i[17 + k];
     }
     return c;
 }
 
-enum { CONFIG_INTS = 61, CONFIG_FLOATS = 7 };
+enum { CONFIG_INTS = 63, CONFIG_FLOATS = 7 };
 
 int ovlm_arg_config(PyObject *ints, PyObject *floats, ovlm_model_config *config)
 {

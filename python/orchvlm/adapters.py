@@ -19,17 +19,17 @@ _NEUTRAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_
             "lora_dropout": 0.0, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
             "lora_bias": False, "layer_replication": None, "trainable_token_indices": None,
             "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None,
-            "exclude_modules": None, "megatron_config": None}
+            "megatron_config": None}
 # The same of later versions of PEFT; not written, as earlier ones refuse them.
 _LATER = dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
                         "velora_config"))
 # Read, or of no account for what stored adapters compute: tensors name the modules, and how they
 # were started or quantised is over.  Not init_lora_weights: some starts change the base.
 _KNOWN = {*_NEUTRAL, *_LATER, "r", "lora_alpha", "use_rslora", "init_lora_weights",
-          "target_modules", "base_model_name_or_path", "inference_mode", "task_type", "revision",
-          "auto_mapping", "peft_version", "layers_to_transform", "layers_pattern",
-          "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config",
-          "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
+          "target_modules", "exclude_modules", "base_model_name_or_path", "inference_mode",
+          "task_type", "revision", "auto_mapping", "peft_version", "layers_to_transform",
+          "layers_pattern", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+          "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 
 

@@ -338,7 +338,7 @@ def _decoder_blocks(config, trained, ranks):
     t, made = config.text, []
     common = {"width": t["hidden_size"], "heads": t["num_attention_heads"],
               "kv_heads": t["num_key_value_heads"], "head_dim": t["head_dim"], "gated": True,
-              "qk_norm": True}
+              "qk_norm": config.qk_norm}
     for i, sparse in enumerate(config.sparse_layers):
         own = {"hidden": t["moe_intermediate_size"], "experts": t["num_experts"],
                "k": t["num_experts_per_tok"],
@@ -357,7 +357,7 @@ def _decoder_forward(config, blocks, tokens, mixed, lowest, run):
         stream = _Stream(row)
         stream.next(run, first <= 0)
         run.at(first < 0).stack.take(*(4 * tokens,) * (1 + mixed))
-        run.at(first < len(blocks)).stack.take(12 * tokens, 4 * tokens * config.text["head_dim"])
+        run.at(first < len(blocks)).stack.take(12 * tokens, 4 * tokens * config.rotary)
         run.stack.take(8 * tokens)
         for i, block in enumerate(blocks):
             stream.next(run, first <= i + 1)

@@ -89,10 +89,12 @@ _ROPE = {"rope_type": _ROPE_TYPE, "type": _ROPE_TYPE, "rope_theta": _ABOVE_0,
          "partial_rotary_factor": _only(1), "mrope_interleaved": _FLAG, "interleaved": _ANY,
          "mrope_section": _list("a list of three whole numbers >= 0", lambda value: len(
              value) == 3 and _COUNTS.holds(value))}
+_SHARE = _Rule("a number above 0, at most 1", lambda value: _ABOVE_0.holds(value) and value <= 1)
+_ROPE_SEED = {**_ROPE, "partial_rotary_factor": _SHARE}
 _TEXT = {
     **_EVERYWHERE, "vocab_size": _SIZE, "hidden_size": _SIZE, "intermediate_size": _SIZE,
     "num_hidden_layers": _LAYERS, "num_attention_heads": _SIZE, "num_key_value_heads": _SIZE,
-    "head_dim": _SIZE, "rms_norm_eps": _ABOVE_0, "hidden_act": _only("silu"),
+    "head_dim": _SIZE, "rms_norm_eps": _ABOVE_0, "hidden_act": _ACT,
     "attention_bias": _FLAG, "rope_theta": _ABOVE_0, "rope_scaling": _PART,
     "rope_parameters": _PART, "max_position_embeddings": _ANY,
     "use_qk_norm": _only(True), "is_causal": _only(True), "sliding_window": _only(None),
@@ -108,7 +110,7 @@ _SEED = {
     **_SPARSE, "scoring_func": _Rule("'softmax' or 'sigmoid'", lambda value: isinstance(
         value, str) and value in ("softmax", "sigmoid")), "n_group": _SIZE, "topk_group": _SIZE,
     "routed_scaling_factor": _ABOVE_0, "shared_expert_intermediate_size": _COUNT,
-    "first_k_dense_replace": _COUNT}
+    "first_k_dense_replace": _COUNT, "use_qk_norm": _FLAG}
 _VISION = {
     **_EVERYWHERE, "depth": _LAYERS, "hidden_size": _SIZE, "intermediate_size": _SIZE,
     "num_heads": _SIZE, "patch_size": _SIZE, "spatial_merge_size": _SIZE, "in_channels": _SIZE,
@@ -185,8 +187,10 @@ def checked(values, family):
             raise ConfigError(f"config: {name} missing" if part is None else
                               f"config: {name} must be an object; got {part!r:.60}")
         _check(part, rules, name or "config")
+    # Qwen's classes do not read the part of a head that turns.
+    rules = _ROPE_SEED if family == "seed1_5_vl" else _ROPE
     for key in ("rope_scaling", "rope_parameters"):
-        _check(values["text_config"].get(key) or {}, _ROPE, f"text_config: {key}")
+        _check(values["text_config"].get(key) or {}, rules, f"text_config: {key}")
     values = _filled(values, family)
     for name, keys in _NEEDED.items():
         missing = [key for key in keys if values.get(name, {}).get(key) is None]
@@ -223,9 +227,12 @@ def expert_layers(layers, step, dense_first):
 
 
 def rope(text):
-    """(theta, M-RoPE sections or None, interleaved) from any version's spelling."""
+    """(theta, M-RoPE sections or None, interleaved, part of a head that turns) from any version's
+    spelling."""
     found = text.get("rope_scaling") or text.get("rope_parameters") or {}
     theta = found.get("rope_theta") or text.get("rope_theta")
     if theta is None:
         raise ConfigError("text_config: rope_theta missing")
-    return float(theta), found.get("mrope_section"), bool(found.get("mrope_interleaved"))
+    part = found.get("partial_rotary_factor")
+    return (float(theta), found.get("mrope_section"), bool(found.get("mrope_interleaved")),
+            1.0 if part is None else float(part))

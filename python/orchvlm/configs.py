@@ -19,7 +19,7 @@ _DEEPSTACK_MOST = 8  # of the C core
 # What a family has whatever its config.json says.  transformers' classes read neither
 # mrope_interleaved nor, of Qwen3-VL, norm_topk_prob.
 _QWEN = {"patch_bias": True, "final_norm": False, "merger": "norm_concat", "vision_eps": 1e-6,
-         "qk_norm": True, "out_bias": True, "interleaved": True}
+         "out_bias": True, "interleaved": True}
 _FAMILY = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": {**_QWEN, "norm_topk": True},
@@ -27,7 +27,7 @@ _FAMILY = {
     # The report does not state these; they are read as in ERNIE-4.5-VL's tower, which has the
     # same shape (no bias of the patch embedding, a last LayerNorm), and Qwen3's decoder.
     "seed1_5_vl": {"patch_bias": False, "final_norm": True, "merger": "pool",
-                   "vision_eps": 1e-6, "qk_norm": True, "out_bias": True},
+                   "vision_eps": 1e-6, "out_bias": True},
 }
 _SECTIONS = (24, 20, 20)  # of transformers' classes, whatever the head's size
 
@@ -134,6 +134,16 @@ class ModelConfig:
                                     self.text.get("tie_word_embeddings", False)))
 
     @property
+    def qk_norm(self):
+        """Whether the decoder's queries and keys are normalised, head by head."""
+        return self.text.get("use_qk_norm", True)
+
+    @property
+    def rotary(self):
+        """Elements of a head that positions turn, from the first on."""
+        return int(self.text["head_dim"] * rope(self.text)[3])
+
+    @property
     def sparse(self):
         """Whether the decoder has experts."""
         return bool(self.text.get("num_experts"))
@@ -202,10 +212,11 @@ class ModelConfig:
 
     def _text_numbers(self):
         t, family = self.text, _FAMILY[self.family]
-        theta, sections, interleaved = rope(t)
+        theta, sections, interleaved, _ = rope(t)
+        half = self.rotary // 2
         if family.get("interleaved"):
             interleaved = True
-            sections = _interleaved(sections or _SECTIONS, t["head_dim"] // 2)
+            sections = _interleaved(sections or _SECTIONS, half)
         experts = t.get("num_experts", 0)
         for key in ("num_experts_per_tok", "moe_intermediate_size"):
             if experts and key not in t:
@@ -215,11 +226,12 @@ class ModelConfig:
                 experts, t.get("num_experts_per_tok", 1), t.get("moe_intermediate_size", 1),
                 t.get("shared_expert_intermediate_size", 0), self._dense_first(),
                 t.get("decoder_sparse_step", 1), t.get("n_group", 1), t.get("topk_group", 1),
-                *(sections or (t["head_dim"] // 2, 0, 0)), interleaved,
-                t.get("attention_bias", False), family["qk_norm"], self.tied,
+                *(sections or (half, 0, 0)), interleaved,
+                t.get("attention_bias", False), self.qk_norm, self.tied,
                 t.get("scoring_func") == "sigmoid",
                 family.get("norm_topk", t.get("norm_topk_prob", True)), True,
-                t.get("attention_bias", False) and family["out_bias"]]
+                t.get("attention_bias", False) and family["out_bias"], self.rotary,
+                ACTS[t.get("hidden_act", "silu")]]
         return ints, [t["rms_norm_eps"], theta, t.get("routed_scaling_factor", 1.0),
                       t.get("router_aux_loss_coef", 0.001) if experts else 0.0]
 
@@ -237,7 +249,7 @@ class ModelConfig:
 
         Returns
         -------
-        ints : int64[61]
+        ints : int64[63]
         floats : float64[7]
 
         Raises

@@ -38,6 +38,13 @@ class Output:
     loss, n_target_tokens, aux_loss, router_counts, weight_sum, hidden_states, vision_states
         As above.
 
+    Notes
+    -----
+    :meth:`Model.forward` waits for its pass and reads all of this: fields are plain numbers that no
+    later call changes.  On the CPU, where an operation is done when it was called, nothing is lost
+    by that.  In the core a forward ends when its work is on the queue, behind the pass before, the
+    figures stay on the device, and reading them waits.
+
     Examples
     --------
     >>> import orchvlm

@@ -108,10 +108,18 @@ class AdamW:
         -------
         dict
             ``grad_norm`` before clipping, ``clip`` (factor), ``skipped`` (bool).
+
+        Raises
+        ------
+        ValueError
+            A rate out of range; the model has other adapters than when the optimizer was made.
         """
         rate = self.lr if lr is None else finite_number(lr, "lr", 0)
         factor = rate / self._first if self._first else 1.0
         rates = np.where(np.isnan(self._rates), rate, self._rates * factor)
+        if len(rates) != len(self.model._list):
+            raise ValueError("this optimizer was made before the model's adapters came or went; "
+                             "make another one")
         shard = self.model.shard
         core = self.model._core if shard is None else shard._core
         norm, clip, bad = core.adamw(rates, self._decay, *self.betas, self.eps,

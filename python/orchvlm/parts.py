@@ -44,7 +44,7 @@ def _language(config):
     t = config.text
     width, head, layers = t["hidden_size"], t["head_dim"], t["num_hidden_layers"]
     heads, kv = t["num_attention_heads"], t["num_key_value_heads"]
-    attention = 2 * width * head * (heads + kv) + 2 * head
+    attention = 2 * width * head * (heads + kv) + 2 * head * config.qk_norm
     if t.get("attention_bias"):
         attention += head * (heads + 2 * kv) + width
     sparse, table = sum(config.sparse_layers), t["vocab_size"] * width

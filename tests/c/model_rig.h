@@ -19,6 +19,7 @@ static inline ovlm_model_config rig_qwen(bool sparse)
                    .merger = OVLM_MERGE_NORM_CONCAT, .act = OVLM_ACT_GELU_TANH,
                    .merger_act = OVLM_ACT_GELU_ERF, .eps = 1e-6, .theta = 1e4},
         .decoder = {.depth = 2, .width = WIDTH, .heads = 4, .kv_heads = 2, .head_dim = 8,
+                    .rotary = 8, .act = OVLM_ACT_SILU,
                     .vocab = VOCAB, .hidden = 26, .k = 1, .expert_hidden = 1, .sparse_step = 1,
                     .teams = 1, .limit = 1, .section = {2, 1, 1}, .interleaved_sections = true,
                     .qk_norm = true, .tied = true, .normalise_router = true, .expert_kn = true,
@@ -47,6 +48,10 @@ static inline ovlm_model_config rig_seed(void)
     c.decoder.first_dense = 1;
     c.decoder.sigmoid_router = true;
     c.decoder.qk_norm = false;
+    c.decoder.act = OVLM_ACT_GELU_TANH;
+    c.decoder.rotary = 4;
+    c.decoder.section[0] = c.decoder.section[1] = 1;
+    c.decoder.section[2] = 0;
     c.decoder.qkv_bias = true;
     c.decoder.router_scale = 1.7;
     c.decoder.aux_coef = 0;

@@ -22,7 +22,8 @@ def _text(rng, sparse):
         "num_hidden_layers": int(rng.integers(2, 5)),
         "num_attention_heads": kv * int(rng.integers(1, 4)),
         "num_key_value_heads": kv, "head_dim": head_dim, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu", "attention_bias": bool(not sparse and rng.random() < 0.3),
+        "hidden_act": str(rng.choice(["silu", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])),
+        "attention_bias": bool(not sparse and rng.random() < 0.3),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     if sparse:
         experts = int(rng.integers(2, 17))
@@ -73,7 +74,10 @@ def draw_config(rng, sparse):
 def draw_seed_config(rng, sparse):
     """Seed1.5-VL's; with experts: sigmoid routing in groups, a shared expert, a dense layer."""
     text = _text(rng, sparse)
-    text["num_hidden_layers"] = 2
+    text |= {"num_hidden_layers": 2, "use_qk_norm": bool(rng.random() < 0.5)}
+    if (turned := 2 * int(rng.integers(1, text["head_dim"] // 2 + 1))) < text["head_dim"]:
+        # Rounded down by those who read it.
+        text["rope_parameters"]["partial_rotary_factor"] = (turned + 0.5) / text["head_dim"]
     if sparse:
         groups = int(rng.integers(1, 4))
         taken = int(rng.integers(1, groups + 1))

@@ -25,12 +25,12 @@ def _decoder(t, tied):
     config = Glm4MoeConfig(
         **{key: t[key] for key in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "attention_bias")},
-        rope_parameters={"rope_type": "default", "partial_rotary_factor": 1.0,
-                         "rope_theta": t["rope_parameters"]["rope_theta"]},
-        use_qk_norm=True, tie_word_embeddings=tied, n_routed_experts=t.get("num_experts") or 2,
+            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "attention_bias",
+            "hidden_act", "use_qk_norm")},
+        rope_parameters={"partial_rotary_factor": 1.0, **t["rope_parameters"]},
+        tie_word_embeddings=tied, n_routed_experts=t.get("num_experts") or 2,
         num_experts_per_tok=t.get("num_experts_per_tok", 1), n_group=t.get("n_group", 1),
-        topk_group=t.get("topk_group", 1), norm_topk_prob=True,
+        topk_group=t.get("topk_group", 1), norm_topk_prob=t.get("norm_topk_prob", True),
         moe_intermediate_size=t.get("moe_intermediate_size", 4),
         n_shared_experts=shared // t["moe_intermediate_size"] if sparse else 1,
         routed_scaling_factor=t.get("routed_scaling_factor", 1.0),

@@ -1,8 +1,10 @@
 """Folders and files of weights: round trips, what is refused, and bytes from nowhere."""
 import json
 import os
+import re
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import orchvlm
 from model_cases import draw_config, draw_model, draw_seed_config
 from omni_cases import draw_omni_config
+from orchvlm import config_keys
 from orchvlm.checkpoint import SafeTensors, narrowed, open_folder, widened, write_folder
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
@@ -300,6 +303,41 @@ def test_switches_that_are_not_computed_are_refused(part, change, words):
         orchvlm.Model(config)
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def _docs_rows(title, columns):
+    """Rows of the table under a heading of the page on models."""
+    if not DOCS.exists():
+        pytest.skip("no docs here")
+    body = DOCS.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in body.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and all(len(row) == columns for row in rows), title
+    return rows[2:]
+
+
+def test_what_the_docs_call_refused():
+    rng = np.random.default_rng(SEED)
+    for key, part, value, _ in _docs_rows("Refused", 4):
+        key, part, value = key.strip("`"), part.strip("`"), json.loads(value.strip("`"))
+        for config in (draw_config(rng, False), draw_config(rng, True), draw_omni_config(rng),
+                       draw_seed_config(rng, True)):
+            orchvlm.ModelConfig(config)
+            (config if part == "the top" else config[part])[key] = value
+            with pytest.raises(ValueError, match=f"{key}.* got "):
+                orchvlm.ModelConfig(config)
+
+
+def test_what_the_docs_call_computed():
+    parts, families = {"v": "vision_config", "a": "audio_config", "t": "text_config"}, (
+        config_keys._KEYS.values())
+    for *_, keys in _docs_rows("Computed", 3):
+        for part, key in re.findall(r"([vatr]) `(\w+)`", keys):
+            assert key in config_keys._ROPE_SEED if part == "r" else any(
+                key in family.get(parts[part], {}) for family in families), key
+
+
 @pytest.mark.parametrize("key, value", (
     ("image_token_id", "x"), ("image_token_id", -5), ("video_token_id", 1.5),
     ("tie_word_embeddings", "no"), ("tie_word_embeddings", 1), ("extra", False),
@@ -320,6 +358,19 @@ def test_what_rotary_parameters_may_not_say(key, value):
     config["text_config"]["rope_parameters"][key] = value
     with pytest.raises(ValueError, match=f"{key}.* got "):
         orchvlm.ModelConfig(config)
+
+
+@pytest.mark.parametrize("value", (0, -0.5, 1.5, "0.5", True, np.nan))
+def test_the_part_of_a_head_that_turns(value):
+    config = draw_seed_config(np.random.default_rng(SEED), False)
+    config["text_config"]["rope_parameters"]["partial_rotary_factor"] = value
+    with pytest.raises(ValueError, match="partial_rotary_factor must be a number above 0"):
+        orchvlm.ModelConfig(config)
+    # 7 elements of 14: no half of them turns with the other
+    config["text_config"] |= {"head_dim": 14, "rope_parameters": {
+        "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    with pytest.raises(ValueError, match="turn must be even"):
+        orchvlm.ModelConfig(config).parameters()
 
 
 @pytest.mark.parametrize("key, value", (

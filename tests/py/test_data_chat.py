@@ -65,6 +65,7 @@ def test_marks_without_media_are_text():
     ({"messages": [{"role": "alien", "content": ""}]}, "unknown role 'alien'"),
     ({"messages": [{"role": ["user"], "content": ""}]}, "unknown role"),
     ({"messages": [{"role": "user", "content": 3}]}, "string or a list"),
+    (talk([{"type": "video", "video": "x", "use_audio_in_video": True}]), "use_audio_in_video"),
     (talk([{"type": "smell"}]), "unknown type 'smell'"), (talk([{"type": ["x"]}]), "unknown type"),
     (talk([7]), "must be an object"), (talk([{"type": "text", "text": 7}]), "must be a string"),
     (talk("no mark", images=["a", "b"]), "2 images are given and 0 are placed"),

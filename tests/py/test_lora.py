@@ -114,7 +114,10 @@ def test_fresh_adapters_change_nothing_and_train_alone(dtype):
     inputs = pack(draw_samples(rng, config))
     before = model.state_dict()
     loss = model.forward(inputs, training=False).loss
+    early = orchvlm.AdamW(model, lr=1e-2)
     model.add_lora(r=2)
+    with pytest.raises(ValueError, match="before the model's adapters"):
+        early.step()
     assert model.forward(inputs, training=False).loss == loss
     opt = orchvlm.AdamW(model, lr=1e-2)
     step(model, inputs)
@@ -224,6 +227,7 @@ def test_keys_that_change_nothing(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {
         "peft_version": "0.21.2", "init_lora_weights": "gaussian", "loftq_config": {},
+        "exclude_modules": ["lm_head"],
         "megatron_core": "megatron.core", "qalora_group_size": 16, "use_bdlora": False}))
     again = draw_model([SEED, 8], model.config, threads=1)
     again.load_adapter(tmp_path)

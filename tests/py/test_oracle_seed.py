@@ -25,6 +25,7 @@ def draw(seed, sparse, device):
         if sparse:
             text["shared_expert_intermediate_size"] = (
                 int(rng.integers(1, 3)) * text["moe_intermediate_size"])
+            text["norm_topk_prob"] = bool(rng.random() < 0.6)
         config["vision_config"]["hidden_act"] = str(rng.choice(
             ["quick_gelu", "gelu", "gelu_pytorch_tanh"]))
         model = draw_model([seed, attempt], config, device=device)

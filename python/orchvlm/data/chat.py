@@ -171,6 +171,9 @@ def _part(part, where, waiting):
             break
     else:
         source = _next(medium, where, waiting)
+    if part.get("use_audio_in_video"):
+        raise DataError(f"{where}: use_audio_in_video, the sound of a video between its frames, is "
+                        "not done here; take it out and give the sound as a part of its own")
     options = {}
     for key in ("fps", "sample_fps"):
         if medium == "video" and part.get(key) is not None:

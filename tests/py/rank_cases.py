@@ -5,6 +5,7 @@ Under a launcher, draws run over its ranks; alone, over threads, as many as one 
     mpirun -n 4 --oversubscribe python tests/py/rank_cases.py 10 SEED
     python tests/py/rank_cases.py 10000
 """
+import gc
 import hashlib
 import secrets
 import sys
@@ -172,6 +173,7 @@ def main(draws, seed=None):
         n = (1, 2, 3, 4, 8)[draw // len(FAMILIES) % 5]
         orchvlm.comm.run_threads(n, law, [seed, draw], family)
         if (draw + 1) % 100 == 0:
+            gc.collect()  # a model and its shard hold each other
             print(f"{draw + 1} draws", flush=True)
 
 

@@ -142,6 +142,10 @@ OVLM_NODISCARD ovlm_status ovlm_shard_memory(const ovlm_params *params,
                                              const ovlm_shard_spec *spec, int64_t ranks,
                                              int64_t rank, ovlm_shard_bytes *bytes, ovlm_err *err);
 
+/* Seconds that callers have waited for calls of the communicators since it was opened: what was not
+ * hidden behind their computing, waiting for slower ranks included. */
+double ovlm_shard_waited_s(const ovlm_shard *shard);
+
 /* What is held now. */
 void ovlm_shard_memory_read(const ovlm_shard *shard, ovlm_shard_bytes *bytes);
 

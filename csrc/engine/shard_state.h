@@ -82,6 +82,7 @@ struct ovlm_shard {
     bool last;                       /* ovlm_shard_last                                        */
     bool spoiled;                    /* a backward failed: gradients are void                  */
     bool undone;                     /* the model has all its weights again                    */
+    double waited_s;                 /* of the caller's time, for other ranks                  */
     int64_t fail_after;              /* tests                                                  */
 };
 
@@ -144,6 +145,9 @@ void ovlm_shard_rehearse(ovlm_shard *shard, const ovlm_pass_kind *kind);
 void ovlm_shard_place(ovlm_shard *shard, int64_t unit);
 
 /* ------------------------------------------------------------ transfers (shard_wire.c) */
+
+/* The caller has waited for other ranks since start_s, of ovlm_clock_s. */
+void ovlm_shard_note_wait(ovlm_shard *shard, double start_s);
 
 /* Where element `at` of a piece, or of its unit's gradients, is held for good. */
 char *ovlm_shard_weight_at(const ovlm_shard *shard, int64_t unit, const shard_piece *piece,

@@ -1,6 +1,7 @@
 /* shard_step.c - gradients summed, their norm, and AdamW on what this rank steps. */
 #include "engine/shard_state.h"
 
+#include "base/clock.h"
 #include "model/hooks.h"
 
 #include <math.h>
@@ -178,7 +179,9 @@ static ovlm_status share_stats(ovlm_shard *shard, ovlm_grad_stats *seen, ovlm_er
     double part[2] = {seen->norm_sq, (double)seen->non_finite};
     const ovlm_all_reduce args = {.send = part, .recv = part, .n = 2, .dtype = OVLM_F64,
                                   .reduce = OVLM_SUM};
+    double start_s = ovlm_clock_s();
     OVLM_TRY(ovlm_comm_all_reduce(shard->world, &args, err));
+    ovlm_shard_note_wait(shard, start_s);
     seen->norm_sq = part[0];
     seen->non_finite = (int64_t)part[1];
     return ops->copy(queue, shard->stats.data, seen, bytes, OVLM_TO_DEVICE, err);

@@ -4,6 +4,7 @@
  * no queue.  Memory that they cannot reach is brought to the host and back, at once. */
 #include "engine/shard_state.h"
 
+#include "base/clock.h"
 #include "model/hooks.h"
 
 enum { SUMS_MOST = OVLM_COMM_PENDING_MOST / 4 }; /* of each communicator, two for a unit */
@@ -57,6 +58,18 @@ char *ovlm_shard_grad_at(const ovlm_shard *shard, int64_t unit, const shard_piec
                                            shard_exact_element(shard);
 }
 
+/* ---------------------------------------------------------------- time */
+
+void ovlm_shard_note_wait(ovlm_shard *shard, double start_s)
+{
+    shard->waited_s += ovlm_clock_s() - start_s;
+}
+
+double ovlm_shard_waited_s(const ovlm_shard *shard)
+{
+    return shard->waited_s;
+}
+
 /* ---------------------------------------------------------------- memory out of reach */
 
 static ovlm_status wait_queue(const ovlm_shard *shard, ovlm_err *err)
@@ -87,7 +100,9 @@ static ovlm_status gather_piece(ovlm_shard *shard, ovlm_comm *comm, const shard_
     args.recv = stage;
     args.send = stage + piece->gather_at[piece->own];
     OVLM_TRY(copy(shard, stage + piece->gather_at[piece->own], from, own, OVLM_TO_HOST, err));
+    double start_s = ovlm_clock_s();
     OVLM_TRY(ovlm_comm_all_gather(comm, &args, err));
+    ovlm_shard_note_wait(shard, start_s);
     return copy(shard, to, stage, bytes, OVLM_TO_DEVICE, err);
 }
 
@@ -107,7 +122,9 @@ static ovlm_status scatter_piece(ovlm_shard *shard, ovlm_comm *comm, const shard
     args.send = stage;
     args.recv = stage + at;
     OVLM_TRY(copy(shard, stage, grads, bytes, OVLM_TO_HOST, err));
+    double start_s = ovlm_clock_s();
     OVLM_TRY(ovlm_comm_reduce_scatter(comm, &args, err));
+    ovlm_shard_note_wait(shard, start_s);
     return copy(shard, grads + at, stage + at, piece->reduce_count[piece->own] * element,
                 OVLM_TO_DEVICE, err);
 }
@@ -124,14 +141,22 @@ static ovlm_status sum_all(ovlm_shard *shard, ovlm_comm *comm, char *grads, int6
     }
     args.send = args.recv = shard->stage.data;
     OVLM_TRY(copy(shard, shard->stage.data, grads, bytes, OVLM_TO_HOST, err));
+    double start_s = ovlm_clock_s();
     OVLM_TRY(ovlm_comm_all_reduce(comm, &args, err));
+    ovlm_shard_note_wait(shard, start_s);
     return copy(shard, grads, shard->stage.data, bytes, OVLM_TO_DEVICE, err);
 }
 
 /* A ticket of what was done at once is 0. */
-static ovlm_status wait_for(ovlm_comm *comm, int64_t ticket, ovlm_err *err)
+static ovlm_status wait_for(ovlm_shard *shard, ovlm_comm *comm, int64_t ticket, ovlm_err *err)
 {
-    return ticket > 0 ? ovlm_comm_wait(comm, ticket, err) : OVLM_OK;
+    if (ticket == 0) {
+        return OVLM_OK;
+    }
+    double start_s = ovlm_clock_s();
+    ovlm_status status = ovlm_comm_wait(comm, ticket, err);
+    ovlm_shard_note_wait(shard, start_s);
+    return status;
 }
 
 /* ---------------------------------------------------------------- weights of a pass */
@@ -168,7 +193,7 @@ ovlm_status ovlm_shard_gather_wait(ovlm_shard *shard, int64_t unit, ovlm_err *er
         return OVLM_OK;
     }
     u->gathering = false;
-    return wait_for(gather_comm(shard, u), u->gather_ticket, err);
+    return wait_for(shard, gather_comm(shard, u), u->gather_ticket, err);
 }
 
 /* ---------------------------------------------------------------- gradients of a pass */
@@ -218,7 +243,7 @@ ovlm_status ovlm_shard_settle(ovlm_shard *shard, ovlm_err *err)
     shard_unit *u = &shard->unit[unit];
     shard->scattering = -1;
     if (shard->model != NULL) {
-        OVLM_TRY(wait_for(scatter_comm(shard, u), shard->scatter_ticket, err));
+        OVLM_TRY(wait_for(shard, scatter_comm(shard, u), shard->scatter_ticket, err));
         OVLM_TRY(add_up(shard, unit, err));
     }
     u->grads->used = false;
@@ -277,7 +302,7 @@ ovlm_status ovlm_shard_sum_wait(ovlm_shard *shard, int64_t unit, ovlm_err *err)
     }
     u->sum = SHARD_DONE;
     shard->sums--;
-    return wait_for(sum_comm(shard, u), u->sum_ticket, err);
+    return wait_for(shard, sum_comm(shard, u), u->sum_ticket, err);
 }
 
 /* ---------------------------------------------------------------- weights after a step */
@@ -330,7 +355,7 @@ ovlm_status ovlm_shard_restore(ovlm_shard *shard, int64_t unit, ovlm_err *err)
         if (u->sharded) {
             OVLM_TRY(gather_piece(shard, gather_comm(shard, u), piece, from, to,
                                   &u->gather_ticket, err));
-            OVLM_TRY(wait_for(gather_comm(shard, u), u->gather_ticket, err));
+            OVLM_TRY(wait_for(shard, gather_comm(shard, u), u->gather_ticket, err));
         } else {
             OVLM_TRY(copy(shard, to, from, count * shard_element(shard), OVLM_ON_DEVICE, err));
         }

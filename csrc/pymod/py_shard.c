@@ -498,6 +498,19 @@ static PyObject *shard_holds(PyObject *object, PyObject *ignored)
                          ovlm_shard_holds_state(shard) ? Py_True : Py_False);
 }
 
+/* Seconds waited for other ranks since the shard was opened. */
+static PyObject *shard_waited_s(PyObject *object, PyObject *ignored)
+{
+    (void)ignored;
+    shard_object *self = (shard_object *)object;
+    if (enter(self) < 0) {
+        return NULL;
+    }
+    double waited_s = ovlm_shard_waited_s(self->shard);
+    self->model->busy = false;
+    return PyFloat_FromDouble(waited_s);
+}
+
 /* ---------------------------------------------------------------- type */
 
 #define METHOD(name)                                              \
@@ -517,6 +530,7 @@ static PyMethodDef shard_methods[] = {
     METHOD(close),
     {"memory", shard_memory_read, METH_NOARGS, NULL},
     {"holds", shard_holds, METH_NOARGS, NULL},
+    {"waited_s", shard_waited_s, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -235,7 +235,13 @@ class Adapters:
             file that is not known, each by its name; modules that this model has not, a mis-shaped
             or non-finite tensor; there are adapters already.
         """
-        folder = Path(folder)
+        settings, values = self._read_adapter(Path(folder))
+        self._open_lora({name.rpartition(".lora_")[0] for name in values}, *settings)
+        for name, array in values.items():
+            self._write(self._index[name], _WEIGHT, array)
+
+    def _read_adapter(self, folder):
+        """((r, alpha, rslora), {name: array}) of a folder's adapters, which fit this model."""
         r, alpha, rslora = _read_config(folder / ADAPTER_CONFIG)
         file = SafeTensors(folder / ADAPTER)
         tensors = {_our_name(name, folder): name for name in file.tensors}
@@ -257,9 +263,7 @@ class Adapters:
                                       f"{wanted}")
             if values[name].dtype.kind != "f" or not np.isfinite(values[name]).all():
                 raise CheckpointError(f"{folder}: {name} is not finite")
-        self._open_lora(modules, r, alpha, rslora)
-        for name, array in values.items():
-            self._write(self._index[name], _WEIGHT, array)
+        return (r, alpha, rslora), values
 
 
 def _our_name(stored, folder):

@@ -1,5 +1,5 @@
 """A moving average of the weights, and the model with it for a while."""
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from ._numbers import finite_number
 from .weights import Weights, fitting
@@ -123,3 +123,17 @@ class EMA:
 
     def __repr__(self):
         return f"<EMA: decay {self.decay:g} of {self.model!r}>"
+
+
+def averaged(ema):
+    """A block in which the model has its average for weights; nothing where none is kept.
+
+    Parameters
+    ----------
+    ema : EMA or None
+
+    Returns
+    -------
+    context manager
+    """
+    return nullcontext() if ema is None else ema.swap()

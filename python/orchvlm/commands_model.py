@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from .averaging import averaged
 from ._files import write_whole
 from .building import model_folder, open_model
 from .cli import CommandError
@@ -128,7 +129,9 @@ def _board(folder):
 
     def write(row):
         looked = [key for key in row if key.startswith("eval_")]
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu", *looked):
+        more = [key for key in ("patches_per_s", "exposed_comm_ms", "exposed_comm_share")
+                if key in row]
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "mfu", *more, *looked):
             writer.add_scalar(key, float(row[key]), row["step"])
     return write, writer.close
 
@@ -219,7 +222,8 @@ def _finish(trainer, config, out):
     if samples:
         if shard is not None and shard.holds:  # this rank has a part: what it wrote is whole
             model = open_model(model_folder(out), threads=model.threads)
-        seen = evaluate(model, samples, trainer.processor, progress=_counted)
+        with averaged(trainer.ema):
+            seen = evaluate(model, samples, trainer.processor, progress=_counted)
         print(seen)
         table = {kind: {"score": mean, "exact": exact, "samples": n}
                  for kind, (mean, exact, n) in seen.by_kind().items()}

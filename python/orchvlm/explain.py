@@ -183,10 +183,24 @@ def _memory(run, config, rows, share, rank):
     adapters = sum(prod(row[2]) for row in rows) - sum(prod(row[2]) for row in base)
     state = whole["training"] * trained // sum(prod(row[2]) for row in base)
     ran = of_model(config, share, rows, dtype, True, run["training.checkpoint"])
+    if _counts_first(run, config):
+        # Over ranks the features are there; on one, images are encoded for the counts too.
+        seen = share if ranks == 1 else SimpleNamespace(
+            cu_seqlens=share.cu_seqlens, grid_thw=None, mel_lengths=None, pixels=None)
+        first = of_model(config, seen, rows, dtype, False, "none")
+        ran["workspace"] = max(ran["workspace"], first["workspace"])
     return {"weights": whole["weights"] + SIZES[dtype] * adapters,
             "gradients and state": state, "buffers": whole["buffers"],
             "average": 4 * trained * (run["training.ema"] is not None),
             "activations": ran["activations"], "workspace": ran["workspace"]}
+
+
+def _counts_first(run, config):
+    """Whether a forward for the routers' counts alone, which keeps nothing and works in more
+    scratch, comes before a step's own."""
+    several = run["ranks.n"] > 1 or run["training.micro_batches"] > 1
+    return several and config.sparse and run["training.aux"] != "bias" and config.text.get(
+        "router_aux_loss_coef", 0.001) > 0
 
 
 # ---------------------------------------------------------------- for people

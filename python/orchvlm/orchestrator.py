@@ -124,6 +124,7 @@ class Orchestrator:
         self.model, self.comm = model, comm
         self._micro_batches = _limit(micro_batches, "micro_batches")
         self.timeline = []
+        self._sums_s, self._waited_s = [], 0.0  # of the step: in total(), of the shard before it
         self.rank, self.size = comm.rank, comm.size
         # A step, and beside it the next one's data, in a thread of its own.
         self._ways = Dispatcher(comm), Dispatcher(comm.dup())
@@ -219,6 +220,7 @@ class Orchestrator:
         Ran
         """
         model, ran = self.model, prepared.ran
+        self._sums_s, self._waited_s = [], self.shard.waited_s()
         given = {name: self._encode(name, prepared, checkpoint, ran) for name in self.media
                  if name in prepared.items}
         parts = self._parts(prepared.micro, given)
@@ -313,7 +315,10 @@ class Orchestrator:
         -------
         ndarray
         """
-        return self.comm.all_reduce(array)
+        start = time.perf_counter()
+        whole = self.comm.all_reduce(array)
+        self._sums_s.append(time.perf_counter() - start)
+        return whole
 
     def reduce_gradients(self):
         """Sums the gradients over the ranks, where the last backward has not done it yet."""
@@ -344,7 +349,16 @@ class Orchestrator:
             read, and ``_planned``, as the plan has it; ``_measured``: the same of what the ranks
             computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
             ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
-            possible; ``predicted_seconds``: its time.
+            possible; ``predicted_seconds``: its time.  ``exposed_comm_ms``: communication since
+            :meth:`run` began that no computing hid.
+
+        Notes
+        -----
+        Exposed is the time that a rank's own thread spends in a collective.  Whoever comes last to
+        one waits for nobody, so that the least time of any rank is that of the communication, and
+        the rest of the others' is waiting for slower ranks.  Transfers of features and sums are
+        counted one by one, each at its least; of the gathers and sums of weights and gradients each
+        rank has the step's total, and the least of these counts, which may hold some waiting.
         """
         plan, row = ran.plan, {}
         names = sorted(ran.busy)
@@ -358,8 +372,15 @@ class Orchestrator:
                 row[f"{name}_planned"] = phase.imbalance
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
         self._gather_events(ran, names)
-        return {**row, "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
+        return {**row, "exposed_comm_ms": 1e3 * self._exposed_s(ran),
+                "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
                 "predicted_seconds": plan.time}
+
+    def _exposed_s(self, ran):
+        """Seconds of the step's communication that nothing hid; see :meth:`metrics`."""
+        mine = np.array([[end - start for name, start, end in ran.events if "->" in name]
+                         + self._sums_s + [self.shard.waited_s() - self._waited_s]])
+        return float(self.comm.all_gather(mine, np.ones(self.size, np.int64)).min(axis=0).sum())
 
     def _gather_events(self, ran, names):
         """Keeps when every rank did what, for reports."""

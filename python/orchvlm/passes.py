@@ -15,7 +15,7 @@ class Ran:
     ----------
     loss : float
         This rank's part; those of all ranks add up.
-    targets, tokens : int
+    targets, tokens, patches : int
         Of its part of the batch.
     flops : float
     aux_loss : float
@@ -33,6 +33,7 @@ class Ran:
     def __init__(self, packs, model):
         self.loss, self.targets, self.aux_loss = 0.0, 0, 0.0
         self.tokens = sum(pack.n_tokens for pack in packs)
+        self.patches = sum(len(pack.pixels) for pack in packs if pack.pixels is not None)
         self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
         self.plan, self.prepared_seconds = None, {}

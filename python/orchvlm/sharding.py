@@ -145,6 +145,16 @@ class Shard:
         whole = {name: self._core.gather(i, _GRAD) for name, i in self.model._index.items()}
         return {name: array for name, array in whole.items() if array is not None}
 
+    def waited_s(self):
+        """Seconds that this rank has waited for others in sums and gathers since the shard was
+        made: what did not pass beside its own computing, waiting for slower ranks included.
+
+        Returns
+        -------
+        float
+        """
+        return self._core.waited_s()
+
     # ------------------------------------------------------------ memory
 
     def memory(self):

@@ -11,7 +11,7 @@ import numpy as np
 from ._files import write_whole
 from ._numbers import finite_number
 from .ahead import Ahead
-from .averaging import EMA
+from .averaging import EMA, averaged
 from .endings import Endings, held_back
 from .model import Model
 from .nonfinite import LOG, NonFiniteError, Skipped, step_files
@@ -72,7 +72,8 @@ class TrainingConfig:
     bias_rate : float
         By which ``aux="bias"`` moves a correction in a step, see :meth:`Model.correct_routers`.
     ema : float, optional
-        Decay of a moving average of the weights, the trainer's ``ema``; checkpoints hold it.
+        Decay of a moving average of the weights, the trainer's ``ema``; checkpoints hold it
+        besides the weights, and held-out samples are looked at with it.
     save_every : int
         Steps between checkpoints; 0: at the end only.
     keep : int
@@ -296,12 +297,12 @@ class Trainer:
         dict
             For every step: step, loss, lr, grad_norm, skipped, skipped_steps (so far), tokens,
             targets, tokens_per_s, tflops, mfu (their share of what a matrix product reaches on the
-            device, see :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, and of models with
-            experts aux_loss (without its coefficient), expert_load (fullest over mean) and
-            routing_seconds; also a line of ``metrics.jsonl``.  A loss that is no number is None
-            there.  With several ranks on all of them, and besides what
-            :meth:`orchvlm.Orchestrator.metrics` says; where the watch looked, what
-            :meth:`Watch.look` says.
+            device, see :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, of models that see
+            patches_per_s, and of models with experts aux_loss (without its coefficient),
+            expert_load (fullest over mean) and routing_seconds; also a line of ``metrics.jsonl``.
+            A loss that is no number is None there.  With several ranks on all of them, and besides
+            what :meth:`orchvlm.Orchestrator.metrics` says and exposed_comm_share, its part of the
+            step; where the watch looked, what :meth:`Watch.look` says.
 
         Raises
         ------
@@ -400,10 +401,9 @@ class Trainer:
             # One clock for all ranks: that of rank 0 says when a run by minutes is over.
             now = time.perf_counter()
             seconds = now - start + self._rest_s if self.passes.rank == 0 else 0.0
-            loss, targets, tokens, flops, seconds, *signs = self.passes.total(np.array(
-                [ran.loss, ran.targets, ran.tokens, ran.flops, seconds, *self._saver.signs(),
-                 *self._endings.signs()])).tolist()
-            more = self.passes.metrics(ran)
+            loss, targets, tokens, patches, flops, seconds, *signs = self.passes.total(np.array(
+                [ran.loss, ran.targets, ran.tokens, ran.patches, ran.flops, seconds,
+                 *self._saver.signs(), *self._endings.signs()])).tolist()
             self._torn = True
             done = self.optimizer.step(rate) if math.isfinite(loss) else {
                 "grad_norm": math.nan, "skipped": True}
@@ -415,6 +415,11 @@ class Trainer:
             self.elapsed_s += seconds
             self._before, self._loader_state = self._loader_state, state
             self._skipped.note(done)
+            more = self.passes.metrics(ran)
+            if "exposed_comm_ms" in more:
+                more["exposed_comm_share"] = more["exposed_comm_ms"] / 1e3 / seconds
+            if self.model.config.vision:
+                more["patches_per_s"] = patches / seconds
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "skipped_steps": self._skipped.count,
                    "tokens": int(tokens), "targets": int(targets),
@@ -467,7 +472,8 @@ class Trainer:
 
     def _look(self, row, log, place):
         """Adds held-out figures to a row that begins at a place of the log."""
-        row |= self.watch.look(self.model, self.passes, self.step)
+        with averaged(self.ema):
+            row |= self.watch.look(self.model, self.passes, self.step)
         if log is None:
             return
         with held_back():
@@ -554,12 +560,9 @@ class Trainer:
         """
         checkpoint = chosen(checkpoint, self.folder, self.passes)
         facts, states, averages = read_checkpoint(checkpoint)
-        stored = Model.from_pretrained(checkpoint, threads=1)
-        if self.model.lora is not None:
-            stored.load_adapter(checkpoint)
         self._balance.load_state_dict(facts.get("routing"))
         self.loader.load_state_dict(facts["loader"])
-        self.model.load_state_dict(stored.state_dict())
+        self.model._restore(checkpoint)
         if self.ema is not None:
             self.ema.load_state_dict(averages)
         self.optimizer.load_state_dict(states)

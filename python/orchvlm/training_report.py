@@ -12,6 +12,8 @@ from .tables import html_table
 _INK, _PALE, _RIGHT, _WRONG = "#0072B2", "#B8D4E8", "#1E7F45", "#C62828"
 _CURVES = (("loss", "loss", True), ("tokens_per_s", "tokens per second", False),
            ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False),
+           ("patches_per_s", "patches per second", False),
+           ("exposed_comm_share", "exposed communication, share of the step", True),
            ("expert_load", "slots of the fullest expert over the mean", True))
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1020px;margin:2em auto;
 padding:0 1em}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}

@@ -215,8 +215,30 @@ class Weights(Adapters):
             raise FileNotFoundError(f"{folder}: no such folder; nothing is downloaded here: fetch "
                                     "the model's files first, and name the folder that has them")
         model = cls(ModelConfig.load(folder), device=device, dtype=dtype, threads=threads)
-        model._read_files(Path(folder))
+        model._read_files(Path(folder), model.config)
         return model
+
+    def _restore(self, folder):
+        """Sets all weights, adapters among them, to those in a folder of this very model, with one
+        tensor at a time in memory besides.  Of a sharded model every rank takes its part.
+
+        ValueError, before anything is written: weights or adapters of another model.
+        """
+        config = ModelConfig.load(folder)
+        here = {name: shape for name, kind, shape, _ in self._list if kind != KIND_ADAPTER}
+        there = {row[0]: row[2] for row in _core.model_parameters(*config.numbers())}
+        self._check_names(there, folder, here)
+        for name, shape in here.items():
+            if there[name] != shape:
+                raise CheckpointError(f"{folder}: {name} has shape {there[name]}; the model's has "
+                                      f"{shape}")
+        adapters = {} if self.lora is None else self._read_adapter(folder)[1]
+        self._check_names(adapters, folder, [name for name in self._index if name not in here])
+        for name, values in adapters.items():
+            self._check_values(self._index[name], values, folder)
+        self._read_files(folder, config)
+        for name, values in adapters.items():
+            self._write(self._index[name], _WEIGHT, values)
 
     def _square_experts(self):
         """Whether a file's shapes cannot tell the two layouts of experts apart: transformers 5
@@ -338,30 +360,33 @@ class Weights(Adapters):
         if not np.isfinite(values).all():
             raise CheckpointError(f"{where}: {name} is not finite")
 
-    def _read_files(self, folder):
+    def _read_files(self, folder, config):
+        """Sets all weights but adapters to those of a folder with this configuration."""
         files = open_folder(folder)
+        base = [(i, name, shape) for i, (name, kind, shape, _) in enumerate(self._list)
+                if kind != KIND_ADAPTER]
         if self.config.audible:
-            self._read_parts(files, folder)
+            self._read_parts(base, files, folder)
             return
-        self._check_names(files.keys(), folder)
-        recent = str(self.config.values.get("transformers_version", "")).startswith("5")
+        self._check_names(files.keys(), folder, [name for _, name, _ in base])
+        recent = str(config.values.get("transformers_version", "")).startswith("5")
         always = recent and self._square_experts()
-        for name, i in self._index.items():
+        for i, name, shape in base:
             values = files[name].read(name)
             if name.endswith(_EXPERTS) and values.ndim == 3 and (
-                    always or values.shape != self._list[i][2]):
+                    always or values.shape != shape):
                 values = values.transpose(0, 2, 1)
             self._check_values(i, values, folder)
             self._write(i, _WEIGHT, values)
 
-    def _read_parts(self, files, folder):
+    def _read_parts(self, base, files, folder):
         """Weights that lie in files under other names, and experts one by one."""
         stored = {plain_name(name): name for name in files}
         stored.pop(None, None)
-        parts = {name: self._parts(name, shape) for name, _, shape, _ in self._list}
+        parts = {name: self._parts(name, shape) for _, name, shape in base}
         self._check_names(stored.keys(), folder,
                           dict.fromkeys(there for some in parts.values() for there, _ in some))
-        for i, (name, _, shape, _) in enumerate(self._list):
+        for i, name, shape in base:
             values = None
             for there, index in parts[name]:
                 one = files[stored[there]].read(stored[there])

@@ -1,4 +1,15 @@
-"""Global batches on ranks that are threads, under plans drawn at random."""
+"""Global batches on ranks, under plans drawn at random, against the whole batch on one rank.
+
+Under a launcher, draws run over its ranks; alone, over threads, as many as one likes:
+
+    mpirun -n 4 --oversubscribe python tests/py/rank_cases.py 10 SEED
+    python tests/py/rank_cases.py 10000
+"""
+import gc
+import hashlib
+import secrets
+import sys
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -8,6 +19,7 @@ from omni_cases import draw_any, draw_omni_config, pack_any
 from orchvlm.orchestrator import Orchestrator
 from orchvlm.passes import OneRank
 from orchvlm.routing import Balance
+from orchvlm.sharding import MODES
 from orchvlm.step import StepPlan
 
 FAMILIES = {
@@ -16,6 +28,7 @@ FAMILIES = {
     "seed1_5_vl": lambda rng: draw_seed_config(rng, False),
     "seed1_5_vl_moe": lambda rng: draw_seed_config(rng, True),
     "qwen3_omni": draw_omni_config}
+MIXED = {"model.visual.*": "fsdp", "*.experts": "hybrid", "lm_head": "zero1", "*": "ddp"}
 
 
 class RandomPlans(Orchestrator):
@@ -66,6 +79,18 @@ def joined(samples):
     return orchvlm.Inputs(input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
 
 
+def node_size(n):
+    return 2 if n % 2 == 0 else 1
+
+
+def mode_of(model, mode):
+    """The mode, without patterns that match nothing in this model."""
+    if isinstance(mode, str):
+        return mode
+    units = orchvlm._core.shard_units(model._core)
+    return {p: m for p, m in mode.items() if any(fnmatchcase(unit, p) for unit in units)}
+
+
 def on_one_rank(seed, config, samples):
     """(loss, gradients) of the whole batch in one call."""
     model = made_model(seed, config)
@@ -73,29 +98,6 @@ def on_one_rank(seed, config, samples):
     model.zero_grad()
     ran = passes.run([joined(samples)], Balance(model, "exact", 0.0), "none")
     return ran.loss, grads_of(model)
-
-
-def on_ranks(seed, config, samples, n, make=RandomPlans, checkpoint="none"):
-    """(loss, gradients) over n ranks that hold the samples as the seed says."""
-    rng = np.random.default_rng(seed)
-    holder = rng.integers(0, n, len(samples)) if rng.random() < 0.7 else np.full(
-        len(samples), rng.integers(0, n))
-
-    def work(comm):
-        model = made_model(seed, config)
-        orchestrator = make(model, comm)
-        orchestrator.seed = seed
-        model.zero_grad()
-        mine = joined([one for one, rank in zip(samples, holder) if rank == comm.rank])
-        ran = orchestrator.run(orchestrator.prepare(mine),
-                               Balance(model, "exact", 0.0, orchestrator.total), checkpoint)
-        orchestrator.reduce_gradients()
-        return float(orchestrator.total(np.array([ran.loss]))[0]), grads_of(model)
-
-    results = orchvlm.comm.run_threads(n, work)
-    for _, gradients in results[1:]:  # the same bits on all ranks
-        assert all((gradients[name] == results[0][1][name]).all() for name in gradients)
-    return results[0]
 
 
 def compare(got, wanted):
@@ -107,3 +109,73 @@ def compare(got, wanted):
         error = np.linalg.norm(gradients[name] - gradient)
         assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-7 * whole, (
             name, error, np.linalg.norm(gradient), whole)
+
+
+def same_on_all(comm, gradients):
+    """Whether all ranks have the same bits."""
+    bits = hashlib.sha256()
+    for name in sorted(gradients):
+        bits.update(np.ascontiguousarray(gradients[name]))
+    told = comm.all_gather(np.frombuffer(bits.digest(), np.uint8).reshape(1, -1))
+    return bool((told == told[0]).all())
+
+
+def law(comm, seed, family, make=RandomPlans):
+    """Loss and gradients of one drawn batch over the ranks of a communicator, whatever carries it,
+    are those of one rank, which rank 0 computes.
+
+    The seed draws everything: model, samples, who holds them, the plan, what is kept for the
+    backward, how weights are kept.
+    """
+    config, samples = draw_case(seed, family)
+    rng = np.random.default_rng([*seed, comm.size])
+    holder = rng.integers(0, comm.size, len(samples)) if rng.random() < 0.7 else np.full(
+        len(samples), rng.integers(0, comm.size))
+    checkpoint = str(rng.choice(["none", "selective", "full"]))
+    mode = [*MODES, MIXED][rng.integers(1 + len(MODES))]
+    model = made_model(seed, config)
+    shard = orchvlm.Shard(model, comm, mode_of(model, mode), node_size(comm.size))
+    orchestrator = make(model, comm)
+    orchestrator.seed = seed
+    model.zero_grad()
+    mine = joined([one for one, rank in zip(samples, holder) if rank == comm.rank])
+    ran = orchestrator.run(orchestrator.prepare(mine),
+                           Balance(model, "exact", 0.0, orchestrator.total), checkpoint)
+    orchestrator.reduce_gradients()
+    gradients = {name: np.array(g, np.float64) for name, g in shard.gradients().items()}
+    loss = float(orchestrator.total(np.array([ran.loss]))[0])
+    try:
+        assert same_on_all(comm, gradients), "the ranks' gradients are not the same bits"
+        if comm.rank == 0:
+            compare((loss, gradients), on_one_rank(seed, config, samples))
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}, {family}, {comm.size} ranks, {checkpoint}, "
+                             f"{mode}: {error}") from error
+
+
+def laws(comm, seed, draws):
+    """So many draws of every family."""
+    for draw in range(draws):
+        for family in FAMILIES:
+            law(comm, [seed, draw], family)
+
+
+def main(draws, seed=None):
+    draws, seed = int(draws), secrets.randbits(32) if seed is None else int(seed)
+    with orchvlm.comm.init() as comm:
+        if comm.size > 1:
+            laws(comm, seed, draws)
+            print(f"rank {comm.rank} of {comm.size} over {comm.engine}: fine", flush=True)
+            return
+    print("seed", seed)
+    for draw in range(draws):
+        family = list(FAMILIES)[draw % len(FAMILIES)]
+        n = (1, 2, 3, 4, 8)[draw // len(FAMILIES) % 5]
+        orchvlm.comm.run_threads(n, law, [seed, draw], family)
+        if (draw + 1) % 100 == 0:
+            gc.collect()  # a model and its shard hold each other
+            print(f"{draw + 1} draws", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

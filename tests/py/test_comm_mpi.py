@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
-CASES = Path(__file__).with_name("comm_cases.py")
+HERE = Path(__file__).parent
 
 
 def launcher():
@@ -23,13 +23,19 @@ pytestmark = pytest.mark.skipif(MPIRUN is None, reason="no mpirun is installed")
 
 
 def run(n, *what, limit_s=120):
-    """The cases on n ranks."""
+    """The calls on n ranks."""
+    return launch(n, "comm_cases.py", str(SEED), *what, limit_s=limit_s)
+
+
+def launch(n, script, *arguments, limit_s=120):
+    """A script of this folder on n ranks."""
     version = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout
     options = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version else []
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI"))}
     environment["PYTHONPATH"] = ":".join(p for p in sys.path if p)
     print("seed", SEED)
-    return subprocess.run([MPIRUN, *options, "-n", str(n), sys.executable, CASES, str(SEED), *what],
+    return subprocess.run([MPIRUN, *options, "-n", str(n), sys.executable,
+                           str(HERE / script), *arguments],
                           capture_output=True, text=True, timeout=limit_s, env=environment)
 
 
@@ -44,6 +50,13 @@ def test_calls(n):
 def test_counts_that_disagree():
     out = run(3, "disagree")
     assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_the_law(n):
+    """The draws of test_invariance.py."""
+    out = launch(n, "rank_cases.py", "3", str(SEED))
+    assert out.returncode == 0 and out.stdout.count("over mpi: fine") == n, out.stdout + out.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py is installed")

@@ -27,6 +27,7 @@ def held(trainer):
 
 @pytest.mark.parametrize("ranks, sections", [
     (1, {}), (1, {"lora": {"r": 3}}), (2, {"ranks": {"tokens": 90}}),
+    (2, {"model": {"preset": "tiny-moe"}}),
     (2, {"training": {"freeze": ["model.visual.blocks.*", "model.visual.patch*"]}}),
     (3, {"ranks": {"shard": "fsdp"}, "training": {"checkpoint": "full"}})])
 def test_a_run_takes_what_it_was_foretold(tmp_path, ranks, sections):

@@ -1,16 +1,19 @@
 """The law: loss and every gradient are the same for any number of ranks, any plan, any
-micro-batches, wherever samples were read."""
+micro-batches, wherever samples were read and however weights are kept; over threads and over
+processes.  test_comm_mpi.py runs the same draws over MPI."""
 import os
 import secrets
 
 import numpy as np
 import pytest
 
+import orchvlm
+from model_cases import SANITIZED
 from orchvlm.orchestrator import Orchestrator
-from rank_cases import FAMILIES, compare, draw_case, on_one_rank, on_ranks
+from rank_cases import FAMILIES, law, laws
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
-DRAWS = int(os.environ.get("ORCHVLM_PLAN_DRAWS", 40))  # of each family; 10,000 by hand
+DRAWS = int(os.environ.get("ORCHVLM_PLAN_DRAWS", 40))  # of each family; more in rank_cases.py
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -18,21 +21,19 @@ def test_random_plans(family):
     print("seed", SEED)
     for draw in range(DRAWS):
         seed = [SEED, draw]
-        rng = np.random.default_rng(seed)
-        config, samples = draw_case(seed, family)
-        n = int(rng.choice([1, 2, 3, 4, 8]))
-        checkpoint = str(rng.choice(["none", "selective", "full"]))
-        try:
-            compare(on_ranks(seed, config, samples, n, checkpoint=checkpoint),
-                    on_one_rank(seed, config, samples))
-        except AssertionError as error:
-            raise AssertionError(f"draw {draw}, {n} ranks, {checkpoint}: {error}") from error
+        n = int(np.random.default_rng(seed).choice([1, 2, 3, 4, 8]))
+        orchvlm.comm.run_threads(n, law, seed, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [2, 3])
 def test_balanced_plans(family, n):
     print("seed", SEED)
-    config, samples = draw_case([SEED, n], family)
-    compare(on_ranks([SEED, n], config, samples, n, Orchestrator),
-            on_one_rank([SEED, n], config, samples))
+    orchvlm.comm.run_threads(n, law, [SEED, n], family, Orchestrator)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the launcher's children do not load the sanitizer")
+@pytest.mark.parametrize("n", [2, 4])
+def test_over_processes(n):
+    print("seed", SEED)
+    orchvlm.comm.run_processes(n, laws, SEED + n, 4)

@@ -118,6 +118,14 @@ def test_several_in_a_row_end_the_run_and_are_taken_again(n, mode, tmp_path):
         orchvlm.replay(tmp_path / f"nonfinite-{step}")
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(self, step, loss, names):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("orchvlm.nonfinite.Skipped.tell", full)
+    with pytest.raises(OSError, match=r"skipped\.jsonl: No space left on device"):
+        list(made(None, tmp_path, **options("!!!!!!"), most_skipped=50).run())
+
+
 def test_a_gradient_alone(tmp_path, monkeypatch):
     """The loss is fine; counts go on where a run is resumed."""
     def run(steps, resume):

@@ -1,7 +1,6 @@
 """Models over ranks, kept in every way, against the same model on one rank."""
 import os
 import secrets
-from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
@@ -11,23 +10,11 @@ from model_cases import SANITIZED, fill
 from orchvlm.passes import OneRank
 from orchvlm.routing import Balance
 from orchvlm.sharding import MODES
-from rank_cases import FAMILIES, RandomPlans, compare, draw_case, joined, made_model
+from rank_cases import (FAMILIES, MIXED, RandomPlans, compare, draw_case, joined, made_model,
+                        mode_of, node_size)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
-MIXED = {"model.visual.*": "fsdp", "*.experts": "hybrid", "lm_head": "zero1", "*": "ddp"}
 NAME = "model.language_model.norm.weight"
-
-
-def node_size(n):
-    return 2 if n % 2 == 0 else 1
-
-
-def mode_of(model, mode):
-    """The mode, without patterns that match nothing in this model."""
-    if isinstance(mode, str):
-        return mode
-    units = orchvlm._core.shard_units(model._core)
-    return {p: m for p, m in mode.items() if any(fnmatchcase(unit, p) for unit in units)}
 
 
 def sharded(seed, config, comm, mode, prepare=None, **options):

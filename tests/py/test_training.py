@@ -58,6 +58,32 @@ def test_resumed_is_uninterrupted(whole, tmp_path):
     same_as(whole, second, list(second.run()))
 
 
+def test_no_second_model_is_made(whole, tmp_path, monkeypatch):
+    for row in made(tmp_path, save_every=3).run():
+        if row["step"] == 3:
+            break
+    second = made(tmp_path)
+
+    def refuse(*_, **__):
+        raise AssertionError("another model")
+    monkeypatch.setattr(orchvlm.Model, "__init__", refuse)
+    assert second.resume() == 3
+    same_as(whole, second, list(second.run()))
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"intermediate_size": 40}])
+def test_another_model_is_refused_before_anything_is_written(whole, tmp_path, change):
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], **change}}
+    assert config != CONFIG
+    model = orchvlm.Model.from_config(orchvlm.ModelConfig(config), seed=7, threads=1)
+    before = model.state_dict()
+    other = orchvlm.Trainer(model, made(tmp_path).loader, orchvlm.TrainingConfig(steps=6), tmp_path)
+    with pytest.raises(ValueError, match="missing|shape"):
+        other.resume(whole[0].folder / "checkpoint-6")
+    for name, values in model.state_dict().items():
+        assert (values == before[name]).all(), name
+
+
 def test_steps_behind_the_checkpoint_are_taken_and_told_again(whole, tmp_path):
     first = made(tmp_path, save_every=2)
     for row in first.run():

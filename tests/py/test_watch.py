@@ -186,3 +186,12 @@ def test_recall_without_a_file(tmp_path):
     watch.recall(tmp_path / "none", 3, OneRank(None, 1))
     assert (watch.best, watch.best_step, watch.since) == (None, None, 0)
     assert np.isfinite(watch.every)
+
+
+def test_the_average_is_looked_at(tmp_path):
+    trainer = made(None, tmp_path, ema=0.5)
+    rows = trainer.fit()
+    own = trainer.watch.look(trainer.model, trainer.passes, 5)["eval_loss"]
+    with trainer.ema.swap():
+        average = trainer.watch.look(trainer.model, trainer.passes, 6)["eval_loss"]
+    assert rows[-1]["eval_loss"] == average != own

@@ -1,5 +1,6 @@
 """A run's configuration made into what trains: model, processor, loader."""
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .cli import CommandError
@@ -70,6 +71,14 @@ def processor_of(config, model_config):
     return Processor.from_config(model_config.values, **rule)
 
 
+def check_frozen(config, names):
+    """Refuses a pattern of what is not to be trained that matches none of the parameters: what it
+    was meant for would be trained in silence."""
+    for pattern in config["training.freeze"]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CommandError(f"training.freeze: {pattern!r} matches no parameter")
+
+
 def build(config):
     """The model that a run starts from, with its adapters."""
     options = {"dtype": config["model.dtype"], "threads": threads_of(config)}
@@ -81,6 +90,7 @@ def build(config):
     if config["lora.r"]:
         model.add_lora(config["lora.r"], config["lora.alpha"], config["lora.match"],
                        config["training.seed"], rslora=config["lora.rslora"])
+    check_frozen(config, model.parameters)
     return model
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from .arenas import SIZES, of_model
-from .building import loader_of, model_folder, processor_of, threads_of
+from .building import check_frozen, loader_of, model_folder, processor_of, threads_of
 from .cli import CommandError
 from .comm import run_threads
 from .configs import ModelConfig, preset
@@ -123,6 +123,7 @@ def _rows(run, config):
             for letter, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
                 adapters.append((f"{name.removesuffix('weight')}lora_{letter}.weight", 4, size,
                                  True))
+    check_frozen(run, [row[0] for row in (*rows, *adapters)])
     frozen = ["*"] if rank else run["training.freeze"]
     return [(*row[:3], not any(fnmatchcase(row[0], p) for p in frozen))
             for row in rows] + adapters

@@ -210,6 +210,10 @@ class RunConfig:
         if self["model.folder"] and self["model.std"]:
             raise ValueError(f"{self.origins['model.std']}: model.std = {self['model.std']} is of "
                              "new weights, but model.folder brings its own: leave one of them out")
+        for name in ("data.difficulty", "data.max_side"):
+            if self["data.files"] and self[name] is not None:
+                raise ValueError(f"{self.origins[name]}: {name} = {self[name]} is of drawn tasks, "
+                                 "but data.files brings other data: leave one of them out")
         if self["evaluation.patience"] and not self["evaluation.every"]:
             raise ValueError(f"{self.origins['evaluation.patience']}: evaluation.patience = "
                              f"{self['evaluation.patience']} counts looks, of which there are "

@@ -235,7 +235,8 @@ KEYS = (
     _field("training.betas", _BETAS, "decay of both moments of AdamW"),
     _field("training.groups", _GROUPS, "other rates and decays for the parameters that match; the "
            "last match counts"),
-    _field("training.freeze", _TEXTS, "patterns of parameters that are not trained"),
+    _field("training.freeze", _TEXTS, "patterns of parameters that are not trained; each "
+           "matches some"),
     _field("training.micro_batches", _SIZE, "packs of `data.tokens` in a step"),
     _field("training.checkpoint", _choice("none", "selective", "full"),
            "activations that are computed again, to save memory"),

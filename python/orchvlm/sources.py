@@ -84,12 +84,15 @@ def training_source(said, seed):
     Raises
     ------
     CommandError
-        A path that holds no data.
+        A path that holds no data, kinds of files that have none.
     """
     from .data import JsonLines, Mixture, TarShards
     if not said["files"]:
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"])
+    if said["kinds"] and not any(path.suffix == ".zip" for path in files):
+        raise CommandError(f"--kinds {','.join(said['kinds'])}: picks among drawn tasks, and among "
+                           "the packs of .zip files, of which there are none here")
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
     sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]

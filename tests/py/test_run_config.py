@@ -60,6 +60,8 @@ def test_what_is_written_reads_the_same():
         said["evaluation.every"] = 7  # what patience counts
         if "model.folder" in said:
             said.pop("model.std", None)
+        if said.get("data.files"):  # nothing is drawn
+            said.pop("data.difficulty", None), said.pop("data.max_side", None)
         config = RunConfig(nested(said))
         assert {name: config[name] for name in said} == {
             name: BY_NAME[name].kind.read(value) for name, value in said.items()}
@@ -88,6 +90,8 @@ def test_every_key_refuses_junk_by_name():
     ({"ranks": 2}, r"write \[ranks\] and its keys below; got ranks = 2"),
     ({"model": {"preset": "tiny", "folder": "x"}}, "keep one of them"),
     ({"model": {"folder": "x", "std": 0.1}}, "leave one of them out"),
+    ({"data": {"files": ["a.jsonl"], "difficulty": 0.5}}, "data.difficulty = 0.5 is of drawn"),
+    ({"data": {"files": ["a.jsonl"], "max_side": 99}}, "data.max_side = 99 is of drawn tasks"),
     ({"evaluation": {"patience": 2}}, "set evaluation.every"),
     ({"training": {"groups": [{"lr": 1.0}]}}, "training.groups must be a list of tables"),
     ({"training": {"schedule": "cubic"}}, "one of cosine, linear, constant; got 'cubic'")])
@@ -236,6 +240,14 @@ def test_resumed_as_it_was_told(ran):
 def test_the_command_refuses_in_one_line(refuse, tmp_path):  # noqa: F811
     assert "No such file" in refuse("train", tmp_path / "no.toml")
     (tmp_path / "a.toml").write_text("[training]\nlearning_rate = 1\n")
+    for more in ((), ("--explain",), ("--set", "lora.r=2")):  # else all of it would be trained
+        assert "training.freeze: 'model.vison.*' matches no parameter" in refuse(
+            "train", "--set", 'training.freeze=["model.vison.*"]', "--out", tmp_path / "x",
+            "--ranks", "1", *more)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert "--kinds count: picks among" in refuse("train", "--kinds", "count", "--data",
+                                                  tmp_path / "a.jsonl", "--out", tmp_path / "x")
+    (tmp_path / "a.jsonl").unlink()
     said = refuse("train", tmp_path / "a.toml")
     assert "a.toml: there is no training.learning_rate; the nearest is" in said
     assert "--set: training.lr must be a number" in refuse("train", "--set", "training.lr=fast")

@@ -48,10 +48,6 @@ static inline ovlm_model_config rig_seed(void)
     c.decoder.first_dense = 1;
     c.decoder.sigmoid_router = true;
     c.decoder.qk_norm = false;
-    c.decoder.act = OVLM_ACT_GELU_TANH;
-    c.decoder.rotary = 4;
-    c.decoder.section[0] = c.decoder.section[1] = 1;
-    c.decoder.section[2] = 0;
     c.decoder.qkv_bias = true;
     c.decoder.router_scale = 1.7;
     c.decoder.aux_coef = 0;

@@ -74,7 +74,9 @@ def draw_config(rng, sparse):
 def draw_seed_config(rng, sparse):
     """Seed1.5-VL's; with experts: sigmoid routing in groups, a shared expert, a dense layer."""
     text = _text(rng, sparse)
-    text |= {"num_hidden_layers": 2, "use_qk_norm": bool(rng.random() < 0.5)}
+    # Softmax takes no notice of a bias of keys that are neither normalised nor turned.
+    text |= {"num_hidden_layers": 2,
+             "use_qk_norm": bool(text["attention_bias"] or rng.random() < 0.5)}
     if (turned := 2 * int(rng.integers(1, text["head_dim"] // 2 + 1))) < text["head_dim"]:
         # Rounded down by those who read it.
         text["rope_parameters"]["partial_rotary_factor"] = (turned + 0.5) / text["head_dim"]

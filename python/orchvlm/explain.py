@@ -2,7 +2,6 @@
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from .orchestrator import counted_costs, media_of, one_node, planned
 from .parts import count_parameters
 from .peak import gemm_peak
 from .run_config import cores
+from .rounds import Rounds, dealt, evenness, share_of, step_bytes, taken
 from .run_keys import KEYS, toml
 from .sharding import Shard
 from .shares import gathered_batch, medium
@@ -44,6 +44,8 @@ class Foretold:
         FLOP/s of a matrix product on one rank, measured.
     seconds : float
         Of the step.
+    rounds : int
+        Of the step; 0 on one rank.
     imbalance : dict of str to float
         Of each phase as planned: largest load over mean; empty on one rank.
     """
@@ -56,6 +58,7 @@ class Foretold:
     flops: float
     peak: float
     seconds: float
+    rounds: int
     imbalance: dict
 
 
@@ -89,24 +92,23 @@ def foretell(run):
     ranks, threads = run["ranks.n"], threads_of(run) or cores()
     flops = flops_of(config, batch, True, rows)
     peak = gemm_peak("cpu", run["model.dtype"], threads)
-    work, plan = flops / _SHARE, None
+    work, plans = flops / _SHARE, []
+    held = [_held(run, config, rows, rank) for rank in range(ranks)]
+    shares = [[batch]]
     if ranks > 1:
-        batch = _dealt_out(batch, ranks)
-        dealt = _as_read(config, batch, ranks)
-        cluster = one_node(ranks)
-        limits = {"llm": run["ranks.tokens"], "vision": run["ranks.patches"]}
-        plan = planned(dealt, cluster, counted_costs(config, cluster), {
-            name: most for name, most in limits.items()
-            if most is not None and name in ("llm", *media_of(config))})
+        batch, cluster = _dealt_out(batch, ranks), one_node(ranks)
+        rounds = _rounds(run, config, rows, batch, cluster, held)
+        plans = [one.plan for one in rounds]
         # Its costs are of a model that is trained whole, at the cluster's peak.
-        work = plan.time * cluster.peak_flops * flops / flops_of(config, batch, True)
-    shares = [_share(plan, batch, config, rank) for rank in range(ranks)]
-    phases = {} if plan is None else {**plan.phases, "llm": plan.llm}
+        work = sum(plan.time for plan in plans) * cluster.peak_flops * flops / flops_of(
+            config, batch, True)
+        shares = [[share_of(one, rank, batch.pixels) for one in rounds] for rank in range(ranks)]
     return Foretold(config, sum(prod(row[2]) for row in rows),
                     sum(prod(row[2]) for row in rows if row[3]), batch,
-                    [_memory(run, config, rows, share, rank) for rank, share in enumerate(shares)],
-                    flops, peak, work / peak * max(1.0, ranks * threads / cores()),
-                    {name: phase.imbalance for name, phase in phases.items()})
+                    [{**own, **_step(run, config, rows, some)} for own, some in zip(held, shares)],
+                    flops, peak, work / peak * max(1.0, ranks * threads / cores()), len(plans),
+                    {name: evenness(plans, name)[1] for name in (*plans[0].phases, "llm")}
+                    if plans else {})
 
 
 def _model_config(run):
@@ -146,36 +148,41 @@ def _dealt_out(batch, ranks):
 
 
 def _as_read(config, batch, ranks):
-    """The Batch of samples that are in the order of their ranks."""
+    """(Batch, sizes of its items) of samples that are in the order of their ranks."""
     media = {name: medium(config, batch, name) for name in media_of(config)}
-    (found,) = run_threads(1, lambda comm: gathered_batch(config, batch, media, comm)[0])
-    sizes = [len(range(first, len(found), ranks)) for first in range(ranks)]
-    return replace(found, source_rank=np.repeat(np.arange(ranks), sizes))
+    ((found, sizes, _),) = run_threads(1, lambda comm: gathered_batch(config, batch, media, comm))
+    counts = [len(range(first, len(found), ranks)) for first in range(ranks)]
+    return replace(found, source_rank=np.repeat(np.arange(ranks), counts)), sizes
 
 
-def _share(plan, batch, config, rank):
-    """What a rank computes at a time, as the arenas need it."""
-    if plan is None:
-        return batch
-    lengths = np.diff(batch.cu_seqlens)
-    packs = [lengths[(plan.llm.rank == rank) & (plan.llm.micro_batch == m)]
-             for m in range(plan.llm.micro_batches)]
-    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum)]), grid_thw=None,
-                            mel_lengths=None, pixels=batch.pixels)
-    for name, phase in plan.phases.items():
-        sizes = _sizes(medium(config, batch, name), name)[phase.rank == rank]
-        setattr(share, "grid_thw" if name == "vision" else "mel_lengths", sizes)
-    return share
+def _rounds(run, config, rows, batch, cluster, held):
+    """The rounds of the first step, as the orchestrator has them."""
+    found, sizes = _as_read(config, batch, cluster.n_gpus)
+    most = {"llm": run["ranks.tokens"], "vision": run["ranks.patches"]}
+    limits = {name: value for name, value in most.items()
+              if value is not None and name in ("llm", *media_of(config))}
+    costs, limit = counted_costs(config, cluster), run["ranks.memory_bytes"]
+
+    def plan(batch):
+        return planned(batch, cluster, costs, limits)
+    if limit is None:
+        return [taken(found, sizes, samples, plan) for samples in dealt(found, 1)]
+    cut = Rounds(config, rows, run["model.dtype"], cluster.n_gpus,
+                 max(sum(own.values()) for own in held), limit, run["training.checkpoint"])
+    return cut.of(found, sizes, np.float32 if batch.pixels is None else batch.pixels.dtype, plan)
 
 
-def _sizes(held, name):
-    """Of the items in the order of the Batch: by sample, then by place."""
-    order = np.lexsort((held.position, held.sample))
-    return held.sizes[order] if name == "vision" else held.sizes[order, 0]
+def _step(run, config, rows, shares):
+    """{arena: bytes} of a rank's step, in rounds one after the other."""
+    alone = run["ranks.n"] == 1
+    counts = run["training.aux"] != "bias" and (not alone or run["training.micro_batches"] > 1)
+    ran = [step_bytes(config, share, rows, run["model.dtype"], run["training.checkpoint"],
+                      counts=counts, encoded=not alone and len(shares) == 1) for share in shares]
+    return {arena: max(one[arena] for one in ran) for arena in ran[0]}
 
 
-def _memory(run, config, rows, share, rank):
-    """{arena: bytes} of a rank."""
+def _held(run, config, rows, rank):
+    """{arena: bytes} of a rank, whatever it computes."""
     dtype, ranks = run["model.dtype"], run["ranks.n"]
     whole = Shard.predict(config, ranks, run["ranks.shard"], run["ranks.node_size"], rank=rank,
                           dtype=dtype)
@@ -183,25 +190,9 @@ def _memory(run, config, rows, share, rank):
     trained = sum(prod(row[2]) for row in rows if row[3])
     adapters = sum(prod(row[2]) for row in rows) - sum(prod(row[2]) for row in base)
     state = whole["training"] * trained // sum(prod(row[2]) for row in base)
-    ran = of_model(config, share, rows, dtype, True, run["training.checkpoint"])
-    if _counts_first(run, config):
-        # Over ranks the features are there; on one, images are encoded for the counts too.
-        seen = share if ranks == 1 else SimpleNamespace(
-            cu_seqlens=share.cu_seqlens, grid_thw=None, mel_lengths=None, pixels=None)
-        first = of_model(config, seen, rows, dtype, False, "none")
-        ran["workspace"] = max(ran["workspace"], first["workspace"])
     return {"weights": whole["weights"] + SIZES[dtype] * adapters,
             "gradients and state": state, "buffers": whole["buffers"],
-            "average": 4 * trained * (run["training.ema"] is not None),
-            "activations": ran["activations"], "workspace": ran["workspace"]}
-
-
-def _counts_first(run, config):
-    """Whether a forward for the routers' counts alone, which keeps nothing and works in more
-    scratch, comes before a step's own."""
-    several = run["ranks.n"] > 1 or run["training.micro_batches"] > 1
-    return several and config.sparse and run["training.aux"] != "bias" and config.text.get(
-        "router_aux_loss_coef", 0.001) > 0
+            "average": 4 * trained * (run["training.ema"] is not None)}
 
 
 # ---------------------------------------------------------------- for people
@@ -238,6 +229,6 @@ def explain(run):
                 f", {run['training.minutes']:g} minutes about "
                 f"{60 * run['training.minutes'] / seen.seconds:,.0f} steps.")]
     if ranks > 1:
-        lines.append("Planned over ranks, largest load over mean: " + ", ".join(
+        lines.append(f"Planned over ranks in {seen.rounds} round{'s' * (seen.rounds > 1)}, largest load over mean: " + ", ".join(
             f"{name} {value:.3f}" for name, value in seen.imbalance.items()) + ".")
     return "\n".join(lines)

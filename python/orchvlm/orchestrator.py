@@ -1,6 +1,6 @@
 """One global batch over ranks: every phase evenly, and a gradient that does not depend on how."""
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from .inputs import Inputs
 from .model import Model
 from .model_cost import from_model
 from .passes import Ran
+from .rounds import Rounds, dealt, evenness, mean, taken
 from .routes import Route
 from .sharding import Shard
 from .shares import MEDIA, gathered, gathered_batch, label_weights, medium
@@ -21,29 +22,42 @@ _COLUMNS = 6    # of a token that travels: id, label, weight, three positions
 
 
 @dataclass
-class Prepared:
-    """A global batch that is where it will be used, before anything is computed.
+class PreparedRound:
+    """What this rank computes of a round.
 
     Attributes
     ----------
     plan : StepPlan
         The same on all ranks.
+    micro : list of Inputs
+        Micro-batches of the language phase, without images and sounds.
+    items : dict of str to (array, int32[n, 3])
+        Rows and sizes of what is encoded, by medium.
+    """
+
+    plan: object
+    micro: list
+    items: dict
+
+
+@dataclass
+class Prepared:
+    """A global batch that is where it will be used, before anything is computed.
+
+    Attributes
+    ----------
     normalizer : float
         Sum of all weights of the global batch.
-    micro : list of Inputs
-        This rank's micro-batches of the language phase, without images and sounds.
-    items : dict of str to (array, int32[n, 3])
-        Rows and sizes of what this rank encodes, by medium.
+    rounds : list of PreparedRound
+        Equally many on all ranks.
     ran : Ran
         Counts the samples that this rank read, whoever computes them.
     inputs : Inputs
         Those samples.
     """
 
-    plan: object
     normalizer: float
-    micro: list
-    items: dict
+    rounds: list
     ran: Ran
     inputs: Inputs
 
@@ -64,6 +78,10 @@ class Orchestrator:
         Of a micro-batch on one rank in the language, vision and audio phase.
     micro_batches : int
         Packs of the loader that make a global batch.
+    memory_bytes : int, optional
+        That a rank's model holds at most, from which the rounds of a step follow.
+    checkpoint : {"none", "selective", "full"}
+        With which :meth:`run` will be called; memory is foretold for it.
 
     Attributes
     ----------
@@ -75,7 +93,8 @@ class Orchestrator:
     TypeError
         An argument of another kind.
     ValueError
-        A limit below 1; what the planner refuses, when the first batch is planned.
+        A limit below 1; less memory than weights and state take; what the planner refuses, and a
+        sample that does not fit into the memory, when a batch is prepared.
 
     Notes
     -----
@@ -83,7 +102,9 @@ class Orchestrator:
     on work, not on time); raw data and tokens travel; each rank encodes its items; one all-to-all
     per encoder brings features straight to the ranks of their tokens; the language phase runs in
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
-    of weights are summed over the ranks.  The loss is a sum over the global batch divided by one
+    of weights are summed over the ranks.  Where that is more than the memory holds, the samples are
+    dealt out to rounds, each with a plan, encoders, micro-batches and encoders' backwards of its
+    own: the fewest found of which :meth:`Model.memory` foretells that they fit.  The loss is a sum over the global batch divided by one
     normaliser, so neither depends on the plan.
 
     References
@@ -110,7 +131,7 @@ class Orchestrator:
     """
 
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
-                 max_frames=None, micro_batches=1):
+                 max_frames=None, micro_batches=1, memory_bytes=None, checkpoint="none"):
         for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
@@ -132,6 +153,9 @@ class Orchestrator:
         self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or one_node(comm.size)
         self.costs = costs or counted_costs(model.config, self.cluster)
+        memory_bytes = _limit(memory_bytes, "memory_bytes")
+        self._rounds = None if memory_bytes is None else Rounds.of_model(
+            model, memory_bytes, checkpoint)
         self._limits = {name: most for name, most in limits.items()
                         if most is not None and name in (*self.media, "llm")}
 
@@ -171,16 +195,48 @@ class Orchestrator:
         media = {name: medium(self.model.config, inputs, name) for name in self.media}
         batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, ways.comm)
         known = time.perf_counter()
-        plan = self.plan(batch)
+        rounds = self.rounds(batch, sizes, media)
         planned = time.perf_counter()
-        items = {name: self._raw(plan, batch, name, media[name], sizes[name], ways)
-                 for name in self.media if len(sizes[name])}
-        micro = _micro_batches(inputs, batch, plan.llm, ways)
+        ready = [self._ready(one, batch, inputs, media, ways) for one in rounds]
         seconds = {"lengths": known - start, "plan": planned - known,
                    "data": time.perf_counter() - planned}
         ran = Ran([inputs], self.model)
-        ran.plan, ran.prepared_seconds = plan, seconds
-        return Prepared(plan, normalizer, micro, items, ran, inputs)
+        ran.plans, ran.prepared_seconds = [one.plan for one in rounds], seconds
+        return Prepared(normalizer, ready, ran, inputs)
+
+    def rounds(self, batch, sizes, media):
+        """The rounds of a global batch; every rank makes the same ones.
+
+        Parameters
+        ----------
+        batch : Batch
+        sizes : dict of str to int64[k, 3]
+            Of all its items.
+        media : dict of str to Medium
+            This rank's.
+
+        Returns
+        -------
+        list of Round
+        """
+        if self._rounds is None:
+            return [taken(batch, sizes, samples, self.plan) for samples in dealt(batch, 1)]
+        dtype = media["vision"].rows.dtype if "vision" in media else np.float32
+        return self._rounds.of(batch, sizes, dtype, self.plan)
+
+    def _ready(self, round, batch, inputs, media, ways):
+        """A PreparedRound: this rank's samples of it go where the plan says, others' come."""
+        if len(round.samples) < len(batch):
+            ours = np.flatnonzero(batch.source_rank == self.rank)
+            inputs = inputs[np.flatnonzero(np.isin(ours, round.samples))]
+            kinds = {name: one.rows.dtype for name, one in media.items()}
+            media = {name: medium(self.model.config, inputs, name) for name in media}
+            media = {name: replace(one, rows=one.rows.astype(kinds[name], copy=False))
+                     for name, one in media.items()}
+        items = {name: self._raw(round.plan, round.batch, name, media[name], sizes, ways)
+                 for name, sizes in round.sizes.items() if len(sizes)}
+        return PreparedRound(round.plan, _micro_batches(inputs, round.batch, round.plan.llm, ways),
+                             items)
 
     def plan(self, batch):
         """The plan of a global batch; every rank makes the same one.
@@ -221,15 +277,27 @@ class Orchestrator:
         """
         model, ran = self.model, prepared.ran
         self._sums_s, self._waited_s = [], self.shard.waited_s()
-        given = {name: self._encode(name, prepared, checkpoint, ran) for name in self.media
-                 if name in prepared.items}
-        parts = self._parts(prepared.micro, given)
-        counts = balance.begin(ran.tokens, lambda: self._route(prepared.micro, parts))
-        slopes, left = [], len(parts)
-        for micro, part in zip(prepared.micro, parts):
+        rounds = prepared.rounds
+        if len(rounds) == 1:  # what is encoded for the counts serves the pass too
+            given = self._features(rounds[0], checkpoint, ran)
+            counts = balance.begin(ran.tokens, lambda: self._route(rounds[0], given))
+        else:
+            counts = balance.begin(ran.tokens, lambda: self._route_all(rounds, checkpoint, ran))
+        for number, one in enumerate(rounds, 1):
+            if len(rounds) > 1:
+                given = self._features(one, checkpoint, ran)
+            self._pass(one, given, prepared.normalizer, counts, balance, checkpoint, ran,
+                       number == len(rounds))
+        return ran
+
+    def _pass(self, round, given, normalizer, counts, balance, checkpoint, ran, last):
+        """Micro-batches of a round, and backwards of its encoders."""
+        model, parts = self.model, self._parts(round.micro, given)
+        slopes, left = [], len(parts) if last else -1
+        for micro, part in zip(round.micro, parts):
             left -= 1
             with ran.timed("llm"):
-                out = model.forward(micro, normalizer=prepared.normalizer, router_counts=counts,
+                out = model.forward(micro, normalizer=normalizer, router_counts=counts,
                                     checkpoint=checkpoint, **part)
                 ran.note(out)
                 balance.note(out)
@@ -237,12 +305,16 @@ class Orchestrator:
                     self.shard.last_backward()
                 slopes.append(model.backward())
         for name in reversed(given):
-            self._encode_backward(name, prepared, slopes, ran)
-        return ran
+            self._encode_backward(name, round, slopes, ran)
 
-    def _to_llm(self, name, prepared):
+    def _to_llm(self, name, round):
         """The way of features to the tokens that wait for them."""
-        return self._ways[0].prepare(prepared.plan.routes[f"{name}->llm"])
+        return self._ways[0].prepare(round.plan.routes[f"{name}->llm"])
+
+    def _features(self, round, checkpoint, ran, training=True):
+        """By medium (features, extra) of this rank's tokens in a round."""
+        return {name: self._encode(name, round, checkpoint, ran, training) for name in self.media
+                if name in round.items}
 
     def _parts(self, micro, given):
         """The features of each micro-batch, which come in the order of its tokens, as forward
@@ -261,29 +333,38 @@ class Orchestrator:
             parts.append(part)
         return parts
 
-    def _route(self, micro, parts):
-        seen = [self.model.route(pack, **part) for pack, part in zip(micro, parts)]
+    def _route(self, round, given):
+        """(counts, rows) of the routers in a round."""
+        seen = [self.model.route(pack, **part)
+                for pack, part in zip(round.micro, self._parts(round.micro, given))]
         return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
 
-    def _encode(self, name, prepared, checkpoint, ran):
+    def _route_all(self, rounds, checkpoint, ran):
+        """The same of all rounds, which are encoded for it, and forgotten."""
+        seen = [self._route(one, self._features(one, checkpoint, ran, training=False))
+                for one in rounds]
+        return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
+
+    def _encode(self, name, round, checkpoint, ran, training):
         """(features, extra) of this rank's tokens."""
-        rows, sizes = prepared.items[name]
+        rows, sizes = round.items[name]
         with ran.timed(name):
             features, extra = self.model.encode(name, rows, sizes if name == "vision"
-                                                else sizes[:, 0], checkpoint=checkpoint)
+                                                else sizes[:, 0], training=training,
+                                                checkpoint=checkpoint)
         with ran.timed(f"{name}->llm"):
             layers = [] if extra is None else list(extra)
-            arrived = self._to_llm(name, prepared).apply([features, *layers])
+            arrived = self._to_llm(name, round).apply([features, *layers])
         return arrived[0], None if extra is None else np.stack(arrived[1:])
 
-    def _encode_backward(self, name, prepared, slopes, ran):
+    def _encode_backward(self, name, round, slopes, ran):
         """Gradients of the features of all micro-batches, back to who encoded them."""
         place = 0 if name == "vision" else 2
         with ran.timed(f"llm->{name}"):
             back = [np.concatenate([one[place] for one in slopes])]
             if name == "vision" and slopes[0][1] is not None:
                 back += list(np.concatenate([one[1] for one in slopes], axis=1))
-            back = self._to_llm(name, prepared).reverse(back)
+            back = self._to_llm(name, round).reverse(back)
         with ran.timed(name):
             self.model.encode_backward(back[0], np.stack(back[1:]) if back[1:] else None,
                                        modality=name)
@@ -345,7 +426,7 @@ class Orchestrator:
         Returns
         -------
         dict of str to float
-            For every phase, largest load over mean: ``_sampled``, with every item where it was
+            ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``, with every item where it was
             read, and ``_planned``, as the plan has it; ``_measured``: the same of what the ranks
             computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
             ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
@@ -360,21 +441,20 @@ class Orchestrator:
         counted one by one, each at its least; of the gathers and sums of weights and gradients each
         rank has the step's total, and the least of these counts, which may hold some waiting.
         """
-        plan, row = ran.plan, {}
+        plans, row = ran.plans, {"rounds": len(ran.plans)}
         names = sorted(ran.busy)
         mine = np.array([[ran.busy[name], ran.seconds[name]] for name in names]).reshape(1, -1, 2)
         busy = self.comm.all_gather(mine, np.ones(self.size, np.int64))
         for name, (work, passed) in zip(names, busy.transpose(1, 2, 0)):
             row[f"{name}_seconds"] = float(passed.max())
             if "->" not in name:
-                phase = plan.llm if name == "llm" else plan.phases[name]
-                row[f"{name}_sampled"] = phase.sampled_imbalance
-                row[f"{name}_planned"] = phase.imbalance
+                row[f"{name}_sampled"], row[f"{name}_planned"] = evenness(plans, name)
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
         self._gather_events(ran, names)
         return {**row, "exposed_comm_ms": 1e3 * self._exposed_s(ran),
-                "plan_ms": 1e3 * ran.prepared_seconds["plan"], "plan_gap": plan.gap,
-                "predicted_seconds": plan.time}
+                "plan_ms": 1e3 * ran.prepared_seconds["plan"],
+                "plan_gap": mean([plan.gap for plan in plans], [plan.bound for plan in plans]),
+                "predicted_seconds": sum(plan.time for plan in plans)}
 
     def _exposed_s(self, ran):
         """Seconds of the step's communication that nothing hid; see :meth:`metrics`."""

@@ -24,8 +24,8 @@ class Ran:
         By phase and transfer: what went by, and what the calling thread computed.
     events : list of (str, float, float)
         The same one after the other: name, start and end.
-    plan : StepPlan or None
-        With several ranks: the step's.
+    plans : list of StepPlan
+        With several ranks: of the step's rounds.
     prepared_seconds : dict of str to float
         What gathering lengths, planning and moving data took, beside the step before.
     """
@@ -36,7 +36,7 @@ class Ran:
         self.patches = sum(len(pack.pixels) for pack in packs if pack.pixels is not None)
         self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
-        self.plan, self.prepared_seconds = None, {}
+        self.plans, self.prepared_seconds = [], {}
 
     @contextmanager
     def timed(self, name):

@@ -258,6 +258,8 @@ KEYS = (
            "no limit", "", "rank_tokens"),
     _field("ranks.patches", _SIZE, "the same of patches of pictures", "no limit", "",
            "rank_patches"),
+    _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "
+           "in as many rounds as that needs", "no limit", "", "rank_memory_bytes"),
     Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",
         "--samples"),
     Key("evaluation.every", _COUNT, "steps from one look at them to the next; 0: at the end only",

@@ -46,7 +46,7 @@ class Shard:
 
     Attributes
     ----------
-    model, comm
+    model, comm, node_size
         As above.
     modes : dict of str to str
         Of each unit.
@@ -102,6 +102,7 @@ class Shard:
             raise ValueError("this model is sharded already; undo that first")
         numbers, self.modes = _resolved(model._core, mode)
         self._core = _core.Shard(model._core, comm._core, numbers, _node_size(node_size))
+        self.node_size = node_size
         self.model, self.comm = model, comm
         self.holds, self.holds_state = self._core.holds()
         model.shard = self

@@ -58,6 +58,9 @@ class TrainingConfig:
     rank_tokens, rank_patches : int, optional
         With several ranks: tokens, and patches of images, that a rank takes at a time; more than
         that is done in several micro-batches.
+    rank_memory_bytes : int, optional
+        With several ranks: bytes that the model of a rank holds at most, moving average included;
+        the samples of a step are taken in as many rounds as that needs (:class:`Orchestrator`).
     shard : {"ddp", "zero1", "fsdp", "hybrid"} or dict
         With several ranks: who keeps what, as ``mode`` of :class:`Shard`.
     node_size : int, optional
@@ -110,6 +113,7 @@ class TrainingConfig:
     micro_batches: int = 1
     rank_tokens: int = None
     rank_patches: int = None
+    rank_memory_bytes: int = None
     shard: object = "ddp"
     node_size: int = None
     checkpoint: str = "none"
@@ -581,8 +585,12 @@ def _passes(model, config, comm):
     from .orchestrator import Orchestrator
     from .sharding import Shard
     Shard(model, comm, config.shard, config.node_size)
+    memory = config.rank_memory_bytes
+    if memory is not None and config.ema is not None:  # the average is made behind this
+        memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
-                        max_patches=config.rank_patches, micro_batches=config.micro_batches)
+                        max_patches=config.rank_patches, micro_batches=config.micro_batches,
+                        memory_bytes=memory, checkpoint=config.checkpoint)
 
 
 def _cut(path, step):

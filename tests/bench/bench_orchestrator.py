@@ -82,15 +82,16 @@ def train(comm, spec):
     out = []
     for row, ran, waited in watch.steps[spec.get("skip", 2):]:
         mine = {"row": row, "waited": waited, "busy": ran.busy, "seconds": ran.seconds}
-        if ran.plan is not None:
-            mine["work"] = {name: work_of(ran.plan, name, comm.rank) for name in phases(ran.plan)}
-            mine["load"] = {name: share_of(ran.plan, name).loads[comm.rank]
-                            for name in phases(ran.plan)}
-            mine["even"] = {name: (share_of(ran.plan, name).sampled_imbalance,
-                                   share_of(ran.plan, name).imbalance,
-                                   best(share_of(ran.plan, name))) for name in phases(ran.plan)}
-            mine["lengths"] = {name: lengths_of(ran.plan, name, comm.rank)
-                               for name in phases(ran.plan)}
+        if ran.plans:
+            (plan,) = ran.plans  # no limit of memory, so one round
+            mine["work"] = {name: work_of(plan, name, comm.rank) for name in phases(plan)}
+            mine["load"] = {name: share_of(plan, name).loads[comm.rank]
+                            for name in phases(plan)}
+            mine["even"] = {name: (share_of(plan, name).sampled_imbalance,
+                                   share_of(plan, name).imbalance,
+                                   best(share_of(plan, name))) for name in phases(plan)}
+            mine["lengths"] = {name: lengths_of(plan, name, comm.rank)
+                               for name in phases(plan)}
         out.append(mine)
     return out
 

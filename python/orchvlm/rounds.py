@@ -1,0 +1,300 @@
+"""A global batch in rounds, so that what each rank holds at a time fits into its memory."""
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+
+from .arenas import of_model
+from .sharding import Shard
+from .tables import format_bytes
+
+
+@dataclass
+class Round:
+    """Samples that are encoded, decoded and taken backwards together.
+
+    Attributes
+    ----------
+    samples : int64[n]
+        Their places in the global batch, rising.
+    batch : Batch
+        Of these alone.
+    sizes : dict of str to int64[k, 3]
+        Of its items, as :func:`orchvlm.shares.gathered_batch` gives them.
+    plan : StepPlan
+    """
+
+    samples: np.ndarray
+    batch: object
+    sizes: dict
+    plan: object
+
+
+def share_of(round, rank, pixels=None):
+    """What a rank holds in a round, as the arenas need it: its fullest micro-batch, and all items
+    that it encodes.
+
+    Parameters
+    ----------
+    round : Round
+    rank : int
+    pixels : array, optional
+        Of the dtype that pixels have.
+
+    Returns
+    -------
+    SimpleNamespace
+    """
+    plan, lengths = round.plan, round.batch.language_lengths
+    packs = [lengths[(plan.llm.rank == rank) & (plan.llm.micro_batch == m)]
+             for m in range(plan.llm.micro_batches)]
+    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum)]), grid_thw=None,
+                            mel_lengths=None, pixels=pixels)
+    for name, phase in plan.phases.items():
+        mine = round.sizes[name][phase.rank == rank]
+        if name == "vision":
+            share.grid_thw = mine
+        else:
+            share.mel_lengths = mine[:, 0]
+    return share
+
+
+def step_bytes(config, share, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None):
+    """Activations and workspace of a rank's step.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    share : SimpleNamespace or Inputs
+        From :func:`share_of`.
+    rows : list
+        Of the parameters, as :func:`orchvlm.arenas.of_model` takes them.
+    dtype, checkpoint : str
+    counts : bool
+        A forward for the routers' counts alone comes first; it keeps nothing and works in more
+        scratch.
+    encoded : bool
+        For that one the features are there already.
+    chunk : int, optional
+        As ``Model.moe_chunk_rows``.
+
+    Returns
+    -------
+    dict of str to int
+    """
+    ran = of_model(config, share, rows, dtype, True, checkpoint, chunk)
+    if counts and config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
+        seen = SimpleNamespace(cu_seqlens=share.cu_seqlens, grid_thw=None, mel_lengths=None,
+                               pixels=None) if encoded else share
+        first = of_model(config, seen, rows, dtype, False, "none", chunk)
+        ran["workspace"] = max(ran["workspace"], first["workspace"])
+    return {"activations": ran["activations"], "workspace": ran["workspace"]}
+
+
+class Rounds:
+    """Cuts global batches into the fewest rounds found whose memory is at most a limit.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    rows : list
+        Of the parameters, as :func:`orchvlm.arenas.of_model` takes them.
+    dtype : str
+        Of the model.
+    ranks : int
+    held_bytes : int
+        Weights, gradients and optimizer state of the rank that holds most.
+    memory_bytes : int
+        Of a rank: these, activations and workspace.
+    checkpoint : {"none", "selective", "full"}
+        With which the steps will run.
+    chunk : int, optional
+        As ``Model.moe_chunk_rows``.
+
+    Raises
+    ------
+    ValueError
+        Weights and state alone are more.
+
+    Notes
+    -----
+    What is foretold is that of :meth:`Model.memory`.  Arrays of Python come on top: raw data, and
+    features on their way.
+    """
+
+    def __init__(self, config, rows, dtype, ranks, held_bytes, memory_bytes, checkpoint="none",
+                 chunk=None):
+        self._config, self._rows, self._dtype, self._ranks = config, rows, dtype, ranks
+        self._checkpoint, self._chunk = checkpoint, chunk
+        self._held, self._limit = held_bytes, memory_bytes
+        self._room = memory_bytes - held_bytes
+        if self._room <= 0:
+            raise ValueError(f"memory_bytes = {memory_bytes} is too little: weights, gradients and "
+                             f"optimizer state of a rank take {format_bytes(held_bytes)}; shard "
+                             "them over more ranks, or give more")
+
+    @classmethod
+    def of_model(cls, model, memory_bytes, checkpoint="none"):
+        """Those of a model that is sharded as it will train.
+
+        Parameters
+        ----------
+        model : Model
+        memory_bytes : int
+        checkpoint : {"none", "selective", "full"}
+
+        Returns
+        -------
+        Rounds
+        """
+        shard = model.shard
+        ranks = shard.comm.size
+        held = max(sum(Shard.predict(model, ranks, shard.modes, shard.node_size,
+                                     rank=rank).values()) for rank in range(ranks))
+        return cls(model.config, model._core.parameters(), model.dtype, ranks, held, memory_bytes,
+                   checkpoint, model.moe_chunk_rows)
+
+    def bytes(self, round, dtype, several=True):
+        """Activations and workspace in a round, on the rank that takes most.
+
+        Parameters
+        ----------
+        round : Round
+        dtype : dtype
+            Of pixels.
+        several : bool
+            It is not the only one.
+
+        Returns
+        -------
+        int
+        """
+        return max(sum(step_bytes(
+            self._config, share_of(round, rank, np.zeros(0, dtype)), self._rows, self._dtype,
+            self._checkpoint, counts=True, encoded=not several, chunk=self._chunk).values())
+            for rank in range(self._ranks))
+
+    def of(self, batch, sizes, dtype, plan):
+        """The rounds of a global batch; every rank finds the same.
+
+        Parameters
+        ----------
+        batch : Batch
+        sizes : dict of str to int64[k, 3]
+        dtype : dtype
+            Of pixels.
+        plan : callable
+            Makes the plan of a Batch.
+
+        Returns
+        -------
+        list of Round
+
+        Raises
+        ------
+        ValueError
+            A sample that does not fit even alone: which, how long, what it would take.
+        """
+        n, most = 1, max(1, len(batch))
+        while True:
+            rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
+            needed = [self.bytes(one, dtype, n > 1) for one in rounds]
+            if max(needed) <= self._room:
+                return rounds
+            if n == most:
+                raise self._too_long(batch, rounds[int(np.argmax(needed))], max(needed))
+            n = min(most, max(n + 1, int(n * max(needed) / self._room)))
+
+    def _too_long(self, batch, round, needed):
+        sample, lengths = int(round.samples[0]), round.batch.language_lengths
+        items = "".join(f" and {items.length.sum():,} rows of {name}"
+                        for name, items in round.batch.phases.items() if len(items))
+        return ValueError(
+            f"memory_bytes = {self._limit} is too little for one sample of rank "
+            f"{batch.source_rank[sample]}: {lengths.sum():,} tokens{items} take "
+            f"{format_bytes(needed)} beside {format_bytes(self._held)} of weights and state; give more, "
+            "set checkpoint, or make samples shorter")
+
+
+def evenness(plans, name):
+    """Of a phase over all rounds, largest load over mean: as sampled, as planned.
+
+    Parameters
+    ----------
+    plans : list of StepPlan
+    name : str
+
+    Returns
+    -------
+    sampled, planned : float
+    """
+    phases = [plan.llm if name == "llm" else plan.phases[name] for plan in plans]
+    work_s = [phase.loads.mean() for phase in phases]
+    return (mean([phase.sampled_imbalance for phase in phases], work_s),
+            mean([phase.imbalance for phase in phases], work_s))
+
+
+def mean(values, weights):
+    """Of figures of rounds; that of one round is what it is."""
+    whole = sum(weights)
+    if len(values) == 1 or not whole:
+        return float(values[0])
+    return float(np.dot(values, weights) / whole)
+
+
+def dealt(batch, n):
+    """Samples of a batch in n rounds, longest first to the emptiest.
+
+    Parameters
+    ----------
+    batch : Batch
+    n : int
+
+    Returns
+    -------
+    list of int64[k]
+        Rising; none is empty where there are as many samples.
+    """
+    if n == 1:
+        return [np.arange(len(batch))]
+    size = batch.language_lengths / max(1, batch.language_lengths.sum())
+    for items in batch.phases.values():
+        np.add.at(size, items.sample, items.length / max(1, items.length.sum()))
+    sums, members = np.zeros(n), [[] for _ in range(n)]
+    for sample in np.argsort(-size, kind="stable"):
+        # Of rounds that are alike the one with fewer samples, so that empty samples fill them too.
+        at = min(range(n), key=lambda r: (sums[r], len(members[r])))
+        sums[at] += size[sample]
+        members[at].append(sample)
+    return [np.sort(np.array(some, np.int64)) for some in members]
+
+
+def taken(batch, sizes, samples, plan):
+    """The round of some samples of a batch.
+
+    Parameters
+    ----------
+    batch : Batch
+    sizes : dict of str to int64[k, 3]
+    samples : int64[n]
+        Rising.
+    plan : callable
+        Makes the plan of a Batch.
+
+    Returns
+    -------
+    Round
+    """
+    if len(samples) < len(batch):
+        place = np.full(len(batch), -1)
+        place[samples] = np.arange(len(samples))
+        kept = {name: place[items.sample] >= 0 for name, items in batch.phases.items()}
+        sizes = {name: sizes[name][keep] for name, keep in kept.items()}
+        phases = {name: replace(items, sample=place[items.sample[kept[name]]], **{
+            column: getattr(items, column)[kept[name]]
+            for column in ("position", "length", "out_tokens", "bytes")})
+            for name, items in batch.phases.items()}
+        batch = replace(batch, text_tokens=batch.text_tokens[samples],
+                        target_tokens=batch.target_tokens[samples],
+                        source_rank=batch.source_rank[samples], phases=phases)
+    return Round(samples, batch, sizes, plan(batch))

@@ -427,7 +427,8 @@ class Orchestrator:
         -------
         dict of str to float
             ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``,
-            with every item where it was read, and ``_planned``, as the plan has it; ``_measured``: the same of what the ranks
+            with every item where it was read, and ``_planned``, as the plan has it;
+            ``_measured``: the same of what the ranks
             computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
             ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
             possible; ``predicted_seconds``: its time.  ``exposed_comm_ms``: communication since

@@ -229,6 +229,7 @@ def explain(run):
                 f", {run['training.minutes']:g} minutes about "
                 f"{60 * run['training.minutes'] / seen.seconds:,.0f} steps.")]
     if ranks > 1:
-        lines.append(f"Planned over ranks in {seen.rounds} round{'s' * (seen.rounds > 1)}, largest load over mean: " + ", ".join(
+        lines.append(f"Planned over ranks in {seen.rounds} round{'s' * (seen.rounds > 1)}, "
+                     "largest load over mean: " + ", ".join(
             f"{name} {value:.3f}" for name, value in seen.imbalance.items()) + ".")
     return "\n".join(lines)

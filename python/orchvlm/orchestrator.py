@@ -104,8 +104,8 @@ class Orchestrator:
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
     of weights are summed over the ranks.  Where that is more than the memory holds, the samples are
     dealt out to rounds, each with a plan, encoders, micro-batches and encoders' backwards of its
-    own: the fewest found of which :meth:`Model.memory` foretells that they fit.  The loss is a sum over the global batch divided by one
-    normaliser, so neither depends on the plan.
+    own: the fewest found of which :meth:`Model.memory` foretells that they fit.  The loss
+    is a sum over the global batch divided by one normaliser, so neither depends on the plan.
 
     References
     ----------
@@ -426,8 +426,9 @@ class Orchestrator:
         Returns
         -------
         dict of str to float
-            ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``, with every item where it was
-            read, and ``_planned``, as the plan has it; ``_measured``: the same of what the ranks
+            ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``,
+            with every item where it was read, and ``_planned``, as the plan has it;
+            ``_measured``: the same of what the ranks
             computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
             ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
             possible; ``predicted_seconds``: its time.  ``exposed_comm_ms``: communication since

@@ -212,8 +212,8 @@ class Rounds:
         return ValueError(
             f"memory_bytes = {self._limit} is too little for one sample of rank "
             f"{batch.source_rank[sample]}: {lengths.sum():,} tokens{items} take "
-            f"{format_bytes(needed)} beside {format_bytes(self._held)} of weights and state; give more, "
-            "set checkpoint, or make samples shorter")
+            f"{format_bytes(needed)} beside {format_bytes(self._held)} of weights and state; "
+            "give more, set checkpoint, or make samples shorter")
 
 
 def evenness(plans, name):

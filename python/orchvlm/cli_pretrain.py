@@ -24,8 +24,8 @@ def add_pretrain_command(commands, raw):
     parser = commands.add_parser("pretrain", formatter_class=raw, epilog=_EXAMPLES,
                                  help="teach a vision tower captions before a model is trained",
                                  description="Pre-trains a vision tower on pictures with captions. "
-                                             "Where nothing is said: 12 minutes at a rate of 1.5e-3, "
-                                             "into run-NAME-vit.")
+                                             "Where nothing is said: 12 minutes at a rate of "
+                                             "1.5e-3, into run-NAME-vit.")
     add_run_arguments(parser, "data.files data.kinds data.max_pixels",
                       "training.steps training.minutes training.lr training.seed "
                       "pretraining.batch ranks.threads")

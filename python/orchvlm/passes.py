@@ -124,3 +124,18 @@ class OneRank:
 
     def abort(self, message):
         """Tells other ranks that this one fails."""
+
+
+def passes_of(model, config, comm):
+    """Who runs the passes of a step."""
+    if comm is None or comm.size == 1:
+        return OneRank(model, config.micro_batches)
+    from .orchestrator import Orchestrator
+    from .sharding import Shard
+    Shard(model, comm, config.shard, config.node_size)
+    memory = config.rank_memory_bytes
+    if memory is not None and config.ema is not None:  # the average is made behind this
+        memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
+    return Orchestrator(model, comm, max_tokens=config.rank_tokens,
+                        max_patches=config.rank_patches, micro_batches=config.micro_batches,
+                        memory_bytes=memory, checkpoint=config.checkpoint)

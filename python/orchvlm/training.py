@@ -16,7 +16,7 @@ from .endings import Endings, held_back
 from .model import Model
 from .nonfinite import LOG, NonFiniteError, Skipped, step_files
 from .optim import AdamW, schedule
-from .passes import OneRank
+from .passes import passes_of
 from .peak import gemm_peak
 from .routing import MODES, Balance
 from .run_folder import checkpoints, clean, latest_checkpoint, note_figure
@@ -218,7 +218,7 @@ class Trainer:
                     if any(fnmatchcase(name, p) for name in model.parameters)]
         if patterns:
             model.freeze(*patterns)
-        self.passes = _passes(model, config, comm)
+        self.passes = passes_of(model, config, comm)
         if watch is not None and watch.figure != "loss" and model.shard and model.shard.holds:
             raise ValueError(f"watch looks at {watch.figure}, but a model whose weights are in "
                              "shards gives no answers: let it look at 'loss', or shard by 'ddp' "
@@ -576,21 +576,6 @@ class Trainer:
         if checkpoint.parent == self.folder:
             self._saver.go_on(self.step)
         return self.step
-
-
-def _passes(model, config, comm):
-    """Who runs the passes of a step."""
-    if comm is None or comm.size == 1:
-        return OneRank(model, config.micro_batches)
-    from .orchestrator import Orchestrator
-    from .sharding import Shard
-    Shard(model, comm, config.shard, config.node_size)
-    memory = config.rank_memory_bytes
-    if memory is not None and config.ema is not None:  # the average is made behind this
-        memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
-    return Orchestrator(model, comm, max_tokens=config.rank_tokens,
-                        max_patches=config.rank_patches, micro_batches=config.micro_batches,
-                        memory_bytes=memory, checkpoint=config.checkpoint)
 
 
 def _cut(path, step):

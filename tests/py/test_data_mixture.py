@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from orchvlm import Inputs, comm, data
+from orchvlm import CommError, Inputs, comm, data
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 
@@ -176,6 +176,16 @@ def test_data_of_which_nothing_can_be_used_end():
     with pytest.warns(UserWarning, match="left out: a sample of 100 tokens"), \
             pytest.raises(data.DataError, match="1,000 samples in a row.*the last: a sample of"):
         next(packs)
+    for ranks in (1, 2):
+        with pytest.warns(UserWarning), pytest.raises(
+                CommError, match="1,000 samples in a row cannot be used; the last here: a"):
+            comm.run_threads(ranks, lambda group: next(data.RankLoader(
+                data.Mixture([[100]]), Lengths(), 12, group, too_long="skip")))
+        # A while without any that can be used is no end.
+        rare = comm.run_threads(ranks, lambda group: next(data.RankLoader(
+            data.Mixture([[100] * 100 + [5]], shuffle=False), Lengths(), 5, group,
+            too_long="skip")))
+        assert sum(pack.n_tokens for pack in rare) == 5
     rare = data.Loader(data.Mixture([[100] * 999 + [5]], shuffle=False), Lengths(), 5,
                        too_long="skip")
     with pytest.warns(UserWarning) as told:

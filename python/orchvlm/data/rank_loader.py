@@ -4,7 +4,7 @@ import numpy as np
 
 from ..inputs import Inputs
 from .assets import DataError
-from .mixture import Loader, sample_extent
+from .mixture import MOST_SKIPPED, Loader, sample_extent
 
 _AT_ONCE = 8              # samples that a rank reads before lengths are told
 _SKIP, _FAILED, _END = -1, -2, -3  # in the place of a length
@@ -64,11 +64,12 @@ class RankLoader(Loader):
         self._next = []       # samples told and not used: (state before, skipped, extent, inputs)
         self._drawn = source.drawn  # samples of the mixture so far: says whose turn it is
         self._ended = False
+        self._in_a_row, self._last = 0, ""  # samples skipped, and why the last one here was
 
     def __next__(self):
         batch, tokens, patches = [], 0, 0
         while True:
-            if not self._next and not self._ended:
+            while not self._next and not self._ended:  # none of those that were told may be of use
                 self._tell()
             if not self._next:
                 break
@@ -105,10 +106,15 @@ class RankLoader(Loader):
             extent = extents[owner * _AT_ONCE + k // comm.size]
             if extent[0] == _SKIP:
                 self.skipped += 1
+                self._in_a_row += 1
             elif extent[0] != _END:
+                self._in_a_row = 0
                 self._next.append((state, self.skipped, tuple(extent.tolist()), own.get(k)))
         self._ended = bool((extents[:, 0] == _END).any())
         self._drawn += n
+        if self._in_a_row >= MOST_SKIPPED:  # on all ranks: all count the same samples
+            raise DataError(f"{MOST_SKIPPED:,} samples in a row cannot be used"
+                            f"{self._last and '; the last here: '}{self._last}")
 
     def _read(self, error):
         """(inputs, extent, the first error) of the next sample."""
@@ -117,6 +123,8 @@ class RankLoader(Loader):
             return inputs, sample_extent(inputs), error
         except DataError as now:
             if self.too_long == "skip":
+                self._warn(now)
+                self._last = str(now)
                 return None, (_SKIP, 0), error
             return None, (_FAILED, 0), error or now
 
@@ -153,3 +161,4 @@ class RankLoader(Loader):
         """
         super().load_state_dict(state)
         self._next, self._ended, self._drawn = [], False, self._source.drawn
+        self._in_a_row = 0

@@ -248,6 +248,9 @@ OVLM_NODISCARD ovlm_status ovlm_model_adamw_step(ovlm_model *model,
 OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
                                               ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err);
 
+/* Whether optimizer state is held: the call above makes it where there is none. */
+bool ovlm_model_has_moments(const ovlm_model *model);
+
 /* To be called after a weight was written: a master that exists takes its value.  Waits. */
 OVLM_NODISCARD ovlm_status ovlm_model_renew_master(ovlm_model *model, int64_t parameter,
                                                    ovlm_err *err);

@@ -254,6 +254,11 @@ static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
     return status;
 }
 
+bool ovlm_model_has_moments(const ovlm_model *model)
+{
+    return model->moments.data != NULL;
+}
+
 ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
                                ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err)
 {

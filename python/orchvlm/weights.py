@@ -573,7 +573,7 @@ class Weights(Adapters):
     def _training_state(self, mask):
         """{(place, which): copy} of gradients, moments and masters of the trained parameters that
         the mask has; their memory is laid out anew when it changes."""
+        held = _GRAD, *((_MOMENT1, _MOMENT2, _MASTER) if self._core.has_moments() else ())
         arrays = {(int(place), which): self._core.array(int(place), which, False)
-                  for place in np.flatnonzero(mask)
-                  for which in (_GRAD, _MOMENT1, _MOMENT2, _MASTER)}
+                  for place in np.flatnonzero(mask) for which in held}
         return {key: array for key, array in arrays.items() if array is not None}

@@ -78,7 +78,7 @@ def test_train_leaves_a_model_and_a_report(trained):
     assert set(table) == {"colour", "shape", "count", "describe", "all"}
     text = (trained / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 4 and page.tags.count("figure") == 8
+    assert page.tags.count("svg") == 5 and page.tags.count("figure") == 8
     assert page.sources and all(s.startswith("data:image/png") for s in page.sources)
     assert f"orchvlm train {trained / 'config.toml'}" in text
     if sys.modules.get("matplotlib"):

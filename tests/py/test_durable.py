@@ -61,7 +61,8 @@ def test_files_of_a_step(mode, dtype, tmp_path):
     folder = tmp_path / "many" / "checkpoint-2"
     optimizers = [f"optimizer-{r + 1}-of-{writers}.safetensors" for r in range(writers)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["config.json", "manifest.json", "model.safetensors", "trainer.json", *optimizers])
+        ["config.json", "manifest.json", "model.safetensors", "preprocessor_config.json",
+             "trainer.json", *optimizers])
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (
             tmp_path / "many" / "model" / name).read_bytes()

@@ -8,6 +8,7 @@ from .assets import DataError, need
 from .tokenizer import ROLE_TOKENS, SPECIAL, HubTokenizer
 
 _LEAST = 256 + len(SPECIAL) + len(ROLE_TOKENS)
+_MOST = 2**22  # the library reserves memory for all of them
 # A turn as the built-in tokenizer writes it: one token opens it, one closes it.
 _TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>"
              "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -26,8 +27,8 @@ def learn_tokenizer(texts, vocab_size, folder):
     texts : iterable of str
         Read once.
     vocab_size : int
-        Tokens at most, >= 271: 256 bytes, the special ones of :class:`ByteTokenizer` and pairs; as
-        many as the texts have, where that is less.
+        Tokens at most, 271 to 2^22: 256 bytes, the special ones of :class:`ByteTokenizer` and
+        pairs; as many as the texts have, where that is less.
     folder : path
         Where ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` go; is made
         where it is missing.
@@ -41,8 +42,10 @@ def learn_tokenizer(texts, vocab_size, folder):
     ------
     DataError
         Not one text.
+    TypeError
+        Something else than texts.
     ValueError
-        A size below 271.
+        A size out of range.
     ImportError
         The package ``tokenizers`` is not installed.
 
@@ -59,7 +62,10 @@ def learn_tokenizer(texts, vocab_size, folder):
     >>> len(ids) < len("a red star"), tokenizer.decode(ids)
     (True, 'a red star')
     """
-    whole_number(vocab_size, "vocab_size", _LEAST, 2**31 - 1)
+    whole_number(vocab_size, "vocab_size", _LEAST, _MOST)
+    if isinstance(texts, str) or not hasattr(texts, "__iter__"):
+        raise TypeError(f"texts must be many strings; got {type(texts).__name__}")
+    folder = Path(folder)
     tokenizers = need("tokenizers", "tokenizers")
     from tokenizers import decoders, models, pre_tokenizers, trainers
     count = 0
@@ -67,8 +73,10 @@ def learn_tokenizer(texts, vocab_size, folder):
     def counted():
         nonlocal count
         for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"texts must be strings; got {type(text).__name__}")
             count += 1
-            yield text
+            yield text.encode("utf-8", "replace").decode()
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -79,7 +87,6 @@ def learn_tokenizer(texts, vocab_size, folder):
         raise DataError("there is no text to learn a tokenizer from")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
                 "pad_token": "<|pad|>"}
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("tokenizer.json", made.to_str(pretty=True)),
                        ("tokenizer_config.json", json.dumps(settings, indent=2) + "\n"),

@@ -70,7 +70,7 @@ class PretrainingConfig(TrainingConfig):
         whole_number(self.places, "places", 1, 64)
         whole_number(self.seed, "seed", 0)
         if self.frame is not None:
-            whole_number(self.frame, "frame", 1, 2**13)
+            whole_number(self.frame, "frame", 1, 2**12)
 
 
 class Classes:

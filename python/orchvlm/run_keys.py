@@ -172,7 +172,7 @@ _GROUPS = Kind('a list of tables {match = "...", lr = ..., weight_decay = ...}',
                lambda value: isinstance(value, (list, tuple)) and all(map(_is_group, value)),
                lambda value: [dict(v) for v in value])
 _SHARD = Kind("one of " + ", ".join(SHARD_MODES) + ", or a table of patterns to them", _is_shard)
-_FRAME = Kind("a whole number in 1 .. 8192", lambda value: _SIZE.holds(value) and value <= 8192)
+_FRAME = Kind("a whole number in 1 .. 4096", lambda value: _SIZE.holds(value) and value <= 4096)
 _SIDE = Kind(f"a whole number in {SMALL} .. 2048", lambda value: _SIZE.holds(value)
              and SMALL <= value <= 2048)
 

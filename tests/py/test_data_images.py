@@ -179,6 +179,9 @@ def test_frames_of_pictures_without_transparency():
     assert (data.load_image(np.zeros((5, 9, 4), np.uint8), frame=8) == 255).all()
     with pytest.raises(data.DataError, match="floating point"):
         data.load_image(encoded(Image.new("F", (3, 2)), "TIFF"), frame=8)
+    for frame in (0, 2**31, 5.0):
+        with pytest.raises(ValueError, match="frame"):
+            data.load_image(np.zeros((5, 9, 4), np.uint8), frame=frame)
 
 
 def test_grey_and_alpha():

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._numbers import reals
+from .._numbers import reals, whole_number
 from .assets import DataError, as_asset, need
 
 MOST_PIXELS = 1 << 26        # of a file before it is decoded; more is taken for a bomb
 _CLEAR = 16                  # alpha, of 255, up to which a pixel counts as not there
+MOST_FRAME = 1 << 13         # pixels along its side
 MOST_RATIO = 200             # of the longer to the shorter side
 # Formats whose decoders run in process and read no other file (EPS would start Ghostscript).
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -100,6 +101,8 @@ def load_image(source, name="image", frame=None):
     ------
     TypeError
         A source of another kind.
+    ValueError
+        A frame out of 1 to 8192.
     DataError
         A file that is broken, animated, of another format, or above 2^26 pixels.
     ImportError
@@ -119,6 +122,8 @@ def load_image(source, name="image", frame=None):
     """
     need("PIL", "pillow")
     from PIL import Image
+    if frame is not None:
+        frame = whole_number(frame, "frame", 1, MOST_FRAME)
     if isinstance(source, np.ndarray):
         return _rgb(_image_of(source, name), name, frame)
     if isinstance(source, Image.Image):

@@ -3,7 +3,7 @@ import numpy as np
 
 from .._numbers import whole_number
 from .assets import need
-from .images import load_image
+from .images import MOST_FRAME, load_image
 from .mixture import shuffled
 
 WHITE = (255, 255, 255)
@@ -127,7 +127,7 @@ class Varied(Endless):
         self._kept, self._kept_bytes = {}, 0
         for name, value in (("pixels", pixels), ("frame", frame)):
             if value is not None:
-                whole_number(value, name, 1, 2**26 if name == "pixels" else 2**13)
+                whole_number(value, name, 1, 2**26 if name == "pixels" else MOST_FRAME // 2)
 
     def _vary(self, rng, source, where):
         image = self._moved(rng, *self._read(source, where))

@@ -154,25 +154,40 @@ class Rounds:
         return cls(model.config, model._core.parameters(), model.dtype, ranks, held, memory_bytes,
                    checkpoint, model.moe_chunk_rows)
 
-    def bytes(self, round, dtype, several=True):
-        """Activations and workspace in a round, on the rank that takes most.
+    def bytes(self, rounds, dtype):
+        """Activations and workspace, on the rank that takes most.
 
         Parameters
         ----------
-        round : Round
+        rounds : list of Round
+            Those of a batch.  Each encoder and the decoder have memory of their own, so that what
+            a rank holds is the most that each takes in any of them.
         dtype : dtype
             Of pixels.
-        several : bool
-            It is not the only one.
 
         Returns
         -------
         int
         """
-        return max(sum(step_bytes(
-            self._config, share_of(round, rank, np.zeros(0, dtype)), self._rows, self._dtype,
-            self._checkpoint, counts=True, encoded=not several, chunk=self._chunk).values())
-            for rank in range(self._ranks))
+        return max(self._rank_bytes(rounds, rank, np.zeros(0, dtype))
+                   for rank in range(self._ranks))
+
+    def _rank_bytes(self, rounds, rank, pixels):
+        most = np.zeros(4, np.int64)  # decoder, vision, audio; workspace
+        for round in rounds:
+            share = share_of(round, rank, pixels)
+            whole = self._step_bytes(share, len(rounds) > 1)
+            words, seen, heard = (self._step_bytes(SimpleNamespace(
+                cu_seqlens=share.cu_seqlens, pixels=pixels,
+                grid_thw=share.grid_thw if medium == "vision" else None,
+                mel_lengths=share.mel_lengths if medium == "audio" else None), False)[
+                    "activations"] for medium in (None, "vision", "audio"))
+            most = np.maximum(most, [words, seen - words, heard - words, whole["workspace"]])
+        return int(most.sum())
+
+    def _step_bytes(self, share, several):
+        return step_bytes(self._config, share, self._rows, self._dtype, self._checkpoint,
+                          counts=True, encoded=not several, chunk=self._chunk)
 
     def of(self, batch, sizes, dtype, plan):
         """The rounds of a global batch; every rank finds the same.
@@ -198,12 +213,13 @@ class Rounds:
         n, most = 1, max(1, len(batch))
         while True:
             rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
-            needed = [self.bytes(one, dtype, n > 1) for one in rounds]
-            if max(needed) <= self._room:
+            needed = self.bytes(rounds, dtype)
+            if needed <= self._room:
                 return rounds
             if n == most:
-                raise self._too_long(batch, rounds[int(np.argmax(needed))], max(needed))
-            n = min(most, max(n + 1, int(n * max(needed) / self._room)))
+                alone = [self.bytes([one], dtype) for one in rounds]
+                raise self._too_long(batch, rounds[int(np.argmax(alone))], needed)
+            n = min(most, max(n + 1, int(n * needed / self._room)))
 
     def _too_long(self, batch, round, needed):
         sample, lengths = int(round.samples[0]), round.batch.language_lengths

@@ -248,7 +248,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_adamw_step(ovlm_model *model,
 OVLM_NODISCARD ovlm_status ovlm_model_moments(ovlm_model *model, int64_t parameter, ovlm_tensor *m,
                                               ovlm_tensor *v, ovlm_tensor *master, ovlm_err *err);
 
-/* Whether optimizer state is held: the call above makes it where there is none. */
+/* Whether gradients, and optimizer state, are held: calls that ask for one make it. */
+bool ovlm_model_has_grads(const ovlm_model *model);
 bool ovlm_model_has_moments(const ovlm_model *model);
 
 /* To be called after a weight was written: a master that exists takes its value.  Waits. */

@@ -254,6 +254,11 @@ static ovlm_status need_moments(ovlm_model *model, ovlm_err *err)
     return status;
 }
 
+bool ovlm_model_has_grads(const ovlm_model *model)
+{
+    return model->grads.data != NULL;
+}
+
 bool ovlm_model_has_moments(const ovlm_model *model)
 {
     return model->moments.data != NULL;

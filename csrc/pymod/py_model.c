@@ -497,10 +497,13 @@ static PyObject *model_memory(PyObject *object, PyObject *ignored)
                          (long long)m.cache_bytes);
 }
 
-static PyObject *model_has_moments(PyObject *object, PyObject *ignored)
+/* held() -> (gradients, optimizer state): whether there are any */
+static PyObject *model_held(PyObject *object, PyObject *ignored)
 {
     (void)ignored;
-    return PyBool_FromLong(ovlm_model_has_moments(((model_object *)object)->model));
+    const ovlm_model *model = ((model_object *)object)->model;
+    return Py_BuildValue("(OO)", ovlm_model_has_grads(model) ? Py_True : Py_False,
+                         ovlm_model_has_moments(model) ? Py_True : Py_False);
 }
 
 /* expert_rows(rows): 0 for all */
@@ -540,7 +543,7 @@ static PyMethodDef model_methods[] = {
     METHOD("train_only", model_train_only),
     METHOD("zero_grad", model_zero_grad),
     {"memory", model_memory, METH_NOARGS, NULL},
-    {"has_moments", model_has_moments, METH_NOARGS, NULL},
+    {"held", model_held, METH_NOARGS, NULL},
     {"expert_rows", model_expert_rows, METH_O, NULL},
     METHOD("forward", ovlm_py_model_forward),
     METHOD("output", ovlm_py_model_output),

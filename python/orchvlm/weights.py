@@ -565,7 +565,7 @@ class Weights(Adapters):
         mask = np.array([row[3] for row in self._core.parameters()])
         for pattern in patterns:
             mask[matching(self, pattern)] = value
-        kept = self._training_state(mask) if self._core.memory()[1] else {}
+        kept = self._training_state(mask)
         self._core.train_only(mask)
         for (place, which), array in kept.items():
             self._core.write(place, which, array)
@@ -573,7 +573,8 @@ class Weights(Adapters):
     def _training_state(self, mask):
         """{(place, which): copy} of gradients, moments and masters of the trained parameters that
         the mask has; their memory is laid out anew when it changes."""
-        held = _GRAD, *((_MOMENT1, _MOMENT2, _MASTER) if self._core.has_moments() else ())
+        grads, moments = self._core.held()
+        held = (_GRAD,) * grads + (_MOMENT1, _MOMENT2, _MASTER) * moments
         arrays = {(int(place), which): self._core.array(int(place), which, False)
                   for place in np.flatnonzero(mask) for which in held}
         return {key: array for key, array in arrays.items() if array is not None}

@@ -176,9 +176,8 @@ def _step(run, config, rows, shares):
     """{arena: bytes} of a rank's step, in rounds one after the other."""
     alone = run["ranks.n"] == 1
     counts = run["training.aux"] != "bias" and (not alone or run["training.micro_batches"] > 1)
-    ran = [step_bytes(config, share, rows, run["model.dtype"], run["training.checkpoint"],
-                      counts=counts, encoded=not alone and len(shares) == 1) for share in shares]
-    return {arena: max(one[arena] for one in ran) for arena in ran[0]}
+    return step_bytes(config, shares, rows, run["model.dtype"], run["training.checkpoint"],
+                      counts=counts, encoded=not alone and len(shares) == 1)
 
 
 def _held(run, config, rows, rank):

@@ -8,6 +8,8 @@ from .arenas import of_model
 from .sharding import Shard
 from .tables import format_bytes
 
+_MEDIA = "grid_thw", "mel_lengths"  # sizes of what each encoder is given
+
 
 @dataclass
 class Round:
@@ -59,14 +61,17 @@ def share_of(round, rank, pixels=None):
     return share
 
 
-def step_bytes(config, share, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None):
-    """Activations and workspace of a rank's step.
+def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None):
+    """Activations and workspace of a rank's step, in rounds one after the other.
+
+    Each encoder and the decoder have activations of their own, which stay from one round to the
+    next: a rank holds the most that each takes in any of them.
 
     Parameters
     ----------
     config : ModelConfig
-    share : SimpleNamespace or Inputs
-        From :func:`share_of`.
+    shares : list of SimpleNamespace or Inputs
+        Of each round, from :func:`share_of`.
     rows : list
         Of the parameters, as :func:`orchvlm.arenas.of_model` takes them.
     dtype, checkpoint : str
@@ -82,13 +87,34 @@ def step_bytes(config, share, rows, dtype, checkpoint, *, counts=False, encoded=
     -------
     dict of str to int
     """
-    ran = of_model(config, share, rows, dtype, True, checkpoint, chunk)
+    def ran(share, training=True):
+        return of_model(config, share, rows, dtype, training,
+                        checkpoint if training else "none", chunk)
+    whole = [ran(share) for share in shares]
+    if len(shares) == 1:
+        activations = whole[0]["activations"]
+    else:
+        parts = [_parts(share, one["activations"], lambda share: ran(share)["activations"])
+                 for share, one in zip(shares, whole)]
+        activations = sum(max(part[name] for part in parts) for name in parts[0])
     if counts and config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
-        seen = SimpleNamespace(cu_seqlens=share.cu_seqlens, grid_thw=None, mel_lengths=None,
-                               pixels=None) if encoded else share
-        first = of_model(config, seen, rows, dtype, False, "none", chunk)
-        ran["workspace"] = max(ran["workspace"], first["workspace"])
-    return {"activations": ran["activations"], "workspace": ran["workspace"]}
+        whole += [ran(_with(share) if encoded else share, False) for share in shares]
+    return {"activations": activations, "workspace": max(one["workspace"] for one in whole)}
+
+
+def _with(share, *media):
+    """A share with no other media than these."""
+    return SimpleNamespace(cu_seqlens=share.cu_seqlens, pixels=share.pixels if media else None, **{
+        name: getattr(share, name) if name in media else None for name in _MEDIA})
+
+
+def _parts(share, whole, activations):
+    """{part: bytes} of the decoder, under "", and of each medium's encoder."""
+    given = [name for name in _MEDIA if getattr(share, name) is not None]
+    words = activations(_with(share))
+    return {"": words, **dict.fromkeys(_MEDIA, 0), **{
+        name: (whole if given == [name] else activations(_with(share, name))) - words
+        for name in given}}
 
 
 class Rounds:
@@ -160,8 +186,7 @@ class Rounds:
         Parameters
         ----------
         rounds : list of Round
-            Those of a batch.  Each encoder and the decoder have memory of their own, so that what
-            a rank holds is the most that each takes in any of them.
+            Those of a batch.
         dtype : dtype
             Of pixels.
 
@@ -169,25 +194,11 @@ class Rounds:
         -------
         int
         """
-        return max(self._rank_bytes(rounds, rank, np.zeros(0, dtype))
-                   for rank in range(self._ranks))
-
-    def _rank_bytes(self, rounds, rank, pixels):
-        most = np.zeros(4, np.int64)  # decoder, vision, audio; workspace
-        for round in rounds:
-            share = share_of(round, rank, pixels)
-            whole = self._step_bytes(share, len(rounds) > 1)
-            words, seen, heard = (self._step_bytes(SimpleNamespace(
-                cu_seqlens=share.cu_seqlens, pixels=pixels,
-                grid_thw=share.grid_thw if medium == "vision" else None,
-                mel_lengths=share.mel_lengths if medium == "audio" else None), False)[
-                    "activations"] for medium in (None, "vision", "audio"))
-            most = np.maximum(most, [words, seen - words, heard - words, whole["workspace"]])
-        return int(most.sum())
-
-    def _step_bytes(self, share, several):
-        return step_bytes(self._config, share, self._rows, self._dtype, self._checkpoint,
-                          counts=True, encoded=not several, chunk=self._chunk)
+        pixels = np.zeros(0, dtype)
+        return max(sum(step_bytes(
+            self._config, [share_of(one, rank, pixels) for one in rounds], self._rows, self._dtype,
+            self._checkpoint, counts=True, encoded=len(rounds) == 1, chunk=self._chunk).values())
+            for rank in range(self._ranks))
 
     def of(self, batch, sizes, dtype, plan):
         """The rounds of a global batch; every rank finds the same.

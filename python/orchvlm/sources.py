@@ -14,8 +14,8 @@ def _tasks(said, split, seed, kinds):
     return Tasks(seed, kinds, split, said["difficulty"], said["max_side"])
 
 
-def _files(paths):
-    """The files that are meant: themselves, and those in folders."""
+def _files(paths, kinds=None):
+    """The files that are meant: themselves, and those in folders; kinds need a .zip among them."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -29,6 +29,9 @@ def _files(paths):
             raise CommandError(f"{path}: data are {', '.join(_SUFFIXES)} files or folders of them")
         else:
             found.append(path)
+    if kinds and not any(path.suffix == ".zip" for path in found):
+        raise CommandError(f"--kinds {','.join(kinds)}: picks among drawn tasks, and among the "
+                           "packs of .zip files, of which there are none here")
     return found
 
 
@@ -73,8 +76,7 @@ def training_source(said, seed):
     said : dict
         ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
         ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, ``max_pixels`` and
-        ``frame``: the section ``data`` of a
-        :class:`orchvlm.RunConfig`.
+        ``frame``: the section ``data`` of a :class:`orchvlm.RunConfig`.
     seed : int
 
     Returns
@@ -89,10 +91,7 @@ def training_source(said, seed):
     from .data import JsonLines, Mixture, TarShards
     if not said["files"]:
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
-    files = _files(said["files"])
-    if said["kinds"] and not any(path.suffix == ".zip" for path in files):
-        raise CommandError(f"--kinds {','.join(said['kinds'])}: picks among drawn tasks, and among "
-                           "the packs of .zip files, of which there are none here")
+    files = _files(said["files"], said["kinds"])
     sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
     sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
@@ -119,7 +118,7 @@ def texts(said):
     Parameters
     ----------
     said : dict
-        ``files`` and ``kinds``, as for :func:`training_source`.
+        ``files`` and ``kinds``, as for :func:`training_source`; embedded tasks have none here.
 
     Yields
     ------
@@ -129,31 +128,29 @@ def texts(said):
     Raises
     ------
     CommandError, DataError
-        A path that holds no data, a file that is broken.
+        A path that holds no data, kinds of files that have none, a .jsonl or .zip that is broken.
     """
-    from .data import DataError, JsonLines, TarShards, read_messages
-    for path in _files(said["files"]):
-        if path.suffix == ".zip":
-            rows = [pack for _, pack in _packs(path, "train", said["kinds"])]
-        else:
-            rows = [JsonLines(path) if path.suffix == ".jsonl" else TarShards([path])]
-        for row in rows:
-            for sample in row if isinstance(row, TarShards) else _each(row):
-                try:
-                    messages = read_messages(sample)
-                except DataError:
-                    continue
-                yield from (part[1] for message in messages for part in message.parts
-                            if part[0] == "text")
+    from .data import JsonLines, TarShards
+    for path in _files(said["files"], said["kinds"]):
+        if path.suffix == ".tar":
+            yield from _said(iter(TarShards([path])))
+            continue
+        for rows in ([JsonLines(path)] if path.suffix == ".jsonl" else
+                     [pack for _, pack in _packs(path, "train", said["kinds"])]):
+            yield from _said(map(rows.__getitem__, range(len(rows))))
 
 
-def _each(rows):
-    from .data import DataError
-    for i in range(len(rows)):
+def _said(samples):
+    """Texts of what an iterator yields, which goes on behind a sample that it cannot read."""
+    from .data import DataError, read_messages
+    while True:
         try:
-            yield rows[i]
+            messages = read_messages(next(samples))
+        except StopIteration:
+            return
         except DataError:
             continue
+        yield from (part[1] for message in messages for part in message.parts if part[0] == "text")
 
 
 def framed(sample, side):

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from .averaging import averaged
 from ._files import write_whole
+from .averaging import averaged
 from .building import model_folder, open_model
 from .cli import CommandError
 from .configs import ModelConfig, preset
@@ -36,10 +36,11 @@ def _stored(folder):
 
 
 def _open(path, threads):
-    """(model, processor) of a folder."""
+    """(model, processor, what its run was told) of a folder."""
     from .data import Processor
     folder = model_folder(path)
-    return open_model(folder, threads=threads), Processor.from_pretrained(folder)
+    return (open_model(folder, threads=threads), Processor.from_pretrained(folder),
+            _stored(folder))
 
 
 def _given(arguments):
@@ -185,12 +186,17 @@ def _train_rank(comm, arguments, out, config):
     if trainer.passes.rank:
         trainer.fit()
         return 0
-    steps, ranks = config["training.steps"], trainer.passes.size
-    ends = f"{steps:,} steps" if steps else f"{config['training.minutes']:g} minutes"
+    ranks = trainer.passes.size
     print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "
-          f"{ends}; {f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
+          f"{length_of(config)}; {f'{ranks} ranks; ' if ranks > 1 else ''}{out}/", flush=True)
     take_steps(trainer, out)
     return _finish(trainer, config, out)
+
+
+def length_of(config):
+    """How long a run goes on, in words."""
+    steps = config["training.steps"]
+    return f"{steps:,} steps" if steps else f"{config['training.minutes']:g} minutes"
 
 
 def take_steps(trainer, out):
@@ -303,14 +309,13 @@ def report(arguments):
 
 def generate(arguments):
     """``orchvlm generate``"""
-    model, processor = _open(arguments.model, arguments.threads)
+    model, processor, told = _open(arguments.model, arguments.threads)
     parts = [{"type": "image", "image": str(path)} for path in arguments.image]
     parts += [{"type": "audio", "audio": str(path)} for path in arguments.audio]
     for path in (*arguments.image, *arguments.audio):
         if not Path(path).exists():
             raise CommandError(f"{path}: no such file")
     parts.append({"type": "text", "text": arguments.question})
-    told = _stored(model_folder(arguments.model))
     sample = framed({"messages": [{"role": "user", "content": parts}]}, told and told["data.frame"])
     inputs = processor(sample, prompt=True)
     (said,) = model.generate(inputs, arguments.max_new_tokens, seed=arguments.seed,
@@ -322,8 +327,7 @@ def generate(arguments):
 def evaluate(arguments):
     """``orchvlm eval``"""
     from .evaluation import evaluate as ask
-    model, processor = _open(arguments.model, arguments.threads)
-    told = _stored(model_folder(arguments.model))
+    model, processor, told = _open(arguments.model, arguments.threads)
     layers = [("run", nested(told.values))] if told else []
     config = RunConfig(*layers, *_given(arguments))
     samples = held_out(config.section("data"), arguments.split, arguments.samples)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from .building import build, processor_of, resolved
 from .cli import CommandError
-from .commands_model import take_steps, told_by
+from .commands_model import length_of, take_steps, told_by
 from .pretraining import Pretraining, PretrainingConfig
 from .sources import framed
 
@@ -50,11 +50,8 @@ def pretrain(arguments):
     run.told = config
     if arguments.resume is not None:
         run.resume(None if arguments.resume in ("", "auto") else arguments.resume)
-    steps = config["training.steps"]
     print(f"{model!r}; {len(samples):,} pictures, {len(run.classes.captions):,} captions, "
-          f"{settings.batch} a step; "
-          f"{f'{steps:,} steps' if steps else str(config['training.minutes']) + ' minutes'}; "
-          f"{out}/", flush=True)
+          f"{settings.batch} a step; {length_of(config)}; {out}/", flush=True)
     take_steps(run, out)
     others = [framed(sample, settings.frame) for sample in _samples(config, "val")]
     if others:

@@ -248,7 +248,7 @@ class _Pictures:
         varied = Varied(samples, config.seed, pixels=processor.images.max_pixels,
                         frame=config.frame)
         self._source = Mixture([varied], seed=config.seed)
-        self._classes, self._processor, self._batch = classes, processor, config.batch
+        self._classes, self.processor, self._batch = classes, processor, config.batch
         self._most = len(samples)
         self.skipped = 0
 
@@ -258,7 +258,7 @@ class _Pictures:
         while len(grids) < self._batch:
             try:
                 sample = next(self._source)
-                grid, values = picture(self._processor, sample)
+                grid, values = picture(self.processor, sample)
             except DataError:
                 self.skipped, failed = self.skipped + 1, failed + 1
                 if failed > self._most:
@@ -399,13 +399,11 @@ class Pretraining(Trainer):
         if not all(isinstance(caption, str) for caption in captions):
             raise ValueError("every sample needs its caption, a string, as 'answer'")
         self.classes = Classes(captions)
-        self._processor = processor
         loader = _Pictures(samples, self.classes, processor, config)
         # What gets no gradient here must not decay either.
         model.freeze(*(name for name in model.parameters
                        if not name.startswith("model.visual.") or "deepstack" in name))
         super().__init__(model, loader, config, folder)
-        self.processor = processor
         self.head = PlacesHead(len(self.classes), model.config.text["hidden_size"],
                                config.places, model.config.vision["spatial_merge_size"],
                                config.seed)
@@ -430,7 +428,7 @@ class Pretraining(Trainer):
         right, whole = 0, self.classes.captions
         for first in range(0, len(samples), batch):
             part = [samples[i] for i in range(first, min(len(samples), first + batch))]
-            grids, pixels = zip(*(picture(self._processor, sample) for sample in part))
+            grids, pixels = zip(*(picture(self.processor, sample) for sample in part))
             inputs = pictures(pixels, grids)
             features, _ = self.model.encode("vision", inputs, training=False)
             scores = self.head.scores(features, inputs.grid_thw)[:, :len(whole)]

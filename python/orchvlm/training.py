@@ -167,7 +167,7 @@ class Trainer:
     told : RunConfig or None
         What :meth:`from_config` made it from, which is then in the folder as ``config.toml``.
     processor : orchvlm.data.Processor or None
-        The loader's, where it has one: what makes it is in each checkpoint.
+        The loader's, where it is one: what makes it is in each checkpoint.
 
     Raises
     ------
@@ -212,7 +212,8 @@ class Trainer:
             raise TypeError(f"callbacks must be callable; got {list(callbacks)!r:.60}")
         self.watch, self.callbacks = watch, tuple(callbacks)
         self.model, self.loader, self.config = model, loader, config
-        self.processor = getattr(loader, "processor", None)
+        processor = getattr(loader, "processor", None)
+        self.processor = processor if hasattr(processor, "files") else None
         self.folder = Path(folder)
         patterns = [p for p in config.freeze
                     if any(fnmatchcase(name, p) for name in model.parameters)]

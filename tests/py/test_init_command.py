@@ -105,11 +105,50 @@ def test_a_saved_processor_is_read_as_it_was(tmp_path, family):
                                        mean=(0.4, 0.5, 0.6), resample="bicubic")
     saved.save_pretrained(tmp_path)
     read = data.Processor.from_pretrained(tmp_path)
-    assert read.images == saved.images
+    assert read.images == saved.images and read.videos == saved.videos
     picture = np.random.default_rng(SEED).integers(0, 256, (90, 70, 3)).astype(np.uint8)
     one, other = saved.one(asked(picture)), read.one(asked(picture))
     assert np.array_equal(one.pixels, other.pixels)
     assert np.array_equal(one.input_ids, other.input_ids)
+
+
+def test_the_rule_of_films_is_kept(tmp_path):
+    config = orchvlm.preset("tiny-omni")
+    config.save(tmp_path)
+    videos = data.VideoRule("qwen", fps=1.5, max_frames=32, max_pixels=10**6)
+    data.Processor.from_config(config.values, videos=videos).save_pretrained(tmp_path)
+    assert data.Processor.from_pretrained(tmp_path).videos == videos
+
+
+class OwnTokenizer:
+    """What a processor asks for, and no more."""
+
+    vocab_size, template, stop = 272, None, (259,)
+    special = data.ByteTokenizer().special
+
+    @staticmethod
+    def encode(text):
+        return list(text.encode())
+
+
+class OwnProcessor:
+    """What a loader asks for, and no more."""
+
+    @staticmethod
+    def one(sample):
+        return orchvlm.Inputs(input_ids=[1, 2, 3], labels=[1, 2, 3])
+
+
+@pytest.mark.parametrize("processor, names", [
+    (data.Processor(OwnTokenizer(), "seed1_5_vl"), ["preprocessor_config.json"]),
+    (OwnProcessor(), [])])
+def test_parts_of_ones_own_are_saved_as_far_as_they_can_be(tmp_path, processor, names):
+    model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
+    loader = data.Loader(data.Mixture([[asked(answer="red house")]]), processor, 64)
+    trainer = orchvlm.Trainer(model, loader, orchvlm.TrainingConfig(steps=1), tmp_path)
+    list(trainer.run())
+    ((_, checkpoint),) = checkpoints(tmp_path)
+    assert [path.name for path in checkpoint.glob("*preprocessor*")] == names
 
 
 def test_a_checkpoint_holds_what_makes_its_inputs(tmp_path):
@@ -161,6 +200,30 @@ def test_the_same_seed_makes_the_same_model(tmp_path, capsys):
         assert init(capsys, folder, "--seed", number)[0] == 0
     one, same, other = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert one == same != other
+
+
+def test_texts_of_samples_that_cannot_be_read_are_left_out(tmp_path):
+    """In lines and in a shard, which go on behind them."""
+    import io
+    import tarfile
+
+    from orchvlm.sources import texts
+    good = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant",
+                                                              "content": "two"}]}
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(map(json.dumps, (good, {"messages": 3}, good))))
+    shard = tmp_path / "b.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, content in (("1.txt", b"three"), ("../2.txt", b"never"), ("3.txt", b"four")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            if name[0].isdigit():
+                image = tarfile.TarInfo(f"{name[0]}.png")
+                tar.addfile(image, io.BytesIO(b""))
+    said = list(texts({"files": [lines, shard], "kinds": None}))
+    assert said[:4] == ["one", "two"] * 2
+    assert "three" in said and "four" in said and "never" not in said
 
 
 @pytest.mark.parametrize("arguments, says", [

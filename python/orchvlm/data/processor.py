@@ -15,6 +15,7 @@ from .tokenizer import ByteTokenizer, HubTokenizer
 from .video import VideoRule, open_video
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "seed1_5_vl", "qwen3_omni_moe")
+_OF_VIDEOS = ("fps", "min_frames", "max_frames")
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # as Pillow counts its filters
 POSITIONS_PER_SECOND = 13  # of Qwen3-Omni's temporal axis, in its published files
 
@@ -191,17 +192,22 @@ class Processor:
         Returns
         -------
         dict of str to bytes
-            Contents by name: ``preprocessor_config.json`` as :meth:`from_pretrained` and
-            ``transformers`` read it, and the tokenizer's, of one that is not built in.
+            Contents by name: ``preprocessor_config.json`` and, of Qwen's families,
+            ``video_preprocessor_config.json`` as :meth:`from_pretrained` and ``transformers`` read
+            them, and the tokenizer's, of one that came from files.
         """
-        rule = self.images
-        stated = {"patch_size": rule.patch_size, "merge_size": rule.merge_size,
-                  "temporal_patch_size": rule.temporal_size,
-                  "size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
-                  "image_mean": list(rule.mean), "image_std": list(rule.std),
-                  "resample": _RESAMPLE[rule.resample]}
-        text = json.dumps(stated, indent=2, sort_keys=True) + "\n"
-        return {"preprocessor_config.json": text.encode(), **self.tokenizer.files}
+        rule, video = self.images, self.videos
+        stated = {"preprocessor_config.json": {
+            "patch_size": rule.patch_size, "merge_size": rule.merge_size,
+            "temporal_patch_size": rule.temporal_size, **_bounds(rule),
+            "image_mean": list(rule.mean), "image_std": list(rule.std),
+            "resample": _RESAMPLE[rule.resample]}}
+        if video.style == "qwen":
+            stated["video_preprocessor_config.json"] = {
+                **_bounds(video), **{name: getattr(video, name) for name in _OF_VIDEOS}}
+        return {**{name: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+                   for name, values in stated.items()},
+                **getattr(self.tokenizer, "files", {})}
 
     def save_pretrained(self, folder):
         """Writes what makes this processor, beside a model's ``config.json``.
@@ -444,6 +450,10 @@ def _read_json(path):
     return value
 
 
+def _bounds(rule):
+    return {"size": {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}}
+
+
 def _image_settings(rules):
     """Fields of :class:`ImageRule` from a ``preprocessor_config.json``."""
     size = rules.get("size") or {}
@@ -459,7 +469,7 @@ def _video_settings(rules, path):
     """The :class:`VideoRule` of a ``video_preprocessor_config.json``."""
     size = rules.get("size") or {}
     found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"),
-             **{name: rules.get(name) for name in ("fps", "min_frames", "max_frames")}}
+             **{name: rules.get(name) for name in _OF_VIDEOS}}
     try:
         return VideoRule("qwen", **{name: value for name, value in found.items()
                                     if value is not None})

@@ -26,6 +26,8 @@ def tree(*suffixes, under="."):
         parts = path.relative_to(ROOT).parts
         if any(p in GENERATED or p.startswith(".") or p.endswith(".egg-info") for p in parts[:-1]):
             continue
+        if parts[0].startswith("run-") or (ROOT / parts[0] / "pyvenv.cfg").exists():
+            continue  # what `orchvlm train` wrote, or a virtual environment
         if path.is_file() and path.suffix in suffixes:
             found.append(path)
     return sorted(found)

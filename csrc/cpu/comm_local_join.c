@@ -93,14 +93,16 @@ void ovlm_local_close(void *self)
     bool owner = getpid() == job->process; /* a forked child only forgets */
     if (owner) {
         atomic_store_explicit(&comm->block->rank[comm->rank].left, 1, memory_order_release);
+    }
+    if (owner || job->lock >= 0) {
+        ovlm_local_block_close(job, comm->block); /* needs the job: before its use ends */
+    }
+    if (owner) {
         pthread_mutex_lock(&job->mutex);
     }
     bool last = --job->users == 0;
     if (owner) {
         pthread_mutex_unlock(&job->mutex);
-    }
-    if (owner || job->lock >= 0) {
-        ovlm_local_block_close(job, comm->block);
     }
     free(comm->world);
     free(comm);

@@ -158,7 +158,7 @@ const ovlm_op_schema ovlm_schema_grouped_linear = {
 
 #define OP ovlm_gated
 enum { GATED_T = 1, GATED_F, GATED_2F };
-static const char *const gated_dim_name[OVLM_DIMS_MOST] = {"1", "T", "F", "2*F"};
+static const char *const gated_dim_name[OVLM_DIMS_MOST] = {"1", "T", "F", "2*F (F alone)"};
 
 static const ovlm_member gated_members[] = {
     TENSOR(gate_up, FLOAT, GATED_T, GATED_2F, IN, IN),
@@ -180,7 +180,7 @@ static void gated_dims(const void *args, ovlm_pass pass, int64_t *dim)
     const OP *a = args;
     dim[GATED_T] = a->gate_up.rows;
     dim[GATED_F] = pass == OVLM_PASS_BWD ? a->dy.cols : a->y.cols;
-    dim[GATED_2F] = ovlm_extent_mul(2, dim[GATED_F]);
+    dim[GATED_2F] = ovlm_extent_mul(a->alone ? 1 : 2, dim[GATED_F]);
 }
 
 const ovlm_op_schema ovlm_schema_gated = {SCHEMA(gated, OP, gated_dim_name, gated_members)};

@@ -97,11 +97,13 @@ typedef struct ovlm_grouped_linear {
     float dx_beta, dw_beta;
 } ovlm_grouped_linear;
 
-/* y = act(gate) * up, gate_up [T,2F] with the gate's columns first. */
+/* y = act(gate) * up, gate_up [T,2F] with the gate's columns first; alone: y = act(gate_up), for a
+ * layer to whose product something is added before its activation. */
 typedef struct ovlm_gated {
     ovlm_scratch scratch;
     ovlm_act act;
-    ovlm_tensor gate_up; /* [T,2F] */
+    bool alone;
+    ovlm_tensor gate_up; /* [T,2F], or [T,F] alone */
     ovlm_tensor y;       /* [T,F]  */
     ovlm_tensor dy, dgate_up; /* dgate_up may be gate_up */
 } ovlm_gated;

@@ -78,16 +78,28 @@ static int64_t piece_of(int64_t columns, int64_t from)
     return columns - from < PIECE ? columns - from : PIECE;
 }
 
+/* What stands for the other half where there is none. */
+static void all_ones(float *up)
+{
+    for (int64_t i = 0; i < PIECE; i++) {
+        up[i] = 1;
+    }
+}
+
 static void gated_rows(const void *context, int64_t first, int64_t count, float *scratch)
 {
     const ovlm_gated *a = context;
     int64_t columns = a->y.cols;
-    float *gate = scratch, *up = scratch + PIECE, *y = scratch + 2 * PIECE;
+    float *gate = scratch, *ones = scratch + PIECE, *y = scratch + 2 * PIECE;
+    if (a->alone) {
+        all_ones(ones);
+    }
     for (int64_t t = first; t < first + count; t++) {
         for (int64_t c = 0; c < columns; c += PIECE) {
             int64_t n = piece_of(columns, c);
-            gated_piece(a->act, ovlm_cpu_row(&a->gate_up, t, c, n, gate),
-                        ovlm_cpu_row(&a->gate_up, t, columns + c, n, up),
+            const float *up = a->alone ? ones
+                                       : ovlm_cpu_row(&a->gate_up, t, columns + c, n, ones);
+            gated_piece(a->act, ovlm_cpu_row(&a->gate_up, t, c, n, gate), up,
                         ovlm_cpu_row_out(&a->y, t, c, y), n);
             ovlm_cpu_row_done(&a->y, t, c, n, y);
         }
@@ -110,10 +122,17 @@ static void gated_back_rows(const void *context, int64_t first, int64_t count, f
         for (int64_t c = 0; c < columns; c += PIECE) {
             int64_t n = piece_of(columns, c);
             ovlm_cpu_load(gate, ovlm_cpu_at(&a->gate_up, t, c), n, a->gate_up.dtype);
-            ovlm_cpu_load(up, ovlm_cpu_at(&a->gate_up, t, columns + c), n, a->gate_up.dtype);
+            if (a->alone) {
+                all_ones(up); /* the pass before left its gradient there */
+            } else {
+                ovlm_cpu_load(up, ovlm_cpu_at(&a->gate_up, t, columns + c), n, a->gate_up.dtype);
+            }
             gated_back(a->act, ovlm_cpu_row(&a->dy, t, c, n, dy), gate, up, n);
             ovlm_cpu_store(ovlm_cpu_at(&a->dgate_up, t, c), gate, n, a->dgate_up.dtype);
-            ovlm_cpu_store(ovlm_cpu_at(&a->dgate_up, t, columns + c), up, n, a->dgate_up.dtype);
+            if (!a->alone) {
+                ovlm_cpu_store(ovlm_cpu_at(&a->dgate_up, t, columns + c), up, n,
+                               a->dgate_up.dtype);
+            }
         }
     }
 }

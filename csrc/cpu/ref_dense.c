@@ -274,7 +274,7 @@ ovlm_status ovlm_ref_gated_fwd(ovlm_queue *queue, const ovlm_gated *a, ovlm_err 
     for (int64_t t = 0; t < a->y.rows; t++) {
         for (int64_t f = 0; f < cols; f++) {
             double gate = ovlm_ref_at(&a->gate_up, t, f);
-            double up = ovlm_ref_at(&a->gate_up, t, cols + f);
+            double up = a->alone ? 1 : ovlm_ref_at(&a->gate_up, t, cols + f);
             ovlm_ref_put(&a->y, t, f, ovlm_ref_act(a->act, gate) * up);
         }
     }
@@ -289,10 +289,12 @@ ovlm_status ovlm_ref_gated_bwd(ovlm_queue *queue, const ovlm_gated *a, ovlm_err 
     for (int64_t t = 0; t < a->dy.rows; t++) {
         for (int64_t f = 0; f < cols; f++) {
             double gate = ovlm_ref_at(&a->gate_up, t, f);
-            double up = ovlm_ref_at(&a->gate_up, t, cols + f);
+            double up = a->alone ? 1 : ovlm_ref_at(&a->gate_up, t, cols + f);
             double dy = ovlm_ref_at(&a->dy, t, f);
             ovlm_ref_put(&a->dgate_up, t, f, dy * up * ovlm_ref_act_slope(a->act, gate));
-            ovlm_ref_put(&a->dgate_up, t, cols + f, dy * ovlm_ref_act(a->act, gate));
+            if (!a->alone) {
+                ovlm_ref_put(&a->dgate_up, t, cols + f, dy * ovlm_ref_act(a->act, gate));
+            }
         }
     }
     return OVLM_OK;

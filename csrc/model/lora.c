@@ -91,18 +91,74 @@ ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
                                               : lora_bwd(run, w->lora, args->x, dy, dx, saved);
 }
 
+ovlm_status ovlm_acted_fwd(ovlm_run *run, ovlm_linear *args, const ovlm_weight *w, ovlm_act act,
+                           ovlm_stack *stack, ovlm_gated *gated, ovlm_lora_saved *saved,
+                           ovlm_tensor *y)
+{
+    bool apart = w->lora != NULL && !w->lora->merged;
+    ovlm_tensor pre = ovlm_stack_tensor(stack, args->x.rows, args->w.rows, run->dtype);
+    *y = ovlm_stack_tensor(stack, args->x.rows, args->w.rows, run->dtype);
+    if (!apart) {
+        args->act = act;
+        args->pre = pre;
+        args->y = *y;
+        RUN_IN(run, linear, fwd, args, stack);
+        return OVLM_OK;
+    }
+    args->y = pre;
+    OVLM_TRY(ovlm_linear_fwd(run, args, w, stack, saved));
+    *gated = (ovlm_gated){.act = act, .alone = true, .gate_up = pre, .y = *y};
+    RUN_IN(run, gated, fwd, gated, stack);
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_acted_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy, const ovlm_weight *w,
+                            const ovlm_weight *bias, ovlm_tensor dx, ovlm_gated *gated,
+                            ovlm_lora_saved *saved)
+{
+    if (w->lora != NULL && !w->lora->merged) {
+        gated->dy = dy;
+        gated->dgate_up = ovlm_stack_tensor(run->work, dy.rows, dy.cols, run->dtype);
+        RUN(run, gated, bwd, gated);
+        dy = gated->dgate_up;
+    }
+    return ovlm_linear_back(run, args, dy, w, bias, dx, 0, saved);
+}
+
 /* ---------------------------------------------------------------- the list */
 
-void ovlm_block_adaptable(ovlm_block *block, ovlm_weight *product[OVLM_ADAPTABLE])
+int64_t ovlm_params_adaptables(const ovlm_params *params)
 {
-    ovlm_weight *all[OVLM_ADAPTABLE] = {&block->qkv, &block->out, &block->up,
-                                        &block->down, &block->shared_up, &block->shared_down};
-    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        /* A plain MLP's first product has its activation in the epilogue, before which nothing can
-         * be added. */
-        bool closed = all[k] == &block->up && !block->gated;
-        product[k] = all[k]->count > 0 && !closed ? all[k] : NULL;
+    return ovlm_params_blocks(params) + 2 + params->config.vision.deepstack_n;
+}
+
+/* The merger, the audio projection, DeepStack's mergers. */
+static ovlm_merge_weights *merge_of(ovlm_params *params, int64_t i)
+{
+    return i == 0 ? &params->merger : i == 1 ? &params->project : &params->deepstack[i - 2];
+}
+
+int64_t ovlm_params_adaptable(ovlm_params *params, int64_t i,
+                              ovlm_weight *product[OVLM_ADAPTABLE])
+{
+    ovlm_weight *all[OVLM_ADAPTABLE] = {NULL};
+    int64_t blocks = ovlm_params_blocks(params), unit = -1;
+    if (i < blocks) {
+        ovlm_block *block = ovlm_params_block(params, i);
+        ovlm_weight *const of_block[] = {&block->qkv, &block->out, &block->up,
+                                         &block->down, &block->shared_up, &block->shared_down};
+        memcpy(all, of_block, sizeof of_block);
+        unit = block->norm1.unit;
+    } else {
+        ovlm_merge_weights *merge = merge_of(params, i - blocks);
+        all[0] = &merge->fc1;
+        all[1] = &merge->fc2;
+        unit = merge->fc1.unit;
     }
+    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
+        product[k] = all[k] != NULL && all[k]->count > 0 ? all[k] : NULL;
+    }
+    return unit;
 }
 
 typedef struct ovlm_listing {
@@ -170,21 +226,23 @@ static void add_product(ovlm_listing *list, ovlm_weight *product)
     list->loras += lora.n > 0 ? 1 : 0;
 }
 
-static void add_block(ovlm_listing *list, ovlm_block *block)
+static void add_unit(ovlm_listing *list, int64_t i)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    ovlm_block_adaptable(block, product);
+    int64_t unit = ovlm_params_adaptable(list->params, i, product);
     list->offset = round_up(list->offset);
     int64_t offset = list->offset;
+    bool any = false;
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
         if (product[k] != NULL) {
             add_product(list, product[k]);
+            any = true;
         }
     }
-    if (list->param != NULL) { /* all of a block's adapters are beside layers, none in experts */
-        ovlm_unit *unit = &list->params->unit[block->norm1.unit];
-        unit->adapter_offset = offset;
-        unit->adapter_elements = round_up(list->offset) - offset;
+    if (any && list->param != NULL) { /* those of a block are beside layers, none in experts */
+        ovlm_unit *adapted = &list->params->unit[unit];
+        adapted->adapter_offset = offset;
+        adapted->adapter_elements = round_up(list->offset) - offset;
     }
 }
 
@@ -193,15 +251,15 @@ static void add_all(ovlm_listing *list)
     ovlm_params *p = list->params;
     list->n = p->n;
     list->fused = p->param[p->n - 1].fused;
-    for (int64_t i = 0; i < ovlm_params_blocks(p); i++) {
-        add_block(list, ovlm_params_block(p, i));
+    for (int64_t i = 0; i < ovlm_params_adaptables(p); i++) {
+        add_unit(list, i);
     }
 }
 
-static bool can_adapt(ovlm_block *block, int64_t parameter)
+static bool can_adapt(ovlm_params *params, int64_t i, int64_t parameter)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    ovlm_block_adaptable(block, product);
+    (void)ovlm_params_adaptable(params, i, product);
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
         if (product[k] != NULL && parameter >= product[k]->first &&
             parameter < product[k]->first + product[k]->count) {
@@ -217,14 +275,14 @@ static ovlm_status check_adapted(ovlm_params *params, const bool *adapted, int64
     bool any = false;
     for (int64_t i = 0; i < params->n; i++) {
         bool can = !adapted[i];
-        for (int64_t b = 0; b < ovlm_params_blocks(params) && !can; b++) {
-            can = can_adapt(ovlm_params_block(params, b), i);
+        for (int64_t k = 0; k < ovlm_params_adaptables(params) && !can; k++) {
+            can = can_adapt(params, k, i);
         }
         const ovlm_param *p = &params->param[i];
         if (!can) {
             return OVLM_FAIL(err, OVLM_E_ARG,
-                             "%s cannot have an adapter: only linear layers of attention, of gated "
-                             "and shared MLPs and second layers of plain ones can", p->name);
+                             "%s cannot have an adapter: only linear layers of attention, of MLPs "
+                             "(also shared experts) and of mergers can", p->name);
         }
         any = any || adapted[i];
     }
@@ -255,10 +313,10 @@ ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted, int64_t 
     return OVLM_OK;
 }
 
-static void forget(ovlm_block *block)
+static void forget(ovlm_params *params, int64_t i)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    ovlm_block_adaptable(block, product);
+    (void)ovlm_params_adaptable(params, i, product);
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
         if (product[k] != NULL) {
             product[k]->lora = NULL;
@@ -271,8 +329,8 @@ void ovlm_params_unadapt(ovlm_params *params)
     if (params->lora == NULL) {
         return;
     }
-    for (int64_t i = 0; i < ovlm_params_blocks(params); i++) {
-        forget(ovlm_params_block(params, i));
+    for (int64_t i = 0; i < ovlm_params_adaptables(params); i++) {
+        forget(params, i);
     }
     for (int64_t i = 0; i < params->units; i++) {
         params->unit[i].adapter_offset = params->unit[i].adapter_elements = 0;

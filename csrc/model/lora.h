@@ -12,7 +12,7 @@ typedef struct ovlm_lora_saved {
     ovlm_linear down, up[OVLM_FUSED_MOST];
 } ovlm_lora_saved;
 
-/* A linear layer without an activation, and its adapters; saved may be NULL where w has none. */
+/* A linear layer without an activation, and its adapters. */
 OVLM_NODISCARD ovlm_status ovlm_linear_fwd(ovlm_run *run, ovlm_linear *args, const ovlm_weight *w,
                                            ovlm_stack *stack, ovlm_lora_saved *saved);
 
@@ -23,9 +23,20 @@ OVLM_NODISCARD ovlm_status ovlm_linear_back(ovlm_run *run, ovlm_linear *args, ov
                                             ovlm_tensor dx, float dx_beta,
                                             ovlm_lora_saved *saved);
 
+/* y = act(x w^T + bias + adapters), on the stack; args has x, w and bias.  The activation is in the
+ * product's epilogue where nothing comes in between, else an operation of its own.  The backward
+ * writes dx where it is given. */
+OVLM_NODISCARD ovlm_status ovlm_acted_fwd(ovlm_run *run, ovlm_linear *args, const ovlm_weight *w,
+                                          ovlm_act act, ovlm_stack *stack, ovlm_gated *gated,
+                                          ovlm_lora_saved *saved, ovlm_tensor *y);
+OVLM_NODISCARD ovlm_status ovlm_acted_back(ovlm_run *run, ovlm_linear *args, ovlm_tensor dy,
+                                           const ovlm_weight *w, const ovlm_weight *bias,
+                                           ovlm_tensor dx, ovlm_gated *gated,
+                                           ovlm_lora_saved *saved);
+
 /* Lists adapters of the modules adapted[n] behind the other parameters, in the arena.  OVLM_E_ARG,
- * and nothing changes, when one cannot have any: only linear layers of blocks can, without an
- * activation of their own; experts in one tensor, embeddings and adapters cannot. */
+ * and nothing changes, when one cannot have any: only linear layers of blocks, of mergers and of
+ * the audio projection can; experts in one tensor, convolutions, embeddings and adapters cannot. */
 OVLM_NODISCARD ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted,
                                              int64_t rank, double scale, ovlm_arena *arena,
                                              ovlm_err *err);
@@ -33,8 +44,11 @@ OVLM_NODISCARD ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *ad
 /* Takes them away: the arena may go. */
 void ovlm_params_unadapt(ovlm_params *params);
 
-/* The products of a block that can have adapters, each left out where the block has none. */
+/* Units whose products can have adapters - the blocks, the mergers, the audio projection - and the
+ * products of the i-th, each NULL where the unit has none of its kind.  Returns the unit. */
 enum { OVLM_ADAPTABLE = 6 };
-void ovlm_block_adaptable(ovlm_block *block, ovlm_weight *product[OVLM_ADAPTABLE]);
+int64_t ovlm_params_adaptables(const ovlm_params *params);
+int64_t ovlm_params_adaptable(ovlm_params *params, int64_t i,
+                              ovlm_weight *product[OVLM_ADAPTABLE]);
 
 #endif

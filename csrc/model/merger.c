@@ -51,15 +51,13 @@ ovlm_status ovlm_merger_fwd(ovlm_run *run, const ovlm_merge_weights *weights, ov
         RUN_IN(run, norm, fwd, &s->norm, stack);
         x = weights->kind == OVLM_MERGE_CONCAT_NORM ? s->norm.y : joined(s->norm.y, m);
     }
-    s->fc1 = (ovlm_linear){.x = x, .w = weights->fc1.w, .bias = weights->fc1_bias.w,
-                           .act = weights->act,
-                           .pre = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype),
-                           .y = ovlm_stack_tensor(stack, x.rows, weights->hidden, run->dtype)};
-    RUN_IN(run, linear, fwd, &s->fc1, stack);
-    s->fc2 = (ovlm_linear){.x = s->fc1.y, .w = weights->fc2.w, .bias = weights->fc2_bias.w,
+    ovlm_tensor hidden;
+    s->fc1 = (ovlm_linear){.x = x, .w = weights->fc1.w, .bias = weights->fc1_bias.w};
+    OVLM_TRY(ovlm_acted_fwd(run, &s->fc1, &weights->fc1, weights->act, stack, &s->act,
+                            &s->fc1_lora, &hidden));
+    s->fc2 = (ovlm_linear){.x = hidden, .w = weights->fc2.w, .bias = weights->fc2_bias.w,
                            .y = out};
-    RUN_IN(run, linear, fwd, &s->fc2, stack);
-    return OVLM_OK;
+    return ovlm_linear_fwd(run, &s->fc2, &weights->fc2, stack, &s->fc2_lora);
 }
 
 ovlm_status ovlm_merger_bwd(ovlm_run *run, const ovlm_merge_weights *weights, ovlm_tensor dout,
@@ -71,14 +69,18 @@ ovlm_status ovlm_merger_bwd(ovlm_run *run, const ovlm_merge_weights *weights, ov
                         ovlm_tensor_given(&weights->norm_bias.dw);
     ovlm_tensor da = {0}, dx = {0};
     if (below || norm_trained || ovlm_tensor_given(&weights->fc1.dw) ||
-        ovlm_tensor_given(&weights->fc1_bias.dw)) {
+        ovlm_tensor_given(&weights->fc1_bias.dw) || weights->fc1.lora != NULL) {
         da = ovlm_stack_tensor(run->work, s->fc1.y.rows, s->fc1.y.cols, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, &s->fc2, dout, &weights->fc2, &weights->fc2_bias, da, 0, NULL));
+    OVLM_TRY(ovlm_linear_back(run, &s->fc2, dout, &weights->fc2, &weights->fc2_bias, da, 0,
+                              &s->fc2_lora));
     if (below || norm_trained) {
         dx = ovlm_stack_tensor(run->work, s->fc1.x.rows, s->fc1.x.cols, run->dtype);
     }
-    OVLM_TRY(ovlm_linear_back(run, &s->fc1, da, &weights->fc1, &weights->fc1_bias, dx, 0, NULL));
+    if (ovlm_tensor_given(&da)) {
+        OVLM_TRY(ovlm_acted_back(run, &s->fc1, da, &weights->fc1, &weights->fc1_bias, dx, &s->act,
+                                 &s->fc1_lora));
+    }
     if (weights->kind == OVLM_MERGE_POOL && below) {
         s->pool.dy = dx;
         s->pool.dx = dh;

@@ -24,11 +24,8 @@ static ovlm_status dense_fwd(ovlm_run *run, const ovlm_block *block, ovlm_stack 
         OVLM_TRY(ovlm_gated_fwd(run, block, redo, stack, s->up.y, &s->gated));
         hidden = s->gated.y;
     } else {
-        s->up.act = block->act;
-        s->up.pre = ovlm_stack_tensor(stack, T, F, run->dtype);
-        s->up.y = ovlm_stack_tensor(stack, T, F, run->dtype);
-        RUN_IN(run, linear, fwd, &s->up, stack);
-        hidden = s->up.y;
+        OVLM_TRY(ovlm_acted_fwd(run, &s->up, &block->up, block->act, stack, &s->gated,
+                                &s->up_lora, &hidden));
     }
     s->down = (ovlm_linear){.x = hidden, .w = block->down.w, .bias = block->down_bias.w,
                             .add = h_mid, .y = s->h_out};
@@ -118,7 +115,8 @@ static ovlm_status plain_mlp_bwd(ovlm_run *run, const ovlm_block *block, ovlm_te
     ovlm_tensor da = ovlm_stack_tensor(run->work, dh.rows, block->hidden, run->dtype);
     OVLM_TRY(ovlm_linear_back(run, &s->down, dh, &block->down, &block->down_bias, da, 0,
                               &s->down_lora));
-    return ovlm_linear_back(run, &s->up, da, &block->up, &block->up_bias, dn, 0, NULL);
+    return ovlm_acted_back(run, &s->up, da, &block->up, &block->up_bias, dn, &s->gated,
+                           &s->up_lora);
 }
 
 ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,

@@ -87,10 +87,10 @@ static ovlm_status merge_product(ovlm_run *run, const ovlm_weight *product, doub
     return OVLM_OK;
 }
 
-static ovlm_status merge_block(ovlm_run *run, ovlm_block *block, double sign)
+static ovlm_status merge_unit(ovlm_run *run, ovlm_params *params, int64_t i, double sign)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    ovlm_block_adaptable(block, product);
+    (void)ovlm_params_adaptable(params, i, product);
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
         if (product[k] != NULL && product[k]->lora != NULL) {
             OVLM_TRY(merge_product(run, product[k], sign));
@@ -107,8 +107,8 @@ typedef struct merge_args {
 static ovlm_status walk_merge(ovlm_run *run, void *args)
 {
     const merge_args *merge = args;
-    for (int64_t i = 0; i < ovlm_params_blocks(merge->params); i++) {
-        OVLM_TRY(merge_block(run, ovlm_params_block(merge->params, i), merge->sign));
+    for (int64_t i = 0; i < ovlm_params_adaptables(merge->params); i++) {
+        OVLM_TRY(merge_unit(run, merge->params, i, merge->sign));
     }
     return OVLM_OK;
 }

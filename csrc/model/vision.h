@@ -9,6 +9,8 @@ typedef struct ovlm_merge_saved {
     ovlm_norm norm;
     ovlm_gather pool;
     ovlm_linear fc1, fc2;
+    ovlm_gated act; /* of fc1, where adapters come in between */
+    ovlm_lora_saved fc1_lora, fc2_lora;
 } ovlm_merge_saved;
 
 /* One pass of the tower, from its forward to its backward. */

@@ -59,7 +59,7 @@ class Adapters:
         alpha : float
         match : list of str
             Patterns over modules' names, the names of weights without ``.weight``: linear layers of
-            attention, of gated and shared MLPs, and ``linear_fc2`` of the vision tower's.
+            attention, of MLPs, of shared experts, and of the mergers behind the towers.
         seed : int
             Each ``A`` draws from a stream of its own.
         rslora : bool
@@ -69,8 +69,7 @@ class Adapters:
         ------
         ValueError
             A pattern that matches nothing, or a module that cannot have an adapter: experts that
-            are kept in one tensor, embeddings, layers with an activation of their own, ...; there
-            are adapters already.
+            are kept in one tensor, embeddings, convolutions, ...; there are adapters already.
         RuntimeError
             Arrays of gradients are still in use.
 

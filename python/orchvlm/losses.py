@@ -7,11 +7,13 @@ the global batch, so that parts of a batch add up to the whole.
 import numpy as np
 
 from . import _core
-from ._numbers import finite_number
+from ._numbers import finite_number, reals
 from .batch import integers, refuse_masked
 from .weights import _threads
 
 __all__ = ["masked_cosine", "siglip", "superclass", "inverse_frequency"]
+
+_CLASSES_MOST = 2**24  # a hundred times the largest vocabularies; a float64 for each
 
 
 def _matrix(value, name, dtype=None):
@@ -174,7 +176,7 @@ def inverse_frequency(documents, vocabulary):
     documents : iterable of int arrays
         Tokens of n captions.
     vocabulary : int
-        Number of classes.
+        Number of classes, at most 2^24.
 
     Returns
     -------
@@ -196,8 +198,8 @@ def inverse_frequency(documents, vocabulary):
     [0.0, 0.41, 0.41, 1.1]
     """
     if isinstance(vocabulary, bool) or not isinstance(vocabulary, (int, np.integer)) or \
-            not 1 <= vocabulary < 2**31:
-        raise ValueError(f"vocabulary must be in [1, 2^31); got {vocabulary!r}")
+            not 1 <= vocabulary <= _CLASSES_MOST:
+        raise ValueError(f"vocabulary must be in [1, {_CLASSES_MOST}]; got {vocabulary!r}")
     held, n = np.zeros(int(vocabulary)), 0
     for tokens in documents:
         held[np.unique(_classes(tokens, int(vocabulary)))] += 1
@@ -273,7 +275,7 @@ def superclass(feature, weight, tokens, frequency=None, *, total=None, threads=N
         raise ValueError(f"tokens must be a list with an entry for each of {len(feature)} features")
     if frequency is None:
         frequency = np.ones(len(weight))
-    frequency = np.asarray(frequency, np.float64)
+    frequency = reals(frequency, "frequency")
     if frequency.shape != (len(weight),) or not np.isfinite(frequency).all() or \
             (frequency < 0).any():
         raise ValueError(f"frequency must have {len(weight)} finite numbers >= 0")

@@ -166,10 +166,12 @@ static void draw_gated(draw *d, ovlm_gated *a)
 {
     int64_t rows = rows_of(d), cols = cols_of(d);
     a->act = act_of(d);
-    a->gate_up = tensor(d, rows, 2 * cols);
+    a->alone = chance(d, 3);
+    int64_t wide = a->alone ? cols : 2 * cols;
+    a->gate_up = tensor(d, rows, wide);
     a->y = blank(d, rows, cols);
     a->dy = tensor(d, rows, cols);
-    a->dgate_up = blank(d, rows, 2 * cols);
+    a->dgate_up = blank(d, rows, wide);
 }
 
 static void draw_norm(draw *d, ovlm_norm *a)

@@ -14,25 +14,29 @@ static double activate(ovlm_act act, double x)
     return NAN;
 }
 
-static void gated_case(rig *one, rig *many, ovlm_dtype dtype, ovlm_act act)
+static void gated_case(rig *one, rig *many, ovlm_dtype dtype, ovlm_act act, bool alone)
 {
     int64_t rows = rig_below(40), n = 1 + rig_below(rig_below(4) == 0 ? 5000 : 90);
-    ovlm_gated a = {.act = act, .gate_up = rig_random(rows, 2 * n, dtype),
+    int64_t wide = alone ? n : 2 * n;
+    ovlm_gated a = {.act = act, .alone = alone, .gate_up = rig_random(rows, wide, dtype),
                     .y = rig_empty(rows, n, dtype), .dy = rig_random(rows, n, dtype),
-                    .dgate_up = rig_empty(rows, 2 * n, dtype)};
+                    .dgate_up = rig_empty(rows, wide, dtype)};
     RIG_SCRATCH(one, gated, &a);
     RIG_RUN(one, gated, fwd, &a);
     RIG_RUN(one, gated, bwd, &a);
     double *y = calloc((size_t)(rows * n + 1), 8), *slope = calloc((size_t)(rows * n + 1) * 2, 8);
     for (int64_t i = 0; i < rows * n; i++) {
         int64_t t = i / n, c = i % n;
-        double gate = rig_get(&a.gate_up, t, c), up = rig_get(&a.gate_up, t, n + c);
+        double gate = rig_get(&a.gate_up, t, c);
+        double up = alone ? 1 : rig_get(&a.gate_up, t, n + c);
         double dy = rig_get(&a.dy, t, c), step = 1e-5;
         y[i] = activate(act, gate) * up;
-        slope[t * 2 * n + c] = dy * up *
+        slope[t * wide + c] = dy * up *
                                (activate(act, gate + step) - activate(act, gate - step)) / 2 /
                                step;
-        slope[t * 2 * n + n + c] = dy * activate(act, gate);
+        if (!alone) {
+            slope[t * wide + n + c] = dy * activate(act, gate);
+        }
     }
     rig_near("gated y", &a.y, y, 1e-6);
     rig_near("dgate_up", &a.dgate_up, slope, 2e-6);
@@ -117,7 +121,8 @@ int main(int argc, char **argv)
     rig_open(&one, 1);
     rig_open(&many, 3);
     for (int i = 0; i < 60; i++) {
-        gated_case(&one, &many, i % 3 == 2 ? OVLM_BF16 : OVLM_F32, (ovlm_act)(i % 5));
+        gated_case(&one, &many, i % 3 == 2 ? OVLM_BF16 : OVLM_F32, (ovlm_act)(i % 5),
+                   i % 4 == 1);
         scale_case(i % 2 ? &one : &many);
     }
     rig_close(&one);

@@ -13,11 +13,12 @@ from orchvlm.checkpoint import SafeTensors
 from test_training import CONFIG, Packs, losses, texts
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
-# All that can be adapted: attention of both towers, gated MLPs, second layers of plain ones.
-EVERYTHING = {"dense": ["*_proj", "*.attn.qkv", "*.attn.proj", "*blocks.*.linear_fc2"],
+# All that can be adapted: attention of both towers, MLPs, mergers.
+EVERYTHING = {"dense": ["*_proj", "*.attn.qkv", "*.attn.proj", "*.linear_fc*"],
               "sparse": ["*self_attn.*_proj", "*shared_experts.*_proj", "*.attn.qkv",
                          "*layers.0.mlp.*_proj"],
-              "some": ["*.q_proj", "*.v_proj", "*layers.1.mlp.up_proj", "*blocks.0.attn.proj"]}
+              "some": ["*.q_proj", "*.v_proj", "*layers.1.mlp.up_proj", "*blocks.0.attn.proj",
+                       "*merger.linear_fc1"]}
 
 
 @pytest.fixture(autouse=True)
@@ -259,8 +260,8 @@ def test_what_cannot_be_adapted():
     rng = np.random.default_rng([SEED, 10])
     sparse = draw_model(SEED, draw_config(rng, True), threads=1)
     for pattern, words in (("*experts.gate_up_proj", "experts"), ("*embed_tokens", "embed_tokens"),
-                           ("*blocks.0.mlp.linear_fc1", "linear_fc1"), ("*mlp.gate", "gate"),
-                           ("*merger.linear_fc1", "linear_fc1"), ("nothing*", "matches no")):
+                           ("*mlp.gate", "gate"), ("*patch_embed.proj", "patch_embed"),
+                           ("nothing*", "matches no")):
         with pytest.raises(ValueError, match=words):
             sparse.add_lora(match=[pattern])
         assert sparse.lora is None

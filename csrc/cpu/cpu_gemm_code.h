@@ -106,6 +106,73 @@ micro_narrow(int64_t kc, const float *a, int64_t a_row, const float *b, float *c
         *out = sum[i];
     }
 }
+
+static inline narrow narrow_at(const float *at)
+{
+    return *(const narrow_memory *)at;
+}
+
+/* Eight rows at eight positions of K, turned: vector k holds position k of all rows. */
+static inline __attribute__((always_inline)) void turn_eight(const float *a, int64_t a_row,
+                                                             narrow out[NARROW])
+{
+    narrow pair[NARROW], four[NARROW];
+    for (int i = 0; i < NARROW; i += 2) {
+        narrow even = narrow_at(a + i * a_row), odd = narrow_at(a + (i + 1) * a_row);
+        pair[i] = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 4, 12, 5, 13);
+        pair[i + 1] = __builtin_shufflevector(even, odd, 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < NARROW; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = __builtin_shufflevector(pair[i + j], pair[i + j + 2],
+                                                      0, 1, 8, 9, 4, 5, 12, 13);
+            four[i + 2 * j + 1] = __builtin_shufflevector(pair[i + j], pair[i + j + 2],
+                                                          2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int k = 0; k < NARROW / 2; k++) {
+        out[k] = __builtin_shufflevector(four[k], four[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        out[k + 4] = __builtin_shufflevector(four[k], four[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+/* The first column of a panel of b alone, as when one token is generated: lanes are rows of a,
+ * whose sums are the same chains.  A cache line of eight rows is used up before the next rows':
+ * they are often a power of two apart. */
+enum { SINGLE_GROUPS = 4, SINGLE_ROWS = SINGLE_GROUPS * NARROW };
+
+static __attribute__((noinline)) void
+micro_single(int64_t kc, const float *a, int64_t a_row, const float *b, float *c, int64_t c_row,
+             bool accumulate)
+{
+    narrow sum[SINGLE_GROUPS] = {0}, column[SINGLE_GROUPS][LINE];
+    int64_t k = 0;
+    for (; k + LINE <= kc; k += LINE, b += LINE * GEMM_NR) {
+        for (int g = 0; g < SINGLE_GROUPS; g++) {
+            const float *rows = a + g * NARROW * a_row + k;
+            turn_eight(rows, a_row, column[g]);
+            turn_eight(rows + NARROW, a_row, column[g] + NARROW);
+        }
+        for (int i = 0; i < LINE; i++) { /* chains of all groups side by side */
+            for (int g = 0; g < SINGLE_GROUPS; g++) {
+                sum[g] = GEMM_FMA_NARROW(sum[g], b[i * GEMM_NR], column[g][i]);
+            }
+        }
+    }
+    for (; k < kc; k++, b += GEMM_NR) {
+        for (int g = 0; g < SINGLE_GROUPS; g++) {
+            narrow last = {0};
+            for (int i = 0; i < NARROW; i++) {
+                last[i] = a[(g * NARROW + i) * a_row + k];
+            }
+            sum[g] = GEMM_FMA_NARROW(sum[g], *b, last);
+        }
+    }
+    for (int i = 0; i < SINGLE_ROWS; i++) {
+        float made = sum[i / NARROW][i % NARROW];
+        c[i * c_row] = accumulate ? c[i * c_row] + made : made;
+    }
+}
 #endif
 
 static __attribute__((noinline)) void
@@ -190,7 +257,15 @@ static void walk_packed(const walk *w, int64_t at, int64_t n, int64_t kc, bool a
 static void walk_direct(const walk *w, int64_t at, int64_t n, int64_t k0, int64_t kc,
                         bool accumulate)
 {
-    for (int64_t i = 0; i < n; i += GEMM_MR) {
+    int64_t i = 0;
+#if defined(GEMM_FMA_NARROW)
+    for (; w->right_n == 1 && !w->in_place && i + SINGLE_ROWS <= n; i += SINGLE_ROWS) {
+        const float *a = (const float *)w->left->data + (w->left0 + at + i) * w->left->stride + k0;
+        micro_single(kc, a, w->left->stride, w->right_pack, walk_sums(w, at) + i * w->sums_row,
+                     w->sums_row, accumulate);
+    }
+#endif
+    for (; i < n; i += GEMM_MR) {
         int64_t row = w->left0 + at + i, rows = n - i < GEMM_MR ? n - i : GEMM_MR;
         const float *a = (const float *)w->left->data + row * w->left->stride + k0;
         bool whole = rows == GEMM_MR && (w->right_n % GEMM_NR == 0 || !w->in_place);
@@ -275,12 +350,12 @@ static void walk_run(const walk *w)
 }
 
 /* Packing b takes about as long as 8 rows of y; turned, it is read where it is, but y's rows count
- * in whole vectors. */
+ * in whole vectors, unless there is one alone. */
 static bool turn_pays(const ovlm_gemm *g, int64_t rows)
 {
     int64_t turned = (rows + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
     int64_t straight = (rows + GEMM_MR - 1) / GEMM_MR * GEMM_MR + 8;
-    return rows <= GEMM_DIRECT_COLS && !g->b.across && turned <= straight;
+    return rows <= GEMM_DIRECT_COLS && !g->b.across && (rows == 1 || turned <= straight);
 }
 
 _Static_assert((OVLM_GEMM_LEFT_MOST + OVLM_GEMM_COLS) * OVLM_GEMM_K + OVLM_GEMM_AREA <=

@@ -44,11 +44,13 @@ static ovlm_tensor fresh(int64_t rows, int64_t cols)
 
 static void run(ovlm_queue *queue, const product *p, const char *kind)
 {
+    ovlm_err err = {0};
     ovlm_status status = strcmp(kind, "grouped") == 0
-                             ? ovlm_cpu_grouped_linear_fwd(queue, &p->grouped, NULL)
-                         : strcmp(kind, "tn") == 0 ? ovlm_cpu_linear_bwd(queue, &p->linear, NULL)
-                                                   : ovlm_cpu_linear_fwd(queue, &p->linear, NULL);
+                             ? ovlm_cpu_grouped_linear_fwd(queue, &p->grouped, &err)
+                         : strcmp(kind, "tn") == 0 ? ovlm_cpu_linear_bwd(queue, &p->linear, &err)
+                                                   : ovlm_cpu_linear_fwd(queue, &p->linear, &err);
     if (status != OVLM_OK) {
+        fprintf(stderr, "%s\n", err.message);
         exit(1);
     }
 }
@@ -62,7 +64,8 @@ static product make(const char *kind, int64_t m, int64_t n, int64_t k, int64_t g
             p.offsets[e] = (int32_t)(m * e);
         }
         p.grouped = (ovlm_grouped_linear){
-            .scratch.work = malloc((size_t)(groups + 1) * sizeof(int64_t)), .groups = groups,
+            .scratch.work = fresh(groups + 1, sizeof(int64_t) / sizeof(float)).data,
+            .groups = groups,
             .offsets = p.offsets, .x = fresh(m * groups, k), .w = fresh(groups * n, k),
             .y = fresh(m * groups, n)};
     } else if (strcmp(kind, "tn") == 0) { /* dw [m,n] from k rows */

@@ -176,11 +176,11 @@ def fitted(ranks, name, half):
     """A cost of the phase from what each rank's items took."""
     seen = [(np.array(step["lengths"][name][0]), step["seconds"][name])
             for rank in ranks for step in rank[:half] if len(step["lengths"][name][0])]
-    return orchvlm.fit(seen, terms=("linear", "per_item", "fixed")).cost
+    return orchvlm.fit(seen, terms=("linear", "quadratic", "per_item", "fixed")).cost
 
 
 def predict(options):
-    spec = {"preset": "tiny", "mix": "pictures", "data": options.data, "tokens": 8192,
+    spec = {"preset": "tiny", "mix": "drawn tasks", "data": options.data, "tokens": 4096,
             "steps": options.steps + 2}
     ranks = orchvlm.comm.run_processes(2, train, spec)
     half, rows = len(ranks[0]) // 2, []

@@ -100,8 +100,9 @@ class Orchestrator:
     Notes
     -----
     A step: lengths are gathered and every rank makes the same plan (:func:`plan_step`, with a limit
-    on work, not on time); raw data and tokens travel; each rank encodes its items; one all-to-all
-    per encoder brings features straight to the ranks of their tokens; the language phase runs in
+    on work, not on time); raw data and tokens travel, pictures as the files that they are, so that
+    a rank decodes what it encodes; each rank encodes its items; one all-to-all per encoder
+    brings features straight to the ranks of their tokens; the language phase runs in
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
     of weights are summed over the ranks.  Where that is more than the memory holds, the samples are
     dealt out to rounds, each with a plan, encoders, micro-batches and encoders' backwards of its
@@ -170,10 +171,16 @@ class Orchestrator:
         Parameters
         ----------
         loader : iterator of Inputs
+            Is told by its ``refused``, where it has one, as :meth:`prepare` says.
 
         Returns
         -------
         Prepared
+
+        Raises
+        ------
+        ValueError
+            As of :meth:`prepare`; a hundred batches in a row have nothing but broken pictures.
         """
         refused = getattr(loader, "refused", None)
         for _ in range(_MOST_REFUSED):

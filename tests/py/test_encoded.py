@@ -371,3 +371,29 @@ def test_nothing_but_broken_bodies_ends(monkeypatch):
     with pytest.warns(UserWarning, match="left out"):
         one, other = comm.run_threads(2, work)
     assert one == other > 3
+
+
+def test_a_run_over_ranks_and_one_that_goes_on(tmp_path):
+    """With broken bodies among the samples: losses as of eager reading, and resumed ones the same
+    bits."""
+    rng = np.random.default_rng([SEED, 11])
+    good = drawn(rng, 12, LAZY)
+    samples = [*good, asked(spoilt(rng))]
+
+    def run(group, folder, steps, eager=False, some=samples, goes_on=False):
+        trainer = orchvlm.Trainer(
+            orchvlm.Model.from_config(CONFIG, seed=0, threads=1), loader(some, group, eager),
+            orchvlm.TrainingConfig(steps=steps, warmup=1, schedule="constant"), tmp_path / folder,
+            group)
+        if goes_on:
+            trainer.resume()
+        return [row["loss"] for row in trainer.run()], trainer.loader.skipped
+    wanted, _ = comm.run_threads(2, run, "eager", 4, True, good)[0]
+    got, _ = comm.run_threads(2, run, "lazy", 4, False, good)[0]
+    assert got == pytest.approx(wanted, rel=1e-4)
+    with pytest.warns(UserWarning, match="left out"):
+        whole = comm.run_threads(2, run, "whole", 4)
+        first = comm.run_threads(2, run, "parts", 2)
+        rest = comm.run_threads(2, run, "parts", 4, False, samples, True)
+    assert whole[0] == whole[1] and whole[0][1] > 0
+    assert first[0][0] + rest[0][0] == whole[0][0] and rest[0][1] == whole[0][1]

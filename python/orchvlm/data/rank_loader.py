@@ -41,10 +41,12 @@ class RankLoader(Loader):
     Notes
     -----
     Sample k of the mixture is read by rank k mod N; of tasks, packs and JSON lines the others read
-    nothing.  With several ranks pictures that are files stay so (``Inputs.encoded``), where the
-    processor's ``one`` has a parameter ``encoded``: an :class:`orchvlm.Orchestrator` decodes each
-    on the rank that encodes it.  What a batch holds depends on the mixture and the budget, not on N, and is what a
-    :class:`Loader` yields.  The state is the same on all ranks, and loads with any number of them.
+    nothing.  What a batch holds depends on the mixture and the budget, not on N, and is what a
+    :class:`Loader` yields.  With several ranks, pictures that are files stay so
+    (``Inputs.encoded``) where the processor's ``one`` has a parameter ``encoded``: an
+    :class:`orchvlm.Orchestrator` decodes each on the rank that encodes it, and a sample whose
+    picture turns out to be broken then is taken out of its batch.  The state is the same on all
+    ranks, and loads with any number of them.
 
     Examples
     --------

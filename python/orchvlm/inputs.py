@@ -1,5 +1,5 @@
 """What a model takes: token sequences packed end to end, with their images and sounds."""
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from html import escape
 
 import numpy as np
@@ -87,6 +87,11 @@ class Inputs:
         several.
     mel_sample : int32[n], optional
         The same for ``mel_lengths``.
+    encoded : sequence of (bytes or None), optional
+        One for each row of ``grid_thw``: a picture that is still a file, as a
+        :class:`orchvlm.data.RankLoader` of several ranks gives it, or None.  ``pixels`` then has
+        the patches of the others alone.  An :class:`Orchestrator` takes such samples, a model
+        takes what :meth:`decoded` makes of them.
 
     Raises
     ------
@@ -94,7 +99,7 @@ class Inputs:
         An array of the wrong kind of numbers.
     ValueError
         Shapes that disagree, samples out of order, a label that is neither a token nor -100,
-        more or fewer pixel rows than the grids hold.
+        more or fewer pixel rows than the grids hold, a film among what is encoded.
 
     Notes
     -----
@@ -122,6 +127,7 @@ class Inputs:
     mel_lengths: np.ndarray = None
     grid_sample: np.ndarray = None
     mel_sample: np.ndarray = None
+    encoded: tuple = None
 
     def __post_init__(self):
         self._check_tokens()
@@ -163,8 +169,9 @@ class Inputs:
         if (self.pixels is None) != (self.grid_thw is None):
             raise ValueError("Inputs.pixels and Inputs.grid_thw belong together; one is missing")
         if self.grid_thw is None:
-            if self.grid_sample is not None:
-                raise ValueError("Inputs.grid_sample needs grid_thw")
+            for name in ("grid_sample", "encoded"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"Inputs.{name} needs grid_thw")
             return
         self._set("pixels", _pixel_rows(self.pixels))
         grid = np.asarray(self.grid_thw)
@@ -174,7 +181,9 @@ class Inputs:
         grid = _frozen(flat.reshape(-1, 3))
         if grid.size and grid.min() < 1:
             raise ValueError(f"Inputs.grid_thw must be >= 1; the least is {grid.min()}")
-        rows = sum(t * h * w for t, h, w in grid.tolist())
+        self._set("encoded", _files(self.encoded, grid))
+        rows = sum(t * h * w for (t, h, w), item in zip(
+            grid.tolist(), self.encoded or (None,) * len(grid)) if item is None)
         if rows != len(self.pixels):
             raise ValueError(f"Inputs.pixels must have {rows} rows, as many as the grids hold; "
                              f"got {len(self.pixels)}")
@@ -213,6 +222,11 @@ class Inputs:
     def n_tokens(self):
         """int : tokens of all samples."""
         return len(self.input_ids)
+
+    @property
+    def n_patches(self):
+        """int : of all images and videos, those that are still encoded among them."""
+        return 0 if self.grid_thw is None else int(_patches(self.grid_thw).sum())
 
     @property
     def n_target_tokens(self):
@@ -256,10 +270,7 @@ class Inputs:
             if owners is None:
                 raise ValueError(f"taking samples needs Inputs.{owner}: which sample each item "
                                  "belongs to")
-            if rows == "pixels":
-                counts = size.astype(np.int64).prod(axis=1)
-            else:
-                counts = size.astype(np.int64)
+            counts = self._rows(sizes, size)
             first = np.searchsorted(owners, which, "left")
             n_items = np.searchsorted(owners, which, "right") - first
             items = _spans(first, n_items)
@@ -267,7 +278,39 @@ class Inputs:
             part[rows] = getattr(self, rows)[_spans(starts[items], counts[items])]
             part[sizes] = size[items]
             part[owner] = np.repeat(np.arange(len(which)), n_items)
+            if rows == "pixels" and self.encoded is not None:
+                part["encoded"] = [self.encoded[k] for k in items]
         return part
+
+    def _rows(self, sizes, size):
+        """int64[n] : rows that each item has in ``pixels`` or ``mel``."""
+        if sizes == "mel_lengths":
+            return size.astype(np.int64)
+        counts = _patches(size)
+        if self.encoded is not None:
+            counts[[item is not None for item in self.encoded]] = 0
+        return counts
+
+    def decoded(self):
+        """The same samples, all pictures decoded.
+
+        Returns
+        -------
+        Inputs
+            Itself where nothing is encoded.
+
+        Raises
+        ------
+        DataError
+            A file that is broken behind its header.
+        """
+        if self.encoded is None:
+            return self
+        from .data.encoded import decoded
+        kind, ends = self.pixels, np.cumsum(self._rows("grid_thw", self.grid_thw))
+        rows = [kind[end - n:end] if item is None else decoded(item, n, kind.shape[1], kind.dtype)
+                for item, end, n in zip(self.encoded, ends, _patches(self.grid_thw))]
+        return replace(self, pixels=np.concatenate([kind[:0], *rows]), encoded=None)
 
     @classmethod
     def concatenate(cls, parts):
@@ -318,6 +361,9 @@ class Inputs:
             whole[sizes] = np.concatenate([getattr(p, sizes) for p, _ in having])
             if all(getattr(p, owner) is not None for p, _ in having):
                 whole[owner] = np.concatenate([getattr(p, owner) + b for p, b in having])
+            if rows == "pixels":
+                whole["encoded"] = [item for p, _ in having
+                                    for item in p.encoded or (None,) * len(p.grid_thw)]
         return cls(**whole)
 
     def _facts(self):
@@ -326,7 +372,7 @@ class Inputs:
         facts = [several(len(self), "sample"), several(self.n_tokens, "token"),
                  several(self.n_target_tokens, "target")]
         if self.grid_thw is not None:
-            facts.append(f"{several(len(self.grid_thw), 'image')} of {len(self.pixels)} patches")
+            facts.append(f"{several(len(self.grid_thw), 'image')} of {self.n_patches} patches")
         if self.mel is not None:
             facts.append(f"{several(len(self.mel_lengths), 'sound')} of {len(self.mel)} frames")
         return facts
@@ -338,9 +384,30 @@ class Inputs:
         rows = "".join(
             f"<tr><td><code>{field.name}</code></td><td>{array.dtype}</td>"
             f"<td>{escape(str(array.shape))}</td><td>{array.nbytes:,}</td></tr>"
-            for field in fields(self) if (array := getattr(self, field.name)) is not None)
+            for field in fields(self)
+            if isinstance(array := getattr(self, field.name), np.ndarray))
         return (f"<p><b>Inputs</b>: {', '.join(self._facts())}</p><table><tr><th>field</th>"
                 f"<th>dtype</th><th>shape</th><th>bytes</th></tr>{rows}</table>")
+
+
+def _patches(grid):
+    """int64[n]"""
+    return grid.astype(np.int64).prod(axis=1)
+
+
+def _files(value, grid):
+    """A tuple of bytes and None; None where none is bytes."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(
+            item is None or isinstance(item, bytes) for item in value):
+        raise TypeError("Inputs.encoded must be a list of bytes and None")
+    if len(value) != len(grid):
+        raise ValueError(f"Inputs.encoded must have {len(grid)} entries, as many as grid_thw has "
+                         f"rows; got {len(value)}")
+    if any(item is not None and frames != 1 for item, frames in zip(value, grid[:, 0])):
+        raise ValueError("Inputs.encoded are pictures: their grids have one frame")
+    return tuple(value) if any(item is not None for item in value) else None
 
 
 def _joined(parts, name, dtype):

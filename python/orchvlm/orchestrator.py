@@ -14,10 +14,11 @@ from .passes import Ran
 from .rounds import Rounds, dealt, evenness, mean, taken
 from .routes import Route
 from .sharding import Shard
-from .shares import MEDIA, gathered, gathered_batch, label_weights, medium
+from .shares import MEDIA, gathered, gathered_batch, label_weights, medium, unpacked
 from .step import plan_step
 
 _WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
+_MOST_REFUSED = 100  # global batches in a row of which nothing is left
 _COLUMNS = 6    # of a token that travels: id, label, weight, three positions
 
 
@@ -99,8 +100,9 @@ class Orchestrator:
     Notes
     -----
     A step: lengths are gathered and every rank makes the same plan (:func:`plan_step`, with a limit
-    on work, not on time); raw data and tokens travel; each rank encodes its items; one all-to-all
-    per encoder brings features straight to the ranks of their tokens; the language phase runs in
+    on work, not on time); raw data and tokens travel, pictures as the files that they are, so that
+    a rank decodes what it encodes; each rank encodes its items; one all-to-all per encoder
+    brings features straight to the ranks of their tokens; the language phase runs in
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
     of weights are summed over the ranks.  Where that is more than the memory holds, the samples are
     dealt out to rounds, each with a plan, encoders, micro-batches and encoders' backwards of its
@@ -169,15 +171,27 @@ class Orchestrator:
         Parameters
         ----------
         loader : iterator of Inputs
+            Is told by its ``refused``, where it has one, as :meth:`prepare` says.
 
         Returns
         -------
         Prepared
-        """
-        return self.prepare(Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
-                            beside=True)
 
-    def prepare(self, inputs, beside=False):
+        Raises
+        ------
+        ValueError
+            As of :meth:`prepare`; a hundred batches in a row have nothing but broken pictures.
+        """
+        refused = getattr(loader, "refused", None)
+        for _ in range(_MOST_REFUSED):
+            prepared = self.prepare(
+                Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
+                beside=True, refused=refused)
+            if prepared is not None:
+                return prepared
+        raise ValueError(f"in {_MOST_REFUSED} global batches in a row no picture can be decoded")
+
+    def prepare(self, inputs, beside=False, refused=None):
         """Plans a global batch and moves its data; computes nothing.
 
         Parameters
@@ -186,10 +200,20 @@ class Orchestrator:
             This rank's samples, which may be none.
         beside : bool
             In a thread of its own, while the step before runs: over a dup of the communicator.
+        refused : callable, optional
+            ``refused(n, error)`` is told on all ranks that n samples are left out, whose pictures
+            have good headers and broken bodies, and the error of the rank that decoded one; else
+            such a picture raises.
 
         Returns
         -------
-        Prepared
+        Prepared or None
+            None where all samples were left out.
+
+        Raises
+        ------
+        ValueError
+            On all ranks: what :meth:`rounds` refuses; a broken picture.
         """
         ways, start = self._ways[beside], time.perf_counter()
         media = {name: medium(self.model.config, inputs, name) for name in self.media}
@@ -197,12 +221,29 @@ class Orchestrator:
         known = time.perf_counter()
         rounds = self.rounds(batch, sizes, media)
         planned = time.perf_counter()
-        ready = [self._ready(one, batch, inputs, media, ways) for one in rounds]
+        broken = {}  # samples, and why
+        ready = [self._ready(one, batch, inputs, media, ways, broken) for one in rounds]
+        if any(one[:, 3].any() for one in sizes.values()):  # the same on all ranks
+            lost, _ = gathered(ways.comm, np.array(sorted(broken), np.int64))
+            if len(lost):
+                return self._without(np.unique(lost), broken, batch, inputs, beside, refused)
         seconds = {"lengths": known - start, "plan": planned - known,
                    "data": time.perf_counter() - planned}
         ran = Ran([inputs], self.model)
         ran.plans, ran.prepared_seconds = [one.plan for one in rounds], seconds
         return Prepared(normalizer, ready, ran, inputs)
+
+    def _without(self, lost, broken, batch, inputs, beside, refused):
+        """A Prepared of the samples of a batch but these.  They are taken out where they were read,
+        and all is done again: plan, counts and normaliser are those of what is left."""
+        error = next(iter(broken.values()), None)
+        if refused is None:
+            raise error or ValueError("another rank met a picture that cannot be decoded; its own "
+                                      "message says why")
+        refused(len(lost), error)
+        ours = np.flatnonzero(batch.source_rank == self.rank)
+        return None if len(lost) == len(batch) else self.prepare(
+            inputs[np.flatnonzero(~np.isin(ours, lost))], beside, refused)
 
     def rounds(self, batch, sizes, media):
         """The rounds of a global batch; every rank makes the same ones.
@@ -210,7 +251,7 @@ class Orchestrator:
         Parameters
         ----------
         batch : Batch
-        sizes : dict of str to int64[k, 3]
+        sizes : dict of str to int64[k, 4]
             Of all its items.
         media : dict of str to Medium
             This rank's.
@@ -224,8 +265,9 @@ class Orchestrator:
         dtype = media["vision"].rows.dtype if "vision" in media else np.float32
         return self._rounds.of(batch, sizes, dtype, self.plan)
 
-    def _ready(self, round, batch, inputs, media, ways):
-        """A PreparedRound: this rank's samples of it go where the plan says, others' come."""
+    def _ready(self, round, batch, inputs, media, ways, broken):
+        """A PreparedRound: this rank's samples of it go where the plan says, others' come; adds
+        those whose pictures are ``broken``."""
         if len(round.samples) < len(batch):
             ours = np.flatnonzero(batch.source_rank == self.rank)
             inputs = inputs[np.flatnonzero(np.isin(ours, round.samples))]
@@ -233,7 +275,7 @@ class Orchestrator:
             media = {name: medium(self.model.config, inputs, name) for name in media}
             media = {name: replace(one, rows=one.rows.astype(kinds[name], copy=False))
                      for name, one in media.items()}
-        items = {name: self._raw(round.plan, round.batch, name, media[name], sizes, ways)
+        items = {name: self._raw(round, name, media[name], ways, broken)
                  for name, sizes in round.sizes.items() if len(sizes)}
         return PreparedRound(round.plan, _micro_batches(inputs, round.batch, round.plan.llm, ways),
                              items)
@@ -251,13 +293,21 @@ class Orchestrator:
         """
         return planned(batch, self.cluster, self.costs, self._limits)
 
-    def _raw(self, plan, batch, name, held, sizes, ways):
+    def _raw(self, round, name, held, ways, broken):
         """(rows, sizes) of the items that this rank encodes."""
-        share, items = plan.phases[name], batch.phases[name]
+        share, items = round.plan.phases[name], round.batch.phases[name]
         order = np.lexsort((items.position, items.sample, share.micro_batch))
         mine = order[share.rank[order] == self.rank]
-        rows = ways.prepare(plan.routes[name]).apply(held.rows)
-        return rows, sizes[mine].astype(np.int32)
+        route, sizes = round.plan.routes[name], round.sizes[name]
+        if not sizes[:, 3].any():
+            return ways.prepare(route).apply(held.rows), sizes[mine, :3].astype(np.int32)
+        # Files travel as they are, and whoever encodes a picture decodes it.
+        arrived = ways.prepare(route.in_bytes(items.bytes)).apply(held.packed())
+        rows, failed = unpacked(arrived, sizes[mine], items.bytes[mine], held.rows.shape[1],
+                                held.rows.dtype)
+        broken.update((int(round.samples[items.sample[mine[k]]]), error)
+                      for k, error in failed.items())
+        return rows, sizes[mine, :3].astype(np.int32)
 
     # ------------------------------------------------------------ the step
 
@@ -373,7 +423,7 @@ class Orchestrator:
 
     @staticmethod
     def inputs(prepared):
-        """The samples of a batch that this rank read.
+        """The samples of a batch that this rank read, their pictures decoded.
 
         Parameters
         ----------
@@ -383,7 +433,7 @@ class Orchestrator:
         -------
         Inputs
         """
-        return prepared.inputs
+        return prepared.inputs.decoded()
 
     def total(self, array):
         """An array of numbers, summed over the ranks.

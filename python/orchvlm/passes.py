@@ -33,7 +33,7 @@ class Ran:
     def __init__(self, packs, model):
         self.loss, self.targets, self.aux_loss = 0.0, 0, 0.0
         self.tokens = sum(pack.n_tokens for pack in packs)
-        self.patches = sum(len(pack.pixels) for pack in packs if pack.pixels is not None)
+        self.patches = sum(pack.n_patches for pack in packs)
         self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
         self.plans, self.prepared_seconds = [], {}

@@ -84,7 +84,7 @@ class Phases(Weights):
             images = "features", len(features)
         elif encode and inputs.grid_thw is not None:
             merge = self.config.vision["spatial_merge_size"]
-            grid, pixels = inputs.grid_thw, inputs.pixels
+            grid, pixels = inputs.grid_thw, _cut(inputs).pixels
             images = "images", int(np.prod(grid, axis=1, dtype=np.int64).sum()) // merge ** 2
         if sounds is not None:
             voices = "sounds", len(sounds)
@@ -193,7 +193,7 @@ class Phases(Weights):
         number = self._modality(modality)
         inputs = _whole(modality, inputs, sizes)
         sizes, rows = (inputs.mel_lengths, inputs.mel) if modality == "audio" else (
-            inputs.grid_thw, inputs.pixels)
+            inputs.grid_thw, _cut(inputs).pixels)
         if sizes is None:
             raise ValueError(f"there are no {'sounds' if number else 'images'} to encode")
         if modality == "audio":
@@ -268,6 +268,13 @@ class Phases(Weights):
         self._run(inputs, features, extra, sounds, encode=False, labels=False,
                   router_counts=router_counts, training=training, checkpoint=checkpoint)
         return self._core.hidden()
+
+
+def _cut(inputs):
+    """The inputs, whose pictures must be patches by now."""
+    if inputs.encoded is not None:
+        raise ValueError("some pictures are still encoded; give inputs.decoded()")
+    return inputs
 
 
 def _whole(modality, inputs, sizes):

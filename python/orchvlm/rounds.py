@@ -21,7 +21,7 @@ class Round:
         Their places in the global batch, rising.
     batch : Batch
         Of these alone.
-    sizes : dict of str to int64[k, 3]
+    sizes : dict of str to int64[k, 4]
         Of its items, as :func:`orchvlm.shares.gathered_batch` gives them.
     plan : StepPlan
     """
@@ -53,7 +53,7 @@ def share_of(round, rank, pixels=None):
     share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum)]), grid_thw=None,
                             mel_lengths=None, pixels=pixels)
     for name, phase in plan.phases.items():
-        mine = round.sizes[name][phase.rank == rank]
+        mine = round.sizes[name][phase.rank == rank, :3]
         if name == "vision":
             share.grid_thw = mine
         else:
@@ -206,7 +206,7 @@ class Rounds:
         Parameters
         ----------
         batch : Batch
-        sizes : dict of str to int64[k, 3]
+        sizes : dict of str to int64[k, 4]
         dtype : dtype
             Of pixels.
         plan : callable
@@ -302,7 +302,7 @@ def taken(batch, sizes, samples, plan):
     Parameters
     ----------
     batch : Batch
-    sizes : dict of str to int64[k, 3]
+    sizes : dict of str to int64[k, 4]
     samples : int64[n]
         Rising.
     plan : callable

@@ -19,11 +19,13 @@ class Medium:
     sizes : int32[n, 3]
         Frames, rows and columns of each image; frames, 0 and 0 of each sound.
     rows : array[R, values]
-        Patches or log-mel frames, item after item.
+        Patches or log-mel frames, item after item, of those that are not encoded.
     item_rows, tokens : int64[n]
         Rows of each item, and the tokens that it becomes.
     sample, position : int64[n]
         Where the first of these is: which sample of the pack, which token of that.
+    encoded : list of (bytes or None)
+        Pictures that are still files; empty where none is.
     """
 
     sizes: np.ndarray
@@ -32,9 +34,57 @@ class Medium:
     tokens: np.ndarray
     sample: np.ndarray
     position: np.ndarray
+    encoded: list
 
     def __len__(self):
         return len(self.sizes)
+
+    def packed(self):
+        """uint8[B] : all items one behind the other, as files or as rows."""
+        rows, parts, first = np.ascontiguousarray(self.rows), [np.zeros(0, np.uint8)], 0
+        for item, n in zip(self.encoded or [None] * len(self), self.item_rows):
+            if item is None:
+                parts.append(rows[first:first + n].reshape(-1).view(np.uint8))
+                first += n
+            else:
+                parts.append(np.frombuffer(item, np.uint8))
+        return np.concatenate(parts)
+
+
+def unpacked(content, sizes, item_bytes, values, dtype):
+    """What :meth:`Medium.packed` packed, with all pictures decoded.
+
+    Parameters
+    ----------
+    content : uint8[B]
+    sizes : int64[n, 4]
+        As :func:`gathered_batch` gives them.
+    item_bytes : int64[n]
+        Of each item.
+    values : int
+        Of a row.
+    dtype : dtype
+
+    Returns
+    -------
+    rows : array[R, values]
+    failed : dict of int to DataError
+        Items whose files are broken behind their headers; their rows are 0.
+    """
+    from .data.encoded import DataError, decoded
+    counts = np.prod(sizes[:, :3], axis=1)
+    rows, failed = np.zeros((counts.sum(), values), dtype), {}
+    ends, places = np.cumsum(counts), np.cumsum(item_bytes)
+    for k, (end, n, place, size) in enumerate(zip(ends, counts, places, item_bytes)):
+        item = content[place - size:place]
+        if not sizes[k, 3]:
+            rows[end - n:end] = item.view(dtype).reshape(n, values)
+            continue
+        try:
+            rows[end - n:end] = decoded(item.tobytes(), n, values, dtype)
+        except DataError as error:
+            failed[k] = error
+    return rows, failed
 
 
 def medium(config, inputs, name):
@@ -61,6 +111,8 @@ def medium(config, inputs, name):
         grid = np.zeros((0, 3), np.int32) if inputs.grid_thw is None else inputs.grid_thw
         sizes = np.repeat(grid, grid[:, 0], axis=0)
         sizes[:, 0] = 1
+        encoded = [item for item, frames in zip(inputs.encoded or (), grid[:, 0])
+                   for _ in range(frames)]
         item_rows = np.prod(sizes, axis=1, dtype=np.int64)
         tokens, ids, rows = item_rows // merge**2, config.visual_tokens, inputs.pixels
         width, dtype = _patch_values(config), np.uint8
@@ -69,10 +121,10 @@ def medium(config, inputs, name):
         sizes = np.stack([frames, 0 * frames, 0 * frames], axis=1)
         item_rows = frames.astype(np.int64)
         tokens, ids, rows = sound_tokens(frames).astype(np.int64), config.sound_tokens, inputs.mel
-        width, dtype = config.audio["num_mel_bins"], np.float32
+        width, dtype, encoded = config.audio["num_mel_bins"], np.float32, []
     rows = np.zeros((0, width), dtype) if rows is None else rows
     sample, position = _places(inputs, np.flatnonzero(np.isin(inputs.input_ids, ids)), tokens)
-    return Medium(sizes, rows, item_rows, tokens, sample, position)
+    return Medium(sizes, rows, item_rows, tokens, sample, position, encoded)
 
 
 def _patch_values(config):
@@ -130,8 +182,9 @@ def gathered_batch(config, inputs, media, comm):
     -------
     batch : Batch
         Samples by rank, each rank's in its own order.
-    sizes : dict of str to int64[n, 3]
-        Of all items of a medium, in the order of ``batch.phases``.
+    sizes : dict of str to int64[n, 4]
+        Of all items of a medium, in the order of ``batch.phases``; last the bytes of those that are
+        encoded, and 0 of others.
     normalizer : float
         Sum of all weights.
 
@@ -160,8 +213,9 @@ def gathered_batch(config, inputs, media, comm):
         sample, sizes[name] = rows[:, 0] + first[item_ranks], rows[:, 3:]
         length = sizes[name][:, 0] * np.where(sizes[name][:, 1] > 0,
                                               sizes[name][:, 1] * sizes[name][:, 2], 1)
-        phases[name] = Items(sample, rows[:, 1], length, rows[:, 2],
-                             length * one.rows.shape[1] * value_bytes[name],
+        item_bytes = np.where(sizes[name][:, 3] > 0, sizes[name][:, 3],
+                              length * one.rows.shape[1] * value_bytes[name])
+        phases[name] = Items(sample, rows[:, 1], length, rows[:, 2], item_bytes,
                              out_bytes_per_token=4.0 * config.text["hidden_size"])
         np.subtract.at(text, sample, rows[:, 2])
     batch = Batch(text, samples[:, 1], ranks, phases, text_bytes_per_token=24.0)
@@ -169,14 +223,16 @@ def gathered_batch(config, inputs, media, comm):
 
 
 def _told(inputs, media):
-    """int64[n, 2] of a rank's samples (tokens, targets), and int64[k, 6] for each medium (sample,
-    position, tokens, size)."""
+    """int64[n, 2] of a rank's samples (tokens, targets), and int64[k, 7] for each medium (sample,
+    position, tokens, size, bytes where it is encoded)."""
     starts, lengths = inputs.cu_seqlens[:-1], np.diff(inputs.cu_seqlens)
     targets = np.zeros(len(lengths), np.int64)
     if len(lengths):
         targets = np.add.reduceat(np.append(counted(inputs), False).astype(np.int64), starts)
     samples = np.column_stack([lengths, np.where(lengths > 0, targets, 0)]).astype(np.int64)
-    return [samples, *(np.column_stack([one.sample, one.position, one.tokens, one.sizes])
+    return [samples, *(np.column_stack([one.sample, one.position, one.tokens, one.sizes,
+                                        [len(item or b"") for item in one.encoded]
+                                        or np.zeros(len(one))])
                        .astype(np.int64) for one in media.values())]
 
 

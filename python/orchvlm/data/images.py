@@ -343,6 +343,15 @@ class ImageRule:
         """int : pixels of a token along a side."""
         return self.patch_size * self.merge_size
 
+    def none(self):
+        """The patches of no picture.
+
+        Returns
+        -------
+        array[0, values]
+        """
+        return np.empty((0, 3 * self.temporal_size * self.patch_size**2), self.dtype)
+
     def tokens(self, grid):
         """Tokens of a picture or video.
 

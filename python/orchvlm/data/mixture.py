@@ -326,7 +326,7 @@ class Loader:
             raise ValueError(f"too_long must be 'raise' or 'skip'; got {too_long!r}")
         self._source, self.processor = source, processor
         self.max_tokens, self.max_patches, self.too_long = max_tokens, max_patches, too_long
-        self.skipped, self._told = 0, False
+        self.skipped, self._told, self._how = 0, False, {}
         self._waiting = None                 # the sample that did not fit into the last pack
         self._state = source.state_dict()    # before it
         self._skipped_before = 0             # and how many were skipped up to there
@@ -378,7 +378,7 @@ class Loader:
             self._told = True
 
     def _fitting(self, sample):
-        inputs = self.processor.one(sample)
+        inputs = self.processor.one(sample, **self._how)
         tokens, patches = sample_extent(inputs)
         if tokens > self.max_tokens or patches > (self.max_patches or math.inf):
             raise DataError(f"a sample of {tokens} tokens and {patches} patches fits into no pack "
@@ -433,4 +433,4 @@ class Loader:
 
 def sample_extent(inputs):
     """(tokens, patches)"""
-    return inputs.n_tokens, 0 if inputs.pixels is None else len(inputs.pixels)
+    return inputs.n_tokens, inputs.n_patches

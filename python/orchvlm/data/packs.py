@@ -86,7 +86,7 @@ class ZipPack:
         except KeyError:
             raise DataError(f"{where}: no member {name[:80]!r} in {self.path}") from None
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError,
-                RuntimeError) as error:
+                RuntimeError, UnicodeDecodeError) as error:
             raise DataError(f"{self.path}: member {name[:80]!r} is broken ({str(error)[:60]})"
                             ) from None
         if len(content) > info.file_size:

@@ -7,9 +7,10 @@ import numpy as np
 
 from .._files import write_whole
 from ..inputs import IGNORED, Inputs
-from .assets import DataError, as_asset, read_file
+from .assets import Asset, DataError, as_asset, read_file
 from .audio import audio_tokens, load_sound
 from .chat import CHATML, Template, encode_bytes, encode_template, read_messages
+from .encoded import encode
 from .images import ImageRule, load_image
 from .tokenizer import ByteTokenizer, HubTokenizer
 from .video import VideoRule, open_video
@@ -30,6 +31,7 @@ class _Medium:
     markup: list
     blocks: list          # (frames, rows, columns) in tokens of each run of placeholders
     seconds: float = 0.0  # of a group of frames
+    encoded: bytes = None  # in place of rows
 
 
 class Processor:
@@ -283,7 +285,7 @@ class Processor:
             samples = [samples]
         return Inputs.concatenate([self.one(sample, prompt) for sample in samples])
 
-    def one(self, sample, prompt=False):
+    def one(self, sample, prompt=False, encoded=False):
         """One sample.
 
         Parameters
@@ -292,6 +294,9 @@ class Processor:
             See :func:`read_messages`.
         prompt : bool
             See :meth:`__call__`.
+        encoded : bool
+            Leaves JPEG, PNG and WebP files as they are, in ``Inputs.encoded``, where their headers
+            tell how many patches they give.
 
         Returns
         -------
@@ -305,7 +310,7 @@ class Processor:
         messages = read_messages(sample)
         if prompt and messages[-1].role == "assistant":
             messages.pop()
-        media = [self._medium(*part) for message in messages for part in message.parts
+        media = [self._medium(*part, encoded) for message in messages for part in message.parts
                  if part[0] != "text"]
         markups = [medium.markup for medium in media]
         if self._template is None:
@@ -334,14 +339,17 @@ class Processor:
         if seen:
             fields["pixels"] = np.concatenate([medium.rows for medium in seen])
             fields["grid_thw"] = [medium.size for medium in seen]
+            fields["encoded"] = [medium.encoded for medium in seen]
         if heard:
             fields["mel"] = np.concatenate([medium.rows for medium in heard])
             fields["mel_lengths"] = [medium.size for medium in heard]
         return Inputs(**fields)
 
-    def _medium(self, kind, source, options):
+    def _medium(self, kind, source, options, encoded):
         source = as_asset(source, kind) or source
         try:
+            if kind == "image":
+                return self._image(source, encoded)
             return getattr(self, f"_{kind}")(source, options)
         except KeyError as error:
             raise DataError(f"the tokenizer has no token {error}, so {kind}s cannot be marked"
@@ -352,12 +360,19 @@ class Processor:
             raise KeyError(name)
         return name
 
-    def _image(self, source, options):
-        rows, grid = self.images(_loaded(load_image, source), getattr(source, "name", "image"))
+    def _image(self, source, encoded):
+        name, item = getattr(source, "name", "image"), None
+        if encoded and isinstance(source, Asset):
+            source = source.read()
+            item, grid = encode(source, name, self.images)
+        if item is None:
+            rows, grid = self.images(_loaded(load_image, source, name), name)
+        else:
+            rows = self.images.none()
         markup = [(self._name("<|vision_start|>"), 1),
                   (self._name("<|image_pad|>"), self.images.tokens(grid)),
                   (self._name("<|vision_end|>"), 1)]
-        return _Medium("image", rows, grid, markup, [self._block(grid)])
+        return _Medium("image", rows, grid, markup, [self._block(grid)], encoded=item)
 
     def _block(self, grid):
         merge = self.images.merge_size

@@ -1,5 +1,7 @@
 """Global batches of one mixture over ranks: each rank reads its own samples, and knows only the
 lengths of the others."""
+from inspect import signature
+
 import numpy as np
 
 from ..inputs import Inputs
@@ -40,7 +42,11 @@ class RankLoader(Loader):
     -----
     Sample k of the mixture is read by rank k mod N; of tasks, packs and JSON lines the others read
     nothing.  What a batch holds depends on the mixture and the budget, not on N, and is what a
-    :class:`Loader` yields.  The state is the same on all ranks, and loads with any number of them.
+    :class:`Loader` yields.  With several ranks, pictures that are files stay so
+    (``Inputs.encoded``) where the processor's ``one`` has a parameter ``encoded``: an
+    :class:`orchvlm.Orchestrator` decodes each on the rank that encodes it, and a sample whose
+    picture turns out to be broken then is taken out of its batch.  The state is the same on all
+    ranks, and loads with any number of them.
 
     Examples
     --------
@@ -65,6 +71,9 @@ class RankLoader(Loader):
         self._drawn = source.drawn  # samples of the mixture so far: says whose turn it is
         self._ended = False
         self._in_a_row, self._last = 0, ""  # samples skipped, and why the last one here was
+        # A processor that changes the pixels of what another makes knows nothing of files.
+        self._how = {"encoded": True} if comm.size > 1 and "encoded" in signature(
+            processor.one).parameters else {}
 
     def __next__(self):
         batch, tokens, patches = [], 0, 0
@@ -127,6 +136,30 @@ class RankLoader(Loader):
                 self._last = str(now)
                 return None, (_SKIP, 0), error
             return None, (_FAILED, 0), error or now
+
+    def refused(self, n, error):
+        """Counts samples whose pictures turned out to be broken when they were decoded; on all
+        ranks.
+
+        Parameters
+        ----------
+        n : int
+            Of a batch that this loader gave.
+        error : DataError or None
+            Of one of them, on the rank that decoded it.
+
+        Raises
+        ------
+        DataError
+            Where what cannot be used is not skipped.
+        """
+        if self.too_long != "skip":
+            raise error or DataError("another rank met a picture that cannot be decoded; its own "
+                                     "message says why")
+        if error is not None:
+            self._warn(error)
+        self.skipped += n
+        self._next = [(state, skipped + n, *rest) for state, skipped, *rest in self._next]
 
     def _raise(self, extents, error):
         """On all ranks when a sample failed on one."""

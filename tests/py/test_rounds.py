@@ -1,15 +1,18 @@
 """Steps in rounds: the numbers of one call, within the memory that was said."""
 import os
 import secrets
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import orchvlm
+from orchvlm.arenas import numbers, of_model
 from orchvlm.explain import foretell
-from orchvlm.orchestrator import Orchestrator
-from orchvlm.rounds import dealt, taken
+from orchvlm.orchestrator import Orchestrator, counted_costs, media_of, one_node, planned
+from orchvlm.rounds import Rounds, dealt, share_of, taken
 from orchvlm.routing import Balance
+from orchvlm.sounds import sound_tokens
 from orchvlm.training import read_metrics
 from rank_cases import FAMILIES, RandomPlans, draw_case, joined, law, made_model
 
@@ -66,6 +69,105 @@ def test_rounds_fit(family):
         room = min(room, max(took for _, took, _ in results)) * 3 // 4
     print("rounds", seen)
     assert seen[0] == 1 and seen == sorted(seen)
+
+
+def asked_all(config, rounds, ranks, rows, dtype, checkpoint, chunk, pixels):
+    """What Rounds.bytes is, of every rank and every round, block by block."""
+    def ran(share, training=True, **without):
+        share = SimpleNamespace(**{**vars(share), **without})
+        one = of_model(config, share, rows, dtype, training, checkpoint if training else "none",
+                       chunk)
+        return one["activations"], one["workspace"]
+    found, none = [], {"grid_thw": None, "mel_lengths": None}
+    for rank in range(ranks):
+        shares = [share_of(one, rank, pixels) for one in rounds]
+        whole = [ran(share) for share in shares]
+        activations = whole[0][0]
+        if len(rounds) > 1:
+            words = [ran(share, **none)[0] for share in shares]
+            activations = max(words)
+            for name in none:
+                given = [ran(share, **{other: None for other in none if other != name})[0] - less
+                         for share, less in zip(shares, words) if getattr(share, name) is not None]
+                activations += max(given, default=0)
+        if config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
+            whole += [ran(share, False, **(none if len(rounds) == 1 else {})) for share in shares]
+        found.append(activations + max(work for _, work in whole))
+    return max(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ranks_that_take_most_are_those_of_all_ranks(family):
+    """Most ranks and rounds are not asked, and the bytes are the same."""
+    print("seed", SEED)
+    for draw in range(12):
+        rng = np.random.default_rng([SEED, 30 + draw])
+        model = orchvlm.Model(FAMILIES[family](rng), threads=1,
+                              dtype=str(rng.choice(["float32", "bfloat16"])))
+        config = model.config
+        if draw % 3 == 1:
+            model.freeze("model.language_model.*")
+        elif draw % 3 == 2:
+            model.freeze("model.visual.*")
+        rows, ranks, n = model._core.parameters(), int(rng.integers(1, 9)), int(rng.integers(1, 30))
+        chunk = None if rng.random() < 0.5 else int(rng.integers(1, 4000))
+        checkpoint = str(rng.choice(["none", "selective", "full"]))
+        batch, sizes = drawn_batch(rng, config, n)
+
+        def plan(batch):
+            return planned(batch, one_node(ranks), counted_costs(config, one_node(ranks)),
+                           {} if draw % 2 else {"llm": 600})
+        rounds = [taken(batch, sizes, part, plan)
+                  for part in dealt(batch, int(rng.integers(1, 1 + min(n, 5))))]
+        pixels = np.zeros(0, rng.choice([np.uint8, np.float32]))
+        cut = Rounds(config, rows, model.dtype, ranks, 0, 1, checkpoint, chunk)
+        assert cut.bytes(rounds, pixels.dtype) == asked_all(
+            config, rounds, ranks, rows, model.dtype, checkpoint, chunk, pixels), draw
+
+
+def drawn_batch(rng, config, n):
+    """(Batch, sizes) of n samples, some of them with an item of each medium."""
+    text, phases, sizes = rng.integers(1, 3000, n), {}, {}
+    for name in media_of(config):
+        sample = np.sort(rng.permutation(n)[:rng.integers(0, n + 1)])
+        size = np.zeros((len(sample), 3), np.int64)
+        if name == "vision":
+            merge = config.vision["spatial_merge_size"]
+            size[:, 0], size[:, 1:] = 1, merge * rng.integers(1, 12, (len(sample), 2))
+            length = size.prod(axis=1)
+            tokens = length // merge ** 2
+        else:
+            size[:, 0] = length = rng.integers(1, 2000, len(sample))
+            tokens = sound_tokens(length)
+        # Behind the text come a picture, then a sound.
+        before = sum((np.bincount(one.sample, one.out_tokens, n) for one in phases.values()),
+                     text).astype(np.int64)
+        phases[name] = orchvlm.Items(sample, before[sample], length, tokens, length)
+        sizes[name] = size
+    return orchvlm.Batch(text, text, np.zeros(n, np.int64), phases), sizes
+
+
+def test_no_byte_is_less_where_no_number_is():
+    """Of packs around the sizes at which norms and experts are cut into other chunks."""
+    print("seed", SEED)
+    rng, seen = np.random.default_rng([SEED, 60]), 0
+    model = orchvlm.Model(FAMILIES["qwen3_omni"](rng), threads=1)
+    config, rows = model.config, model._core.parameters()
+    tokens = [*range(2046, 2052), *range(2110, 2116), *rng.integers(1, 5000, 20).tolist()]
+    chunk = 2048 * config.text.get("num_experts_per_tok", 1)
+    found = []
+    for n in tokens:
+        share = SimpleNamespace(
+            cu_seqlens=np.array([0, n]), mel_lengths=rng.integers(1, 300, 2), pixels=None,
+            grid_thw=np.array([[1, 2, 2 * n]]) if n % 2 else None)
+        found.append((np.array(numbers(config, share, chunk)),
+                      of_model(config, share, rows, "bfloat16", True, "selective", chunk)))
+    for few, less in found:
+        for many, more in found:
+            if (few <= many).all():
+                seen += 1
+                assert all(less[name] <= more[name] for name in less), (few, many)
+    assert seen > len(found)
 
 
 def test_too_little_is_refused():

@@ -235,7 +235,7 @@ class Rounds:
             self._config, shares[rank], self._rows, self._dtype, self._checkpoint, counts=True,
             encoded=len(rounds) == 1, chunk=self._chunk).values()) for rank in heavy)
 
-    def of(self, batch, sizes, dtype, plan):
+    def of(self, batch, sizes, dtype, plan, limited=()):
         """The rounds of a global batch; every rank finds the same.
 
         Parameters
@@ -246,6 +246,8 @@ class Rounds:
             Of pixels.
         plan : callable
             Makes the plan of a Batch.
+        limited : iterable of str
+            As :func:`fewest` takes it.
 
         Returns
         -------
@@ -256,16 +258,15 @@ class Rounds:
         ValueError
             A sample that does not fit even alone: which, how long, what it would take.
         """
-        n, most = 1, max(1, len(batch))
-        while True:
-            rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
-            needed = self.bytes(rounds, dtype)
+        def wanted(rounds):
+            needed, n = self.bytes(rounds, dtype), len(rounds)
             if needed <= self._room:
-                return rounds
-            if n == most:
+                return n
+            if n == max(1, len(batch)):
                 alone = [self.bytes([one], dtype) for one in rounds]
                 raise self._too_long(batch, rounds[int(np.argmax(alone))], needed)
-            n = min(most, max(n + 1, int(n * needed / self._room)))
+            return max(n + 1, int(n * needed / self._room))
+        return fewest(batch, sizes, plan, limited, wanted)
 
     def _too_long(self, batch, round, needed):
         sample, lengths = int(round.samples[0]), round.batch.language_lengths
@@ -276,6 +277,36 @@ class Rounds:
             f"{batch.source_rank[sample]}: {lengths.sum():,} tokens{items} take "
             f"{format_bytes(needed)} beside {format_bytes(self._held)} of weights and state; "
             "give more, set checkpoint, or make samples shorter")
+
+
+def fewest(batch, sizes, plan, limited=(), wanted=len):
+    """The fewest rounds found of a global batch.
+
+    Parameters
+    ----------
+    batch : Batch
+    sizes : dict of str to int64[k, 3]
+    plan : callable
+        Makes the plan of a Batch.
+    limited : iterable of str
+        Phases whose items a rank encodes at once, for their backward needs them together, and that
+        must be one micro-batch therefore, in every round of more than one sample.
+    wanted : callable
+        Of a list of rounds: how many it takes, for another reason.
+
+    Returns
+    -------
+    list of Round
+    """
+    n, most = 1, max(1, len(batch))
+    while True:
+        rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
+        packs = sum(max((one.plan.phases[name].micro_batches for name in limited), default=1)
+                    if len(one.samples) > 1 else 1 for one in rounds)
+        more = packs if packs > n else wanted(rounds)
+        if more <= n or n == most:
+            return rounds
+        n = min(most, more)
 
 
 def evenness(plans, name):

@@ -10,7 +10,7 @@ import orchvlm
 from orchvlm.arenas import numbers, of_model
 from orchvlm.explain import foretell
 from orchvlm.orchestrator import Orchestrator, counted_costs, media_of, one_node, planned
-from orchvlm.rounds import Rounds, dealt, share_of, taken
+from orchvlm.rounds import Rounds, dealt, fewest, share_of, taken
 from orchvlm.routing import Balance
 from orchvlm.sounds import sound_tokens
 from orchvlm.training import read_metrics
@@ -184,6 +184,64 @@ def test_too_little_is_refused():
         orchvlm.comm.run_threads(1, work, 1)
 
 
+class Limited(Orchestrator):
+    """Under limits for the encoders, as few rounds as that takes."""
+
+    def __init__(self, model, comm):
+        self.most = 12
+        super().__init__(model, comm, max_patches=self.most, max_frames=self.most)
+
+    def rounds(self, batch, sizes, media):
+        rounds = super().rounds(batch, sizes, media)
+        for one in rounds:
+            for name, items in one.batch.phases.items():
+                plan, longest = one.plan.phases[name], items.length.max(initial=0)
+                held = np.bincount(plan.rank, items.length, self.size)
+                assert len(one.samples) == 1 or held.max() <= max(self.most, longest), name
+        SEEN.append(len(rounds))
+        return rounds
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_takes_no_more_than_its_limit(family):
+    """In a round; losses and gradients are those of one call."""
+    print("seed", SEED)
+    SEEN.clear()
+    for draw in range(4):
+        orchvlm.comm.run_threads(1 + draw % 3, law, [SEED, 200 + draw], family, Limited)
+    assert max(SEEN) > 1
+
+
+def test_limits_and_memory_together():
+    """More rounds of the two; without limits a batch is one round."""
+    print("seed", SEED)
+    rng = np.random.default_rng([SEED, 70])
+    model = orchvlm.Model(FAMILIES["qwen3_vl"](rng), threads=1)
+    config, rows, node = model.config, model._core.parameters(), one_node(3)
+    most = whole = 1
+    while whole < 10 * most:  # enough pictures beside the longest one
+        batch, sizes = drawn_batch(rng, config, 40)
+        whole, most = (int(f(batch.phases["vision"].length, initial=1)) for f in (np.sum, np.max))
+
+    def plan(batch):
+        return planned(batch, node, counted_costs(config, node), {"vision": most})
+    plain = fewest(batch, sizes, plan)
+    limited = fewest(batch, sizes, plan, ["vision"])
+    assert len(plain) == 1 < len(limited)
+    assert all(one.plan.phases["vision"].micro_batches == 1 for one in limited)
+    cut = Rounds(config, rows, model.dtype, 3, 0, 1)
+    needed = cut.bytes(limited, np.float32)
+    alone = cut.bytes([taken(batch, sizes, part, plan) for part in dealt(batch, 40)], np.float32)
+    for room, least in ((needed, len(limited)), ((needed + alone) // 2, len(limited) + 1)):
+        cut._room = room
+        both = cut.of(batch, sizes, np.float32, plan, ["vision"])
+        assert len(both) >= least and cut.bytes(both, np.float32) <= cut._room
+        assert all(one.plan.phases["vision"].micro_batches == 1 for one in both)
+
+
 def test_samples_are_dealt_out_evenly():
     print("seed", SEED)
     rng = np.random.default_rng(SEED)
@@ -204,6 +262,8 @@ def test_a_run_in_rounds(tmp_path):
             "ranks": {"threads": 1}, "output": {"folder": str(tmp_path / "run")}}
     whole = foretell(orchvlm.RunConfig(told, {"ranks": {"n": 2}}))
     assert whole.rounds == 1
+    few = foretell(orchvlm.RunConfig(told, {"ranks": {"n": 2, "patches": 20}}))
+    assert few.rounds > 1
     most = max(sum(rank.values()) for rank in whole.memory)
     step = max(rank["activations"] + rank["workspace"] for rank in whole.memory)
     told["ranks"]["memory_bytes"] = int(most - step // 3)

@@ -373,7 +373,7 @@ def everywhere_the_same_error(rank, size, seed):
 
 
 def nobody_comes(rank, size, seed):
-    """A rank that fails while the others wait for it elsewhere raises its own error all the same."""
+    """A rank that fails while the others wait for it elsewhere raises its own error even so."""
     balancer, elsewhere = Balancer(None), dist.new_group()
     before, agreement.TELL_S = agreement.TELL_S, 0.2
     if rank == seed[0] % size:

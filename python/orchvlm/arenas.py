@@ -1,5 +1,6 @@
 """Bytes of a model's arenas on a batch, before anything runs: the core's walks over its layers
 (csrc/model), with sizes in the place of tensors."""
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -34,6 +35,11 @@ class _Stack:
         with self.rewound(*sizes):
             pass
 
+    def add(self, other):
+        """All that another one took, on top of this one."""
+        self.most = max(self.most, self.used + other.most)
+        self.used += other.used
+
 
 @dataclass
 class _Run:
@@ -45,11 +51,15 @@ class _Run:
     chunk: int = 0    # bound of the experts' rows at a time, 0: none
     keep: _Stack = field(default_factory=_Stack)
     work: _Stack = field(default_factory=_Stack)
+    seen: dict = field(default_factory=dict)  # what blocks took: most of a tower's are alike
 
     def tower(self, trained):
         """The same workspace, and activations of an encoder."""
-        return _Run(self.size, self.exact, self.checkpoint if trained else None, self.chunk,
-                    work=self.work)
+        return replace(self, checkpoint=self.checkpoint if trained else None, keep=_Stack())
+
+    def alone(self):
+        """Of the same kind, with nothing taken yet."""
+        return replace(self, keep=_Stack(), work=_Stack())
 
     def at(self, reached):
         """The same memory; where no backward comes, nothing is kept."""
@@ -83,7 +93,7 @@ class _Stream:
             run.work.take(self.row)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
     """Shape of a transformer block; ``ranks``: the sum of its adapters'."""
 
@@ -98,7 +108,7 @@ class _Block:
     k: int = 0
     shared: int = 0
     ranks: int = 0
-    trained: bool = True
+    trained: bool = field(default=True, compare=False)  # blocks that take the same are equal
 
     @property
     def cols(self):
@@ -106,10 +116,14 @@ class _Block:
         return self.heads * self.head_dim, self.kv_heads * self.head_dim
 
 
+def _chunks(rows):
+    """Into which rows are cut for a norm's weights; more rows may be cut into fewer."""
+    return -(-rows // max(32, -(-rows // 64)))
+
+
 def _sums(rows, cols):
     """Of a norm's weights, chunk by chunk."""
-    each = max(32, -(-rows // 64))
-    return -(-rows // each) * 8 * cols
+    return _chunks(rows) * 8 * cols
 
 
 def _kept(b, rows, run):
@@ -141,6 +155,15 @@ def _kept(b, rows, run):
 
 def _forward(b, rows, run):
     """What a block gives is taken by the caller."""
+    key = b, rows, run.checkpoint
+    if key not in run.seen:
+        run.seen[key] = run.alone()
+        _walk(b, rows, run.seen[key])
+    run.keep.add(run.seen[key].keep)
+    run.work.add(run.seen[key].work)
+
+
+def _walk(b, rows, run):
     if b.experts:
         run.stack.take(4 * rows * b.k)
     with run.work.rewound():
@@ -190,7 +213,7 @@ def _lowest(blocks, fed):
 
 
 def _backward_all(blocks, rows, segments, run, lowest):
-    for block in reversed(blocks[max(0, lowest):]):
+    for block in dict.fromkeys(blocks[max(0, lowest):]):  # each leaves the stack as it was
         _backward(block, rows, segments, run)
 
 
@@ -270,15 +293,18 @@ class _Vision:
             _backward_all(self.blocks, self.patches, self.frames, run, self.lowest)
 
 
+def _sound_numbers(a, lengths):
+    """Tokens, sounds, columns behind all convolutions; values before and behind each of them."""
+    chunks, width = sound_chunks(lengths)
+    return (int(sound_tokens(lengths).sum()), len(chunks), int((chunks * halved(width)).sum()),
+            *(int((chunks * halved(width, k)).sum()) * halved(a["num_mel_bins"], k)
+              for k in range(CONVOLUTIONS + 1)))
+
+
 class _Audio:
     def __init__(self, config, lengths, trained, ranks):
-        a = config.audio
-        chunks, width = sound_chunks(lengths)
-        self.a, self.tokens = a, int(sound_tokens(lengths).sum())
-        self.rows = [int((chunks * halved(width, k)).sum()) * halved(a["num_mel_bins"], k)
-                     for k in range(CONVOLUTIONS + 1)]
-        self.columns = int((chunks * halved(width)).sum())
-        self.segments = len(chunks)
+        self.a = a = config.audio
+        self.tokens, self.segments, self.columns, *self.rows = _sound_numbers(a, lengths)
         self.trained = trained("model.audio_tower.")
         heads = a["encoder_attention_heads"]
         self.blocks = [_Block(
@@ -431,17 +457,51 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
     return run.keep.most + sum(one.keep.most for one in runs), work.most
 
 
+def numbers(config, inputs, chunk=None):
+    """Of what :func:`of_model` depends on besides the model: where none of these is less for one
+    pack than for another, no byte is less.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    inputs : Inputs
+        Or what has its sizes.
+    chunk : int, optional
+        As in :func:`predict`.
+
+    Returns
+    -------
+    list of int
+    """
+    tokens, grid = int(inputs.cu_seqlens[-1]), inputs.grid_thw
+    once = bool(chunk) and tokens * config.text.get("num_experts_per_tok", 0) <= chunk
+    found = [tokens, _chunks(tokens), len(inputs.cu_seqlens), once, not once]
+    if config.vision:
+        grid = np.zeros((0, 3), np.int64) if grid is None else np.asarray(grid, np.int64)
+        patches = int(grid.prod(axis=1).sum())
+        found += [patches, _chunks(patches), int(grid[:, 0].sum()), len(grid) > 0, not len(grid)]
+    if config.audible:
+        lengths = [] if inputs.mel_lengths is None else inputs.mel_lengths
+        sounds = _sound_numbers(config.audio, lengths)
+        found += [*sounds, _chunks(sounds[0]), len(lengths) > 0, not len(lengths)]
+    return found
+
+
 def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None):
     """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
     {arena: bytes} after a step, or after a forward alone."""
     training = bool(training)
-    names = [name for name, _, _, trained in rows if trained]
+    names = sorted(name for name, _, _, trained in rows if trained)
     ranks = {name: shape[0] for name, _, shape, _ in rows if name.endswith(".lora_A.weight")}
+
+    def trained(prefix):  # the first name that is not before it begins with it, or none does
+        at = bisect_left(names, prefix)
+        return at < len(names) and names[at].startswith(prefix)
     pixels = inputs.pixels is not None and inputs.pixels.dtype == np.uint8
     activations, workspace = predict(
         config, inputs.cu_seqlens, inputs.grid_thw, inputs.mel_lengths, dtype=dtype,
         checkpoint=checkpoint, training=training, pixel_size=1 if pixels else 4,
-        trained=lambda prefix: any(name.startswith(prefix) for name in names),
+        trained=trained,
         ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)),
         chunk=chunk)
     elements = sum(prod(shape) for _, _, shape, trained in rows if trained)

@@ -1,9 +1,12 @@
 """A moving average of the weights, and the model with it for a while."""
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from ._numbers import finite_number
-from .weights import Weights, fitting
+from .checkpoint import CheckpointError, SafeTensors
+from .weights import _WEIGHT, Weights, fitting
 
+AVERAGES = "ema.safetensors"  # of a checkpoint
 _AVERAGE = 5
 
 
@@ -123,6 +126,45 @@ class EMA:
 
     def __repr__(self):
         return f"<EMA: decay {self.decay:g} of {self.model!r}>"
+
+
+def has_average(folder):
+    """Whether a checkpoint holds an average.
+
+    Parameters
+    ----------
+    folder : path-like
+
+    Returns
+    -------
+    bool
+    """
+    return (Path(folder) / AVERAGES).exists()
+
+
+def take_average(model, folder):
+    """Gives a model the average that a checkpoint holds for weights.  What was not trained stays.
+
+    Parameters
+    ----------
+    model : Model
+        With the checkpoint's weights and adapters.
+    folder : path-like
+        Of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        An average of another model: what is unknown or mis-shaped, by name.
+    """
+    file, places = SafeTensors(Path(folder) / AVERAGES), model._index
+    unknown = sorted(set(file.tensors) - set(places))
+    if unknown:
+        raise CheckpointError(f"{AVERAGES}: this model has no {unknown[0]}")
+    for name in file.tensors:
+        array = file.read(name)
+        model._check_values(places[name], array, AVERAGES)
+        model._write(places[name], _WEIGHT, array)
 
 
 def averaged(ema):

@@ -3,6 +3,7 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .averaging import take_average
 from .cli import CommandError
 from .configs import preset
 from .data import Loader, Processor, RankLoader
@@ -30,11 +31,14 @@ def picture_rule(most):
     return {} if most is None else {"max_pixels": most, "min_pixels": min(most, _LEAST_PIXELS)}
 
 
-def open_model(folder, **options):
-    """The model of a folder with ``config.json``, its adapter with it."""
+def open_model(folder, average=False, **options):
+    """The model of a folder with ``config.json``, its adapter with it; of a checkpoint that holds
+    an average of the weights, that or what was trained."""
     model = Model.from_pretrained(folder, **options)
     if (Path(folder) / "adapter_config.json").exists():
         model.load_adapter(folder)
+    if average:
+        take_average(model, folder)
     return model
 
 

@@ -99,6 +99,14 @@ def _add_train(commands, raw):
     group.add_argument("--keys", action="store_true", help="list all keys, train nothing")
 
 
+def _add_asked(parser):
+    """Which model is asked."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    parser.add_argument("--weights", choices=["average", "trained"],
+                        help="of a checkpoint that holds a moving average: that (default), or what "
+                             "was trained")
+
+
 def add_model_commands(commands, raw):
     """Adds the five commands to a parser's subcommands.
 
@@ -117,7 +125,7 @@ def add_model_commands(commands, raw):
     generate = commands.add_parser("generate", formatter_class=raw, epilog=_GENERATE_EXAMPLES,
                                    help="ask a model about pictures and sounds",
                                    description="Prints a model's answer.")
-    generate.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    _add_asked(generate)
     generate.add_argument("question", metavar="QUESTION")
     generate.add_argument("--image", action="append", default=[], metavar="FILE",
                           help="a picture; several times for several")
@@ -131,7 +139,7 @@ def add_model_commands(commands, raw):
     generate.add_argument("--threads", type=_count, metavar="N")
     score = commands.add_parser("eval", help="how often a model answers right, by task",
                                 description="Asks held-out questions and counts right answers.")
-    score.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    _add_asked(score)
     _add_keys(score.add_argument_group("data"), "data.files data.kinds data.difficulty")
     score.add_argument("--split", choices=["val", "test"], default="test",
                        help="default %(default)s; a training run looks at val")

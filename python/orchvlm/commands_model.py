@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from ._files import write_whole
-from .averaging import averaged
+from .averaging import averaged, has_average
 from .building import model_folder, open_model
 from .cli import CommandError
 from .configs import ModelConfig, preset
@@ -35,12 +35,16 @@ def _stored(folder):
     return None
 
 
-def _open(path, threads):
-    """(model, processor, what its run was told) of a folder."""
+def _open(path, threads, weights=None):
+    """(model, processor, what its run was told) of a folder; ``weights`` are the average where one
+    is kept, or what is named."""
     from .data import Processor
     folder = model_folder(path)
-    return (open_model(folder, threads=threads), Processor.from_pretrained(folder),
-            _stored(folder))
+    kept = has_average(folder)
+    if weights == "average" and not kept:
+        raise CommandError(f"{folder}: no average of the weights; runs with training.ema keep one")
+    return (open_model(folder, kept and weights != "trained", threads=threads),
+            Processor.from_pretrained(folder), _stored(folder))
 
 
 def _given(arguments):
@@ -309,7 +313,7 @@ def report(arguments):
 
 def generate(arguments):
     """``orchvlm generate``"""
-    model, processor, told = _open(arguments.model, arguments.threads)
+    model, processor, told = _open(arguments.model, arguments.threads, arguments.weights)
     parts = [{"type": "image", "image": str(path)} for path in arguments.image]
     parts += [{"type": "audio", "audio": str(path)} for path in arguments.audio]
     for path in (*arguments.image, *arguments.audio):
@@ -327,7 +331,7 @@ def generate(arguments):
 def evaluate(arguments):
     """``orchvlm eval``"""
     from .evaluation import evaluate as ask
-    model, processor, told = _open(arguments.model, arguments.threads)
+    model, processor, told = _open(arguments.model, arguments.threads, arguments.weights)
     layers = [("run", nested(told.values))] if told else []
     config = RunConfig(*layers, *_given(arguments))
     samples = held_out(config.section("data"), arguments.split, arguments.samples)

@@ -17,7 +17,7 @@ from .orchestrator import counted_costs, media_of, one_node, planned
 from .parts import count_parameters
 from .peak import gemm_peak
 from .run_config import cores
-from .rounds import Rounds, dealt, evenness, share_of, step_bytes, taken
+from .rounds import Rounds, evenness, fewest, share_of, step_bytes
 from .run_keys import KEYS, toml
 from .sharding import Shard
 from .shares import gathered_batch, medium
@@ -165,11 +165,13 @@ def _rounds(run, config, rows, batch, cluster, held):
 
     def plan(batch):
         return planned(batch, cluster, costs, limits)
+    limited = [name for name in media_of(config) if name in limits]
     if limit is None:
-        return [taken(found, sizes, samples, plan) for samples in dealt(found, 1)]
+        return fewest(found, sizes, plan, limited)
     cut = Rounds(config, rows, run["model.dtype"], cluster.n_gpus,
                  max(sum(own.values()) for own in held), limit, run["training.checkpoint"])
-    return cut.of(found, sizes, np.float32 if batch.pixels is None else batch.pixels.dtype, plan)
+    return cut.of(found, sizes, np.float32 if batch.pixels is None else batch.pixels.dtype, plan,
+                  limited)
 
 
 def _step(run, config, rows, shares):

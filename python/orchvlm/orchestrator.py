@@ -11,7 +11,7 @@ from .inputs import Inputs
 from .model import Model
 from .model_cost import from_model
 from .passes import Ran
-from .rounds import Rounds, dealt, evenness, mean, taken
+from .rounds import Rounds, evenness, fewest, mean
 from .routes import Route
 from .sharding import Shard
 from .shares import MEDIA, gathered, gathered_batch, label_weights, medium, unpacked
@@ -76,7 +76,9 @@ class Orchestrator:
     cluster : Cluster, optional
         By default one node of the communicator's ranks.
     max_tokens, max_patches, max_frames : int, optional
-        Of a micro-batch on one rank in the language, vision and audio phase.
+        Of a micro-batch on one rank in the language phase; of a round on one rank in the vision and
+        audio phase.  What is longer has one to itself: an item a rank's, a sample a round, in which
+        its items are spread evenly.
     micro_batches : int
         Packs of the loader that make a global batch.
     memory_bytes : int, optional
@@ -106,7 +108,8 @@ class Orchestrator:
     micro-batches, as many on every rank; gradients of features go back the way they came; gradients
     of weights are summed over the ranks.  Where that is more than the memory holds, the samples are
     dealt out to rounds, each with a plan, encoders, micro-batches and encoders' backwards of its
-    own: the fewest found of which :meth:`Model.memory` foretells that they fit.  The loss
+    own: the fewest found of which :meth:`Model.memory` foretells that they fit.  So they are where
+    a rank would encode more than its limit, as all items of a round are encoded at once.  The loss
     is a sum over the global batch divided by one normaliser, so neither depends on the plan.
 
     References
@@ -260,10 +263,11 @@ class Orchestrator:
         -------
         list of Round
         """
+        limited = [name for name in self.media if name in self._limits]
         if self._rounds is None:
-            return [taken(batch, sizes, samples, self.plan) for samples in dealt(batch, 1)]
+            return fewest(batch, sizes, self.plan, limited)
         dtype = media["vision"].rows.dtype if "vision" in media else np.float32
-        return self._rounds.of(batch, sizes, dtype, self.plan)
+        return self._rounds.of(batch, sizes, dtype, self.plan, limited)
 
     def _ready(self, round, batch, inputs, media, ways, broken):
         """A PreparedRound: this rank's samples of it go where the plan says, others' come; adds

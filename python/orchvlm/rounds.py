@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .arenas import of_model
+from .arenas import numbers, of_model
 from .sharding import Shard
 from .tables import format_bytes
 
@@ -90,8 +90,11 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
     def ran(share, training=True):
         return of_model(config, share, rows, dtype, training,
                         checkpoint if training else "none", chunk)
+    several = len(shares) > 1
+    heavy = extremes([[numbers(config, share, chunk)] for share in shares])
+    shares = [shares[i] for i in heavy]
     whole = [ran(share) for share in shares]
-    if len(shares) == 1:
+    if not several:
         activations = whole[0]["activations"]
     else:
         parts = [_parts(share, one["activations"], lambda share: ran(share)["activations"])
@@ -100,6 +103,36 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
     if counts and config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
         whole += [ran(_with(share) if encoded else share, False) for share in shares]
     return {"activations": activations, "workspace": max(one["workspace"] for one in whole)}
+
+
+def extremes(sets):
+    """Places of the sets of which one has the most bytes, where bytes rise with every number, and
+    a set has the most of each kind that its members have.
+
+    Parameters
+    ----------
+    sets : list of list of list of int
+        Members are as many numbers each.
+
+    Returns
+    -------
+    list of int
+        Rising.  For every set that is left out, one of these has for each of its members one in
+        which no number is less.
+
+    Examples
+    --------
+    >>> from orchvlm.rounds import extremes
+    >>> extremes([[[3, 1]], [[2, 2], [0, 3]], [[1, 2]], [[3, 1]]])
+    [0, 1]
+    """
+    def covered(left, kept):
+        return (left[:, None] <= kept).all(axis=2).any(axis=1).all()
+    sets, found = [np.array(members, np.int64) for members in sets], []
+    for i in sorted(range(len(sets)), key=lambda i: -sets[i].sum(axis=1).max()):
+        if not any(covered(sets[i], sets[k]) for k in found):
+            found.append(i)
+    return sorted(found)
 
 
 def _with(share, *media):
@@ -195,12 +228,14 @@ class Rounds:
         int
         """
         pixels = np.zeros(0, dtype)
+        shares = [[share_of(one, rank, pixels) for one in rounds] for rank in range(self._ranks)]
+        heavy = extremes([[numbers(self._config, share, self._chunk) for share in some]
+                          for some in shares])
         return max(sum(step_bytes(
-            self._config, [share_of(one, rank, pixels) for one in rounds], self._rows, self._dtype,
-            self._checkpoint, counts=True, encoded=len(rounds) == 1, chunk=self._chunk).values())
-            for rank in range(self._ranks))
+            self._config, shares[rank], self._rows, self._dtype, self._checkpoint, counts=True,
+            encoded=len(rounds) == 1, chunk=self._chunk).values()) for rank in heavy)
 
-    def of(self, batch, sizes, dtype, plan):
+    def of(self, batch, sizes, dtype, plan, limited=()):
         """The rounds of a global batch; every rank finds the same.
 
         Parameters
@@ -211,6 +246,8 @@ class Rounds:
             Of pixels.
         plan : callable
             Makes the plan of a Batch.
+        limited : iterable of str
+            As :func:`fewest` takes it.
 
         Returns
         -------
@@ -221,16 +258,15 @@ class Rounds:
         ValueError
             A sample that does not fit even alone: which, how long, what it would take.
         """
-        n, most = 1, max(1, len(batch))
-        while True:
-            rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
-            needed = self.bytes(rounds, dtype)
+        def wanted(rounds):
+            needed, n = self.bytes(rounds, dtype), len(rounds)
             if needed <= self._room:
-                return rounds
-            if n == most:
+                return n
+            if n == max(1, len(batch)):
                 alone = [self.bytes([one], dtype) for one in rounds]
                 raise self._too_long(batch, rounds[int(np.argmax(alone))], needed)
-            n = min(most, max(n + 1, int(n * needed / self._room)))
+            return max(n + 1, int(n * needed / self._room))
+        return fewest(batch, sizes, plan, limited, wanted)
 
     def _too_long(self, batch, round, needed):
         sample, lengths = int(round.samples[0]), round.batch.language_lengths
@@ -241,6 +277,36 @@ class Rounds:
             f"{batch.source_rank[sample]}: {lengths.sum():,} tokens{items} take "
             f"{format_bytes(needed)} beside {format_bytes(self._held)} of weights and state; "
             "give more, set checkpoint, or make samples shorter")
+
+
+def fewest(batch, sizes, plan, limited=(), wanted=len):
+    """The fewest rounds found of a global batch.
+
+    Parameters
+    ----------
+    batch : Batch
+    sizes : dict of str to int64[k, 3]
+    plan : callable
+        Makes the plan of a Batch.
+    limited : iterable of str
+        Phases whose items a rank encodes at once, for their backward needs them together, and that
+        must be one micro-batch therefore, in every round of more than one sample.
+    wanted : callable
+        Of a list of rounds: how many it takes, for another reason.
+
+    Returns
+    -------
+    list of Round
+    """
+    n, most = 1, max(1, len(batch))
+    while True:
+        rounds = [taken(batch, sizes, samples, plan) for samples in dealt(batch, n)]
+        packs = sum(max((one.plan.phases[name].micro_batches for name in limited), default=1)
+                    if len(one.samples) > 1 else 1 for one in rounds)
+        more = packs if packs > n else wanted(rounds)
+        if more <= n or n == most:
+            return rounds
+        n = min(most, more)
 
 
 def evenness(plans, name):

@@ -256,8 +256,8 @@ KEYS = (
     _field("ranks.node_size", _SIZE, "ranks of a node, of hybrid", "no nodes"),
     _field("ranks.tokens", _SIZE, "that a rank takes at a time; more are done in micro-batches",
            "no limit", "", "rank_tokens"),
-    _field("ranks.patches", _SIZE, "the same of patches of pictures", "no limit", "",
-           "rank_patches"),
+    _field("ranks.patches", _SIZE, "of pictures that a rank encodes at a time; a step with more is "
+           "taken in several rounds", "no limit", "", "rank_patches"),
     _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "
            "in as many rounds as that needs", "no limit", "", "rank_memory_bytes"),
     Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",

@@ -9,13 +9,13 @@ import numpy as np
 
 from ._files import read_object, write_whole
 from .adapters import ADAPTER, ADAPTER_CONFIG
+from .averaging import AVERAGES
 from .checkpoint import INDEX, CheckpointError, SafeTensors, in_files, stored, write_file
 from .endings import held_back
 from .run_folder import checkpoints, hidden, last_good, prune, publish, remove, sealed, verify
 from .shares import gathered
 
 TRAINER = "trainer.json"
-_AVERAGES = "ema.safetensors"
 _PIECES = "pieces"
 
 
@@ -64,7 +64,7 @@ def snapshot(trainer, rank, writers):
     if trainer.ema is not None:
         averages = {key.removesuffix("/average"): values
                     for key, values in trainer.ema.state_dict().items()}
-        _arrays(jobs, _AVERAGES, averages)
+        _arrays(jobs, AVERAGES, averages)
     _bytes(jobs, TRAINER, json.dumps(trainer.facts(), indent=1).encode())
     return jobs
 
@@ -199,8 +199,8 @@ def read_checkpoint(checkpoint):
     """
     files, averages = verify(checkpoint, check=False)["files"], {}
     states = [_Saved(checkpoint / file) for file in sorted(files) if file.startswith("optimizer-")]
-    if _AVERAGES in files:
-        file = SafeTensors(checkpoint / _AVERAGES)
+    if AVERAGES in files:
+        file = SafeTensors(checkpoint / AVERAGES)
         averages = {f"{name}/average": file.read(name) for name in file.tensors}
     return read_object(checkpoint / TRAINER, CheckpointError), states, averages
 

@@ -56,8 +56,8 @@ class TrainingConfig:
         Packs per step; the loss is divided by the step's weight sum, so the gradient is that of
         one larger pack.
     rank_tokens, rank_patches : int, optional
-        With several ranks: tokens, and patches of images, that a rank takes at a time; more than
-        that is done in several micro-batches.
+        With several ranks: tokens, and patches of images, that a rank takes at a time; more tokens
+        are done in several micro-batches, more patches in several rounds.
     rank_memory_bytes : int, optional
         With several ranks: bytes that the model of a rank holds at most, moving average included;
         the samples of a step are taken in as many rounds as that needs (:class:`Orchestrator`).

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 import orchvlm
-from orchvlm.torch import Balancer
+from orchvlm.torch import Balancer, agreement
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8,
           torch.bool, torch.complex64, torch.float8_e4m3fn)
@@ -340,6 +340,18 @@ def everywhere_the_same_error(rank, size, seed):
     balancer.module = lambda x, fails=False: 1 / 0 if rank == bad else x[:len(here)]
     refuses(ZeroDivisionError, lambda me: balancer(x), "division")
 
+    def fails_inside(me):
+        with balancer.guard():
+            assert not me, "of one's own"
+        balancer.meet()
+    refuses(AssertionError, fails_inside, "of one's own")
+
+    def refused_inside(me):  # all know it already: none is told twice
+        with balancer.guard():
+            plan([4, -1 if me else 1])
+    refuses(ValueError, refused_inside, "lengths[1]")
+    balancer.plan([4, 2], out_lengths=[1, 1])
+
     def differ(call, *words):
         try:
             call(rank == bad)
@@ -358,6 +370,20 @@ def everywhere_the_same_error(rank, size, seed):
         with torch.set_grad_enabled(rank != bad):
             differ(lambda me: balancer.apply(x), "gradients on", "gradients off")
     assert torch.equal(balancer.restore(balancer.apply(x), rows="in"), x)
+
+
+def nobody_comes(rank, size, seed):
+    """A rank that fails while the others wait for it elsewhere raises its own error even so."""
+    balancer, elsewhere = Balancer(None), dist.new_group()
+    before, agreement.TELL_S = agreement.TELL_S, 0.2
+    if rank == seed[0] % size:
+        try:
+            with balancer.guard():
+                raise KeyError("alone")
+        except KeyError:
+            pass
+    dist.barrier(elsewhere)
+    agreement.TELL_S = before
 
 
 def best_by_hand(cost, lengths, size):

@@ -183,6 +183,37 @@ def whole_models(rank, size, seed):
                 near(model(**batch).logits, wanted.detach(), 1e-9)
 
 
+def whole_models_that_fail(rank, size, seed):
+    """An error anywhere before the decoder of one rank raises on all, naming it; then it works."""
+    drawn = (draw_model_and_batch(seed, 0, size, step) for step in range(2, 99))
+    model, batch, _ = next(one for one in drawn if "image_grid_thw" in one[1])
+    bad, tower, merger = seed[0] % size, model.model.visual, model.model.visual.merger
+    balancer = balance_tower(model)
+
+    def refuses(*words, **changed):
+        try:
+            model(**(batch | changed if rank == bad else batch))
+        except Exception as error:
+            words = words if rank == bad else (*words, f"rank {bad} of the group refused")
+            assert rank == bad or type(error) is orchvlm.CommError, repr(error)
+            assert all(word in str(error) for word in words), (words, repr(error))
+        else:
+            raise AssertionError(f"{words}: nothing was raised")
+    grid = batch["image_grid_thw"]
+    refuses("index 2 is out of bounds", image_grid_thw=grid[:, :2])
+    refuses("mage features", pixel_values=batch["pixel_values"].repeat(2, 1),
+            image_grid_thw=grid.repeat(2, 1))  # more than the text has places for
+    refuses("NoneType", image_grid_thw=None)
+    hook = merger.register_forward_pre_hook(lambda *_: 1 / 0) if rank == bad else None
+    refuses("division by zero")
+    if hook is not None:
+        hook.remove()
+    balancer.cost = lambda lengths: 1 / 0 if rank == bad else lengths
+    refuses("division by zero")
+    balancer.cost = lambda lengths: lengths
+    assert torch.isfinite(model(**batch).logits).all()
+
+
 def whole_models_in_data_parallel(rank, size, seed):
     """The same inside DistributedDataParallel, whichever way it looks for unused parameters."""
     for step in range(4):

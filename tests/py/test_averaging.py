@@ -7,7 +7,10 @@ import pytest
 
 import orchvlm
 from model_cases import draw_config, draw_model, draw_samples, draw_seed_config, pack
-from test_training import Packs, losses, made, texts
+from orchvlm.averaging import has_average, take_average
+from orchvlm.building import open_model
+from orchvlm.checkpoint import CheckpointError
+from test_training import CONFIG, Packs, losses, made, texts
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 
@@ -112,6 +115,34 @@ def test_a_run_goes_on_with_its_average(tmp_path):
         np.testing.assert_array_equal(second.ema.state_dict()[key], values)
     plain = made(tmp_path / "parts", loader=Packs(texts(6)))
     assert plain.resume() == 6  # without an average of its own
+
+
+@pytest.mark.parametrize("dtype, adapted", (("float32", 0), ("bfloat16", 0), ("float32", 2)))
+def test_a_checkpoint_is_opened_with_its_average(tmp_path, dtype, adapted):
+    model = orchvlm.Model.from_config(orchvlm.ModelConfig(CONFIG), seed=0, threads=1, dtype=dtype)
+    if adapted:
+        model.add_lora(r=adapted)
+    else:
+        model.freeze("model.visual.*")
+    trainer = orchvlm.Trainer(model, Packs(texts(3)),
+                              orchvlm.TrainingConfig(steps=3, lr=3e-3, ema=0.6), tmp_path)
+    list(trainer.run())
+    with trainer.ema.swap():
+        average = model.state_dict()
+    folder = tmp_path / "checkpoint-3"
+    assert has_average(folder) and not has_average(tmp_path)
+    apart = 0
+    for average_, wanted in ((True, average), (False, model.state_dict())):
+        seen = open_model(folder, average_, threads=1, dtype=dtype).state_dict()
+        assert seen.keys() == wanted.keys()
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(seen[name], values, err_msg=name)
+            apart += int((values != average[name]).any())
+    assert apart  # the two are not the same
+    other = orchvlm.Model.from_config(orchvlm.ModelConfig(
+        CONFIG | {"text_config": CONFIG["text_config"] | {"intermediate_size": 24}}), seed=0)
+    with pytest.raises(CheckpointError, match="no .*lora" if adapted else "has shape"):
+        take_average(other, folder)
 
 
 def test_memory_and_what_is_refused():

@@ -18,6 +18,7 @@ from model_cases import draw_config
 
 import orchvlm
 from orchvlm import data
+from orchvlm.building import open_model
 from orchvlm.cli import main
 from orchvlm.commands_model import take_steps
 from orchvlm.parts import count_parameters, sample_flops
@@ -167,6 +168,25 @@ def test_eval_and_generate(trained, tmp_path, capsys):
     assert main(command) == 0
     first = capsys.readouterr().out
     assert main(command) == 0 and capsys.readouterr().out == first
+
+
+def test_the_average_is_asked(trained, tmp_path, refuse, monkeypatch):
+    """Where a run keeps one, by `eval` and `generate`; what was trained when told so."""
+    assert "no average of the weights" in refuse("eval", trained, "--weights", "average")
+    run, seen = str(tmp_path / "run"), []
+    assert main(["train", "--preset", "tiny", "--steps", "3", "--out", run, *FEW[:2], "--samples",
+                 "1", *FEW[4:], "--set", "training.ema=0.5"]) == 0
+    monkeypatch.setattr(orchvlm.Model, "generate", lambda model, inputs, *_, **__: seen.append(
+        model.state_dict()) or [[5]] * len(inputs))
+    few = ["--samples", "1", "--kinds", "count", "--threads", "1"]
+    for weights in ([], ["--weights", "average"], ["--weights", "trained"]):
+        assert main(["eval", run, *few, *weights]) == 0
+        assert main(["generate", run, "What?", "--threads", "1", *weights]) == 0
+    for average, states in ((True, seen[:4]), (False, seen[4:])):
+        wanted = open_model(orchvlm.training.latest_checkpoint(run), average).state_dict()
+        for state in states:
+            assert all((state[name] == wanted[name]).all() for name in wanted)
+    assert any((seen[0][name] != seen[4][name]).any() for name in seen[0])
 
 
 def test_data_from_files(tmp_path, capsys):

@@ -16,7 +16,8 @@ from test_docs import complaints, documented, modules  # noqa: E402
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", time.time_ns() % 2**31))
 CHECKS = ("there_and_back", "any_rows", "composed", "gradients_as_unbalanced",
           "straight_to_the_language_ranks", "anchored", "without_anchor",
-          "everywhere_the_same_error", "loads_and_bytes", "costs_of_all_kinds")
+          "everywhere_the_same_error", "loads_and_bytes", "costs_of_all_kinds",
+          "nobody_comes")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_over_ranks(answers, size, name):
     assert not wrong, f"{name} on {size} ranks\n{wrong}"
 
 
-TOWERS = ("towers", "in_data_parallel", "whole_models", "whole_models_in_data_parallel",
-          "whole_models_sharded")
+TOWERS = ("towers", "in_data_parallel", "whole_models", "whole_models_that_fail",
+          "whole_models_in_data_parallel", "whole_models_sharded")
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -1,15 +1,18 @@
 """Steps in rounds: the numbers of one call, within the memory that was said."""
 import os
 import secrets
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import orchvlm
+from orchvlm.arenas import numbers, of_model
 from orchvlm.explain import foretell
-from orchvlm.orchestrator import Orchestrator
-from orchvlm.rounds import dealt, taken
+from orchvlm.orchestrator import Orchestrator, counted_costs, media_of, one_node, planned
+from orchvlm.rounds import Rounds, dealt, fewest, share_of, taken
 from orchvlm.routing import Balance
+from orchvlm.sounds import sound_tokens
 from orchvlm.training import read_metrics
 from rank_cases import FAMILIES, RandomPlans, draw_case, joined, law, made_model
 
@@ -68,6 +71,105 @@ def test_rounds_fit(family):
     assert seen[0] == 1 and seen == sorted(seen)
 
 
+def asked_all(config, rounds, ranks, rows, dtype, checkpoint, chunk, pixels):
+    """What Rounds.bytes is, of every rank and every round, block by block."""
+    def ran(share, training=True, **without):
+        share = SimpleNamespace(**{**vars(share), **without})
+        one = of_model(config, share, rows, dtype, training, checkpoint if training else "none",
+                       chunk)
+        return one["activations"], one["workspace"]
+    found, none = [], {"grid_thw": None, "mel_lengths": None}
+    for rank in range(ranks):
+        shares = [share_of(one, rank, pixels) for one in rounds]
+        whole = [ran(share) for share in shares]
+        activations = whole[0][0]
+        if len(rounds) > 1:
+            words = [ran(share, **none)[0] for share in shares]
+            activations = max(words)
+            for name in none:
+                given = [ran(share, **{other: None for other in none if other != name})[0] - less
+                         for share, less in zip(shares, words) if getattr(share, name) is not None]
+                activations += max(given, default=0)
+        if config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
+            whole += [ran(share, False, **(none if len(rounds) == 1 else {})) for share in shares]
+        found.append(activations + max(work for _, work in whole))
+    return max(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ranks_that_take_most_are_those_of_all_ranks(family):
+    """Most ranks and rounds are not asked, and the bytes are the same."""
+    print("seed", SEED)
+    for draw in range(12):
+        rng = np.random.default_rng([SEED, 30 + draw])
+        model = orchvlm.Model(FAMILIES[family](rng), threads=1,
+                              dtype=str(rng.choice(["float32", "bfloat16"])))
+        config = model.config
+        if draw % 3 == 1:
+            model.freeze("model.language_model.*")
+        elif draw % 3 == 2:
+            model.freeze("model.visual.*")
+        rows, ranks, n = model._core.parameters(), int(rng.integers(1, 9)), int(rng.integers(1, 30))
+        chunk = None if rng.random() < 0.5 else int(rng.integers(1, 4000))
+        checkpoint = str(rng.choice(["none", "selective", "full"]))
+        batch, sizes = drawn_batch(rng, config, n)
+
+        def plan(batch):
+            return planned(batch, one_node(ranks), counted_costs(config, one_node(ranks)),
+                           {} if draw % 2 else {"llm": 600})
+        rounds = [taken(batch, sizes, part, plan)
+                  for part in dealt(batch, int(rng.integers(1, 1 + min(n, 5))))]
+        pixels = np.zeros(0, rng.choice([np.uint8, np.float32]))
+        cut = Rounds(config, rows, model.dtype, ranks, 0, 1, checkpoint, chunk)
+        assert cut.bytes(rounds, pixels.dtype) == asked_all(
+            config, rounds, ranks, rows, model.dtype, checkpoint, chunk, pixels), draw
+
+
+def drawn_batch(rng, config, n):
+    """(Batch, sizes) of n samples, some of them with an item of each medium."""
+    text, phases, sizes = rng.integers(1, 3000, n), {}, {}
+    for name in media_of(config):
+        sample = np.sort(rng.permutation(n)[:rng.integers(0, n + 1)])
+        size = np.zeros((len(sample), 3), np.int64)
+        if name == "vision":
+            merge = config.vision["spatial_merge_size"]
+            size[:, 0], size[:, 1:] = 1, merge * rng.integers(1, 12, (len(sample), 2))
+            length = size.prod(axis=1)
+            tokens = length // merge ** 2
+        else:
+            size[:, 0] = length = rng.integers(1, 2000, len(sample))
+            tokens = sound_tokens(length)
+        # Behind the text come a picture, then a sound.
+        before = sum((np.bincount(one.sample, one.out_tokens, n) for one in phases.values()),
+                     text).astype(np.int64)
+        phases[name] = orchvlm.Items(sample, before[sample], length, tokens, length)
+        sizes[name] = size
+    return orchvlm.Batch(text, text, np.zeros(n, np.int64), phases), sizes
+
+
+def test_no_byte_is_less_where_no_number_is():
+    """Of packs around the sizes at which norms and experts are cut into other chunks."""
+    print("seed", SEED)
+    rng, seen = np.random.default_rng([SEED, 60]), 0
+    model = orchvlm.Model(FAMILIES["qwen3_omni"](rng), threads=1)
+    config, rows = model.config, model._core.parameters()
+    tokens = [*range(2046, 2052), *range(2110, 2116), *rng.integers(1, 5000, 20).tolist()]
+    chunk = 2048 * config.text.get("num_experts_per_tok", 1)
+    found = []
+    for n in tokens:
+        share = SimpleNamespace(
+            cu_seqlens=np.array([0, n]), mel_lengths=rng.integers(1, 300, 2), pixels=None,
+            grid_thw=np.array([[1, 2, 2 * n]]) if n % 2 else None)
+        found.append((np.array(numbers(config, share, chunk)),
+                      of_model(config, share, rows, "bfloat16", True, "selective", chunk)))
+    for few, less in found:
+        for many, more in found:
+            if (few <= many).all():
+                seen += 1
+                assert all(less[name] <= more[name] for name in less), (few, many)
+    assert seen > len(found)
+
+
 def test_too_little_is_refused():
     config, samples = draw_case([SEED, 8], "qwen3_vl")
 
@@ -80,6 +182,64 @@ def test_too_little_is_refused():
         orchvlm.comm.run_threads(1, work, -1)
     with pytest.raises(orchvlm.CommError, match=r"one sample of rank 0: [\d,]+ tokens.* take"):
         orchvlm.comm.run_threads(1, work, 1)
+
+
+class Limited(Orchestrator):
+    """Under limits for the encoders, as few rounds as that takes."""
+
+    def __init__(self, model, comm):
+        self.most = 12
+        super().__init__(model, comm, max_patches=self.most, max_frames=self.most)
+
+    def rounds(self, batch, sizes, media):
+        rounds = super().rounds(batch, sizes, media)
+        for one in rounds:
+            for name, items in one.batch.phases.items():
+                plan, longest = one.plan.phases[name], items.length.max(initial=0)
+                held = np.bincount(plan.rank, items.length, self.size)
+                assert len(one.samples) == 1 or held.max() <= max(self.most, longest), name
+        SEEN.append(len(rounds))
+        return rounds
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_takes_no_more_than_its_limit(family):
+    """In a round; losses and gradients are those of one call."""
+    print("seed", SEED)
+    SEEN.clear()
+    for draw in range(4):
+        orchvlm.comm.run_threads(1 + draw % 3, law, [SEED, 200 + draw], family, Limited)
+    assert max(SEEN) > 1
+
+
+def test_limits_and_memory_together():
+    """More rounds of the two; without limits a batch is one round."""
+    print("seed", SEED)
+    rng = np.random.default_rng([SEED, 70])
+    model = orchvlm.Model(FAMILIES["qwen3_vl"](rng), threads=1)
+    config, rows, node = model.config, model._core.parameters(), one_node(3)
+    most = whole = 1
+    while whole < 10 * most:  # enough pictures beside the longest one
+        batch, sizes = drawn_batch(rng, config, 40)
+        whole, most = (int(f(batch.phases["vision"].length, initial=1)) for f in (np.sum, np.max))
+
+    def plan(batch):
+        return planned(batch, node, counted_costs(config, node), {"vision": most})
+    plain = fewest(batch, sizes, plan)
+    limited = fewest(batch, sizes, plan, ["vision"])
+    assert len(plain) == 1 < len(limited)
+    assert all(one.plan.phases["vision"].micro_batches == 1 for one in limited)
+    cut = Rounds(config, rows, model.dtype, 3, 0, 1)
+    needed = cut.bytes(limited, np.float32)
+    alone = cut.bytes([taken(batch, sizes, part, plan) for part in dealt(batch, 40)], np.float32)
+    for room, least in ((needed, len(limited)), ((needed + alone) // 2, len(limited) + 1)):
+        cut._room = room
+        both = cut.of(batch, sizes, np.float32, plan, ["vision"])
+        assert len(both) >= least and cut.bytes(both, np.float32) <= cut._room
+        assert all(one.plan.phases["vision"].micro_batches == 1 for one in both)
 
 
 def test_samples_are_dealt_out_evenly():
@@ -102,6 +262,8 @@ def test_a_run_in_rounds(tmp_path):
             "ranks": {"threads": 1}, "output": {"folder": str(tmp_path / "run")}}
     whole = foretell(orchvlm.RunConfig(told, {"ranks": {"n": 2}}))
     assert whole.rounds == 1
+    few = foretell(orchvlm.RunConfig(told, {"ranks": {"n": 2, "patches": 20}}))
+    assert few.rounds > 1
     most = max(sum(rank.values()) for rank in whole.memory)
     step = max(rank["activations"] + rank["workspace"] for rank in whole.memory)
     told["ranks"]["memory_bytes"] = int(most - step // 3)

@@ -1,4 +1,5 @@
 """Ranks agree before they act: a rank with bad input makes all of them raise, and none waits."""
+import datetime
 import hashlib
 import traceback
 
@@ -10,6 +11,9 @@ from .. import _core
 
 #: Numbers of which :meth:`Agreement.settle` takes the largest over the ranks.
 SLOTS = 16
+
+#: How long a rank that fails between two calls waits for the others to come to theirs.
+TELL_S = 60.0
 
 
 def digest(*parts):
@@ -35,7 +39,28 @@ class Agreement:
         self.group, self._device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def settle(self, said, error=None, numbers=()):
+    def tell(self, error):
+        """Joins the others' next :meth:`settle`, wherever they call it, with an error that they
+        then raise, too. Nothing where they know it already. Collective.
+
+        Parameters
+        ----------
+        error : Exception
+            Of this rank, which raises it itself.
+
+        Notes
+        -----
+        Others may wait elsewhere, in a sharded wrapper's gather, for this very rank: after
+        `TELL_S` seconds it goes on without them.
+        """
+        if getattr(error, "_known_to", None) is self:
+            return
+        try:
+            self.settle("an error", error, wait_s=TELL_S)
+        except Exception:  # the error itself, or that nobody came: either way the caller raises
+            return
+
+    def settle(self, said, error=None, numbers=(), wait_s=None):
         """One small all-reduce: raises on all ranks, or on none. Collective.
 
         Parameters
@@ -46,6 +71,8 @@ class Agreement:
             What keeps this rank from doing it.
         numbers : sequence of at most 16 int
             Any.
+        wait_s : float, optional
+            For the others, at most; default: as long as the group waits.
 
         Returns
         -------
@@ -64,10 +91,15 @@ class Agreement:
         code = digest(said)
         row = [int(error is not None), code, -code, *numbers, *[0] * (SLOTS - len(numbers))]
         largest = torch.tensor(row, dtype=torch.int64, device=self._device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        sent = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        sent.wait(*() if wait_s is None else (datetime.timedelta(seconds=wait_s),))
         failed, high, low, *largest = largest.tolist()
         if failed or high != -low:
-            self._refuse(said, error)
+            try:
+                self._refuse(said, error)
+            except Exception as refused:
+                refused._known_to = self  # all ranks raise together
+                raise
         return largest[:len(numbers)]
 
     def _refuse(self, said, error):

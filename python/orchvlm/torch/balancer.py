@@ -1,5 +1,6 @@
 """Any torch encoder, balanced over the ranks of a process group: :class:`Balancer`."""
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import distributed as dist
@@ -138,6 +139,37 @@ gap 0.00 %, optimal
         except Exception as refused:  # any: the other ranks must hear of it
             said, given, error = call, (), refused
         return self._ranks.settle(said, error, given)
+
+    @contextmanager
+    def guard(self):
+        """A block of one's own between two calls, such as the module between :meth:`apply` and
+        :meth:`restore`: what this rank raises in it the others raise at their next call.
+
+        Without it they would wait for this rank as long as the group waits. Whatever is inside may
+        call the balancer, too. A rank that the others do not come to, as they wait for it in other
+        collectives, raises after a minute.
+
+        Raises
+        ------
+        Exception
+            What is raised inside; the other ranks raise :class:`orchvlm.CommError`, which names the
+            rank and says what it raised.
+        """
+        try:
+            yield
+        except Exception as error:  # any: the other ranks must hear of it
+            self._ranks.tell(error)
+            raise
+
+    def meet(self):
+        """Does nothing but raise where another rank has failed in :meth:`guard`. Collective.
+
+        Raises
+        ------
+        orchvlm.CommError
+            Another rank failed: which, and what it says.
+        """
+        self._settle("meet", lambda: "meet()")
 
     # ------------------------------------------------------------ plan
 
@@ -322,13 +354,11 @@ gap 0.00 %, optimal
         most, = self._settle("forward_to", check, lambda: [len(plan.mine)])
         return self._ranks.gather(mine, most)[1][0] if mine else layout.rank
 
-    def _exchange(self, leg, x, rows, plan, blank=None, layout=None, error=None):
+    def _exchange(self, leg, x, rows, plan, blank=None, layout=None):
         """Agrees on one call, then moves its tensors."""
         tensors = []
 
         def check():
-            if error is not None:
-                raise error
             tensors.extend(self._checked(leg, x, rows, plan))
             if blank is not None:
                 check_blank(blank, tensors)
@@ -395,12 +425,9 @@ gap 0.00 %, optimal
         if items:
             items = self.apply(items, rows="item", plan=plan,
                                blank=None if blank is None else blanks[1:])
-        y = error = None
-        try:
+        with self.guard():
             y = self.module(here, *items, **options)
-        except Exception as failed:  # the other ranks are waiting for this one's outputs
-            error = failed
-        return self._exchange("restore", y, "out", plan, error=error)
+        return self._exchange("restore", y, "out", plan)
 
     def anchor(self, loss):
         """The same loss, made to depend on every exchange since the last anchor.

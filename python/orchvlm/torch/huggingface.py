@@ -1,9 +1,10 @@
 """The vision towers of Hugging Face's Qwen-VL family, balanced in place: :func:`balance_tower`."""
 import dataclasses
+import sys
 
 import torch
 
-from ..cost import Cluster
+from ..cost import BatchCost, Cluster
 from ..model_cost import from_model
 from .balancer import Balancer
 
@@ -48,6 +49,9 @@ def balance_tower(model, group=None, cost=None, **options):
     The tower's ``last_hidden_state`` is left out of its output, as the language model needs only
     the merged rows. All ranks run the model equally often.
 
+    What one rank raises up to its decoder, the others raise, too, naming it; behind that, or where
+    sharded wrappers wait for each other's weights, it is for the process group to end the wait.
+
     Samples stay on their ranks, and with them losses and token counts; gradients are those of the
     unbalanced run up to rounding, once they are reduced over the ranks.
 
@@ -77,6 +81,7 @@ def balance_tower(model, group=None, cost=None, **options):
     balancer = Balancer(parts.visual, group, cost, **options)
     hooks = _Hooks(balancer, parts.visual)
     parts.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
+    parts.register_forward_hook(hooks.after_model, always_call=True)
     parts.visual.register_forward_pre_hook(hooks.before_tower, with_kwargs=True)
     parts.visual.register_forward_hook(hooks.after_tower)
     parts.language_model.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True)
@@ -92,13 +97,15 @@ class _Hooks:
     """
 
     def __init__(self, balancer, tower):
-        self._balancer, self._tower = balancer, tower
+        self._balancer, self._tower, self._tell = balancer, tower, balancer._ranks.tell
         self._waiting = []  # (plan, pixels, grid) of the calls to come
         self._plan = None  # of the call under way
+        self._met = True  # no exchange is left in this forward
 
     def before_model(self, parts, args, kwargs):
         if not self._tower.training:
             return
+        self._met = False
         given = [[kwargs[name] for name in kind] for kind in _KINDS
                  if kwargs.get(kind[0]) is not None]
         device = next(x for x in kwargs.values() if isinstance(x, torch.Tensor)).device
@@ -115,8 +122,9 @@ class _Hooks:
         """A plan for pictures of (frames, rows, columns) patches, and those to encode here."""
         frames, per_frame = grid[:, 0], grid[:, 1] * grid[:, 2]
         patches, side = frames * per_frame, self._tower.spatial_merge_size
-        plan = self._balancer.plan(patches, squares=frames * per_frame.double()**2,  # per frame
-                                   out_lengths=patches // side**2)
+        counted = isinstance(self._balancer.cost, BatchCost)  # else a function of the lengths
+        squares = frames * per_frame.double()**2 if counted else None  # attention is per frame
+        plan = self._balancer.plan(patches, squares=squares, out_lengths=patches // side**2)
         pixels = pixels.to(self._tower.dtype)
         blank = pixels.new_zeros(side**2, pixels.shape[1])  # the smallest picture that it takes
         return (plan, self._balancer.apply(pixels, blank=blank, plan=plan),
@@ -147,6 +155,14 @@ class _Hooks:
             return None
         while self._waiting:  # other ranks have pictures where this one has none
             self._tower(None, grid_thw=None)
+        self._balancer.meet()  # features that do not fit the text were refused before this
+        self._met = True
         # All that follows depends on the embeddings, and in the backward pass comes before them.
         embeds = self._balancer.anchor(kwargs["inputs_embeds"])
         return args, {**kwargs, "inputs_embeds": embeds}
+
+    def after_model(self, parts, args, output):
+        error = sys.exc_info()[1]  # of the forward that this hook follows, or ends
+        if error is not None and not self._met:
+            self._tell(error)
+        self._met = True

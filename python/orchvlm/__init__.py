@@ -27,6 +27,7 @@ _HOME = {
     "Comm": "comm", "Orchestrator": "orchestrator", "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo", "comm": "comm",
+    "sequence_parallel": "sequence_parallel",
 }
 __all__ = sorted(_HOME)
 

@@ -12,7 +12,7 @@
 typedef struct ovlm_sequence_group {
     ovlm_sequence table; /* for the inputs of passes; refers to this struct, which stays where it
                             is                                                               */
-    ovlm_comm *comm;     /* borrowed; of the group's ranks alone, which nobody else uses meanwhile */
+    ovlm_comm *comm;     /* borrowed; of the group's ranks alone, and nobody else's meanwhile */
     int64_t exchanges;   /* so far                                                           */
     int64_t sent_bytes;  /* to the other ranks                                               */
     double waited_s;     /* in all-to-alls, for slower ranks too                             */

@@ -78,9 +78,9 @@ OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err
  *
  * Where tokens are a shard (sequence.h), every array of labels, and of what is per label - weights,
  * logp, entropy, their slopes - has one entry more: T + 1, the last of them of the token behind the
- * shard, which the shard's last row predicts; its first entry is the shard's before, and is not
- * read, or 0.  Behind the group's last token there is none: -100, 0.  A loss without a normalizer is
- * over this shard's weights.
+ * shard, which the shard's last row predicts; the first entry is predicted by the shard before, and
+ * not read, or 0.  Behind the group's last token there is none: -100, 0.  A loss without a
+ * normalizer is over this shard's weights.
  *
  * Nothing to do is work like any other: with T = 0, with no segments, no images or no sounds every
  * call runs its phases through all units (hooks.h), gives a loss of 0 and empty rows, and adds
@@ -173,8 +173,8 @@ const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t 
 OVLM_NODISCARD ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i,
                                                void *state, ovlm_err *err);
 
-/* Waits.  logp and entropy [labels] (or NULL) belong to the token at which they were predicted: entry t
- * is of token t's label, 0 at the start of a segment. */
+/* Waits.  logp and entropy [labels] (or NULL) belong to the token at which they were predicted:
+ * entry t is of token t's label, 0 at the start of a segment. */
 OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
                                                   float *logp, float *entropy, ovlm_err *err);
 
@@ -199,8 +199,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *r
 /* Slopes of a loss of the caller's, which may read all of these; what it does not read is NULL.
  * Host arrays. */
 typedef struct ovlm_model_slopes {
-    const float *dlogp;        /* [labels], in the order of ovlm_model_output_read                  */
-    const float *dentropy;     /* [labels]; the forward was asked for the entropy                   */
+    const float *dlogp;        /* [labels], in the order of ovlm_model_output_read             */
+    const float *dentropy;     /* [labels]; the forward was asked for the entropy              */
     const void *dhidden;       /* [T,width] exact: of ovlm_model_hidden_read                   */
     int64_t rows;
     const int32_t *row;        /* [rows], may repeat                                           */

@@ -154,6 +154,7 @@ static ovlm_status exchange(ovlm_run *run, const ovlm_sequence_pass *s, const vo
     if (run->measuring) {
         return OVLM_OK;
     }
+    double start_s = ovlm_run_begin(run);
     if (!reach && send_bytes > 0) {
         OVLM_TRY(run->ops->copy(run->queue, staged, send, send_bytes, OVLM_TO_HOST, run->err));
     }
@@ -164,6 +165,7 @@ static ovlm_status exchange(ovlm_run *run, const ovlm_sequence_pass *s, const vo
                                 run->err));
         OVLM_TRY(run->ops->queue_wait(run->queue, run->err)); /* the stage is used again */
     }
+    ovlm_run_end(run, "exchange", -1, start_s);
     return OVLM_OK;
 }
 

@@ -19,10 +19,12 @@ __all__ = ["SequenceGroups", "SequenceGroup", "TokenShard"]
 class TokenShard:
     """One rank's part of the packed tokens of a group; :meth:`SequenceGroup.shard` cuts it.
 
-    In place of :class:`Inputs`, :meth:`Model.forward`, :meth:`Model.route`, :meth:`Model.decode` and
-    :meth:`Model.logprobs` take it; all ranks of the group call them, with the same checkpoint, and
-    so :meth:`Model.backward`.  Images and sounds come as features, one row for each of their tokens
-    in this shard; where one rank gives features all do, if need be of no rows.
+    In place of :class:`Inputs`, :meth:`Model.forward`, :meth:`Model.route`, :meth:`Model.decode`
+    and :meth:`Model.logprobs` take it; all ranks of the group call them, with the same checkpoint,
+    and so :meth:`Model.backward`.  Images and sounds come as features, one row for each of their
+    tokens in this shard; where one rank gives features all do, if need be of no rows.  The routers'
+    balance loss of a model with experts goes by the counts of the global batch where
+    :meth:`Model.forward` is given them, else by this shard's.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ import pytest
 
 import orchvlm
 from model_cases import FIRST_TEXT, SANITIZED, fill, grads_of
+from orchvlm.sequence_executor import exchange_bytes
 from orchvlm.sequence_parallel import SequenceGroups, TokenShard
 from rank_cases import FAMILIES, compare, draw_case, joined, same_on_all
 
@@ -288,6 +289,101 @@ def test_adapters():
 
     losses, gradients = zip(*orchvlm.comm.run_threads(3, work))
     compare((sum(losses), summed(gradients)), run(adapted(), inputs))
+
+
+# ---------------------------------------------------------------- plans
+
+
+def planned(rng, n_gpus, config, micro_batches=None):
+    """(batch of drawn lengths, a plan that gives them to groups of several degrees)"""
+    lengths = np.maximum(1, rng.lognormal(2.5, 1.0, 9).astype(np.int64))
+    ids = rng.integers(FIRST_TEXT, 40, lengths.sum())
+    batch = orchvlm.Inputs(
+        input_ids=ids, cu_seqlens=np.cumsum([0, *lengths]), labels=ids,
+        weights=rng.random(len(ids)).astype(np.float32) if rng.random() < 0.5 else None)
+    degrees = range(1, min(n_gpus, config["text_config"]["num_attention_heads"]) + 1)
+    limit = int(max(-(-lengths.max() // max(degrees)), 1.3 * lengths.sum() / n_gpus / 2))
+    cost = orchvlm.SequenceCost(1e-6, 1e-4, 1e-3, comm={d: 1e-5 * (d - 1) for d in degrees},
+                                memory_per_token=1.0, memory_limit=limit)
+    plan = orchvlm.plan_sequences(lengths, n_gpus, cost, gpus_per_node=n_gpus, work_limit=500,
+                                  time_limit=None, micro_batches=micro_batches)
+    return batch, plan
+
+
+@pytest.mark.parametrize("n_gpus, family, mode", [
+    (3, "qwen3_vl", None), (4, "qwen3_vl_moe", "fsdp"), (6, "seed1_5_vl", "zero1"),
+    (8, "qwen3_vl", "hybrid")])
+def test_a_plan_is_one_rank(n_gpus, family, mode):
+    """Loss, targets and gradients of a planned step, and the bytes that it was to take."""
+    print("seed", SEED)
+    seed = [SEED, 10, n_gpus]
+    rng = np.random.default_rng(seed)
+    config, _ = draw(seed, family, n_gpus)
+    batch, plan = planned(rng, n_gpus, config, micro_batches=4)
+    checkpoint = str(rng.choice(["none", "selective", "full"]))
+    model = made(seed, config)
+    counts = model.route(batch) if model.config.sparse else None
+    model.zero_grad()
+    whole = model.forward(batch, None, counts)
+    model.backward()
+
+    def work(comm):
+        mine = made(seed, config)
+        shard = None if mode is None else orchvlm.Shard(mine, comm, mode, 2)
+        executor = orchvlm.SequenceExecutor(mine, comm)
+        mine.zero_grad()
+        first = executor.run(plan, batch, checkpoint=checkpoint)
+        made_then = len(executor.groups)
+        if shard is None:
+            return first, grads_of(mine)
+        gradients = {name: np.array(g, np.float64) for name, g in shard.gradients().items()}
+        mine.zero_grad()
+        again = executor.run(plan, batch, None, counts, checkpoint=checkpoint)
+        assert len(executor.groups) == made_then and again.loss == first.loss
+        assert again.sent_bytes == first.sent_bytes
+        return first, gradients
+
+    runs, gradients = zip(*orchvlm.comm.run_threads(n_gpus, work))
+    assert sum(run.n_target_tokens for run in runs) == whole.n_target_tokens
+    grads = summed(gradients) if mode is None else gradients[0]
+    compare((sum(run.loss for run in runs), grads), (whole.loss, grads_of(model)))
+    sent = exchange_bytes(plan, model.config, checkpoint=checkpoint)
+    assert [run.sent_bytes for run in runs] == sent.tolist()
+    for rank, run in enumerate(runs):
+        assert len(run.groups) == len(plan.micro_batches) == 4
+        for group, micro in zip(run.groups, plan.micro_batches):
+            own = [g for g in micro.groups if 0 <= rank - g.first_gpu < g.degree]
+            assert (group.first_gpu, group.degree) == (
+                (own[0].first_gpu, own[0].degree) if own else (0, 0))
+            assert 0 <= group.waited_s <= group.end_s - group.start_s
+    assert sum(g.tokens for run in runs for g in run.groups) == batch.n_tokens
+
+
+def test_what_an_executor_refuses():
+    config, _ = draw([SEED, 11], "qwen3_vl", 1)
+    config["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    batch, plan = planned(np.random.default_rng(1), 2, config)
+    cost = orchvlm.SequenceCost(0.0, 1e-3, comm={3: 0.0})
+    wide = orchvlm.plan_sequences(batch.lengths, 3, cost, work_limit=0, time_limit=None)
+
+    def work(comm):
+        model = made(0, config)
+        executor = orchvlm.SequenceExecutor(model, comm)
+        for call, error, words in (
+                (lambda: executor.run(plan, batch), ValueError, "for 2 GPUs; there are 3"),
+                (lambda: executor.run(wide, batch), ValueError, "group of 3; .* 2 query heads"),
+                (lambda: executor.run(wide, batch[:2]), ValueError, "other lengths"),
+                (lambda: executor.run(batch, plan), TypeError, "SequencePlan and Inputs"),
+                (lambda: orchvlm.SequenceExecutor(comm, model), TypeError, "must be a Model"),
+                (lambda: orchvlm.SequenceExecutor(model, model), TypeError, "must be a Comm"),
+                (lambda: exchange_bytes(plan, model.config, "int8"), ValueError, "dtype must be"),
+                (lambda: exchange_bytes(plan, model.config, checkpoint="some"), ValueError,
+                 "checkpoint must be")):
+            with pytest.raises(error, match=words):
+                call()
+        executor.close()
+
+    orchvlm.comm.run_threads(3, work)
 
 
 # ---------------------------------------------------------------- shards

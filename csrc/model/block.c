@@ -5,6 +5,7 @@
 #include "model/block.h"
 
 #include <math.h>
+#include <string.h>
 
 static ovlm_tensor no_tensor(void)
 {
@@ -30,7 +31,8 @@ static ovlm_status store_in_cache(ovlm_run *run, const ovlm_block_context *conte
 }
 
 /* Rotated queries and keys: in place without a norm, whose backward needs what it read; as they
- * are where positions were added before the blocks. */
+ * are where positions were added before the blocks.  Of a shard they are not kept: the backward of
+ * the core reads what the exchange brought. */
 static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
                           const ovlm_block_context *context, ovlm_stack *stack,
                           ovlm_block_saved *s)
@@ -38,7 +40,8 @@ static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
     int64_t q_cols = block->heads * block->head_dim, kv_cols = block->kv_heads * block->head_dim;
     ovlm_tensor qkv = s->qkv.y, turned = qkv;
     if (block->qk_norm) {
-        turned = ovlm_stack_tensor(stack, qkv.rows, q_cols + kv_cols, run->dtype);
+        turned = ovlm_stack_tensor(context->sequence != NULL ? run->work : stack, qkv.rows,
+                                   q_cols + kv_cols, run->dtype);
     }
     s->q = (ovlm_rope){.heads = block->heads, .eps = block->eps,
                        .x = ovlm_tensor_cols(qkv, 0, q_cols), .w = block->q_norm.w,
@@ -55,6 +58,130 @@ static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
     return OVLM_OK;
 }
 
+/* ---------------------------------------------------------------- the core
+ *
+ * Attention itself, on the heads of q, k and v that lie in one tensor: all of the model's, or with
+ * a sequence table this rank's, of the whole group's tokens. */
+
+/* The calls it takes; all heads are one. */
+static int64_t head_runs(const ovlm_block *block, const ovlm_block_context *context,
+                         ovlm_head_run run[OVLM_HEAD_RUNS_MOST])
+{
+    if (context->sequence == NULL) {
+        run[0] = (ovlm_head_run){.heads = block->heads, .kv_heads = block->kv_heads};
+        return 1;
+    }
+    memcpy(run, context->sequence->run, sizeof context->sequence->run);
+    return context->sequence->runs;
+}
+
+/* Columns of query heads, and of the key/value heads behind them. */
+typedef struct core_cols {
+    int64_t q, kv;
+} core_cols;
+
+static core_cols cols_of(const ovlm_block *block, const ovlm_block_context *context)
+{
+    const ovlm_sequence_part *own = NULL;
+    if (context->sequence != NULL) {
+        own = ovlm_sequence_own(context->sequence);
+    }
+    return (core_cols){(own != NULL ? own->heads : block->heads) * block->head_dim,
+                       (own != NULL ? own->kv_heads : block->kv_heads) * block->head_dim};
+}
+
+static ovlm_status core_fwd(ovlm_run *run, const ovlm_block *block,
+                            const ovlm_block_context *context, ovlm_stack *stack,
+                            const ovlm_attention *all, ovlm_block_saved *s)
+{
+    ovlm_head_run part[OVLM_HEAD_RUNS_MOST];
+    int64_t D = block->head_dim, n = head_runs(block, context, part);
+    for (int64_t i = 0; i < n; i++) {
+        ovlm_attention *call = &s->attention[i];
+        int64_t q = part[i].head * D, q_cols = part[i].heads * D;
+        int64_t kv = part[i].kv_head * D, kv_cols = part[i].kv_heads * D;
+        *call = *all;
+        call->heads = part[i].heads;
+        call->kv_heads = part[i].kv_heads;
+        call->q = ovlm_tensor_cols(all->q, q, q_cols);
+        call->k = ovlm_tensor_cols(all->k, kv, kv_cols);
+        call->v = ovlm_tensor_cols(all->v, kv, kv_cols);
+        call->o = ovlm_tensor_cols(all->o, q, q_cols);
+        RUN_IN(run, attention, fwd, call, stack);
+    }
+    return OVLM_OK;
+}
+
+/* From slopes of o to those of q, k and v, one behind the other in dqkv. */
+static ovlm_status core_bwd(ovlm_run *run, const ovlm_block *block,
+                            const ovlm_block_context *context, ovlm_tensor d_o, ovlm_tensor dqkv,
+                            ovlm_block_saved *s)
+{
+    ovlm_head_run part[OVLM_HEAD_RUNS_MOST];
+    core_cols cols = cols_of(block, context);
+    int64_t D = block->head_dim, n = head_runs(block, context, part);
+    for (int64_t i = 0; i < n; i++) {
+        ovlm_attention *call = &s->attention[i];
+        int64_t q = part[i].head * D, q_cols = part[i].heads * D;
+        int64_t k = cols.q + part[i].kv_head * D, kv_cols = part[i].kv_heads * D;
+        call->dout = ovlm_tensor_cols(d_o, q, q_cols);
+        call->dq = ovlm_tensor_cols(dqkv, q, q_cols);
+        call->dk = ovlm_tensor_cols(dqkv, k, kv_cols);
+        call->dv = ovlm_tensor_cols(dqkv, k + cols.kv, kv_cols);
+        RUN(run, attention, bwd, call);
+    }
+    return OVLM_OK;
+}
+
+/* The three parts of dqkv, or of what it is the slope of, as they travel. */
+static void lanes_of(const ovlm_block *block, ovlm_tensor qkv, ovlm_lane lane[3])
+{
+    int64_t q_cols = block->heads * block->head_dim, kv_cols = block->kv_heads * block->head_dim;
+    lane[0] = (ovlm_lane){ovlm_tensor_cols(qkv, 0, q_cols), false};
+    lane[1] = (ovlm_lane){ovlm_tensor_cols(qkv, q_cols, kv_cols), true};
+    lane[2] = (ovlm_lane){ovlm_tensor_cols(qkv, q_cols + kv_cols, kv_cols), true};
+}
+
+/* The core on this rank's heads of the group's tokens; all->q, k, v and o are of its own tokens and
+ * all heads. */
+static ovlm_status shared_core_fwd(ovlm_run *run, const ovlm_block *block,
+                                   const ovlm_block_context *context, ovlm_stack *stack,
+                                   ovlm_attention *all, ovlm_block_saved *s)
+{
+    const ovlm_sequence_pass *sequence = context->sequence;
+    core_cols cols = cols_of(block, context);
+    const ovlm_lane in[] = {{all->q, false}, {all->k, true}, {all->v, true}};
+    const ovlm_lane out = {all->o, false};
+    ovlm_tensor qkv = ovlm_stack_tensor(stack, sequence->T, cols.q + 2 * cols.kv, run->dtype);
+    OVLM_TRY(ovlm_sequence_to_heads(run, sequence, in, 3, qkv));
+    all->q = ovlm_tensor_cols(qkv, 0, cols.q);
+    all->k = ovlm_tensor_cols(qkv, cols.q, cols.kv);
+    all->v = ovlm_tensor_cols(qkv, cols.q + cols.kv, cols.kv);
+    all->o = ovlm_stack_tensor(stack, sequence->T, cols.q, run->dtype);
+    OVLM_TRY(core_fwd(run, block, context, stack, all, s));
+    return ovlm_sequence_to_tokens(run, sequence, &out, 1, all->o);
+}
+
+static ovlm_status shared_core_bwd(ovlm_run *run, const ovlm_block *block,
+                                   const ovlm_block_context *context, ovlm_tensor d_o,
+                                   ovlm_tensor dqkv, ovlm_block_saved *s)
+{
+    const ovlm_sequence_pass *sequence = context->sequence;
+    core_cols cols = cols_of(block, context);
+    const ovlm_lane in = {d_o, false};
+    ovlm_lane out[3];
+    int64_t mark = run->work->used_bytes;
+    lanes_of(block, dqkv, out);
+    ovlm_tensor d_own = ovlm_stack_tensor(run->work, sequence->T, cols.q, run->dtype);
+    OVLM_TRY(ovlm_sequence_to_heads(run, sequence, &in, 1, d_own));
+    ovlm_tensor dqkv_own = ovlm_stack_tensor(run->work, sequence->T, cols.q + 2 * cols.kv,
+                                             run->dtype);
+    OVLM_TRY(core_bwd(run, block, context, d_own, dqkv_own, s));
+    OVLM_TRY(ovlm_sequence_to_tokens(run, sequence, out, 3, dqkv_own));
+    run->work->used_bytes = mark;
+    return OVLM_OK;
+}
+
 /* h_mid = h_in + attention(norm1(h_in)). */
 static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
                                  const ovlm_block_context *context, ovlm_stack *stack,
@@ -66,24 +193,26 @@ static ovlm_status attention_fwd(ovlm_run *run, const ovlm_block *block,
                            .w = block->norm1.w, .bias = block->norm1_bias.w,
                            .y = ovlm_stack_tensor(redo, T, block->width, run->dtype)};
     RUN_IN(run, norm, fwd, &s->norm1, stack);
+    bool passing = context->sequence != NULL && !block->qk_norm; /* nobody reads it again */
     s->qkv = (ovlm_linear){.x = s->norm1.y, .w = block->qkv.w, .bias = block->qkv_bias.w,
-                           .y = ovlm_stack_tensor(stack, T, q_cols + 2 * kv_cols, run->dtype)};
+                           .y = ovlm_stack_tensor(passing ? run->work : stack, T,
+                                                  q_cols + 2 * kv_cols, run->dtype)};
     OVLM_TRY(ovlm_linear_fwd(run, &s->qkv, &block->qkv, stack, &s->qkv_lora));
     OVLM_TRY(rotate(run, block, context, stack, s));
-    s->attention = (ovlm_attention){
-        .heads = block->heads, .kv_heads = block->kv_heads, .causal = block->causal,
-        .scale = 1 / sqrt((double)D), .query = context->query, .key = context->key,
-        .q = s->q.y, .k = s->k.y,
-        .v = ovlm_tensor_cols(s->qkv.y, q_cols + kv_cols, kv_cols),
-        .o = ovlm_stack_tensor(stack, T, q_cols, run->dtype)};
+    ovlm_attention all = {.causal = block->causal, .scale = 1 / sqrt((double)D),
+                          .query = context->query, .key = context->key, .q = s->q.y, .k = s->k.y,
+                          .v = ovlm_tensor_cols(s->qkv.y, q_cols + kv_cols, kv_cols),
+                          .o = ovlm_stack_tensor(stack, T, q_cols, run->dtype)};
+    ovlm_tensor o = all.o;
     if (context->cache != NULL) {
-        OVLM_TRY(store_in_cache(run, context, s->attention.k, s->attention.v));
-        s->attention.k = context->cache->k;
-        s->attention.v = context->cache->v;
+        OVLM_TRY(store_in_cache(run, context, all.k, all.v));
+        all.k = context->cache->k;
+        all.v = context->cache->v;
     }
-    RUN_IN(run, attention, fwd, &s->attention, stack);
-    s->out = (ovlm_linear){.x = s->attention.o, .w = block->out.w, .bias = block->out_bias.w,
-                           .add = s->h_in, .y = h_mid};
+    OVLM_TRY(context->sequence != NULL ? shared_core_fwd(run, block, context, stack, &all, s)
+                                       : core_fwd(run, block, context, stack, &all, s));
+    s->out = (ovlm_linear){.x = o, .w = block->out.w, .bias = block->out_bias.w, .add = s->h_in,
+                           .y = h_mid};
     return ovlm_linear_fwd(run, &s->out, &block->out, stack, &s->out_lora);
 }
 
@@ -187,8 +316,9 @@ static ovlm_status rope_back(ovlm_run *run, ovlm_rope *args, ovlm_tensor d,
     return OVLM_OK;
 }
 
-static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool below,
-                                 ovlm_tensor dh, ovlm_block_saved *s)
+static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block,
+                                 const ovlm_block_context *context, bool below, ovlm_tensor dh,
+                                 ovlm_block_saved *s)
 {
     int64_t T = dh.rows, D = block->head_dim;
     int64_t q_cols = block->heads * D, kv_cols = block->kv_heads * D;
@@ -196,14 +326,11 @@ static ovlm_status attention_bwd(ovlm_run *run, const ovlm_block *block, bool be
     OVLM_TRY(ovlm_linear_back(run, &s->out, dh, &block->out, &block->out_bias, d_o, 0,
                               &s->out_lora));
     ovlm_tensor dqkv = ovlm_stack_tensor(run->work, T, q_cols + 2 * kv_cols, run->dtype);
-    s->attention.dout = d_o;
-    s->attention.dq = ovlm_tensor_cols(dqkv, 0, q_cols);
-    s->attention.dk = ovlm_tensor_cols(dqkv, q_cols, kv_cols);
-    s->attention.dv = ovlm_tensor_cols(dqkv, q_cols + kv_cols, kv_cols);
-    RUN(run, attention, bwd, &s->attention);
+    OVLM_TRY(context->sequence != NULL ? shared_core_bwd(run, block, context, d_o, dqkv, s)
+                                       : core_bwd(run, block, context, d_o, dqkv, s));
     if (!block->unturned) {
-        OVLM_TRY(rope_back(run, &s->q, s->attention.dq, &block->q_norm));
-        OVLM_TRY(rope_back(run, &s->k, s->attention.dk, &block->k_norm));
+        OVLM_TRY(rope_back(run, &s->q, ovlm_tensor_cols(dqkv, 0, q_cols), &block->q_norm));
+        OVLM_TRY(rope_back(run, &s->k, ovlm_tensor_cols(dqkv, q_cols, kv_cols), &block->k_norm));
     }
     bool norm_trained = ovlm_tensor_given(&block->norm1.dw) ||
                         ovlm_tensor_given(&block->norm1_bias.dw);
@@ -253,7 +380,7 @@ ovlm_status ovlm_block_bwd(ovlm_run *run, const ovlm_block *block,
         OVLM_TRY(ovlm_norm_redo(run, &saved->norm1, &block->norm1, &block->norm1_bias));
         saved->qkv.x = saved->norm1.y;
     }
-    OVLM_TRY(attention_bwd(run, block, below, dh, saved));
+    OVLM_TRY(attention_bwd(run, block, context, below, dh, saved));
     run->work->used_bytes = mark;
     return ovlm_unit_leave(run);
 }

@@ -4,6 +4,7 @@
 #define OVLM_MODEL_BLOCK_H
 
 #include "model/lora.h"
+#include "model/sequence.h"
 
 /* What is kept between forward and backward. */
 typedef enum ovlm_checkpoint {
@@ -29,6 +30,7 @@ typedef struct ovlm_block_context {
     int64_t expert_rows;           /* of a chunk, at most; 0: all at once (experts.h)          */
     const ovlm_params *params;
     const ovlm_cache *cache;       /* decoding; or NULL                                        */
+    const ovlm_sequence_pass *sequence; /* T is a shard of what the segments say; or NULL      */
 } ovlm_block_context;
 
 /* The operations of a block with the places of their tensors, from the forward to the backward. */
@@ -37,7 +39,7 @@ typedef struct ovlm_block_saved {
     ovlm_norm norm1, norm2;
     ovlm_linear qkv, out, up, down, gate;
     ovlm_rope q, k;
-    ovlm_attention attention;
+    ovlm_attention attention[OVLM_HEAD_RUNS_MOST];
     ovlm_gated gated;
     ovlm_router router;
     ovlm_grouped_linear experts_up, experts_down;

@@ -5,11 +5,11 @@
 
 #include <math.h>
 
-ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab, int64_t feature_rows,
-                              int64_t *longest, ovlm_err *err)
+ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, bool shard, int64_t vocab,
+                              int64_t feature_rows, int64_t *longest, ovlm_err *err)
 {
     *longest = 0;
-    if (tokens->start[0] != 0 || tokens->start[tokens->segments] != tokens->T) {
+    if (tokens->start[0] != 0 || (!shard && tokens->start[tokens->segments] != tokens->T)) {
         return OVLM_FAIL(err, OVLM_E_ARG,
                          "cu_seqlens must run from 0 to the %lld tokens; it runs from %d to %d",
                          (long long)tokens->T, tokens->start[0],
@@ -36,6 +36,17 @@ ovlm_status ovlm_tokens_check(const ovlm_tokens *tokens, int64_t vocab, int64_t 
         }
     }
     return OVLM_OK;
+}
+
+ovlm_token_span ovlm_token_span_of(const ovlm_tokens *tokens, int64_t segment)
+{
+    int64_t first = tokens->start[segment] - tokens->first;
+    int64_t end = tokens->start[segment + 1] - tokens->first, T = tokens->T;
+    ovlm_token_span span = {.first = first < 0 ? 0 : first < T ? first : T};
+    span.end = end < span.first ? span.first : end < T ? end : T;
+    span.begins = span.end > span.first && first == span.first;
+    span.ends = span.end > span.first && end == span.end;
+    return span;
 }
 
 /* What the residual stream is gathered from. */

@@ -76,6 +76,12 @@ OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err
  * Memory grows in forward, encode, decode and, for dhidden and dlogits, backward; never between
  * the layers of a pass.  "exact" is float32 (float64 in models of that dtype).
  *
+ * Where tokens are a shard (sequence.h), every array of labels, and of what is per label - weights,
+ * logp, entropy, their slopes - has one entry more: T + 1, the last of them of the token behind the
+ * shard, which the shard's last row predicts; the first entry is predicted by the shard before, and
+ * not read, or 0.  Behind the group's last token there is none: -100, 0.  A loss without a
+ * normalizer is over this shard's weights.
+ *
  * Nothing to do is work like any other: with T = 0, with no segments, no images or no sounds every
  * call runs its phases through all units (hooks.h), gives a loss of 0 and empty rows, and adds
  * nothing to gradients.  Which phases there are is said by pointers, not by counts: an encode in a
@@ -84,6 +90,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_zero_grad(ovlm_model *model, ovlm_err *err
 
 typedef struct ovlm_model_inputs {
     ovlm_tokens tokens;
+    const ovlm_sequence *sequence; /* tokens are the shard of one of its ranks; NULL: they are
+                                  whole.  Stays until the backward                             */
     const int32_t *label;      /* [T]: token t's own label; it is predicted from t-1 of its segment;
                                   NULL: no loss                                                */
     const float *weight;       /* [T] of the labels, or NULL                                   */
@@ -151,6 +159,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_features_read(ovlm_model *model, ovlm_moda
 /* Tokens of the last forward, or 0 when what it kept is gone: the T of the calls below.  Rows of
  * the features that it was given, or of those that the last encode made; -1: none. */
 int64_t ovlm_model_token_count(const ovlm_model *model);
+/* The same of labels: one more in a shard. */
+int64_t ovlm_model_label_count(const ovlm_model *model);
 int64_t ovlm_model_given_rows(const ovlm_model *model, ovlm_modality modality);
 int64_t ovlm_model_encoded_rows(const ovlm_model *model, ovlm_modality modality);
 
@@ -163,8 +173,8 @@ const ovlm_tensor *ovlm_model_tap(const ovlm_model *model, bool vision, int64_t 
 OVLM_NODISCARD ovlm_status ovlm_model_tap_read(ovlm_model *model, bool vision, int64_t i,
                                                void *state, ovlm_err *err);
 
-/* Waits.  logp and entropy [T] (or NULL) belong to the token at which they were predicted: entry t
- * is of token t's label, 0 at the start of a segment. */
+/* Waits.  logp and entropy [labels] (or NULL) belong to the token at which they were predicted:
+ * entry t is of token t's label, 0 at the start of a segment. */
 OVLM_NODISCARD ovlm_status ovlm_model_output_read(ovlm_model *model, ovlm_model_output *output,
                                                   float *logp, float *entropy, ovlm_err *err);
 
@@ -189,8 +199,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_logits(ovlm_model *model, const int32_t *r
 /* Slopes of a loss of the caller's, which may read all of these; what it does not read is NULL.
  * Host arrays. */
 typedef struct ovlm_model_slopes {
-    const float *dlogp;        /* [T], in the order of ovlm_model_output_read                  */
-    const float *dentropy;     /* [T]; the forward was asked for the entropy                   */
+    const float *dlogp;        /* [labels], in the order of ovlm_model_output_read             */
+    const float *dentropy;     /* [labels]; the forward was asked for the entropy              */
     const void *dhidden;       /* [T,width] exact: of ovlm_model_hidden_read                   */
     int64_t rows;
     const int32_t *row;        /* [rows], may repeat                                           */

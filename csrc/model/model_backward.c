@@ -24,7 +24,8 @@ static ovlm_status upload_slopes(ovlm_run *run, const ovlm_tokens *tokens, const
     }
     memset(staged, 0, (size_t)bytes);
     for (int64_t i = 0; i < tokens->segments && host != NULL; i++) {
-        for (int64_t t = tokens->start[i]; t + 1 < tokens->start[i + 1]; t++) {
+        ovlm_token_span span = ovlm_token_span_of(tokens, i);
+        for (int64_t t = span.first; t < span.end - span.ends; t++) {
             staged[t] = host[t + 1];
         }
     }

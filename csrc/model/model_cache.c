@@ -113,6 +113,9 @@ ovlm_status ovlm_model_extend(ovlm_model *model, const ovlm_model_inputs *inputs
     const ovlm_pass_options forward = {.poll = options->poll, .poll_ctx = options->poll_ctx};
     int32_t *start = NULL, *length = NULL;
     const ovlm_pass_kind kind = {.phases = ovlm_model_phases(model, inputs)};
+    if (inputs->sequence != NULL) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "a cache holds whole sequences; give no shard");
+    }
     OVLM_TRY(ovlm_model_begin(model, err));
     OVLM_TRY(ovlm_model_prepare(model, inputs, &forward, kind.phases, err));
     OVLM_TRY(prepare_keys(model, &inputs->tokens, &start, &length, err));

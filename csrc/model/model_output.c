@@ -14,19 +14,22 @@ ovlm_status ovlm_model_fetch(ovlm_model *model, void *host, const void *device, 
     return ops->queue_wait(model->queue, err);
 }
 
-/* Row t predicted token t+1: down by one, 0 at the start of each segment. */
+/* Row t predicted token t+1: down by one, 0 at the start of each segment and of a shard. */
 static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *device,
                                  ovlm_err *err)
 {
     const ovlm_tokens *tokens = &model->decoder.tokens;
     OVLM_TRY(ovlm_model_fetch(model, host, device, tokens->T * (int64_t)sizeof *host, err));
+    if (model->decoder.shard) {
+        host[tokens->T] = 0.0f;
+    }
     for (int64_t i = 0; i < tokens->segments; i++) {
-        int64_t first = tokens->start[i];
-        for (int64_t t = (int64_t)tokens->start[i + 1] - 1; t > first; t--) {
+        ovlm_token_span span = ovlm_token_span_of(tokens, i);
+        for (int64_t t = span.end - span.ends; t > span.first; t--) {
             host[t] = host[t - 1];
         }
-        if (tokens->start[i + 1] > first) {
-            host[first] = 0.0f;
+        if (span.end > span.first) {
+            host[span.first] = 0.0f;
         }
     }
     return OVLM_OK;
@@ -35,6 +38,11 @@ static ovlm_status fetch_shifted(ovlm_model *model, float *host, const float *de
 int64_t ovlm_model_token_count(const ovlm_model *model)
 {
     return model->has_hidden ? model->decoder.tokens.T : 0;
+}
+
+int64_t ovlm_model_label_count(const ovlm_model *model)
+{
+    return model->has_hidden ? model->decoder.tokens.T + model->decoder.shard : 0;
 }
 
 /* ---------------------------------------------------------------- activations */

@@ -108,6 +108,29 @@ static void find_lowest(ovlm_model *model, const ovlm_model_inputs *inputs, bool
     pass->training = training && (pass->lowest < depth || ovlm_unit_trained(p, p->norm.unit));
 }
 
+/* The segments' end says how many tokens the group has, and so which of them are this rank's. */
+static ovlm_status prepare_shard(ovlm_model *model, const ovlm_sequence *sequence, ovlm_err *err)
+{
+    const ovlm_decoder_config *c = &model->params.config.decoder;
+    ovlm_decoder_pass *pass = &model->decoder;
+    ovlm_sequence_pass *shard = NULL;
+    int64_t total = pass->tokens.start[pass->tokens.segments];
+    OVLM_TRY(ovlm_sequence_prepare(sequence, total, c->heads, c->kv_heads, &model->call, &shard,
+                                   err));
+    const ovlm_sequence_part *own = ovlm_sequence_own(shard);
+    if (pass->tokens.T != own->rows) {
+        return OVLM_FAIL(err, OVLM_E_ARG,
+                         "rank %lld of a group of %lld has %lld of its %lld tokens; cu_seqlens are "
+                         "the whole group's, of which this rank's share is %lld",
+                         (long long)sequence->rank, (long long)sequence->degree,
+                         (long long)pass->tokens.T, (long long)total, (long long)own->rows);
+    }
+    pass->tokens.first = own->first;
+    pass->context.sequence = sequence->degree > 1 ? shard : NULL;
+    pass->shard = true;
+    return OVLM_OK;
+}
+
 static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *inputs,
                                   const ovlm_pass_options *options, ovlm_err *err)
 {
@@ -119,7 +142,8 @@ static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *in
     int64_t rows = 0;
     find_lowest(model, inputs, options->training);
     OVLM_TRY(count_features(model, inputs, &rows, err));
-    OVLM_TRY(ovlm_tokens_check(tokens, c->vocab, rows, &pass->longest, err));
+    OVLM_TRY(ovlm_tokens_check(tokens, inputs->sequence != NULL, c->vocab, rows, &pass->longest,
+                               err));
     int32_t *start = NULL; /* must live until the backward */
     OVLM_TRY(OVLM_ARENA_RAW(&model->call, &start, tokens->segments + 1, err));
     memcpy(start, tokens->start, (size_t)(tokens->segments + 1) * sizeof *start);
@@ -131,7 +155,7 @@ static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *in
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
     pass->count_after = model->count_after;
-    return OVLM_OK;
+    return inputs->sequence != NULL ? prepare_shard(model, inputs->sequence, err) : OVLM_OK;
 }
 
 /* Before any work: on the device it would be found late, and the queue be lost. */
@@ -139,7 +163,8 @@ static ovlm_status check_labels(const ovlm_model *model, const ovlm_model_inputs
                                 ovlm_err *err)
 {
     int64_t vocab = model->params.config.decoder.vocab;
-    for (int64_t t = 0; inputs->label != NULL && t < inputs->tokens.T; t++) {
+    int64_t labels = inputs->tokens.T + model->decoder.shard;
+    for (int64_t t = 0; inputs->label != NULL && t < labels; t++) {
         int32_t label = inputs->label[t];
         if (label != -100 && (label < 0 || label >= vocab)) {
             return OVLM_FAIL(err, OVLM_E_ARG, "labels[%lld] is %d; it must be -100 or in [0, %lld)",
@@ -152,10 +177,11 @@ static ovlm_status check_labels(const ovlm_model *model, const ovlm_model_inputs
 /* ---------------------------------------------------------------- loss */
 
 /* Row t of the head predicts token t+1 of its segment: labels and weights move up by one. */
-static ovlm_status upload_targets(ovlm_run *run, const ovlm_model_inputs *inputs,
-                                  const int32_t **label, const float **weight)
+static ovlm_status upload_targets(ovlm_run *run, const ovlm_model *model,
+                                  const ovlm_model_inputs *inputs, const int32_t **label,
+                                  const float **weight)
 {
-    const ovlm_tokens *tokens = &inputs->tokens;
+    const ovlm_tokens *tokens = &model->decoder.tokens;
     int64_t T = tokens->T, bytes = T * (int64_t)sizeof(int32_t);
     int32_t *labels = ovlm_stack_take(run->stage, bytes);
     float *weights = inputs->weight != NULL ? ovlm_stack_take(run->stage, bytes) : NULL;
@@ -167,8 +193,9 @@ static ovlm_status upload_targets(ovlm_run *run, const ovlm_model_inputs *inputs
         return OVLM_OK;
     }
     for (int64_t i = 0; i < tokens->segments; i++) {
-        for (int64_t t = tokens->start[i]; t < tokens->start[i + 1]; t++) {
-            bool last = t + 1 == tokens->start[i + 1];
+        ovlm_token_span span = ovlm_token_span_of(tokens, i);
+        for (int64_t t = span.first; t < span.end; t++) {
+            bool last = span.ends && t + 1 == span.end;
             labels[t] = last ? -100 : inputs->label[t + 1];
             if (weights != NULL) {
                 weights[t] = last ? 0.0f : inputs->weight[t + 1];
@@ -216,7 +243,7 @@ static ovlm_status head_fwd(ovlm_run *run, ovlm_model *model, const ovlm_model_i
     const int32_t *label = NULL;
     const float *weight = NULL;
     float *dlogp = ovlm_stack_take(run->keep, bytes);
-    OVLM_TRY(upload_targets(run, inputs, &label, &weight));
+    OVLM_TRY(upload_targets(run, model, inputs, &label, &weight));
     OVLM_TRY(target_weights(run, model, inputs, label, weight, dlogp));
     model->head = (ovlm_head){
         .x = model->decoder.hidden, .label = label,

@@ -99,5 +99,6 @@ int ovlm_add_model_type(PyObject *module);
 int ovlm_add_comm_type(PyObject *module);
 int ovlm_add_dispatch_types(PyObject *module);
 int ovlm_add_shard_type(PyObject *module);
+int ovlm_add_sequence_group_type(PyObject *module);
 
 #endif

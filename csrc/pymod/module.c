@@ -38,7 +38,7 @@ static int module_exec(PyObject *module)
         ovlm_add_dispatch_types(module) < 0) {
         return -1;
     }
-    return ovlm_add_shard_type(module);
+    return ovlm_add_shard_type(module) < 0 ? -1 : ovlm_add_sequence_group_type(module);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -184,6 +184,7 @@ static void model_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
     ovlm_model_close(((model_object *)object)->model);
+    Py_XDECREF(((model_object *)object)->sequence);
     type->tp_free(object);
     Py_DECREF(type);
 }

@@ -14,6 +14,7 @@ typedef struct model_object {
     bool busy;         /* a call is running without the GIL                                     */
     int64_t exports;   /* arrays that view gradients, moments or adapters: these must not move  */
     int64_t weights;   /* arrays that view weights, which move only when they are sharded       */
+    PyObject *sequence; /* owned: the group of the last forward, for its backward; or NULL      */
 } model_object;
 
 /* Marks the model busy; RuntimeError when it is. */

@@ -1,5 +1,5 @@
 /* py_model_pass.c - orchvlm._core.Model: passes, optimizer, generation. */
-#include "py_model.h"
+#include "py_sequence_group.h"
 
 int ovlm_poll_signals(void *ctx)
 {
@@ -15,7 +15,7 @@ enum {
     IDS, CU_SEQLENS, POSITION, FEATURE_ROW, LABELS, WEIGHTS, GRID, PIXELS, MEL_LENGTHS, MEL,
     N_TOKEN_ARGS,
     NORMALIZER = N_TOKEN_ARGS, ROUTER_COUNT, ROUTER_ROWS, TRAINING, ENTROPY, CHECKPOINT,
-    FEATURES, EXTRA, SOUNDS, OWN_LOSS, TAPS, VISION_TAPS, N_FORWARD_ARGS
+    FEATURES, EXTRA, SOUNDS, OWN_LOSS, TAPS, VISION_TAPS, SEQUENCE, N_FORWARD_ARGS
 };
 
 int ovlm_arg_images(const model_object *self, PyObject *grid_thw, PyObject *pixels,
@@ -84,7 +84,9 @@ int ovlm_arg_sounds(const model_object *self, PyObject *lengths, PyObject *mel,
     return 0;
 }
 
-static int read_tokens(const model_object *self, PyObject *const *args, ovlm_model_inputs *in)
+/* shard: labels and weights have one entry more. */
+static int read_tokens(const model_object *self, PyObject *const *args, bool shard,
+                       ovlm_model_inputs *in)
 {
     const void *ids = NULL, *start = NULL, *position = NULL, *feature = NULL, *label = NULL;
     const void *weight = NULL;
@@ -94,8 +96,9 @@ static int read_tokens(const model_object *self, PyObject *const *args, ovlm_mod
         ovlm_arg_exact(args[POSITION], "position_ids", NPY_FLOAT32, 3 * T, false, &position,
                        NULL) < 0 ||
         ovlm_arg_exact(args[FEATURE_ROW], "feature_row", NPY_INT32, T, true, &feature, NULL) < 0 ||
-        ovlm_arg_exact(args[LABELS], "labels", NPY_INT32, T, true, &label, NULL) < 0 ||
-        ovlm_arg_exact(args[WEIGHTS], "weights", NPY_FLOAT32, T, true, &weight, NULL) < 0) {
+        ovlm_arg_exact(args[LABELS], "labels", NPY_INT32, T + shard, true, &label, NULL) < 0 ||
+        ovlm_arg_exact(args[WEIGHTS], "weights", NPY_FLOAT32, T + shard, true, &weight, NULL) <
+            0) {
         return -1;
     }
     if (starts < 1 || T > INT32_MAX) {
@@ -182,7 +185,7 @@ static int read_options(PyObject *const *args, ovlm_pass_options *options)
 
 /* forward(ids, cu_seqlens, position, feature_row, labels, weights, grid, pixels, mel_lengths, mel,
  *         normalizer or -1, router_count, router_rows, training, entropy, checkpoint, features,
- *         extra, sounds, own loss, taps, vision taps) */
+ *         extra, sounds, own loss, taps, vision taps, sequence group or None) */
 PyObject *ovlm_py_model_forward(PyObject *object, PyTypeObject *type, PyObject *const *args,
                                 Py_ssize_t nargs, PyObject *kwnames)
 {
@@ -191,26 +194,35 @@ PyObject *ovlm_py_model_forward(PyObject *object, PyTypeObject *type, PyObject *
     ovlm_model_inputs in = {0};
     ovlm_pass_options options = {.poll = ovlm_poll_signals};
     const void *count = NULL;
-    if (ovlm_arg_count("forward", nargs, N_FORWARD_ARGS) < 0 || read_tokens(self, args, &in) < 0 ||
+    sequence_group_object *group = NULL;
+    PyObject *module = PyType_GetModule(type);
+    if (module == NULL || ovlm_arg_count("forward", nargs, N_FORWARD_ARGS) < 0 ||
+        ovlm_arg_sequence_group(module, args[SEQUENCE], &group) < 0 ||
+        read_tokens(self, args, group != NULL, &in) < 0 ||
         ovlm_arg_double(args[NORMALIZER], "normalizer", &in.normalizer) < 0 ||
         ovlm_arg_exact(args[ROUTER_COUNT], "router_counts", NPY_INT64,
                        ovlm_model_params(self->model)->config.decoder.experts, true, &count,
                        NULL) < 0 ||
         ovlm_arg_double(args[ROUTER_ROWS], "router_rows", &in.router_rows) < 0 ||
         read_features(self, args, &in) < 0 || read_options(args, &options) < 0 ||
-        ovlm_model_enter(self) < 0) {
+        ovlm_model_enter_with(self, group) < 0) {
         return NULL;
     }
     in.router_count = count;
+    in.sequence = group != NULL ? &group->group.table : NULL;
     ovlm_err err = {0};
     ovlm_status status = OVLM_OK;
     Py_BEGIN_ALLOW_THREADS
     status = ovlm_model_forward(self->model, &in, &options, &err);
     Py_END_ALLOW_THREADS
+    ovlm_sequence_group_leave(group);
+    Py_XSETREF(self->sequence, Py_XNewRef((PyObject *)group));
+    if (status != OVLM_OK) {
+        ovlm_model_forget(self->model); /* the group of the forward before is gone */
+    }
     return ovlm_model_leave(self, type, status, &err);
 }
 
-/* Two arrays of T float32 zeros, each only where asked for. */
 static PyObject *new_rows(npy_intp n)
 {
     return PyArray_ZEROS(1, &n, NPY_FLOAT32, 0);
@@ -227,12 +239,12 @@ PyObject *ovlm_py_model_output(PyObject *object, PyTypeObject *type, PyObject *c
         (want[1] = PyObject_IsTrue(args[1])) < 0) {
         return NULL;
     }
-    const int64_t T = ovlm_model_token_count(self->model);
+    const int64_t n = ovlm_model_label_count(self->model);
     PyObject *rows[2] = {Py_NewRef(Py_None), Py_NewRef(Py_None)}, *answer = NULL;
     float *data[2] = {NULL, NULL};
     for (int i = 0; i < 2; i++) {
         if (want[i]) {
-            Py_SETREF(rows[i], new_rows((npy_intp)T));
+            Py_SETREF(rows[i], new_rows((npy_intp)n));
             if (rows[i] == NULL) {
                 goto done;
             }
@@ -396,7 +408,8 @@ PyObject *ovlm_py_model_extend(PyObject *object, PyTypeObject *type, PyObject *c
     model_object *self = (model_object *)object;
     ovlm_model_inputs in = {0};
     const ovlm_pass_options options = {.poll = ovlm_poll_signals};
-    if (ovlm_arg_count("extend", nargs, N_TOKEN_ARGS) < 0 || read_tokens(self, args, &in) < 0) {
+    if (ovlm_arg_count("extend", nargs, N_TOKEN_ARGS) < 0 ||
+        read_tokens(self, args, false, &in) < 0) {
         return NULL;
     }
     in.label = NULL;

@@ -1,6 +1,6 @@
 /* py_model_phase.c - orchvlm._core.Model: the phases one by one, what lies between them, and the
  * backwards. */
-#include "py_model.h"
+#include "py_sequence_group.h"
 
 static PyObject *new_rows(const model_object *self, int64_t rows, int64_t cols)
 {
@@ -248,10 +248,11 @@ PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject 
     const void *dlogp = NULL, *dentropy = NULL;
     ovlm_model_slopes slopes = {0};
     const int64_t T = ovlm_model_token_count(self->model);
+    const int64_t labels = ovlm_model_label_count(self->model);
     const int64_t width = ovlm_model_params(self->model)->config.decoder.width;
     if (ovlm_arg_count("backward", nargs, 5) < 0 ||
-        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, T, true, &dlogp, NULL) < 0 ||
-        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, T, true, &dentropy, NULL) < 0 ||
+        ovlm_arg_exact(args[0], "dlogprobs", NPY_FLOAT32, labels, true, &dlogp, NULL) < 0 ||
+        ovlm_arg_exact(args[1], "dentropy", NPY_FLOAT32, labels, true, &dentropy, NULL) < 0 ||
         ovlm_arg_exact(args[2], "dhidden", self->exact, T * width, true, &slopes.dhidden, NULL) <
             0 ||
         read_logit_slopes(self, args + 3, &slopes) < 0) {
@@ -261,7 +262,8 @@ PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject 
     slopes.dentropy = dentropy;
     ovlm_feature_slopes dfeatures = {0};
     PyObject *answer = new_slopes(self, &dfeatures);
-    if (answer == NULL || ovlm_model_enter(self) < 0) {
+    sequence_group_object *group = (sequence_group_object *)self->sequence;
+    if (answer == NULL || ovlm_model_enter_with(self, group) < 0) {
         Py_XDECREF(answer);
         return NULL;
     }
@@ -271,6 +273,7 @@ PyObject *ovlm_py_model_backward(PyObject *object, PyTypeObject *type, PyObject 
     Py_BEGIN_ALLOW_THREADS
     status = ovlm_model_backward(self->model, &slopes, &dfeatures, &options, &err);
     Py_END_ALLOW_THREADS
+    ovlm_sequence_group_leave(group);
     return leave_with(self, type, status, &err, answer);
 }
 

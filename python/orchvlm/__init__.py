@@ -27,6 +27,8 @@ _HOME = {
     "Comm": "comm", "Orchestrator": "orchestrator", "Shard": "sharding",
     "Inputs": "inputs", "data": "data", "losses": "losses",
     "compat": "compat", "demo": "demo", "comm": "comm",
+    "sequence_parallel": "sequence_parallel", "SequenceExecutor": "sequence_executor",
+    "sequence_executor": "sequence_executor",
 }
 __all__ = sorted(_HOME)
 

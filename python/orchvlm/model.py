@@ -9,6 +9,7 @@ from .batch import integers
 from .flops import flops_of
 from .inputs import floats
 from .phases import Phases, checkpoint_number, rows32
+from .sequence_parallel import TokenShard
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,12 @@ class Model(Phases):
 
         Parameters
         ----------
-        inputs : Inputs
+        inputs : Inputs or TokenShard
+            A shard: this rank's part of the tokens of a group of ranks, all of which call it; the
+            loss is that of the labels which the part predicts, and those of all ranks add up.
         normalizer : float, optional
             What the sum is divided by: the weight sum of the global batch.  By default this
-            call's own.
+            call's own, which a shard does not have.
         router_counts : (int64[E], float), optional
             Routed slots of the whole global batch and the rows (layers x tokens) they were
             counted over, for a balance loss that does not depend on how the batch was cut;
@@ -184,7 +187,7 @@ class Model(Phases):
 
         Parameters
         ----------
-        inputs : Inputs
+        inputs : Inputs or TokenShard
             Labels are not used.
         features, extra, sounds : float32[rows, C], optional
             As in :meth:`forward`.
@@ -314,7 +317,7 @@ class Model(Phases):
 
         Parameters
         ----------
-        inputs : Inputs
+        inputs : Inputs or TokenShard
         entropy : bool
         training : bool
             As in :meth:`forward`.
@@ -323,11 +326,13 @@ class Model(Phases):
         Returns
         -------
         logp : float32[T]
-            0 where the label is -100 or the first of a sample.
+            0 where the label is -100 or the first of a sample.  Of a shard float32[T + 1], as its
+            labels are: the last is of the token behind it, the first is 0.
         entropy : float32[T] or None
             In nats, of the prediction of the token; 0 where ``logp`` is 0 for want of a label.
         """
-        self._run(inputs, training=training, checkpoint=checkpoint, entropy=entropy)
+        self._run(inputs, normalizer=1.0 if isinstance(inputs, TokenShard) else None,
+                  training=training, checkpoint=checkpoint, entropy=entropy)
         return self._core.output(True, entropy)[4:]
 
     def logits(self, rows):

@@ -5,6 +5,7 @@ import numpy as np
 from ._numbers import finite_number
 from .batch import integers
 from .inputs import Inputs, floats
+from .sequence_parallel import TokenShard
 from .sounds import sound_tokens
 from .weights import Weights
 
@@ -74,6 +75,8 @@ class Phases(Weights):
     def _arguments(self, inputs, features=None, sounds=None, encode=True):
         """The core's first arguments: tokens, and the images and sounds that it is to encode: those
         for which no features are given.  An array of none is still something to encode."""
+        if isinstance(inputs, TokenShard):
+            return self._shard_arguments(inputs, features, sounds)
         inputs = self._inputs(inputs)
         heard = inputs.mel is not None and self.config.audible
         if inputs.mel is not None and len(inputs.mel) and not heard:
@@ -95,6 +98,13 @@ class Phases(Weights):
         return [inputs.input_ids, inputs.cu_seqlens, inputs.position_ids,
                 self._places(inputs, images, voices), inputs.labels, inputs.weights,
                 grid, pixels, lengths, mel]
+
+    def _shard_arguments(self, shard, features, sounds):
+        """The same of a shard, whose images and sounds come as features."""
+        rows = [None if given is None else len(given) for given in (features, sounds)]
+        places = self._places(shard, ("features", rows[0]), ("sounds", rows[1]))
+        return [shard.input_ids, shard.cu_seqlens, shard.position_ids, places, shard.labels,
+                shard.weights, *[None] * 4]
 
     def _given(self, features, extra, sounds):
         """Features as the core takes them."""
@@ -121,11 +131,15 @@ class Phases(Weights):
         arguments = self._arguments(inputs, features, sounds, encode)
         if not labels:
             arguments[4] = arguments[5] = None
+        group = inputs.group._core if isinstance(inputs, TokenShard) else None
+        if group is not None and labels and normalizer is None:
+            raise ValueError("normalizer is missing: of a shard the weights alone are not the "
+                             "batch's")
         if len(taps[1]) and arguments[6] is None:
             raise ValueError("vision_taps: no images are encoded here")
         self._core.forward(*arguments, -1.0 if normalizer is None else normalizer, counts, rows,
                            training, entropy, checkpoint, features, extra, sounds, own_loss,
-                           *(entries if len(entries) else None for entries in taps))
+                           *(entries if len(entries) else None for entries in taps), group)
 
     def _router_counts(self, given):
         """(counts or None, rows) of the argument of forward."""

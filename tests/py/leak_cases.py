@@ -120,6 +120,21 @@ def transfers():
     comm.close()
 
 
+def shared_tokens():
+    made, inputs, (features, extra) = model()
+    comm = orchvlm.comm.Comm(_core.comm_self())
+    group = orchvlm.sequence_parallel.SequenceGroup(comm)
+    part = group.shard(inputs)
+    made.forward(part, 1.0, features=features, extra=extra)
+    must_fail(made.forward, part, features=features, extra=extra)
+    must_fail(made._core.forward, *[None] * 22, comm._core)
+    must_fail(_core.SequenceGroup, made._core)
+    made.backward()
+    comm.close()
+    must_fail(made.forward, part, 1.0, features=features, extra=extra)
+    must_fail(_core.SequenceGroup, comm._core)
+
+
 def communicate(group):
     with group.dup() as twin, group.split(group.rank) as alone:
         twin.all_gather(np.arange(3))
@@ -159,7 +174,7 @@ class Broken:
 MADE = []
 CASES = {
     "comm": lambda: orchvlm.comm.run_threads(2, communicate),
-    "comm_errors": comm_errors, "transfers": transfers,
+    "comm_errors": comm_errors, "transfers": transfers, "shared_tokens": shared_tokens,
     "phases": phases, "phase_errors": phase_errors, "exports": exports,
     "simulate": lambda: _core.simulate(*ENGINE),
     "simulate_errors": lambda: (must_fail(_core.simulate, *ENGINE[:5], -1),

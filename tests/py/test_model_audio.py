@@ -182,7 +182,7 @@ def test_junk_at_the_c_boundary(lengths, mel):
     arguments[9] = None if mel is None else np.zeros((mel, bins), np.float32)
     with pytest.raises((ValueError, TypeError)):
         model._core.forward(*arguments, -1.0, None, 0.0, True, False, 0, *[None] * 3, True, None,
-                            None)
+                            None, None)
     model.forward(heard(model, rng, [9]))  # it still works
 
 

@@ -1,0 +1,309 @@
+"""Sequence parallelism: groups of ranks that share the tokens of long sequences.
+
+A group of d ranks packs its sequences end to end and cuts the tokens into d nearly equal shards.
+Everything in the decoder but attention works on single tokens, and runs on the shard; around
+attention an exchange turns shards of tokens into shards of heads (Ulysses).
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import _core
+from ._numbers import whole_number
+from .inputs import IGNORED, Inputs
+
+__all__ = ["SequenceGroups", "SequenceGroup", "TokenShard"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenShard:
+    """One rank's part of the packed tokens of a group; :meth:`SequenceGroup.shard` cuts it.
+
+    In place of :class:`Inputs`, :meth:`Model.forward`, :meth:`Model.route`, :meth:`Model.decode`
+    and :meth:`Model.logprobs` take it; all ranks of the group call them, with the same checkpoint,
+    and so :meth:`Model.backward`.  Images and sounds come as features, one row for each of their
+    tokens in this shard; where one rank gives features all do, if need be of no rows.  The routers'
+    balance loss of a model with experts goes by the counts of the global batch where
+    :meth:`Model.forward` is given them, else by this shard's.
+
+    Parameters
+    ----------
+    group : SequenceGroup
+    input_ids : int32[T]
+        The shard's tokens: of n in the group, rank r of d has r n / d to (r + 1) n / d - 1, both
+        rounded down.
+    cu_seqlens : int32[B + 1]
+        Of the whole group: sequence b has its tokens ``cu_seqlens[b]`` to
+        ``cu_seqlens[b + 1] - 1``.
+    position_ids : float32[3, T]
+        Of the shard's tokens.
+    labels : int32[T + 1]
+        Of the shard's tokens, and of the one behind, which the shard predicts; -100 where there is
+        none.  The first is predicted by the shard before.
+    weights : float32[T + 1], optional
+        Of these labels.
+    """
+
+    group: "SequenceGroup"
+    input_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray = None
+
+    @property
+    def n_tokens(self):
+        """int : tokens of this shard."""
+        return len(self.input_ids)
+
+    def __repr__(self):
+        return f"<TokenShard: {self.n_tokens} of {self.cu_seqlens[-1]} tokens, {self.group!r}>"
+
+
+class SequenceGroup:
+    """Ranks that share the tokens of their sequences; :class:`SequenceGroups` makes them.
+
+    Parameters
+    ----------
+    comm : Comm
+        Of the group's ranks alone.
+
+    Attributes
+    ----------
+    comm : Comm
+    rank, degree : int
+        This rank's place in the group, and how many there are.
+    """
+
+    def __init__(self, comm):
+        from .comm import Comm
+        if not isinstance(comm, Comm):
+            raise TypeError(f"comm must be a Comm; got {type(comm).__name__}")
+        self.comm, self.rank, self.degree = comm, comm.rank, comm.size
+        self._core = _core.SequenceGroup(comm._core)
+
+    def __repr__(self):
+        return f"<rank {self.rank} of a group of {self.degree}>"
+
+    def cut(self, n):
+        """Where the shards begin.
+
+        Parameters
+        ----------
+        n : int
+            Tokens of the group.
+
+        Returns
+        -------
+        list of int
+            degree + 1 places: rank r has the tokens from the r-th on, up to the next place.
+        """
+        n = whole_number(n, "n", 0)
+        return [n * r // self.degree for r in range(self.degree + 1)]
+
+    def shard(self, inputs):
+        """This rank's part of packed sequences.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            The sequences of the group, in their order; the same on its ranks.  Pixels and log-mel
+            frames stay behind: features stand for them.
+
+        Returns
+        -------
+        TokenShard
+
+        Raises
+        ------
+        TypeError
+            No inputs.
+        """
+        if not isinstance(inputs, Inputs):
+            raise TypeError(f"inputs must be orchvlm.Inputs; got {type(inputs).__name__}")
+        first, end = self.cut(inputs.n_tokens)[self.rank:self.rank + 2]
+        weights = inputs.weights
+        if weights is not None:
+            weights = _with_next(weights, first, end, np.float32(0))
+        return TokenShard(
+            self, np.ascontiguousarray(inputs.input_ids[first:end]), inputs.cu_seqlens,
+            np.ascontiguousarray(inputs.position_ids[:, first:end]),
+            _with_next(inputs.labels, first, end, np.int32(IGNORED)), weights)
+
+    def feature_rows(self, inputs, tokens):
+        """Which features of the group's images, or sounds, stand in this rank's shard.
+
+        Parameters
+        ----------
+        inputs : Inputs
+            As in :meth:`shard`.
+        tokens : sequence of int
+            Ids in whose place features stand: ``config.visual_tokens`` or ``config.sound_tokens``.
+
+        Returns
+        -------
+        slice
+            Of the rows of all features of the inputs.
+        """
+        first, end = self.cut(inputs.n_tokens)[self.rank:self.rank + 2]
+        spots = np.isin(inputs.input_ids, tokens)
+        before = int(spots[:first].sum())
+        return slice(before, before + int(spots[first:end].sum()))
+
+    def counts(self):
+        """What this rank has exchanged with the group since it was made.
+
+        Returns
+        -------
+        dict
+            ``exchanges``, ``sent_bytes`` (to other ranks) and ``waited_s`` (seconds in exchanges,
+            waiting for slower ranks included).
+        """
+        return dict(zip(("exchanges", "sent_bytes", "waited_s"), self._core.counts()))
+
+
+class SequenceGroups:
+    """The groups of a job, made when a plan first needs them, and kept.
+
+    Parameters
+    ----------
+    comm : Comm
+        All ranks of the job.
+
+    Raises
+    ------
+    TypeError
+        No communicator.
+
+    References
+    ----------
+    Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509.  FlexSP, arXiv 2412.01523, section 5:
+    groups that change from micro-batch to micro-batch.
+
+    Examples
+    --------
+    Two of three ranks share a sequence, the third has one by itself; the loss of all is that of one
+    rank with both:
+
+    >>> import orchvlm
+    >>> texts = [list(b"a long text"), list(b"short")]
+    >>> pack = [orchvlm.Inputs(input_ids=ids, labels=ids) for ids in texts]
+    >>> def work(comm):
+    ...     model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
+    ...     groups = orchvlm.sequence_parallel.SequenceGroups(comm)
+    ...     blocks = [(0, 2), (2, 1)]  # first rank and degree
+    ...     groups.open(blocks)
+    ...     group, mine = (groups[0, 2], pack[0]) if comm.rank < 2 else (groups[2, 1], pack[1])
+    ...     part = group.shard(mine)
+    ...     loss = model.forward(part, normalizer=14).loss
+    ...     model.backward()
+    ...     return part.n_tokens, loss
+    >>> ranks = orchvlm.comm.run_threads(3, work)
+    >>> [tokens for tokens, _ in ranks]
+    [5, 6, 5]
+    >>> model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0)
+    >>> whole = model.forward(orchvlm.Inputs.concatenate(pack), normalizer=14).loss
+    >>> abs(sum(loss for _, loss in ranks) - whole) < 1e-5
+    True
+    """
+
+    def __init__(self, comm):
+        from .comm import Comm
+        if not isinstance(comm, Comm):
+            raise TypeError(f"comm must be a Comm; got {type(comm).__name__}")
+        self.comm = comm
+        self._groups = {}  # (first rank, degree) -> SequenceGroup, None where others are in it
+
+    def __len__(self):
+        return len(self._groups)
+
+    def __repr__(self):
+        return f"<SequenceGroups: {len(self)} on {self.comm!r}>"
+
+    def open(self, blocks):
+        """Makes the groups that are not there yet; all ranks call it with the same blocks.
+
+        Parameters
+        ----------
+        blocks : iterable of (int, int)
+            First rank and degree of each, as :attr:`SequencePlan.communicators` says.
+
+        Returns
+        -------
+        int
+            How many were made.
+
+        Raises
+        ------
+        ValueError
+            Ranks that do not exist.
+        CommError
+            Ranks that disagree, or one that failed.
+
+        Notes
+        -----
+        Groups that share no rank are made in one call of the communicator.
+        """
+        missing = []
+        for first, degree in sorted({(int(f), int(d)) for f, d in blocks}):
+            if degree < 1 or first < 0 or first + degree > self.comm.size:
+                raise ValueError(f"a group of {degree} from rank {first} on is not among the "
+                                 f"{self.comm.size} ranks")
+            if (first, degree) not in self._groups:
+                missing.append((first, degree))
+        made = len(missing)
+        while missing:
+            apart, later, end = [], [], 0
+            for first, degree in missing:
+                if first >= end:
+                    apart.append((first, degree))
+                    end = first + degree
+                else:
+                    later.append((first, degree))
+            self._split(apart)
+            missing = later
+        return made
+
+    def _split(self, apart):
+        """Makes groups without a common rank."""
+        rank = self.comm.rank
+        own = [i for i, (first, degree) in enumerate(apart) if first <= rank < first + degree]
+        part = self.comm.split(own[0] if own else None, rank)
+        for i, block in enumerate(apart):
+            self._groups[block] = SequenceGroup(part) if own == [i] else None
+
+    def __getitem__(self, block):
+        if block not in self._groups:
+            raise KeyError(f"the group {block} was not opened; there are {sorted(self._groups)}")
+        group = self._groups[block]
+        if group is None:
+            raise ValueError(f"rank {self.comm.rank} is not in the group of {block[1]} from rank "
+                             f"{block[0]} on")
+        return group
+
+    def counts(self):
+        """What this rank has exchanged in all groups.
+
+        Returns
+        -------
+        dict
+            As :meth:`SequenceGroup.counts`.
+        """
+        total = {"exchanges": 0, "sent_bytes": 0, "waited_s": 0.0}
+        for group in self._groups.values():
+            for name, value in (group.counts() if group is not None else {}).items():
+                total[name] += value
+        return total
+
+    def close(self):
+        """Frees the groups' communicators; waits for nobody."""
+        for group in self._groups.values():
+            if group is not None:
+                group.comm.close()
+        self._groups = {}
+
+
+def _with_next(column, first, end, none):
+    """Entries first to end, the last of which may lie behind the column."""
+    part = column[first:end + 1]
+    return np.append(part, none) if end == len(column) else np.ascontiguousarray(part)

@@ -1,6 +1,7 @@
 """One global batch over ranks: every phase evenly, and a gradient that does not depend on how."""
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -12,14 +13,13 @@ from .model import Model
 from .model_cost import from_model
 from .passes import Ran
 from .rounds import Rounds, evenness, fewest, mean
-from .routes import Route
+from .refit import Refit
 from .sharding import Shard
-from .shares import MEDIA, gathered, gathered_batch, label_weights, medium, unpacked
+from .shares import MEDIA, gathered, gathered_batch, medium, micro_batches, unpacked
 from .step import plan_step
 
 _WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
 _MOST_REFUSED = 100  # global batches in a row of which nothing is left
-_COLUMNS = 6    # of a token that travels: id, label, weight, three positions
 
 
 @dataclass
@@ -85,9 +85,15 @@ class Orchestrator:
         That a rank's model holds at most, from which the rounds of a step follow.
     checkpoint : {"none", "selective", "full"}
         With which :meth:`run` will be called; memory is foretold for it.
+    refit : int
+        After so many steps, each time, :attr:`costs` are fitted to what the phases took
+        (:class:`orchvlm.refit.Refit`), and :meth:`metrics` says with which error; 0: never.  Plans
+        then follow the machine, and a run does not repeat itself to the bit.
 
     Attributes
     ----------
+    costs : dict of str to BatchCost
+        That plans are made with.
     shard : Shard
         The model's, or a new one that keeps all of it on every rank.
 
@@ -136,7 +142,7 @@ class Orchestrator:
     """
 
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
-                 max_frames=None, micro_batches=1, memory_bytes=None, checkpoint="none"):
+                 max_frames=None, micro_batches=1, memory_bytes=None, checkpoint="none", refit=0):
         for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
@@ -158,6 +164,9 @@ class Orchestrator:
         self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or one_node(comm.size)
         self.costs = costs or counted_costs(model.config, self.cluster)
+        self._refit_every = _count("Orchestrator", "refit", refit, least=0)
+        self._refit = Refit(self.costs) if self._refit_every else None
+        self._made, self._coming = 0, [(0, self.costs)]  # batches begun; costs from one of them on
         memory_bytes = _limit(memory_bytes, "memory_bytes")
         self._rounds = None if memory_bytes is None else Rounds.of_model(
             model, memory_bytes, checkpoint)
@@ -185,12 +194,14 @@ class Orchestrator:
         ValueError
             As of :meth:`prepare`; a hundred batches in a row have nothing but broken pictures.
         """
-        refused = getattr(loader, "refused", None)
+        refused, number = getattr(loader, "refused", None), self._made
+        self._made += 1
         for _ in range(_MOST_REFUSED):
             prepared = self.prepare(
                 Inputs.concatenate([next(loader) for _ in range(self._micro_batches)]),
                 beside=True, refused=refused)
             if prepared is not None:
+                prepared.ran.number = number
                 return prepared
         raise ValueError(f"in {_MOST_REFUSED} global batches in a row no picture can be decoded")
 
@@ -222,7 +233,7 @@ class Orchestrator:
         media = {name: medium(self.model.config, inputs, name) for name in self.media}
         batch, sizes, normalizer = gathered_batch(self.model.config, inputs, media, ways.comm)
         known = time.perf_counter()
-        rounds = self.rounds(batch, sizes, media)
+        rounds = self.rounds(batch, sizes, media, beside)
         planned = time.perf_counter()
         broken = {}  # samples, and why
         ready = [self._ready(one, batch, inputs, media, ways, broken) for one in rounds]
@@ -248,7 +259,7 @@ class Orchestrator:
         return None if len(lost) == len(batch) else self.prepare(
             inputs[np.flatnonzero(~np.isin(ours, lost))], beside, refused)
 
-    def rounds(self, batch, sizes, media):
+    def rounds(self, batch, sizes, media, beside=False):
         """The rounds of a global batch; every rank makes the same ones.
 
         Parameters
@@ -258,16 +269,22 @@ class Orchestrator:
             Of all its items.
         media : dict of str to Medium
             This rank's.
+        beside : bool
+            As in :meth:`prepare`.
 
         Returns
         -------
         list of Round
         """
         limited = [name for name in self.media if name in self._limits]
+        # Of steps to come the same costs on every rank, whenever its thread gets there.
+        costs = self.costs if not beside else next(
+            costs for first, costs in reversed(self._coming) if first < self._made)
+        plan = partial(self.plan, costs=costs)
         if self._rounds is None:
-            return fewest(batch, sizes, self.plan, limited)
+            return fewest(batch, sizes, plan, limited)
         dtype = media["vision"].rows.dtype if "vision" in media else np.float32
-        return self._rounds.of(batch, sizes, dtype, self.plan, limited)
+        return self._rounds.of(batch, sizes, dtype, plan, limited)
 
     def _ready(self, round, batch, inputs, media, ways, broken):
         """A PreparedRound: this rank's samples of it go where the plan says, others' come; adds
@@ -281,21 +298,23 @@ class Orchestrator:
                      for name, one in media.items()}
         items = {name: self._raw(round, name, media[name], ways, broken)
                  for name, sizes in round.sizes.items() if len(sizes)}
-        return PreparedRound(round.plan, _micro_batches(inputs, round.batch, round.plan.llm, ways),
+        return PreparedRound(round.plan, micro_batches(inputs, round.batch, round.plan.llm, ways),
                              items)
 
-    def plan(self, batch):
+    def plan(self, batch, costs=None):
         """The plan of a global batch; every rank makes the same one.
 
         Parameters
         ----------
         batch : Batch
+        costs : dict of str to BatchCost, optional
+            By default :attr:`costs`.
 
         Returns
         -------
         StepPlan
         """
-        return planned(batch, self.cluster, self.costs, self._limits)
+        return planned(batch, self.cluster, costs or self.costs, self._limits)
 
     def _raw(self, round, name, held, ways, broken):
         """(rows, sizes) of the items that this rank encodes."""
@@ -485,7 +504,10 @@ class Orchestrator:
             ``_measured``: the same of what the ranks
             computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
             ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
-            possible; ``predicted_seconds``: its time.  ``exposed_comm_ms``: communication since
+            possible; ``predicted_seconds``: its time.  Of a
+            step that refits, by phase ``_cost_error`` and ``_cost_error_before``: how far what the
+            new costs, and those before, say is from what was measured (the median, a share of 1).
+            ``exposed_comm_ms``: communication since
             :meth:`run` began that no computing hid.
 
         Notes
@@ -505,11 +527,25 @@ class Orchestrator:
             if "->" not in name:
                 row[f"{name}_sampled"], row[f"{name}_planned"] = evenness(plans, name)
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
+            if self._refit is not None and name in self.costs:
+                self._refit.note(plans, name, work)
         self._gather_events(ran, names)
+        if self._refit is not None and (ran.number + 1) % self._refit_every == 0:
+            row |= self._refitted(ran.number)
         return {**row, "exposed_comm_ms": 1e3 * self._exposed_s(ran),
                 "plan_ms": 1e3 * ran.prepared_seconds["plan"],
                 "plan_gap": mean([plan.gap for plan in plans], [plan.bound for plan in plans]),
                 "predicted_seconds": sum(plan.time for plan in plans)}
+
+    def _refitted(self, number):
+        """Fits the costs behind step ``number``; the errors, for the line of metrics."""
+        row = {}
+        for name, errors in self._refit.fit().items():
+            row[f"{name}_cost_error_before"], row[f"{name}_cost_error"] = errors
+        self.costs = dict(self._refit.costs)
+        # The next batch may be under way on some ranks; the one behind it is on none.
+        self._coming.append((number + 2, self.costs))
+        return row
 
     def _exposed_s(self, ran):
         """Seconds of the step's communication that nothing hid; see :meth:`metrics`."""
@@ -554,39 +590,3 @@ def planned(batch, cluster, costs, limits):
     memory = {name: (cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
               for name, most in limits.items()}
     return plan_step(batch, cluster, costs, memory=memory, work_limit=_WORK, time_limit=None)
-
-
-def _micro_batches(inputs, batch, share, ways):
-    """This rank's samples of the language phase, in micro-batches."""
-    lengths = batch.language_lengths
-    order = np.lexsort((np.arange(len(batch)), share.micro_batch, share.rank))
-    order = order[lengths[order] > 0]
-    held = np.flatnonzero(lengths > 0)  # samples are in the order of their sources
-    send_row = np.zeros(len(batch), np.int64)
-    send_row[held] = _first_rows(lengths[held], batch.source_rank[held])
-    route = Route(order, np.zeros(len(order), np.int64), lengths[order],
-                  batch.source_rank[order], share.rank[order], send_row[order],
-                  _first_rows(lengths[order], share.rank[order]), ways.comm.size)
-    table = np.empty((inputs.n_tokens, _COLUMNS), np.int32)
-    table[:, 0], table[:, 1] = inputs.input_ids, inputs.labels
-    table[:, 2] = label_weights(inputs).view(np.int32)
-    table[:, 3:] = inputs.position_ids.T.view(np.int32)
-    arrived = ways.prepare(route).apply(table)
-    mine = order[share.rank[order] == ways.comm.rank]
-    packs, first = [], 0
-    for m in range(share.micro_batches):
-        ends = np.cumsum([0, *lengths[mine[share.micro_batch[mine] == m]]])
-        rows = arrived[first:first + ends[-1]]
-        first += ends[-1]
-        packs.append(Inputs(
-            input_ids=rows[:, 0], cu_seqlens=ends, labels=rows[:, 1],
-            weights=np.ascontiguousarray(rows[:, 2]).view(np.float32),
-            position_ids=np.ascontiguousarray(rows[:, 3:].T).view(np.float32)))
-    return packs
-
-
-def _first_rows(lengths, ranks):
-    """First row of each piece on its rank, where pieces are in the order of their ranks."""
-    first = np.cumsum(lengths) - lengths
-    new = np.flatnonzero(np.diff(ranks, prepend=-1))
-    return first - np.repeat(first[new], np.diff(np.append(new, len(ranks))))

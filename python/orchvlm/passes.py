@@ -26,6 +26,8 @@ class Ran:
         The same one after the other: name, start and end.
     plans : list of StepPlan
         With several ranks: of the step's rounds.
+    number : int
+        Of the batch among those that were made beside steps; -1 for others.
     prepared_seconds : dict of str to float
         What gathering lengths, planning and moving data took, beside the step before.
     """
@@ -36,7 +38,7 @@ class Ran:
         self.patches = sum(pack.n_patches for pack in packs)
         self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
-        self.plans, self.prepared_seconds = [], {}
+        self.plans, self.prepared_seconds, self.number = [], {}, -1
 
     @contextmanager
     def timed(self, name):
@@ -138,4 +140,4 @@ def passes_of(model, config, comm):
         memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches,
-                        memory_bytes=memory, checkpoint=config.checkpoint)
+                        memory_bytes=memory, checkpoint=config.checkpoint, refit=config.rank_refit)

@@ -260,6 +260,8 @@ KEYS = (
            "taken in several rounds", "no limit", "", "rank_patches"),
     _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "
            "in as many rounds as that needs", "no limit", "", "rank_memory_bytes"),
+    _field("ranks.refit", _COUNT, "steps from one fit of the plan's costs to what phases took to "
+           "the next; 0: never", "", "", "rank_refit"),
     Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",
         "--samples"),
     Key("evaluation.every", _COUNT, "steps from one look at them to the next; 0: at the end only",

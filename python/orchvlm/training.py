@@ -61,6 +61,8 @@ class TrainingConfig:
     rank_memory_bytes : int, optional
         With several ranks: bytes that the model of a rank holds at most, moving average included;
         the samples of a step are taken in as many rounds as that needs (:class:`Orchestrator`).
+    rank_refit : int
+        With several ranks: ``refit`` of :class:`Orchestrator`.
     shard : {"ddp", "zero1", "fsdp", "hybrid"} or dict
         With several ranks: who keeps what, as ``mode`` of :class:`Shard`.
     node_size : int, optional
@@ -114,6 +116,7 @@ class TrainingConfig:
     rank_tokens: int = None
     rank_patches: int = None
     rank_memory_bytes: int = None
+    rank_refit: int = 0
     shard: object = "ddp"
     node_size: int = None
     checkpoint: str = "none"
@@ -126,7 +129,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("micro_batches", 1), ("warmup", 0), ("save_every", 0),
-                            ("keep", 0), ("most_skipped", 1)):
+                            ("keep", 0), ("most_skipped", 1), ("rank_refit", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
                     value < least:

@@ -36,7 +36,7 @@ class RandomPlans(Orchestrator):
 
     seed = 0
 
-    def plan(self, batch):
+    def plan(self, batch, costs=None):
         rng = np.random.default_rng(self.seed)
         decisions = []
         for n in (*(len(items) for items in batch.phases.values()), len(batch)):

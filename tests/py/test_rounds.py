@@ -22,7 +22,7 @@ SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 class Random(RandomPlans):
     """In as many rounds as the seed says, under a plan of its own for each."""
 
-    def rounds(self, batch, sizes, media):
+    def rounds(self, batch, sizes, media, beside=False):
         rng = np.random.default_rng(self.seed)
         n, place = int(rng.integers(1, 1 + max(1, len(batch)))), rng.permutation(len(batch))
         parts = [np.sort(part) for part in np.array_split(place, n)]
@@ -191,7 +191,7 @@ class Limited(Orchestrator):
         self.most = 12
         super().__init__(model, comm, max_patches=self.most, max_frames=self.most)
 
-    def rounds(self, batch, sizes, media):
+    def rounds(self, batch, sizes, media, beside=False):
         rounds = super().rounds(batch, sizes, media)
         for one in rounds:
             for name, items in one.batch.phases.items():

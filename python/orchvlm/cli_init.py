@@ -32,7 +32,7 @@ def add_init_command(commands, raw):
                                                   "preset needs")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--data", nargs="+", default=[], metavar="PATH",
-                       help=".jsonl, .tar or .zip files, or folders of them, whose texts a "
+                       help=".jsonl, .json, .tar or .zip files, or folders of them, whose texts a "
                             "tokenizer is learned from; none: the built-in one")
     group.add_argument("--kinds", type=lambda text: text.split(","), metavar="A,B",
                        help="of packs in a .zip")

@@ -12,9 +12,10 @@ _TRAIN_EXAMPLES = """examples:
   orchvlm train --preset tiny-omni --data speech.zip --kinds digits
   orchvlm train --preset tiny --data signs.zip --kinds emoji --max-pixels 3136 --minutes 30
 
-Data are .jsonl files with messages, .tar shards, .zip packs with a records.jsonl, or folders of
-these; without --data, pictures with questions are drawn as they are needed.  Files are mixed by
-their lengths; packs with a split are trained on "train" and evaluated on the other.
+Data are .jsonl and .json files with messages, .tar shards, .zip packs with a records.jsonl, or
+folders of these (but .json); without --data, pictures with questions are drawn as they are needed.
+Files are mixed by their lengths; packs with a split are trained on "train" and evaluated on the
+other.
 """
 _GENERATE_EXAMPLES = """examples:
   orchvlm generate run-tiny --image shapes.png "How many shapes?"

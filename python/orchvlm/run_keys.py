@@ -202,8 +202,8 @@ KEYS = (
     Key("lora.match", _TEXTS, "patterns of modules that get one",
         ["model.language_model.layers.*.self_attn.*_proj"]),
     Key("lora.rslora", _FLAG, "alpha / sqrt(r) instead", False),
-    Key("data.files", _TEXTS, ".jsonl, .tar or .zip files, or folders of them, mixed by their "
-        "lengths; none: pictures with questions are drawn", [], "", "--data"),
+    Key("data.files", _TEXTS, ".jsonl, .json, .tar or .zip files, or folders of them (but .json), "
+        "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
     Key("data.kinds", _TEXTS, "of drawn tasks: read, colour, shape, describe, count, point, box, "
         "chart, puzzle, screen; of packs in a .zip: captions, emoji, screens, nlvr, nlvr_captions, "
         "digits", None, toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .configs import ModelConfig
 from .inputs import Inputs
 from .model import Model
 from .phases import checkpoint_number
@@ -250,6 +251,8 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
 
     Raises
     ------
+    TypeError
+        No plan, no configuration.
     ValueError
         Another dtype or checkpoint.
 
@@ -267,7 +270,10 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
     >>> orchvlm.sequence_executor.exchange_bytes(plan, config).tolist()
     [614400, 614400]
     """
-    if dtype not in _SIZES:
+    for value, kind, name in ((plan, SequencePlan, "plan"), (config, ModelConfig, "config")):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+    if not isinstance(dtype, str) or dtype not in _SIZES:
         raise ValueError(f"dtype must be one of {', '.join(_SIZES)}; got {dtype!r}")
     forwards = 2 if checkpoint_number(checkpoint) == 2 else 1
     heads, kv_heads = (config.text[f"num_{kind}_heads"] for kind in ("attention", "key_value"))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from .cli import CommandError
 
-_SUFFIXES = (".jsonl", ".tar", ".zip")
+_IN_FOLDERS = (".jsonl", ".tar", ".zip")  # a folder's .json files may be about something else
+_SUFFIXES = (".jsonl", ".json", ".tar", ".zip")
 _NAMED = ("captions", "emoji")  # packs of pictures that have a name, wherever in them it is seen
 _HELD_SEED = 1  # of the embedded tasks; their splits share no drawing anyway
 
@@ -19,9 +20,9 @@ def _files(paths, kinds=None):
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix in _IN_FOLDERS)
             if not inside:
-                raise CommandError(f"{path}: no {', '.join(_SUFFIXES)} in this folder")
+                raise CommandError(f"{path}: no {', '.join(_IN_FOLDERS)} in this folder")
             found += inside
         elif not path.exists():
             raise CommandError(f"{path}: no such file or folder")
@@ -88,17 +89,22 @@ def training_source(said, seed):
     CommandError
         A path that holds no data, kinds of files that have none.
     """
-    from .data import JsonLines, Mixture, TarShards
+    from .data import Mixture, TarShards
     if not said["files"]:
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"], said["kinds"])
-    sets = [JsonLines(p) for p in files if p.suffix == ".jsonl"]
+    sets = [_chats(p) for p in files if p.suffix.startswith(".json")]
     sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
     return Mixture(sets, seed=seed)
+
+
+def _chats(path):
+    from .data import JsonArray, JsonLines
+    return (JsonLines if path.suffix == ".jsonl" else JsonArray)(path)
 
 
 def _varied(kind, pack, seed, said):
@@ -128,14 +134,15 @@ def texts(said):
     Raises
     ------
     CommandError, DataError
-        A path that holds no data, kinds of files that have none, a .jsonl or .zip that is broken.
+        A path that holds no data, kinds of files that have none, a .jsonl, .json or .zip that is
+        broken.
     """
-    from .data import JsonLines, TarShards
+    from .data import TarShards
     for path in _files(said["files"], said["kinds"]):
         if path.suffix == ".tar":
             yield from _said(iter(TarShards([path])))
             continue
-        for rows in ([JsonLines(path)] if path.suffix == ".jsonl" else
+        for rows in ([_chats(path)] if path.suffix.startswith(".json") else
                      [pack for _, pack in _packs(path, "train", said["kinds"])]):
             yield from _said(map(rows.__getitem__, range(len(rows))))
 

@@ -1,7 +1,7 @@
 """Training over ranks: how even the phases are, what a step takes, and what the plan costs it.
 
     python tests/bench/bench_orchestrator.py [balance] [predict] [speed] [exposed] [fsdp2]
-        [--data ../shared/data/packs] [--steps 20] [--ranks 4]
+        [--data ../shared/data/packs] [--steps 20] [--ranks 4] [--refit 8]
 
 Ranks are processes with one thread each; two cores cannot show a cluster's speed, so work is
 measured by the processor time of each rank's thread, and ratios come from one run.
@@ -75,7 +75,7 @@ def train(comm, spec):
     processor = data.Processor.from_config(preset.values)
     source = mixture(spec["mix"], spec["data"])
     loader = data.RankLoader(source, processor, spec["tokens"], comm, too_long="skip")
-    config = orchvlm.TrainingConfig(steps=10**6, lr=1e-5)
+    config = orchvlm.TrainingConfig(steps=10**6, lr=1e-5, rank_refit=spec.get("refit", 0))
     with tempfile.TemporaryDirectory() as folder:
         run = orchvlm.Trainer(model, loader, config, folder, comm)
         watch = Watch(run).take(spec["steps"])
@@ -153,7 +153,8 @@ def balance(options):
     for mix in PACKS:
         audio = mix == "pictures and speech"
         spec = {"preset": "tiny-omni" if audio else "tiny", "mix": mix, "data": options.data,
-                "tokens": 2048 * options.ranks, "steps": options.steps + 2}
+                "tokens": 2048 * options.ranks, "skip": 2 + 2 * options.refit,
+                "steps": options.steps + 2 + 2 * options.refit, "refit": options.refit}
         ranks = orchvlm.comm.run_processes(options.ranks, train, spec)
         for name in ranks[0][0]["even"]:
             busy = np.array([[step["busy"].get(name, 0.0) for step in rank] for rank in ranks])
@@ -343,6 +344,8 @@ def main():
     parser.add_argument("--data", default=Path(__file__).parents[3] / "shared/data/packs")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--refit", type=int, default=0, help="balance: steps from one fit of the "
+                        "costs to the next; what is shown comes behind the second")
     options = parser.parse_args()
     if unknown := set(options.what) - set(ways):
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(ways)}")

@@ -282,6 +282,41 @@ def test_media_as_data_sets_of_the_hub_write_them(tmp_path):
         np.testing.assert_allclose(got.mel, plain.mel, atol=1e-6)
 
 
+def test_an_array_of_chats_is_the_lines_of_it(tmp_path):
+    """Whatever stands between its entries, and in which characters."""
+    rng = np.random.default_rng(SEED)
+    rows = [{"id": i, "conversations": [{"from": "human", "value": "é, [\u4f60] \"]\" \\" * int(n)},
+                                        {"from": "gpt", "value": "}" * int(n)}]}
+            for i, n in enumerate(rng.integers(0, 9, 20))]
+    for indent, ascii_only, before in ((None, True, ""), (2, False, " \n"), (1, False, "\ufeff")):
+        text = before + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + "\n"
+        (tmp_path / "a.json").write_bytes(text.encode())
+        found = data.JsonArray(tmp_path / "a.json")
+        assert len(found) == len(rows) and [found[i] for i in range(len(rows))] == rows
+        assert found[-1] == rows[-1] and repr(found).startswith("<JsonArray: 20 samples")
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert len(data.JsonArray(tmp_path / "a.json")) == 0
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'{"messages": []}', "must hold an array"), (b"", "must hold an array"),
+    (b"[{}", "missing behind entry 0"), (b"[{},", "entry 1: not JSON"),
+    (b"[{} {}]", "missing behind entry 0"), (b"[{}] 3", "behind the array's end"),
+    (b"[,]", "entry 0: not JSON"), (b"[\xff]", "UTF-8"), (b"[" * 10**5, "entry 0: not JSON")])
+def test_broken_arrays(tmp_path, content, words):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(data.DataError, match=words):
+        data.JsonArray(tmp_path / "a.json")
+
+
+def test_an_entry_that_is_no_object_is_one_bad_sample(tmp_path):
+    (tmp_path / "a.json").write_text('[{"a": 1}, 3]')
+    found = data.JsonArray(tmp_path / "a.json")
+    assert found[0] == {"a": 1}
+    with pytest.raises(data.DataError, match="byte 11: a sample must be an object"):
+        found[1]
+
+
 @pytest.mark.parametrize("part, words", [
     ({"type": "image", "image": 3}, "a picture must be"),
     ({"type": "image", "image": {"bytes": None, "path": None}}, "a picture must be"),

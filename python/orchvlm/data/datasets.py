@@ -1,6 +1,7 @@
-"""JSON lines: one sample per line, read where it stands and never held as a whole."""
+"""JSON lines and arrays: samples are read where they stand, and never held as a whole."""
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,18 +148,95 @@ class JsonLines:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        place, number = self._starts[index].tolist()
+        text, where = self._read(*self._starts[index].tolist())
+        return resolved(parse_record(text.removeprefix(b"\xef\xbb\xbf"), where), self._find, where)
+
+    def _read(self, place, number):
+        """The text of a sample, and what messages call it."""
         with open(self.path, "rb") as stream:
             stream.seek(place, os.SEEK_SET)
-            line = stream.readline(MOST_LINE)
-        where = f"{self.path}, line {number}"
-        return resolved(parse_record(line.removeprefix(b"\xef\xbb\xbf"), where), self._find, where)
+            return stream.readline(MOST_LINE), f"{self.path}, line {number}"
 
     def _find(self, name, where):
         return inside(self.root, name, where)
 
     def __repr__(self):
-        return f"<JsonLines: {len(self)} samples of {self.path}>"
+        return f"<{type(self).__name__}: {len(self)} samples of {self.path}>"
+
+
+class JsonArray(JsonLines):
+    """The samples of a ``.json`` file, which holds one array of objects, as LLaVA's do.
+
+    Parameters
+    ----------
+    path : path
+    root : path, optional
+        As of :class:`JsonLines`.
+
+    Raises
+    ------
+    DataError
+        A file that cannot be read, or is no array; the entry at which it stops to be one.
+
+    Notes
+    -----
+    The file is read once, whole, to find its entries; then 16 bytes of memory an entry.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile, orchvlm
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = pathlib.Path(folder.name) / "a.json"
+    >>> _ = path.write_text('[{"conversations": [{"from": "human", "value": "Hi"}]}]')
+    >>> orchvlm.data.JsonArray(path)[0]
+    {'conversations': [{'from': 'human', 'value': 'Hi'}]}
+    """
+
+    def _scan(self):
+        try:
+            text = self.path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path}: not a text file in UTF-8") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise DataError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
+        return np.array(list(_entries(text, self.path)), np.int64).reshape(-1, 2)
+
+    def _read(self, place, size):
+        with open(self.path, "rb") as stream:
+            stream.seek(place, os.SEEK_SET)
+            return stream.read(size), f"{self.path}, byte {place}"
+
+
+_SPACE = re.compile(r"[ \t\n\r\ufeff]*")
+
+
+def _entries(text, path):
+    """(first byte, bytes) of each entry of an array."""
+    decode, past = json.JSONDecoder().raw_decode, _SPACE.match
+    at = past(text, 0).end()
+    if text[at:at + 1] != "[":
+        raise DataError(f"{path}: must hold an array of objects, [...]; for one object per line "
+                        "name the file .jsonl")
+    at = past(text, at + 1).end()
+    place, number, more = len(text[:at].encode()), 0, text[at:at + 1] != "]"
+    while more:
+        try:
+            end = decode(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise DataError(f"{path}, entry {number}: not JSON ({reason[:60]})") from None
+        size = len(text[at:end].encode())
+        yield place, size
+        at, number = past(text, end).end(), number + 1
+        more = text[at:at + 1] == ","
+        if more:
+            at = past(text, at + 1).end()
+            place += size + len(text[end:at].encode())
+        elif text[at:at + 1] != "]":
+            raise DataError(f"{path}: a comma or the array's end is missing behind entry "
+                            f"{number - 1}")
+    if text[past(text, at + 1).end():]:
+        raise DataError(f"{path}: text behind the array's end")
 
 
 def held(name, content):

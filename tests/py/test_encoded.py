@@ -296,7 +296,7 @@ class InTwo:
     """In place of the search for rounds that fit."""
 
     @staticmethod
-    def of(batch, sizes, dtype, plan):
+    def of(batch, sizes, dtype, plan, limited):
         from orchvlm.rounds import dealt, taken
         return [taken(batch, sizes, some, plan) for some in dealt(batch, 2)]
 

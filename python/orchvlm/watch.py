@@ -2,6 +2,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from ._core import Error
 from ._numbers import whole_number
 from .evaluation import evaluate
 from .inputs import Inputs
-from .shares import label_weights
+from .shares import MEDIA, label_weights, medium
 
 FIGURES = {"loss": -1, "exact": 1, "score": 1}  # and which way is better
 _AT_ONCE = 8  # samples of a forward: ranks run equally many
+_COLUMNS = {"vision": ("pixels", "grid_thw", (0, 3)), "audio": ("mel", "mel_lengths", 0)}
 
 
 class Watch:
@@ -107,7 +109,7 @@ class Watch:
         rank, size = passes.rank, passes.size
         mine = self.samples[rank::size]
         for first in range(0, -(-len(self.samples) // size), _AT_ONCE):
-            pack = self._pack(mine[first:first + _AT_ONCE])
+            pack = self._pack(mine[first:first + _AT_ONCE], model.config)
             logp, _ = model.logprobs(pack, training=False)
             weights = label_weights(pack).astype(np.float64)
             sums[:2] += -(weights * logp).sum(), weights.sum()
@@ -123,11 +125,18 @@ class Watch:
             row |= {"eval_best": self.best, "eval_best_step": self.best_step}
         return {**row, "eval_seconds": time.perf_counter() - start}
 
-    def _pack(self, samples):
-        """Empty ones too: a rank without samples goes along."""
-        if not samples:
-            return Inputs(input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
-        return Inputs.concatenate([self.processor.one(sample) for sample in samples])
+    def _pack(self, samples, config):
+        """Empty ones too: a rank without samples goes along, and one without images or sounds runs
+        their encoders on none, for the others gather weights of it that are in shards."""
+        pack = Inputs.concatenate([self.processor.one(sample) for sample in samples]) if samples \
+            else Inputs(input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
+        for name in MEDIA:
+            rows, sizes, none = _COLUMNS[name]
+            if getattr(pack, sizes) is None and (config.audible if name == "audio"
+                                                 else config.vision):
+                pack = replace(pack, **{rows: medium(config, pack, name).rows,
+                                        sizes: np.zeros(none, np.int32)})
+        return pack
 
     def _note(self, step, value):
         sign = FIGURES[self.figure]

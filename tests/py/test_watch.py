@@ -9,6 +9,7 @@ from test_training import CONFIG
 
 import orchvlm
 from orchvlm import data
+from orchvlm.orchestrator import Orchestrator
 from orchvlm.passes import OneRank
 from orchvlm.training import checkpoints, read_metrics
 
@@ -63,10 +64,28 @@ def test_all_ranks_see_what_one_sees(tmp_path, shard, figure):
                                         for key, value in want.items()}
 
 
-def test_fewer_samples_than_ranks(tmp_path):
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_fewer_samples_than_ranks(tmp_path, shard):
     found = orchvlm.comm.run_threads(3, lambda comm: looks(made(
-        comm, tmp_path, steps=1, every=1, n=1).fit()))
+        comm, tmp_path, steps=1, every=1, n=1, shard=shard).fit()))
     assert found[0] == found[1] == found[2] and found[0][0][1]["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-omni"])
+def test_ranks_whose_samples_have_no_pictures(preset):
+    """Encoders' weights are in shards: whoever has nothing to encode gathers them, too."""
+    words = {"messages": [{"role": "user", "content": "Well?"},
+                          {"role": "assistant", "content": "Yes."}], "answer": "Yes."}
+    config = orchvlm.preset(preset)
+    processor = data.Processor.from_config(config.values)
+
+    def work(comm):
+        model = orchvlm.Model.from_config(config, seed=0, threads=1)
+        orchvlm.Shard(model, comm, "fsdp")
+        watch = orchvlm.Watch([*held(1), words], processor, 1)
+        return watch.look(model, Orchestrator(model, comm), 1)["eval_loss"]
+    (wanted,) = orchvlm.comm.run_threads(1, work)
+    assert orchvlm.comm.run_threads(2, work) == [pytest.approx(wanted, rel=1e-5)] * 2
 
 
 def never_better(monkeypatch, first=2.0):

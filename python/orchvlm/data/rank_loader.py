@@ -45,8 +45,9 @@ class RankLoader(Loader):
     :class:`Loader` yields.  With several ranks, pictures that are files stay so
     (``Inputs.encoded``) where the processor's ``one`` has a parameter ``encoded``: an
     :class:`orchvlm.Orchestrator` decodes each on the rank that encodes it, and a sample whose
-    picture turns out to be broken then is taken out of its batch.  The state is the same on all
-    ranks, and loads with any number of them.
+    picture turns out to be broken then is taken out of its batch, where a :class:`Loader`, which
+    has decoded it, takes the next in its place: with such pictures batches of several ranks are
+    not those of one.  The state is the same on all ranks, and loads with any number of them.
 
     Examples
     --------

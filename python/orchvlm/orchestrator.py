@@ -7,6 +7,7 @@ import numpy as np
 
 from .comm import Comm
 from .cost import Cluster, _count
+from .data.assets import DataError
 from .dispatch import Dispatcher
 from .inputs import Inputs
 from .model import Model
@@ -20,6 +21,7 @@ from .step import plan_step
 
 _WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
 _MOST_REFUSED = 100  # global batches in a row of which nothing is left
+_TOLD = 400  # bytes of a message
 
 
 @dataclass
@@ -215,9 +217,9 @@ class Orchestrator:
         beside : bool
             In a thread of its own, while the step before runs: over a dup of the communicator.
         refused : callable, optional
-            ``refused(n, error)`` is told on all ranks that n samples are left out, whose pictures
-            have good headers and broken bodies, and the error of the rank that decoded one; else
-            such a picture raises.
+            ``refused(n, error, here)`` is told on all ranks that n samples are left out, whose
+            pictures have good headers and broken bodies, the error of one, and whether it is of
+            this rank's decoding; else such a picture raises.
 
         Returns
         -------
@@ -250,11 +252,12 @@ class Orchestrator:
     def _without(self, lost, broken, batch, inputs, beside, refused):
         """A Prepared of the samples of a batch but these.  They are taken out where they were read,
         and all is done again: plan, counts and normaliser are those of what is left."""
-        error = next(iter(broken.values()), None)
+        text = str(next(iter(broken.values()), "")).encode()[:_TOLD]
+        told, ranks = gathered(self._ways[beside].comm, np.frombuffer(text, np.uint8).astype(int))
+        error = DataError(bytes(told[ranks == ranks[0]].astype(np.uint8)).decode(errors="replace"))
         if refused is None:
-            raise error or ValueError("another rank met a picture that cannot be decoded; its own "
-                                      "message says why")
-        refused(len(lost), error)
+            raise error
+        refused(len(lost), error, bool(broken))
         ours = np.flatnonzero(batch.source_rank == self.rank)
         return None if len(lost) == len(batch) else self.prepare(
             inputs[np.flatnonzero(~np.isin(ours, lost))], beside, refused)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import warnings
+from inspect import signature
 
 import numpy as np
 
@@ -326,7 +327,9 @@ class Loader:
             raise ValueError(f"too_long must be 'raise' or 'skip'; got {too_long!r}")
         self._source, self.processor = source, processor
         self.max_tokens, self.max_patches, self.too_long = max_tokens, max_patches, too_long
-        self.skipped, self._told, self._how = 0, False, {}
+        self.skipped, self._told = 0, False
+        # A processor that changes the pixels of what another makes knows nothing of files.
+        self._how = {"encoded": True} if "encoded" in signature(processor.one).parameters else {}
         self._waiting = None                 # the sample that did not fit into the last pack
         self._state = source.state_dict()    # before it
         self._skipped_before = 0             # and how many were skipped up to there
@@ -335,6 +338,31 @@ class Loader:
         return self
 
     def __next__(self):
+        dropped = 0
+        while dropped < MOST_SKIPPED:
+            pack = self._pack()
+            used = self._usable(pack)
+            if used:
+                return Inputs.concatenate(used)
+            dropped += len(pack)
+        raise DataError(f"of {dropped:,} samples in a row no picture can be decoded")
+
+    def _usable(self, pack):
+        """The samples whose pictures can be decoded.  Others keep their room in the pack: what is
+        in one depends on headers alone, so that it is the same where several ranks decode."""
+        used = []
+        for sample in pack:
+            try:
+                used.append(sample.decoded())
+            except DataError as error:
+                if self.too_long == "raise":
+                    raise
+                self._warn(error)
+                self.skipped, self._skipped_before = self.skipped + 1, self._skipped_before + 1
+        return used
+
+    def _pack(self):
+        """The samples of the next pack."""
         pack, tokens, patches = [], 0, 0
         while True:
             if self._waiting is None:
@@ -348,7 +376,7 @@ class Loader:
             pack.append(self._waiting)
             self._waiting = None
             tokens, patches = tokens + new_tokens, patches + new_patches
-        return Inputs.concatenate(pack)
+        return pack
 
     def _next_fitting(self, may_end):
         """The next sample that fits an empty pack; None at the source's end, behind others."""

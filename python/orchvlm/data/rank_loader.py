@@ -1,7 +1,5 @@
 """Global batches of one mixture over ranks: each rank reads its own samples, and knows only the
 lengths of the others."""
-from inspect import signature
-
 import numpy as np
 
 from ..inputs import Inputs
@@ -45,9 +43,8 @@ class RankLoader(Loader):
     :class:`Loader` yields.  With several ranks, pictures that are files stay so
     (``Inputs.encoded``) where the processor's ``one`` has a parameter ``encoded``: an
     :class:`orchvlm.Orchestrator` decodes each on the rank that encodes it, and a sample whose
-    picture turns out to be broken then is taken out of its batch, where a :class:`Loader`, which
-    has decoded it, takes the next in its place: with such pictures batches of several ranks are
-    not those of one.  The state is the same on all ranks, and loads with any number of them.
+    picture turns out to be broken then is taken out of its batch.  The state is the same on all
+    ranks, and loads with any number of them.
 
     Examples
     --------
@@ -72,11 +69,25 @@ class RankLoader(Loader):
         self._drawn = source.drawn  # samples of the mixture so far: says whose turn it is
         self._ended = False
         self._in_a_row, self._last = 0, ""  # samples skipped, and why the last one here was
-        # A processor that changes the pixels of what another makes knows nothing of files.
-        self._how = {"encoded": True} if comm.size > 1 and "encoded" in signature(
-            processor.one).parameters else {}
+
+    def _usable(self, pack):
+        before = self.skipped
+        used = super()._usable(pack)
+        self._skip_read(self.skipped - before)
+        return used
+
+    def _skip_read(self, n):
+        """So many more are skipped before what was read ahead."""
+        self._next = [(state, skipped + n, *rest) for state, skipped, *rest in self._next]
 
     def __next__(self):
+        if self._comm.size == 1:  # nobody else decodes
+            return super().__next__()
+        mine = self._pack()
+        return Inputs.concatenate(mine) if mine else Inputs(
+            input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
+
+    def _pack(self):
         batch, tokens, patches = [], 0, 0
         while True:
             while not self._next and not self._ended:  # none of those that were told may be of use
@@ -91,9 +102,7 @@ class RankLoader(Loader):
             tokens, patches = tokens + more_tokens, patches + more_patches
         if not batch:
             raise StopIteration
-        mine = [inputs for _, _, _, inputs in batch if inputs is not None]
-        return Inputs.concatenate(mine) if mine else Inputs(
-            input_ids=np.zeros(0, np.int32), cu_seqlens=[0])
+        return [inputs for _, _, _, inputs in batch if inputs is not None]
 
     def _tell(self):
         """Reads this rank's share of the next samples and hears the lengths of all."""
@@ -138,7 +147,7 @@ class RankLoader(Loader):
                 return None, (_SKIP, 0), error
             return None, (_FAILED, 0), error or now
 
-    def refused(self, n, error):
+    def refused(self, n, error, here):
         """Counts samples whose pictures turned out to be broken when they were decoded; on all
         ranks.
 
@@ -146,8 +155,10 @@ class RankLoader(Loader):
         ----------
         n : int
             Of a batch that this loader gave.
-        error : DataError or None
-            Of one of them, on the rank that decoded it.
+        error : DataError
+            Of one of them.
+        here : bool
+            This rank decoded it.
 
         Raises
         ------
@@ -155,12 +166,11 @@ class RankLoader(Loader):
             Where what cannot be used is not skipped.
         """
         if self.too_long != "skip":
-            raise error or DataError("another rank met a picture that cannot be decoded; its own "
-                                     "message says why")
-        if error is not None:
+            raise error
+        if here:
             self._warn(error)
         self.skipped += n
-        self._next = [(state, skipped + n, *rest) for state, skipped, *rest in self._next]
+        self._skip_read(n)
 
     def _raise(self, extents, error):
         """On all ranks when a sample failed on one."""

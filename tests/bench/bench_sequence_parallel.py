@@ -7,8 +7,8 @@ processor time of each rank's thread: waiting for others takes none.  The model 
 query heads, texts are drawn with a long tail and few tokens.
 
 bytes     what ranks sent each other beside what the plan says, on 4 and 8 ranks.
-switch    the same plan again and again: opening groups in the first step and later, and what lies
-          between micro-batches, of the wall time of a step.
+switch    the same plan again and again: opening groups in the first step and later, and all that
+          is no pass, of a step: wall time, and processor time, which other processes do not touch.
 busy      a SequenceCost fitted to some steps, then busy time per group beside the plans of later
           steps: the largest of the group's ranks, copies of exchanges included, as in the plan.
 """
@@ -120,9 +120,10 @@ def count_bytes(options):
 # ---------------------------------------------------------------- changing groups
 
 def repeat(comm, plan, batch, steps):
-    """Of each step of a rank: seconds in all, opening groups, between and around micro-batches."""
+    """Of each step of a rank: seconds in all, of opening groups and how many were made, between
+    micro-batches and in no pass; processor time in all and in no pass."""
     model = made()
-    executor = orchvlm.SequenceExecutor(model, comm)
+    executor, busy = orchvlm.SequenceExecutor(model, comm), Busy(model)
     opens, rows = [], []
     open_groups = executor.groups.open
 
@@ -136,12 +137,13 @@ def repeat(comm, plan, batch, steps):
     for _ in range(steps):
         model.zero_grad()
         comm.barrier()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.thread_time()
         ran = executor.run(plan, batch)
-        end = time.perf_counter()
+        end, used = time.perf_counter(), time.thread_time() - used
         passes = sum(one.end_s - one.start_s for one in ran.groups)
         between = sum(b.start_s - a.end_s for a, b in zip(ran.groups, ran.groups[1:]))
-        rows.append((end - start, *opens.pop(), between, end - start - passes))
+        rows.append((end - start, *opens.pop(), between, end - start - passes, used,
+                     used - busy.take().sum()))
     return rows
 
 
@@ -150,7 +152,7 @@ def switch(options):
     plan = planned(batch, options.ranks, prior(options.ranks))
     steps = np.array(orchvlm.comm.run_processes(options.ranks, repeat, plan, batch,
                                                 options.steps + 1))  # rank, step, column
-    step, opened, new, between, around = steps.max(0).T
+    step, opened, new, between, around, used, apart = steps.max(0).T
     rows = []
     for name, at in (("first", slice(0, 1)), (f"{options.steps} later, median", slice(1, None)),
                      ("worst of these", None)):
@@ -160,11 +162,12 @@ def switch(options):
         rows.append([name, f"{np.median(step[at]):.3f}", f"{new[at].max():.0f}",
                      f"{1e3 * np.median(opened[at]):.3f}", f"{1e3 * np.median(between[at]):.3f}",
                      f"{1e3 * np.median(around[at]):.3f}",
-                     f"{100 * np.median((around / step)[at]):.2f} %"])
+                     f"{100 * np.median((around / step)[at]):.2f} %",
+                     f"{100 * np.median((apart / used)[at]):.2f} %"])
     print(f"{options.ranks} ranks, {batch.n_tokens} tokens, groups {shape(plan)}; of the slowest "
           "rank\n")
     table(["step", "s", "groups made", "opening groups, ms", "between micro-batches, ms",
-           "all that is no pass, ms", "of the step"], rows)
+           "all that is no pass, ms", "of the step", "in processor time"], rows)
 
 
 # ---------------------------------------------------------------- busy time

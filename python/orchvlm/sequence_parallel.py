@@ -4,6 +4,7 @@ A group of d ranks packs its sequences end to end and cuts the tokens into d nea
 Everything in the decoder but attention works on single tokens, and runs on the shard; around
 attention an exchange turns shards of tokens into shards of heads (Ulysses).
 """
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,17 +236,19 @@ class SequenceGroups:
 
         Raises
         ------
+        TypeError
+            Something else than pairs of whole numbers.
         ValueError
             Ranks that do not exist.
         CommError
-            Ranks that disagree, or one that failed.
+            Ranks that say different blocks, on all ranks; or one that failed.
 
         Notes
         -----
-        Groups that share no rank are made in one call of the communicator.
+        One small gather, and groups that share no rank are made in one call of the communicator.
         """
-        missing = []
-        for first, degree in sorted({(int(f), int(d)) for f, d in blocks}):
+        wanted, missing = self._agreed(blocks), []
+        for first, degree in wanted:
             if degree < 1 or first < 0 or first + degree > self.comm.size:
                 raise ValueError(f"a group of {degree} from rank {first} on is not among the "
                                  f"{self.comm.size} ranks")
@@ -264,6 +267,22 @@ class SequenceGroups:
             missing = later
         return made
 
+    def _agreed(self, blocks):
+        """The blocks in order; all ranks must say the same, or their groups would not match."""
+        try:
+            wanted = sorted({(int(first), int(degree)) for first, degree in blocks})
+        except (TypeError, ValueError):
+            raise TypeError("blocks must be pairs (first rank, degree); got "
+                            f"{blocks!r:.80}") from None
+        digest = hashlib.blake2b(repr(wanted).encode(), digest_size=8).digest()
+        told = self.comm.all_gather(np.frombuffer(digest, np.int64),
+                                    np.ones(self.comm.size, np.int64))
+        other = np.flatnonzero(told != told[0])
+        if len(other):
+            raise _core.CommError(f"ranks 0 and {other[0]} open different groups; here they are "
+                                  f"{wanted}")
+        return wanted
+
     def _split(self, apart):
         """Makes groups without a common rank."""
         rank = self.comm.rank
@@ -274,7 +293,8 @@ class SequenceGroups:
 
     def __getitem__(self, block):
         if block not in self._groups:
-            raise KeyError(f"the group {block} was not opened; there are {sorted(self._groups)}")
+            raise KeyError(f"the group {block} was not opened: all ranks call open() with it "
+                           f"first; there are {sorted(self._groups)}")
         group = self._groups[block]
         if group is None:
             raise ValueError(f"rank {self.comm.rank} is not in the group of {block[1]} from rank "

@@ -538,3 +538,21 @@ def test_a_shard_is_made_by_hand_too():
     loss = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1).forward(
         TEXT, 2.0).loss
     assert sum(in_pairs(work)) == pytest.approx(loss, rel=1e-12)
+
+
+def test_ranks_that_open_different_groups():
+    """All of them hear it, also where one has its groups already."""
+    def work(comm):
+        groups = SequenceGroups(comm)
+        groups.open([(0, 2)])
+        groups.open([(0, 2)] if comm.rank == 0 else [(0, 1), (1, 1)])
+    with pytest.raises(orchvlm.CommError, match="ranks 0 and 1 open different groups"):
+        orchvlm.comm.run_threads(2, work)
+
+
+@pytest.mark.parametrize("blocks", ("ab", 3, [(0, "x")], [(0, 1, 2)], None))
+def test_blocks_of_a_wrong_kind(blocks):
+    def work(comm):
+        with pytest.raises(TypeError, match="blocks must be pairs"):
+            SequenceGroups(comm).open(blocks)
+    orchvlm.comm.run_threads(1, work)

@@ -282,7 +282,7 @@ class Orchestrator:
         limited = [name for name in self.media if name in self._limits]
         # Of steps to come the same costs on every rank, whenever its thread gets there.
         costs = self.costs if not beside else next(
-            costs for first, costs in reversed(self._coming) if first < self._made)
+            costs for first, costs in reversed(self._coming) if first < max(1, self._made))
         plan = partial(self.plan, costs=costs)
         if self._rounds is None:
             return fewest(batch, sizes, plan, limited)

@@ -61,6 +61,8 @@ def test_too_little_is_not_fitted():
 
 def test_a_run_over_ranks_plans_by_what_it_saw(tmp_path):
     """All ranks take the new costs with the same batch; the loss is that of a run without."""
+    pytest.importorskip("PIL", reason="pictures are drawn with Pillow")
+
     def work(comm, refit=0):
         model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
         processor = data.Processor.from_config(model.config.values)

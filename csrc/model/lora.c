@@ -142,23 +142,23 @@ int64_t ovlm_params_adaptable(ovlm_params *params, int64_t i,
                               ovlm_weight *product[OVLM_ADAPTABLE])
 {
     ovlm_weight *all[OVLM_ADAPTABLE] = {NULL};
-    int64_t blocks = ovlm_params_blocks(params), unit = -1;
+    int64_t blocks = ovlm_params_blocks(params), n = 0;
     if (i < blocks) {
         ovlm_block *block = ovlm_params_block(params, i);
         ovlm_weight *const of_block[] = {&block->qkv, &block->out, &block->up,
                                          &block->down, &block->shared_up, &block->shared_down};
         memcpy(all, of_block, sizeof of_block);
-        unit = block->norm1.unit;
     } else {
         ovlm_merge_weights *merge = merge_of(params, i - blocks);
         all[0] = &merge->fc1;
         all[1] = &merge->fc2;
-        unit = merge->fc1.unit;
     }
     for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        product[k] = all[k] != NULL && all[k]->count > 0 ? all[k] : NULL;
+        if (all[k] != NULL && all[k]->count > 0) {
+            product[n++] = all[k];
+        }
     }
-    return unit;
+    return n;
 }
 
 typedef struct ovlm_listing {
@@ -229,18 +229,14 @@ static void add_product(ovlm_listing *list, ovlm_weight *product)
 static void add_unit(ovlm_listing *list, int64_t i)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    int64_t unit = ovlm_params_adaptable(list->params, i, product);
+    int64_t n = ovlm_params_adaptable(list->params, i, product);
     list->offset = round_up(list->offset);
     int64_t offset = list->offset;
-    bool any = false;
-    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        if (product[k] != NULL) {
-            add_product(list, product[k]);
-            any = true;
-        }
+    for (int64_t k = 0; k < n; k++) {
+        add_product(list, product[k]);
     }
-    if (any && list->param != NULL) { /* those of a block are beside layers, none in experts */
-        ovlm_unit *adapted = &list->params->unit[unit];
+    if (n > 0 && list->param != NULL) { /* those of a block are beside layers, none in experts */
+        ovlm_unit *adapted = &list->params->unit[product[0]->unit];
         adapted->adapter_offset = offset;
         adapted->adapter_elements = round_up(list->offset) - offset;
     }
@@ -259,9 +255,9 @@ static void add_all(ovlm_listing *list)
 static bool can_adapt(ovlm_params *params, int64_t i, int64_t parameter)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    (void)ovlm_params_adaptable(params, i, product);
-    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        if (product[k] != NULL && parameter >= product[k]->first &&
+    int64_t n = ovlm_params_adaptable(params, i, product);
+    for (int64_t k = 0; k < n; k++) {
+        if (parameter >= product[k]->first &&
             parameter < product[k]->first + product[k]->count) {
             return true;
         }
@@ -316,11 +312,9 @@ ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *adapted, int64_t 
 static void forget(ovlm_params *params, int64_t i)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    (void)ovlm_params_adaptable(params, i, product);
-    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        if (product[k] != NULL) {
-            product[k]->lora = NULL;
-        }
+    int64_t n = ovlm_params_adaptable(params, i, product);
+    for (int64_t k = 0; k < n; k++) {
+        product[k]->lora = NULL;
     }
 }
 

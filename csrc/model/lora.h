@@ -45,7 +45,7 @@ OVLM_NODISCARD ovlm_status ovlm_params_adapt(ovlm_params *params, const bool *ad
 void ovlm_params_unadapt(ovlm_params *params);
 
 /* Units whose products can have adapters - the blocks, the mergers, the audio projection - and the
- * products of the i-th, each NULL where the unit has none of its kind.  Returns the unit. */
+ * products of the i-th; how many: none where the model has no such unit. */
 enum { OVLM_ADAPTABLE = 6 };
 int64_t ovlm_params_adaptables(const ovlm_params *params);
 int64_t ovlm_params_adaptable(ovlm_params *params, int64_t i,

@@ -90,9 +90,9 @@ static ovlm_status merge_product(ovlm_run *run, const ovlm_weight *product, doub
 static ovlm_status merge_unit(ovlm_run *run, ovlm_params *params, int64_t i, double sign)
 {
     ovlm_weight *product[OVLM_ADAPTABLE];
-    (void)ovlm_params_adaptable(params, i, product);
-    for (int k = 0; k < OVLM_ADAPTABLE; k++) {
-        if (product[k] != NULL && product[k]->lora != NULL) {
+    int64_t n = ovlm_params_adaptable(params, i, product);
+    for (int64_t k = 0; k < n; k++) {
+        if (product[k]->lora != NULL) {
             OVLM_TRY(merge_product(run, product[k], sign));
         }
     }

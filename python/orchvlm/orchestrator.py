@@ -503,15 +503,13 @@ class Orchestrator:
         -------
         dict of str to float
             ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``,
-            with every item where it was read, and ``_planned``, as the plan has it;
-            ``_measured``: the same of what the ranks
-            computed, and ``_seconds`` of the slowest rank.  Of transfers only the last.
-            ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from the best
-            possible; ``predicted_seconds``: its time.  Of a
-            step that refits, by phase ``_cost_error`` and ``_cost_error_before``: how far what the
-            new costs, and those before, say is from what was measured (the median, a share of 1).
-            ``exposed_comm_ms``: communication since
-            :meth:`run` began that no computing hid.
+            with every item where it was read, and ``_planned``, as the plan has it; ``_measured``:
+            the same of what the ranks computed, and ``_seconds`` of the slowest rank.  Of transfers
+            only the last.  ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from
+            the best possible; ``predicted_seconds``: its time.  Of a step that refits, by phase
+            ``_cost_error`` and ``_cost_error_before``: how far what the new costs, and those
+            before, say is from what was measured (the median, a share of 1).
+            ``exposed_comm_ms``: communication since :meth:`run` began that no computing hid.
 
         Notes
         -----

@@ -4,6 +4,7 @@ from collections import deque
 import numpy as np
 
 from .fitting import fit
+from .rounds import phase_of
 
 _KEPT = 512    # shares of steps that a fit looks at, per phase: the latest
 _LEAST = 8     # of them that it needs
@@ -44,7 +45,7 @@ class Refit:
         work : float64[N]
             Seconds that each rank computed in it.
         """
-        shares = [plan.llm if name == "llm" else plan.phases[name] for plan in plans]
+        shares = [phase_of(plan, name) for plan in plans]
         lengths = [plan.batch.language_lengths if name == "llm"
                    else plan.batch.phases[name].length for plan in plans]
         self._single[name] &= len(plans) == 1 and shares[0].micro_batches == 1

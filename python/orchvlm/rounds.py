@@ -285,7 +285,7 @@ def fewest(batch, sizes, plan, limited=(), wanted=len):
     Parameters
     ----------
     batch : Batch
-    sizes : dict of str to int64[k, 3]
+    sizes : dict of str to int64[k, 4]
     plan : callable
         Makes the plan of a Batch.
     limited : iterable of str
@@ -309,6 +309,21 @@ def fewest(batch, sizes, plan, limited=(), wanted=len):
         n = min(most, more)
 
 
+def phase_of(plan, name):
+    """A plan's share of a phase, the language's among them.
+
+    Parameters
+    ----------
+    plan : StepPlan
+    name : str
+
+    Returns
+    -------
+    Share
+    """
+    return plan.llm if name == "llm" else plan.phases[name]
+
+
 def evenness(plans, name):
     """Of a phase over all rounds, largest load over mean: as sampled, as planned.
 
@@ -321,7 +336,7 @@ def evenness(plans, name):
     -------
     sampled, planned : float
     """
-    phases = [plan.llm if name == "llm" else plan.phases[name] for plan in plans]
+    phases = [phase_of(plan, name) for plan in plans]
     work_s = [phase.loads.mean() for phase in phases]
     return (mean([phase.sampled_imbalance for phase in phases], work_s),
             mean([phase.imbalance for phase in phases], work_s))

@@ -8,7 +8,7 @@
 
 /* A bound this close to a plan proves it optimal. */
 #define SETTLED 2e-10
-enum { FIRST_NODES = 40000 };
+enum { FIRST_NODES = 40000, SETTLING_PART = 6 };
 
 double sp_bound_quick(const sp_model *model, const int64_t *k, int64_t n_items)
 {
@@ -18,20 +18,22 @@ double sp_bound_quick(const sp_model *model, const int64_t *k, int64_t n_items)
     return sp_line_bound(model, &items, 1e-2, 1, &prices) * sp_round_down(n_items);
 }
 
-/* Few items may be settled at once: nothing is better than the known plan. */
+/* Few items may be settled at once: nothing is better than the known plan.  A part of the steps may
+ * go into that, no more: of a small budget prices prove more. */
 static bool settled(sp_exact *exact, sp_lift *lift, double hint, ovlm_meter *meter, double *low)
 {
     double below = hint * (1 - SETTLED);
     if (exact == NULL || hint == HUGE_VAL || below <= *low) {
         return false;
     }
+    int64_t all = meter->work_limit;
+    meter->work_limit = meter->work + (all - meter->work) / SETTLING_PART;
     sp_lift_base(lift, below);
-    if (sp_exact_decide(exact, below, lift->base, lift->line_prices.theta, FIRST_NODES, meter) !=
-        SP_IMPOSSIBLE) {
-        return false;
-    }
-    *low = below;
-    return true;
+    bool impossible = sp_exact_decide(exact, below, lift->base, lift->line_prices.theta,
+                                      FIRST_NODES, meter) == SP_IMPOSSIBLE;
+    meter->work_limit = all;
+    *low = impossible ? below : *low;
+    return impossible;
 }
 
 /* From what takes microseconds, and is done in any case, to what takes seconds: few items searched,

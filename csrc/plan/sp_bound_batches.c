@@ -31,12 +31,17 @@ static double time_of_set(const sp_batches *b, int64_t set, int64_t j)
     return tokens <= (double)b->model->cap[j] ? time : HUGE_VAL;
 }
 
-/* Inserts a makespan at which to cut, unless one is near. */
+/* Inserts a makespan at which to cut.  A cut that is near serves, from below as it is: where a set
+ * fits only at the end of an interval, all of that would count as one where it does. */
 static void cut_at(sp_batches *b, double makespan)
 {
-    int64_t at = b->n_intervals;
+    int64_t at = b->n_intervals, last = b->n_intervals - 1;
     for (int64_t i = 0; i < b->n_intervals; i++) {
-        if (fabs(b->interval[i].high - makespan) < 2e-3 * makespan) {
+        double high = b->interval[i].high;
+        if (fabs(high - makespan) < 2e-3 * makespan && (high <= makespan || i < last)) {
+            if (high > makespan) {
+                b->interval[i].high = b->interval[i + 1].low = makespan;
+            }
             return;
         }
         if (i < at && b->interval[i].high > makespan) {

@@ -20,7 +20,7 @@ enum { STRIDE = 16 };
 /* Shares of what is left of the budget: a first bound; then search and bound in turns, so that each
  * knows what the other found; the search has the rest. */
 #define FIRST_BOUND 0.0 /* only what takes microseconds */
-#define BOUND_AT_LEAST 0.06 /* of all steps: what the shares below come to */
+#define BOUND_AT_LEAST 0.08 /* of all steps, where the shares below come to less */
 #define LEVELS 0.6 /* where there are several micro-batches */
 typedef struct shares {
     double search, bound;

@@ -284,7 +284,10 @@ def test_the_bound_has_its_steps_whatever_the_search_takes(rng):
     """Starts and searches overrun small limits; the bound still is about that of its own share."""
     cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
     overrun = long_tail(np.random.default_rng(8), 92)[12:]  # leaves less than no steps
-    for lengths, works in ((overrun, (200,)), (long_tail(rng, 12), (200, 2_000)),
+    settling = long_tail(np.random.default_rng(658761359), 12)  # a search that could take all
+    near = long_tail(np.random.default_rng(166), 92)[12:]  # giants that fit just below a cut
+    for lengths, works in ((overrun, (200,)), (settling, (200,)), (near, (200, 2_000)),
+                           (long_tail(rng, 12), (200, 2_000)),
                            (long_tail(rng, 80), (200, 2_000))):
         for work in works:
             plan = plan_sequences(lengths, 64, cost, work_limit=work, time_limit=None)

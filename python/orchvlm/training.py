@@ -423,19 +423,21 @@ class Trainer:
             self.elapsed_s += seconds
             self._before, self._loader_state = self._loader_state, state
             self._skipped.note(done)
-            more = self.passes.metrics(ran)
-            if "exposed_comm_ms" in more:
-                more["exposed_comm_share"] = more["exposed_comm_ms"] / 1e3 / seconds
-            if self.model.config.vision:
-                more["patches_per_s"] = patches / seconds
             row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": done["grad_norm"],
                    "skipped": done["skipped"], "skipped_steps": self._skipped.count,
                    "tokens": int(tokens), "targets": int(targets),
                    "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
                    "mfu": flops / seconds / (self._peak * self.passes.size), "seconds": seconds,
-                   "elapsed_s": self.elapsed_s, **experts, **more}
-            if log is not None:
-                self._wrote("metrics.jsonl", write_row, log, row)
+                   "elapsed_s": self.elapsed_s, **experts}
+            if self.model.config.vision:
+                row["patches_per_s"] = patches / seconds
+            try:
+                row |= self.passes.metrics(ran)
+                if "exposed_comm_ms" in row:
+                    row["exposed_comm_share"] = row["exposed_comm_ms"] / 1e3 / seconds
+            finally:  # a step that was taken is written down, also where other ranks are gone
+                if log is not None:
+                    self._wrote("metrics.jsonl", write_row, log, row)
             if log is not None and done["skipped"]:
                 self._wrote(LOG, self._skipped.tell, self.step, loss, self._samples())
             self._rest_s = time.perf_counter() - now  # goes to the next step's time

@@ -239,6 +239,24 @@ def test_going_back_leaves_no_later_one(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [3]
 
 
+def test_a_step_that_was_taken_is_in_the_metrics(tmp_path, monkeypatch):
+    """Other ranks may be gone when rank 0 asks them for figures."""
+    trainer = made(None, tmp_path, save_every=1)
+
+    def figures(ran):
+        if trainer.step == 3:
+            raise orchvlm.CommError("rank 1 is gone")
+        return {}
+
+    monkeypatch.setattr(trainer.passes, "metrics", figures)
+    with pytest.raises(orchvlm.CommError):
+        list(trainer.run())
+    again = made(None, tmp_path)
+    assert again.resume() == 3
+    list(again.run())
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_what_a_killed_run_left_half_done_goes(tmp_path):
     (tmp_path / ".checkpoint-3").mkdir(parents=True)
     (tmp_path / ".checkpoint-3" / "model.safetensors").write_bytes(b"half")

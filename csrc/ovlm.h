@@ -118,6 +118,7 @@ typedef struct ovlm_measurements {
     int64_t rows;           /* >= 1                                                            */
     const int64_t *start;   /* [rows+1] ascending from 0                                       */
     const int64_t *length;  /* [start[rows]] >= 0                                              */
+    const double *square;   /* [start[rows]] >= 0, for `quadratic` of a batch; or NULL: length^2 */
     const int64_t *degree;  /* [rows] >= 1; NULL for ovlm_batch_cost_fit                       */
     const double *seconds;  /* [rows] > 0                                                      */
     const double *bytes;    /* [rows] > 0, per GPU; or NULL                                    */

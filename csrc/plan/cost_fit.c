@@ -21,7 +21,7 @@ static row_sums sum_row(const ovlm_measurements *rows, int64_t row)
     for (int64_t i = rows->start[row]; i < rows->start[row + 1]; i++) {
         double length = (double)rows->length[i];
         s.sum += length;
-        s.sum_2 += length * length;
+        s.sum_2 += rows->square == NULL ? length * length : rows->square[i];
         s.max = length > s.max ? length : s.max;
     }
     return s;
@@ -37,6 +37,11 @@ static ovlm_status check_row(const ovlm_measurements *rows, int64_t row, ovlm_er
         if (rows->length[i] < 0) {
             return OVLM_FAIL(err, OVLM_E_ARG, "measurements[%lld] has a length below 0: %lld",
                              (long long)row, (long long)rows->length[i]);
+        }
+        if (rows->square != NULL && !(rows->square[i] >= 0 && rows->square[i] <= 1e38)) {
+            return OVLM_FAIL(err, OVLM_E_ARG,
+                             "measurements[%lld]: squares must be in [0, 1e38]; got %g",
+                             (long long)row, rows->square[i]);
         }
     }
     /* Written so that NaN fails too; the limits keep every quotient below finite. */

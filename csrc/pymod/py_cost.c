@@ -137,7 +137,7 @@ done:
  * None. */
 typedef struct row_views {
     ovlm_i64_view start, length, degree;
-    ovlm_f64_view seconds, bytes;
+    ovlm_f64_view seconds, bytes, square;
     ovlm_measurements rows;
 } row_views;
 
@@ -148,6 +148,7 @@ static void row_views_release(row_views *views)
     Py_CLEAR(views->degree.owner);
     Py_CLEAR(views->seconds.owner);
     Py_CLEAR(views->bytes.owner);
+    Py_CLEAR(views->square.owner);
 }
 
 /* args: start, length, seconds, degree, bytes */
@@ -192,22 +193,26 @@ static double *f64_data(PyObject *array)
 }
 
 PyDoc_STRVAR(batch_cost_fit_doc,
-             "batch_cost_fit(start, lengths, seconds, terms, /)\n--\n\n"
-             "(coefficients, relative error); terms is a bit mask in the order of BatchCost.");
+             "batch_cost_fit(start, lengths, seconds, squares, terms, /)\n--\n\n"
+             "(coefficients, relative error); squares may be None, terms is a bit mask in the\n"
+             "order of BatchCost.");
 
 static PyObject *batch_cost_fit(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     row_views views = {0};
     int64_t terms = 0;
-    if (ovlm_arg_count("batch_cost_fit", nargs, 4) < 0 ||
-        ovlm_arg_int(args[3], "terms", &terms) < 0) {
+    if (ovlm_arg_count("batch_cost_fit", nargs, 5) < 0 ||
+        ovlm_arg_int(args[4], "terms", &terms) < 0) {
         return NULL;
     }
     PyObject *const rows[] = {args[0], args[1], args[2], Py_None, Py_None};
     PyObject *error = NULL, *result = NULL;
-    if (row_views_init(&views, rows) < 0 || (error = new_f64_empty(views.rows.rows)) == NULL) {
+    if (row_views_init(&views, rows) < 0 ||
+        ovlm_arg_f64(args[3], "squares", views.length.n, true, true, &views.square) < 0 ||
+        (error = new_f64_empty(views.rows.rows)) == NULL) {
         goto done;
     }
+    views.rows.square = views.square.data;
     bool use[6];
     for (int i = 0; i < 6; i++) {
         use[i] = (terms >> i) & 1;

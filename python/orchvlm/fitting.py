@@ -8,6 +8,8 @@ from ._numbers import real, refuse_masked
 from .cost import _MAX_DEGREES, BatchCost, SequenceCost, _count
 
 _TERMS = tuple(BatchCost.__dataclass_fields__)
+_FORMS = ("tuples (lengths, seconds), (lengths, seconds, squares) or (lengths, degree, seconds, "
+          "bytes)")
 
 
 class Fit(NamedTuple):
@@ -36,21 +38,23 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
         minimise  sum over rows of (f(row)/seconds - 1)^2   over coefficients >= 0
 
     Each row counts alike, however long it took, and what is minimised is the error that is
-    reported.  Rows (lengths, seconds) give a :class:`BatchCost`; rows (lengths, degree, seconds,
-    bytes) give a :class:`SequenceCost` over the measured degrees, its memory fitted in the same
-    way to bytes per GPU.
+    reported.  Rows (lengths, seconds) or (lengths, seconds, squares) give a :class:`BatchCost`;
+    rows (lengths, degree, seconds, bytes) give a :class:`SequenceCost` over the measured degrees,
+    its memory fitted in the same way to bytes per GPU.
 
     Parameters
     ----------
     measurements : sequence of tuples
-        One row per measured micro-batch: ``(lengths, seconds)``, or ``(lengths, degree, seconds,
-        bytes)`` with bytes None in all rows when memory was not measured.  lengths are int64[n]
-        with n >= 1; seconds lie in [1e-12, 1e12], bytes in [1, 1e18].
+        One row per measured micro-batch: ``(lengths, seconds)``, ``(lengths, seconds, squares)``,
+        or ``(lengths, degree, seconds, bytes)`` with bytes None in all rows when memory was not
+        measured.  lengths are int64[n] with n >= 1; squares float64[n] in [0, 1e38], as in
+        :meth:`BatchCost.__call__`, by default the squared lengths; seconds lie in [1e-12, 1e12],
+        bytes in [1, 1e18].
     terms : sequence of str
         Names of the BatchCost coefficients that may differ from 0.  Where the rows cannot tell two
         of them apart (one item per row: per_item and fixed), one gets the whole.
     heads : int
-        As in :class:`SequenceCost`; 0 for rows (lengths, seconds).
+        As in :class:`SequenceCost`; 0 for the other rows.
 
     Returns
     -------
@@ -89,11 +93,13 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
     lengths = [_lengths(row[0], i) for i, row in enumerate(rows)]
     start = np.concatenate([[0], np.cumsum([len(x) for x in lengths])]).astype(np.int64)
     flat = np.concatenate(lengths).astype(np.int64, copy=False)
-    if len(rows[0]) == 2:
+    if len(rows[0]) < 4:
         if _count("fit", "heads", heads, least=0) != 0:
             raise ValueError("heads is for rows (lengths, degree, seconds, bytes)")
         seconds = _column(rows, 1, "seconds")
-        coefficients, error = _core.batch_cost_fit(start, flat, seconds, _term_bits(terms))
+        squares = _squares(rows, lengths) if len(rows[0]) == 3 else None
+        coefficients, error = _core.batch_cost_fit(start, flat, seconds, squares,
+                                                   _term_bits(terms))
         return Fit(BatchCost(*coefficients), error, None)
     degree = np.array([_count("measurements", "degree", row[1]) for row in rows], np.int64)
     if any(row[3] is None for row in rows):
@@ -119,17 +125,14 @@ def _rows(measurements):
     try:
         rows = [tuple(row) for row in measurements]
     except TypeError:
-        raise TypeError("measurements must be a sequence of tuples (lengths, seconds) or "
-                        "(lengths, degree, seconds, bytes)") from None
+        raise TypeError(f"measurements must be a sequence of {_FORMS}") from None
     if not rows:
         raise ValueError("measurements must hold at least one row")
     sizes = {len(row) for row in rows}
-    if not sizes <= {2, 4}:
-        raise TypeError("measurements must hold tuples (lengths, seconds) or "
-                        f"(lengths, degree, seconds, bytes); got {max(sizes - {2, 4})} values")
+    if not sizes <= {2, 3, 4}:
+        raise TypeError(f"measurements must hold {_FORMS}; got {max(sizes - {2, 3, 4})} values")
     if len(sizes) > 1:
-        raise ValueError("measurements must not mix (lengths, seconds) and "
-                         "(lengths, degree, seconds, bytes)")
+        raise ValueError(f"measurements must not mix {_FORMS}")
     return rows
 
 
@@ -146,6 +149,22 @@ def _lengths(value, row):
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"measurements[{row}]: a length is above 2^63-1")
     return array
+
+
+def _squares(rows, lengths):
+    """Those of all rows, one behind the other."""
+    found = []
+    for i, (row, own) in enumerate(zip(rows, lengths)):
+        refuse_masked(row[2], f"measurements[{i}]: squares")
+        try:
+            array = np.asarray(row[2], np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"measurements[{i}]: squares must be an array of numbers") from None
+        if array.shape != own.shape:
+            raise ValueError(f"measurements[{i}]: squares must be one per length, {len(own)}; got "
+                             f"shape {array.shape}")
+        found.append(array)
+    return np.concatenate(found)
 
 
 def _column(rows, index, name):

@@ -4,7 +4,7 @@ from collections import deque
 import numpy as np
 
 from .fitting import fit
-from .rounds import phase_of
+from .rounds import items_of, phase_of
 
 _KEPT = 512    # shares of steps that a fit looks at, per phase: the latest
 _LEAST = 8     # of them that it needs
@@ -46,14 +46,15 @@ class Refit:
             Seconds that each rank computed in it.
         """
         shares = [phase_of(plan, name) for plan in plans]
-        lengths = [plan.batch.language_lengths if name == "llm"
-                   else plan.batch.phases[name].length for plan in plans]
+        items = [items_of(plan, name) for plan in plans]
         self._single[name] &= len(plans) == 1 and shares[0].micro_batches == 1
         for rank, seconds in enumerate(work):
-            mine = np.concatenate([length[(share.rank == rank) & (length > 0)]
-                                   for share, length in zip(shares, lengths)])
-            if len(mine) and seconds > 0:
-                self._rows[name].append((mine, float(seconds)))
+            mine = [(share.rank == rank) & (length > 0)
+                    for share, (length, _) in zip(shares, items)]
+            lengths, squares = (np.concatenate([pair[k][ours] for ours, pair in zip(mine, items)])
+                                for k in (0, 1))
+            if len(lengths) and seconds > 0:
+                self._rows[name].append((lengths, float(seconds), squares))
 
     def fit(self):
         """Fits the costs of phases that were seen often enough.
@@ -71,7 +72,8 @@ class Refit:
                 continue
             # Seconds of several micro-batches do not tell what each takes besides.
             terms = (*_TERMS, "fixed") if self._single[name] else _TERMS
-            ratio = np.array([self.costs[name](lengths) / seconds for lengths, seconds in rows])
+            ratio = np.array([self.costs[name](lengths, squares=squares) / seconds
+                              for lengths, seconds, squares in rows])
             middle = float(np.median(ratio))
             before = np.abs(ratio / middle - 1) if middle > 0 else np.ones(len(ratio))
             self.costs[name], after, _ = fit(list(rows), terms=terms)

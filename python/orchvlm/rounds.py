@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .arenas import numbers, of_model
+from .policies import squares_of
 from .sharding import Shard
 from .tables import format_bytes
 
@@ -406,3 +407,25 @@ def taken(batch, sizes, samples, plan):
                         target_tokens=batch.target_tokens[samples],
                         source_rank=batch.source_rank[samples], phases=phases)
     return Round(samples, batch, sizes, plan(batch))
+
+
+def items_of(plan, name):
+    """What a phase of a plan works on, the language's among them.
+
+    Parameters
+    ----------
+    plan : StepPlan
+    name : str
+
+    Returns
+    -------
+    lengths : int64[n]
+        0 where there is nothing to do.
+    squares : float64[n]
+        As in :class:`BatchCost`.
+    """
+    if name == "llm":
+        lengths = plan.batch.language_lengths
+        return lengths, lengths.astype(float) ** 2
+    items = plan.batch.phases[name]
+    return items.length, squares_of(items)

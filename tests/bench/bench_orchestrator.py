@@ -26,6 +26,7 @@ import numpy as np
 
 import orchvlm
 from orchvlm import data
+from orchvlm.rounds import items_of, phase_of
 
 PACKS = {"pictures": [("emoji_flags_screens.zip", "captions", 1.0)],
          "pictures and speech": [("emoji_flags_screens.zip", "captions", 0.5),
@@ -85,11 +86,11 @@ def train(comm, spec):
         if ran.plans:
             (plan,) = ran.plans  # no limit of memory, so one round
             mine["work"] = {name: work_of(plan, name, comm.rank) for name in phases(plan)}
-            mine["load"] = {name: share_of(plan, name).loads[comm.rank]
+            mine["load"] = {name: phase_of(plan, name).loads[comm.rank]
                             for name in phases(plan)}
-            mine["even"] = {name: (share_of(plan, name).sampled_imbalance,
-                                   share_of(plan, name).imbalance,
-                                   best(share_of(plan, name))) for name in phases(plan)}
+            mine["even"] = {name: (phase_of(plan, name).sampled_imbalance,
+                                   phase_of(plan, name).imbalance,
+                                   best(phase_of(plan, name))) for name in phases(plan)}
             mine["lengths"] = {name: lengths_of(plan, name, comm.rank)
                                for name in phases(plan)}
         out.append(mine)
@@ -100,26 +101,13 @@ def phases(plan):
     return [*plan.phases, "llm"]
 
 
-def share_of(plan, name):
-    return plan.llm if name == "llm" else plan.phases[name]
-
-
 def best(share):
     """Largest load over mean that no plan can be below."""
     return max(1.0, share.bound / share.loads.mean()) if share.loads.any() else 1.0
 
 
-def items_of(plan, name):
-    if name == "llm":
-        lengths = plan.batch.language_lengths
-        return lengths, lengths.astype(float) ** 2
-    from orchvlm.policies import squares_of
-    items = plan.batch.phases[name]
-    return items.length, squares_of(items)
-
-
 def lengths_of(plan, name, rank):
-    share, (length, square) = share_of(plan, name), items_of(plan, name)
+    share, (length, square) = phase_of(plan, name), items_of(plan, name)
     mine = (share.rank == rank) & (length > 0)
     return length[mine].tolist(), square[mine].tolist()
 
@@ -127,7 +115,7 @@ def lengths_of(plan, name, rank):
 def work_of(plan, name, rank):
     """What the cost function says of the items that this rank computed, micro-batch by
     micro-batch."""
-    share, (length, square) = share_of(plan, name), items_of(plan, name)
+    share, (length, square) = phase_of(plan, name), items_of(plan, name)
     total = 0.0
     for m in range(share.micro_batches):
         mine = (share.rank == rank) & (share.micro_batch == m) & (length > 0)

@@ -133,7 +133,7 @@ static void test_nnls(void)
 /* Rows of 1..8 lengths each. */
 typedef struct sample {
     int64_t start[ROWS + 1], length[ROWS * 8], degree[ROWS];
-    double seconds[ROWS], bytes[ROWS];
+    double square[ROWS * 8], seconds[ROWS], bytes[ROWS];
     ovlm_measurements rows;
 } sample;
 
@@ -146,7 +146,8 @@ static void draw_sample(sample *s, const int64_t *degrees, int64_t degree_n)
         draw_lengths(s->length + s->start[r], n);
         s->degree[r] = degrees[r % degree_n];
     }
-    s->rows = (ovlm_measurements){ROWS, s->start, s->length, s->degree, s->seconds, NULL};
+    s->rows = (ovlm_measurements){.rows = ROWS, .start = s->start, .length = s->length,
+                                  .degree = s->degree, .seconds = s->seconds};
 }
 
 static void test_batch_fit(void)
@@ -156,8 +157,16 @@ static void test_batch_fit(void)
         int64_t one = 1;
         double error[ROWS];
         bool use[COLUMNS];
-        double truth[COLUMNS] = {1e-5, 1e-10, 2e-6, 3e-11, 1e-3, 1e-2};
+        double truth[COLUMNS] = {1e-5, 1e-10, 2e-6, 3e-11, 1e-3, 1e-2}, *square = NULL;
         draw_sample(&s, &one, 1);
+        if (round % 2) { /* items of several segments */
+            square = s.square;
+            for (int64_t i = 0; i < s.start[ROWS]; i++) {
+                double length = (double)s.length[i];
+                square[i] = length * length / (double)(1 + ovlm_rng_below(&test_rng, 4));
+            }
+            s.rows.square = square;
+        }
         for (int c = 0; c < COLUMNS; c++) {
             use[c] = ovlm_rng_below(&test_rng, 2);
             truth[c] *= use[c] ? uniform(0.5, 2) : 0;
@@ -167,7 +176,8 @@ static void test_batch_fit(void)
         ovlm_batch_cost want = {truth[0], truth[1], truth[2], truth[3], truth[4], truth[5]}, got;
         for (int64_t r = 0; r < ROWS; r++) {
             s.seconds[r] = ovlm_batch_cost_load(&want, s.start[r + 1] - s.start[r],
-                                                s.length + s.start[r], NULL);
+                                                s.length + s.start[r],
+                                                square == NULL ? NULL : square + s.start[r]);
         }
         ovlm_err err = {0};
         CHECK(ovlm_batch_cost_fit(&s.rows, use, &got, error, &err) == OVLM_OK, "%s", err.message);

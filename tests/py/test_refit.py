@@ -22,8 +22,10 @@ def drawn_plan(rng, ranks):
     n = int(rng.integers(ranks, 4 * ranks))
     tokens, patches = rng.integers(4, 200, n), 4 * rng.integers(4, 100, n)
     text = rng.integers(1, 400, n)
+    frames = rng.integers(1, 4, n)  # that attend one by one
     batch = orchvlm.Batch(text, text, np.sort(rng.integers(0, ranks, n)), {"vision": orchvlm.Items(
-        np.arange(n), np.zeros(n, int), patches, tokens, patches, out_bytes_per_token=4.0)})
+        np.arange(n), np.zeros(n, int), patches, tokens, patches, out_bytes_per_token=4.0,
+        squares=patches**2 / frames)})
     return orchvlm.plan_step(batch, orchvlm.Cluster.preset("h100", 1, ranks),
                              {"vision": BatchCost(linear=1.0), "llm": BatchCost(linear=1.0)},
                              work_limit=100, time_limit=None)
@@ -41,7 +43,10 @@ def test_a_fit_finds_what_the_times_were_made_of():
             share = plan.llm if name == "llm" else plan.phases[name]
             length = (plan.batch.language_lengths if name == "llm"
                       else plan.batch.phases[name].length)
-            refit.note([plan], name, np.array([cost(length[share.rank == r]) for r in range(3)]))
+            square = length**2. if name == "llm" else plan.batch.phases[name].squares
+            refit.note([plan], name, np.array([
+                cost(length[share.rank == r], squares=square[share.rank == r])
+                for r in range(3)]))
     errors = refit.fit()
     assert set(errors) == set(truth)
     for name, (before, after) in errors.items():

@@ -19,6 +19,9 @@ _KILL_S = 10.0
 _END_S = 600.0
 #: The same where a rank failed before all had met.
 _JOIN_S = 1.0
+#: How long processes have until all have met: imports may come from a slow file system, and a fork
+#: imports nothing.
+_BEGIN_S = {"fork": 60.0, "spawn": 600.0}
 
 
 def shared_folder():
@@ -171,6 +174,8 @@ class _Ranks:
             end.close()
             self.processes.append(process)
             self.pipes[pipe] = rank
+        self._begin_s = _BEGIN_S[start]
+        self._limit(self._begin_s)
 
     def send(self, number):
         """A signal for every rank that still runs."""
@@ -198,6 +203,8 @@ class _Ranks:
             message = pipe.recv()
             if message[0] == "joined":
                 self.joined += 1
+                if self.joined == len(self.processes) and not (self.errors or self.signals):
+                    self.deadline = None
                 return
         except EOFError:
             process.join()
@@ -225,6 +232,10 @@ class _Ranks:
         while self.pipes:
             left = None if self.deadline is None else self.deadline - time.monotonic()
             if left is not None and left <= 0:
+                if not (self.errors or self.signals):
+                    self.errors[-1] = (True, _core.CommError(
+                        f"the ranks' processes have not met in {self._begin_s:g} s; where a thread "
+                        "held a lock when they were forked, take start=\"spawn\""))
                 self.send(signal.SIGKILL)
                 left = None
             for pipe in connection.wait(list(self.pipes), left):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import orchvlm
+from conftest import forks
 from orchvlm import CommError, _comm_init, _comm_run, _core, comm
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
@@ -48,7 +49,7 @@ def test_calls_over_threads(n):
         assert comm.run_threads(n, comm_cases.check_all, SEED + i) == [True] * n
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", [pytest.param("fork", marks=forks), "spawn"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_calls_over_processes(n, start):
     assert comm.run_processes(n, comm_cases.check_all, SEED, start=start) == [True] * n
@@ -199,6 +200,13 @@ def test_a_rank_that_raises(n):
         comm.run_threads(n, raising, answers)
     assert isinstance(caught.value.__cause__, KeyError)
     assert set(answers.values()) == {"rank 1 failed: KeyError: 'pixels'"}
+    assert time.monotonic() - start < 60
+
+
+@forks
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_process_that_raises(n):
+    start = time.monotonic()
     with pytest.raises(CommError, match="rank 1 failed: KeyError: 'pixels'") as caught:
         comm.run_processes(n, raising, {}, start="fork", silent_s=5)
     assert "raise KeyError" in str(caught.value.__cause__)
@@ -207,6 +215,10 @@ def test_a_rank_that_raises(n):
 
 def test_counts_that_disagree():
     assert comm.run_threads(3, comm_cases.disagree) == [True] * 3
+
+
+@forks
+def test_counts_that_disagree_over_processes():
     assert comm.run_processes(2, comm_cases.disagree, start="fork") == [True] * 2
 
 
@@ -225,9 +237,22 @@ def test_a_rank_that_leaves():
     assert "rank 0 closed its communicator" in comm.run_threads(2, work)[1]
 
 
+@forks
 def test_what_is_no_result():
     with pytest.raises(CommError, match="rank 0 failed: .*(pickle|local object)"):
         comm.run_processes(1, lambda group: lambda: 0, start="fork")
+
+
+def stuck(folder):
+    time.sleep(600)
+
+
+def test_a_process_that_never_begins(monkeypatch):
+    """As one forked while a thread held a lock."""
+    monkeypatch.setattr(_comm_run, "_end_with_parent", stuck)
+    monkeypatch.setattr(_comm_run, "_BEGIN_S", {"fork": 0.5})
+    with pytest.raises(CommError, match="have not met in 0.5 s; .*spawn"):
+        comm.run_processes(2, raising, {}, start="fork")
 
 
 def test_a_rank_that_never_joins():
@@ -240,12 +265,14 @@ def test_a_rank_that_never_joins():
     assert "its process died (exit status 1; can it import the function?)" in out.stderr
 
 
+@forks
 @pytest.mark.parametrize("trial", range(4))
 def test_kills(trial):
     """A few of what comm_kill.py does by the thousand."""
     comm_kill.one_kill(random.Random(SEED + trial))
 
 
+@forks
 def test_a_stopped_rank_is_given_up():
     comm_kill.one_kill(random.Random(SEED), signal.SIGSTOP, silent_s=1)
 

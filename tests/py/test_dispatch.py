@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import orchvlm
+from conftest import forks
 from orchvlm import Batch, BatchCost, Cluster, CommError, Dispatcher, Items, Route, SequenceCost
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
@@ -418,6 +419,7 @@ def exchange(comm, route, seed):
     return way.start(rows).wait()
 
 
+@forks
 def test_processes():
     step = draw_plan(np.random.default_rng([SEED, 400]), 3, False, True)
     route = step.routes["text"]

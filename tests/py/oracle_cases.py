@@ -68,10 +68,18 @@ def grads_of(model):
                                  else p.grad.numpy()) for name, p in model.named_parameters()}
 
 
+def drawn_with_targets(draw, targets=True):
+    """Samples of which one has a target; the mean over none is no number in torch."""
+    while True:
+        drawn = draw()
+        if not targets or any((sample[3][1:] >= 0).any() for sample in drawn):
+            return drawn
+
+
 def draw_batch(rng, config, samples=3, targets=True):
     """(Inputs, keyword arguments of the `transformers` forward, rows that are no padding)."""
     import torch
-    drawn = draw_samples(rng, config, samples, targets)
+    drawn = drawn_with_targets(lambda: draw_samples(rng, config, samples, targets), targets)
     padded = np.zeros((samples, max(len(ids) for ids, *_ in drawn)), np.int64)
     labels, mask = np.full_like(padded, -100), np.zeros_like(padded)
     pixels, grid = {IMAGE: [], VIDEO: []}, {IMAGE: [], VIDEO: []}
@@ -96,7 +104,7 @@ def draw_batch(rng, config, samples=3, targets=True):
 def draw_omni_batch(rng, config, samples=3, sounds=(1, 330)):
     """The same for Qwen3-Omni's thinker."""
     import torch
-    drawn = draw_omni_samples(rng, config, samples, sounds)
+    drawn = drawn_with_targets(lambda: draw_omni_samples(rng, config, samples, sounds))
     padded = np.zeros((samples, max(len(ids) for ids, *_ in drawn)), np.int64)
     labels, mask = np.full_like(padded, -100), np.zeros_like(padded)
     rows, sizes, steps = ({kind: [] for kind in (AUDIO, IMAGE, VIDEO)} for _ in range(3))

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *self, int64_t rank, int64_t size,
                            uint64_t id, ovlm_comm **comm, ovlm_err *err)
@@ -18,6 +19,7 @@ ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *self, int64_t r
     made->self = self;
     made->rank = rank;
     made->size = size;
+    made->process = getpid();
     made->id = id;
     atomic_init(&made->busy, false);
     atomic_init(&made->failed, false);
@@ -39,7 +41,9 @@ void ovlm_comm_close(ovlm_comm *comm)
 
 void ovlm_comm_abort(ovlm_comm *comm, const char *message)
 {
-    comm->engine->abort(comm->self, message);
+    if (comm->process == getpid()) { /* a forked child is no rank that could fail */
+        comm->engine->abort(comm->self, message);
+    }
 }
 
 void ovlm_comm_set_debug(ovlm_comm *comm, bool debug)
@@ -72,6 +76,10 @@ const char *ovlm_comm_engine_name(const ovlm_comm *comm)
 
 ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err)
 {
+    if (comm->process != getpid()) { /* its threads are not here, and its memory is shared */
+        return OVLM_FAIL(err, OVLM_E_COMM, "a forked process is no rank; communicators stay with "
+                         "the process that opened them");
+    }
     if (atomic_exchange_explicit(&comm->busy, true, memory_order_acquire)) {
         return OVLM_FAIL(err, OVLM_E_ARG,
                          "the communicator is in use by another thread; give each thread a dup");

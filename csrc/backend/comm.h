@@ -12,6 +12,8 @@
  *   - Arguments are checked before anything is sent: OVLM_E_ARG leaves the communicator as it was.
  *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  No
  *     rank waits for ever.  The communicator is poisoned: all later calls fail with that message.
+ *   - A forked child is no rank: its calls are OVLM_E_COMM before anything is touched, its abort does
+ *     nothing, and closing frees its copy alone.
  *   - Memory may lie on a device where the engine says so; counts and offsets always on the host.
  *     `stream` is the engine's (a CUDA stream); engines of the CPU ignore it.
  *
@@ -200,7 +202,7 @@ typedef struct ovlm_comm_work {
     } of;
 } ovlm_comm_work;
 
-/* What carries bytes.  `self` is the engine's own; calls on one self never overlap, calls on
+/* What carries bytes.  `self` is the engine's own; but for close, no forked child calls it; calls on one self never overlap, calls on
  * different ones may.  Arguments were checked: counts >= 0, offset arrays never NULL, pointers not
  * NULL where there are bytes.  An all_gather whose label is a barrier gathers nothing, and returns
  * after all ranks have called it; one whose label is a broadcast gathers from one rank.  Failures
@@ -233,7 +235,7 @@ typedef struct ovlm_comm_engine {
     ovlm_status (*wait)(void *self, void *request, ovlm_err *err);
 
     void (*abort)(void *self, const char *message); /* from any thread                          */
-    void (*close)(void *self);                      /* never communicates                       */
+    void (*close)(void *self); /* never communicates; in a forked child it only frees memory     */
 } ovlm_comm_engine;
 
 /* A communicator over an engine.  It owns `self` from here on, and closes it also when this call

@@ -3,6 +3,7 @@
 #define OVLM_BACKEND_COMM_STATE_H
 
 #include <stdatomic.h>
+#include <sys/types.h>
 
 #include "backend/comm.h"
 #include "backend/comm_reduce.h"
@@ -12,6 +13,7 @@ struct ovlm_comm {
     const ovlm_comm_engine *engine;
     void *self; /* owned: the engine's */
     int64_t rank, size;
+    pid_t process;  /* that opened it                                                         */
     int64_t *world; /* [size] owned: the ranks' numbers in the first communicator; NULL there  */
     uint64_t id;
     int64_t order; /* calls so far */
@@ -25,7 +27,8 @@ struct ovlm_comm {
     struct ovlm_comm_queue *queue; /* NULL until the first start                              */
 };
 
-/* Marks the communicator as in use; fails when it is, or when it is poisoned. */
+/* Marks the communicator as in use; fails when it is, when it is poisoned, and in a forked
+ * child. */
 OVLM_NODISCARD ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err);
 void ovlm_comm_leave(ovlm_comm *comm);
 

@@ -40,10 +40,6 @@ void ovlm_local_fail(local_job *job, const char *format, ...)
 
 ovlm_status ovlm_local_check(local_job *job, ovlm_err *err)
 {
-    if (getpid() != job->process) {
-        return OVLM_FAIL(err, OVLM_E_COMM, "a forked process is no rank; communicators stay with "
-                         "the process that opened them");
-    }
     unsigned failed = atomic_load_explicit(&job->first->failed, memory_order_acquire);
     for (int look = 0; failed == 1 && look < 1000; look++) { /* it is being written */
         const struct timespec nap = {.tv_nsec = 100000};

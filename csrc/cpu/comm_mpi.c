@@ -11,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
     PIECE_BYTES = 1 << 30, /* counts are ints */
@@ -23,6 +25,7 @@ typedef struct mpi_comm {
     mpi_table mpi;
     mpi_handle comm;
     int rank, size;
+    pid_t process; /* a forked child must not call MPI */
     ovlm_comm_mpi_options options;
 } mpi_comm;
 
@@ -281,9 +284,11 @@ static void mpi_close(void *engine)
 {
     mpi_comm *self = engine;
     int finalized = 0;
-    (void)self->mpi.Finalized(&finalized);
-    if (finalized == 0 && self->comm != 0) {
-        (void)self->mpi.Comm_free(&self->comm);
+    if (self->process == getpid()) {
+        (void)self->mpi.Finalized(&finalized);
+        if (finalized == 0 && self->comm != 0) {
+            (void)self->mpi.Comm_free(&self->comm);
+        }
     }
     free(self);
 }
@@ -394,7 +399,7 @@ static ovlm_status initialise(const mpi_comm *self, bool *initialised, int *thre
 ovlm_status ovlm_comm_open_mpi(const ovlm_comm_mpi_options *options, bool *initialised,
                                ovlm_comm **comm, ovlm_err *err)
 {
-    mpi_comm draft = {.options = *options}, *self = NULL;
+    mpi_comm draft = {.process = getpid(), .options = *options}, *self = NULL;
     int threads = 0;
     *comm = NULL;
     *initialised = false;

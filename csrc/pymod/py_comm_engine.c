@@ -9,8 +9,12 @@
  * No lock of C is held while the GIL is taken: a communicator is guarded by flags alone. */
 #include "py_comm.h"
 
+#include <sys/types.h>
+#include <unistd.h>
+
 typedef struct python_engine {
     PyObject *object;
+    pid_t process; /* in a forked child nothing is closed: the engine's threads are not there */
 } python_engine;
 
 /* The current exception into err.  KeyboardInterrupt stays set: it is the caller's. */
@@ -124,6 +128,7 @@ static python_engine *new_engine(PyObject *object)
     if (engine != NULL) {
         Py_INCREF(object);
         engine->object = object;
+        engine->process = getpid();
     }
     return engine;
 }
@@ -191,11 +196,13 @@ static void python_close(void *engine)
     python_engine *self = engine;
     PyGILState_STATE gil = PyGILState_Ensure();
     PyErr_Fetch(&type, &value, &trace);
-    PyObject *done = PyObject_CallMethod(self->object, "close", NULL);
-    if (done == NULL) {
-        PyErr_WriteUnraisable(self->object);
+    if (self->process == getpid()) {
+        PyObject *done = PyObject_CallMethod(self->object, "close", NULL);
+        if (done == NULL) {
+            PyErr_WriteUnraisable(self->object);
+        }
+        Py_XDECREF(done);
     }
-    Py_XDECREF(done);
     Py_DECREF(self->object);
     PyErr_Restore(type, value, trace);
     PyGILState_Release(gil);

@@ -194,6 +194,50 @@ static int act_fork(ovlm_comm *comm, const play *p)
                : WRONG;
 }
 
+/* While rank 0 waits with what it sends laid out, its child calls with something else; rank 1, which
+ * comes last, must not see that. */
+static int act_fork_beside(ovlm_comm *comm, const play *p)
+{
+    const int64_t me = ovlm_comm_rank(comm), count[2] = {8, 8};
+    const struct timespec early = {.tv_nsec = 100000000}, late = {.tv_nsec = 400000000};
+    int64_t mine = 100 + me, all[2] = {0};
+    const ovlm_all_gather args = {.send = &mine, .recv = all, .recv_bytes = count};
+    pid_t child = me == 0 ? fork() : -1;
+    int status = 0;
+    (void)p;
+    if (child == 0) {
+        mine = -1;
+        (void)nanosleep(&early, NULL);
+        _exit(ovlm_comm_all_gather(comm, &args, NULL) == OVLM_E_COMM ? 0 : 1);
+    }
+    (void)nanosleep(me == 1 ? &late : &(struct timespec){0}, NULL);
+    bool fine = ovlm_comm_all_gather(comm, &args, NULL) == OVLM_OK && all[0] == 100 &&
+                all[1] == 101;
+    (void)(child > 0 && waitpid(child, &status, 0));
+    return fine && status == 0 ? FINE : WRONG;
+}
+
+/* A child finds a started call's queue, but not the thread that would do the work. */
+static int act_fork_pending(ovlm_comm *comm, const play *p)
+{
+    int64_t x = 1, ticket = 0;
+    const ovlm_all_reduce args = {.send = &x, .recv = &x, .n = 1, .dtype = OVLM_I64};
+    int status = 0;
+    bool fine = ovlm_comm_all_reduce_start(comm, &args, &ticket, NULL) == OVLM_OK;
+    pid_t child = fork();
+    (void)p;
+    if (child == 0) {
+        ovlm_err err = {0};
+        bool refused = ovlm_comm_all_reduce_start(comm, &args, &ticket, &err) == OVLM_E_COMM &&
+                       strstr(err.message, "forked") != NULL;
+        ovlm_comm_close(comm);
+        _exit(refused ? 0 : 1);
+    }
+    fine = fine && ovlm_comm_wait(comm, ticket, NULL) == OVLM_OK && x == 2;
+    (void)waitpid(child, &status, 0);
+    return fine && status == 0 ? FINE : WRONG;
+}
+
 /* ---------------------------------------------------------------- tests */
 
 static void check_all(const char *what, const play *p, const int *result, int64_t except, int want)
@@ -325,6 +369,12 @@ int main(int argc, char **argv)
                      -1, FINE);
     }
     play_through("fork", &(play){.n = 2, .options = options, .act = act_fork, .message = ""}, -1,
+                 FINE);
+    play_through("a call of a fork",
+                 &(play){.n = 2, .options = options, .act = act_fork_beside, .message = ""}, -1,
+                 FINE);
+    play_through("a start of a fork",
+                 &(play){.n = 2, .options = options, .act = act_fork_pending, .message = ""}, -1,
                  FINE);
     play_through("abort", &(play){.n = 4, .options = options, .act = act_abort, .victim = 2,
                                   .message = "rank 2 failed: KeyError: 'pixels'"}, -1,

@@ -210,6 +210,11 @@ def test_counts_that_disagree():
     assert comm.run_processes(2, comm_cases.disagree, start="fork") == [True] * 2
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_forked_child_is_no_rank(n):
+    assert comm.run_processes(n, comm_cases.forked, start="fork") == [True] * n
+
+
 def test_rows_that_disagree():
     def work(group):
         with pytest.raises(ValueError, match="rows of"):
@@ -383,6 +388,13 @@ def test_an_engine_in_python():
     class Broken(Copy):
         def all_gather(self, send, recv):
             raise OSError("the cable is out")
+
+    closed.clear()
+    with comm.Comm(_core.comm_python(Copy(), 0, 1)) as group:
+        comm_cases.forked(group)
+        assert not told and not closed
+    with comm.Comm(_core.comm_self()) as group:
+        comm_cases.forked(group)
 
     with comm.Comm(_core.comm_python(Broken(), 0, 1)) as group:
         with pytest.raises(CommError, match="OSError: the cable is out"):

@@ -52,6 +52,11 @@ def test_counts_that_disagree():
     assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
 
 
+def test_a_forked_child_is_no_rank():
+    out = run(2, "fork")
+    assert out.returncode == 0 and out.stdout.count("fine") == 2, out.stdout + out.stderr
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_the_law(n):
     """The draws of test_invariance.py."""

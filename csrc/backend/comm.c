@@ -145,7 +145,7 @@ done:
 static ovlm_status split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm **out,
                          ovlm_err *err)
 {
-    const ovlm_comm_work work = {.label = ovlm_comm_label_next(comm, OVLM_COMM_SPLIT, 0, -1)};
+    const ovlm_comm_work work = ovlm_comm_work_next(comm, OVLM_COMM_SPLIT, 0, -1);
     void *child = NULL;
     int64_t rank = 0, size = 0;
     OVLM_TRY(ovlm_comm_queue_drain(comm, err));
@@ -185,12 +185,14 @@ ovlm_status ovlm_comm_dup(ovlm_comm *comm, ovlm_comm **out, ovlm_err *err)
 
 /* ---------------------------------------------------------------- labels */
 
-ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
-                                     int64_t amount)
+ovlm_comm_work ovlm_comm_work_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
+                                   int64_t amount)
 {
-    const ovlm_comm_label label = {.comm = comm->id, .order = ++comm->order, .amount = amount,
-                                   .kind = (int32_t)kind, .detail = (int32_t)detail};
-    return label;
+    const ovlm_comm_work work = {
+        .label = {.comm = comm->id, .order = ++comm->order, .amount = amount,
+                  .kind = (int32_t)kind, .detail = (int32_t)detail},
+        .compare = comm->debug && !comm->engine->compares};
+    return work;
 }
 
 void ovlm_comm_label_describe(const ovlm_comm_label *label, char text[OVLM_COMM_TEXT_BYTES])

@@ -194,6 +194,7 @@ OVLM_NODISCARD ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label
 /* What starts hand over. */
 typedef struct ovlm_comm_work {
     ovlm_comm_label label;
+    bool compare; /* over the ranks, before it is made: ovlm_comm_set_debug as of the call      */
     union {
         ovlm_all_gather all_gather;
         ovlm_all_to_all all_to_all;
@@ -245,8 +246,8 @@ OVLM_NODISCARD ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *
                                           ovlm_err *err);
 
 /* Compares each call and its counts over the ranks before it is made, at the price of two small
- * exchanges; engines that compare do so in any case.  Children inherit it.  The same on all
- * ranks. */
+ * exchanges; engines that compare do so in any case.  Children inherit it.  The same on all ranks,
+ * between the same calls: it holds for what is called or started from then on. */
 void ovlm_comm_set_debug(ovlm_comm *comm, bool debug);
 
 #ifdef __cplusplus

@@ -86,7 +86,7 @@ ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label, const int64_t
 ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_err *err)
 {
     ovlm_comm_label *all = NULL;
-    if (!comm->debug || comm->engine->compares) {
+    if (!work->compare) {
         return OVLM_OK;
     }
     OVLM_TRY(OVLM_ARENA_NEW(&comm->arena, &all, comm->size, err));

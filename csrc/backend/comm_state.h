@@ -32,9 +32,10 @@ struct ovlm_comm {
 OVLM_NODISCARD ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err);
 void ovlm_comm_leave(ovlm_comm *comm);
 
-/* A label with the next order. */
-ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
-                                     int64_t amount);
+/* Work with the next order; its arguments are still to come.  Whether it is compared is settled
+ * here, where all ranks are at the same call, and not where a helper comes to it. */
+ovlm_comm_work ovlm_comm_work_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
+                                   int64_t amount);
 
 int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank);
 
@@ -42,7 +43,7 @@ int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank);
  * split. */
 OVLM_NODISCARD ovlm_status ovlm_comm_run(ovlm_comm *comm, const ovlm_comm_work *work,
                                          ovlm_err *err);
-/* In debug mode, over an engine that does not compare: labels, and the counts of an all-to-all. */
+/* Where the work asks for it: labels, and then the counts of calls that have some. */
 OVLM_NODISCARD ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work,
                                              ovlm_err *err);
 /* Keeps what failed; other ranks hear of a failure that is this rank's own. */

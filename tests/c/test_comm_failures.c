@@ -2,7 +2,9 @@
  * failure. */
 #include <stdatomic.h>
 
+#include "backend/comm_state.h"
 #include "comm_rig.h"
+#include "cpu/comm_local_state.h"
 
 static rig_rank ranks[RIG_RANKS_MOST];
 static const ovlm_comm_local_options options = {.silent_s = 5, .window_bytes = 128};
@@ -206,6 +208,32 @@ static void abort_started(rig_rank *self)
     }
 }
 
+/* Comparing begins while something started has not yet run on rank 0, and has on rank 1: what was
+ * started before is compared nowhere, what comes later everywhere. */
+static void debug_later(rig_rank *self)
+{
+    ovlm_comm_engine blind = *self->comm->engine;
+    int64_t x[2] = {1, 1}, ticket = 0;
+    const struct timespec nap = {.tv_nsec = 200000000};
+    blind.compares = false;
+    self->comm->engine = &blind;
+    if (self->rank == 1) {
+        (void)nanosleep(&nap, NULL); /* rank 0 has started both by then */
+    }
+    for (int i = 0; i < 2; i++) {
+        const ovlm_all_reduce args = {.send = &x[i], .recv = &x[i], .n = 1, .dtype = OVLM_I64};
+        RTRY(self, ovlm_comm_all_reduce_start(self->comm, &args, &ticket, &self->err));
+    }
+    if (self->rank == 1) {
+        RTRY(self, ovlm_comm_wait(self->comm, ticket, &self->err));
+    }
+    ovlm_comm_set_debug(self->comm, true);
+    RTRY(self, ovlm_comm_wait(self->comm, ticket, &self->err));
+    RTRY(self, ovlm_comm_barrier(self->comm, &self->err));
+    RCHECK(self, x[0] == 2 && x[1] == 2, "%lld %lld", (long long)x[0], (long long)x[1]);
+    self->comm->engine = &ovlm_local_engine;
+}
+
 static int stop(void *ctx)
 {
     (void)ctx;
@@ -264,6 +292,7 @@ int main(int argc, char **argv)
     expect("abort", 6, "rank 5 failed: ValueError: the sea is too wet");
     rig_run("abort of a start", 3, &options, abort_started, NULL, ranks);
     expect("abort of a start", 3, "rank 0 failed: no");
+    rig_run("debug later", 2, &options, debug_later, NULL, ranks);
     rig_run("leave", 4, &options, leave_one, NULL, ranks);
     expect("leave", 4, "rank 1 closed");
     rig_run("close", 3, &options, close_pending, NULL, ranks);

@@ -191,6 +191,12 @@ OVLM_NODISCARD ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label
                                                     int64_t n, int64_t stride,
                                                     const int64_t *world, ovlm_err *err);
 
+/* The same for counts of which every rank says all: count[r*stride + s] is what r says of s, in
+ * elements for a reduce-scatter, else in bytes. */
+OVLM_NODISCARD ovlm_status ovlm_comm_rows_compare(const ovlm_comm_label *label,
+                                                  const int64_t *count, int64_t n, int64_t stride,
+                                                  const int64_t *world, ovlm_err *err);
+
 /* What starts hand over. */
 typedef struct ovlm_comm_work {
     ovlm_comm_label label;

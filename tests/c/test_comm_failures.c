@@ -234,6 +234,27 @@ static void debug_later(rig_rank *self)
     self->comm->engine = &ovlm_local_engine;
 }
 
+/* Counts of which every rank says all, over an engine that does not compare: rank 1 errs. */
+static void wrong_rows(rig_rank *self)
+{
+    const bool scatter = *(const bool *)self->ctx;
+    ovlm_comm_engine blind = *self->comm->engine;
+    int64_t count[RIG_RANKS_MOST] = {2, 2, 2}, x[16] = {0}, y[16] = {0};
+    const ovlm_reduce_scatter reduction = {.send = x, .recv = y, .counts = count,
+                                           .dtype = OVLM_I64};
+    const ovlm_all_gather gather = {.send = x, .recv = y, .recv_bytes = count};
+    if (self->rank == 1) { /* the same sum */
+        count[0]++;
+        count[1]--;
+    }
+    blind.compares = false;
+    self->comm->engine = &blind;
+    ovlm_comm_set_debug(self->comm, true);
+    self->status = scatter ? ovlm_comm_reduce_scatter(self->comm, &reduction, &self->err)
+                           : ovlm_comm_all_gather(self->comm, &gather, &self->err);
+    self->comm->engine = &ovlm_local_engine;
+}
+
 static int stop(void *ctx)
 {
     (void)ctx;
@@ -293,6 +314,12 @@ int main(int argc, char **argv)
     rig_run("abort of a start", 3, &options, abort_started, NULL, ranks);
     expect("abort of a start", 3, "rank 0 failed: no");
     rig_run("debug later", 2, &options, debug_later, NULL, ranks);
+    for (int scatter = 0; scatter < 2; scatter++) {
+        const bool ctx = scatter == 1;
+        rig_run("wrong rows", 3, &options, wrong_rows, &ctx, ranks);
+        expect("wrong rows", 3, ctx ? "rank 0 says that rank 0 has 2 elements, rank 1 says 3"
+                                    : "rank 0 says that rank 0 has 2 bytes, rank 1 says 3");
+    }
     rig_run("leave", 4, &options, leave_one, NULL, ranks);
     expect("leave", 4, "rank 1 closed");
     rig_run("close", 3, &options, close_pending, NULL, ranks);

@@ -194,8 +194,8 @@ static int act_fork(ovlm_comm *comm, const play *p)
                : WRONG;
 }
 
-/* While rank 0 waits with what it sends laid out, its child calls with something else; rank 1, which
- * comes last, must not see that. */
+/* While rank 0 waits with what it sends laid out, its child calls with something else; rank 1,
+ * which comes last, must not see that. */
 static int act_fork_beside(ovlm_comm *comm, const play *p)
 {
     const int64_t me = ovlm_comm_rank(comm), count[2] = {8, 8};

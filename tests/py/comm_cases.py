@@ -146,11 +146,27 @@ def forked(group):
     return True
 
 
+def disagree_of_all(group, call):
+    """Rank 1 has other counts than the rest, with the same sum: the error names it."""
+    counts = np.full(group.size, 2)
+    if group.rank == 1:
+        counts[:2] = 3, 1
+    rows = counts[group.rank] if call == "all_gather" else counts.sum()
+    try:
+        getattr(group, call)(np.zeros((int(rows), 4), np.float32), counts)
+    except CommError as error:
+        assert "disagree" in str(error) and "rank 1" in str(error), error
+        return True
+    raise AssertionError("nobody noticed")
+
+
 def main(seed, *what):
     with comm.init(silent_s=5) as group:
         check_all(group, int(seed))
         if "disagree" in what:
             disagree(group)
+        for call in {"all_gather", "reduce_scatter"} & set(what):
+            disagree_of_all(group, call)
         if "fork" in what:
             forked(group)
         if "fail" in what and group.rank == group.size - 1:

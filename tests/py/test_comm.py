@@ -208,6 +208,8 @@ def test_a_rank_that_raises(n):
 def test_counts_that_disagree():
     assert comm.run_threads(3, comm_cases.disagree) == [True] * 3
     assert comm.run_processes(2, comm_cases.disagree, start="fork") == [True] * 2
+    for call in ("all_gather", "reduce_scatter"):
+        assert comm.run_threads(3, comm_cases.disagree_of_all, call) == [True] * 3
 
 
 @pytest.mark.parametrize("n", [1, 2])

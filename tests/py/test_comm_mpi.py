@@ -47,8 +47,9 @@ def test_calls(n):
         assert f"rank {rank} of {n} over mpi: fine" in out.stdout
 
 
-def test_counts_that_disagree():
-    out = run(3, "disagree")
+@pytest.mark.parametrize("call", ["disagree", "all_gather", "reduce_scatter"])
+def test_counts_that_disagree(call):
+    out = run(3, call, limit_s=30)
     assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
 
 

@@ -22,6 +22,7 @@ ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *self, int64_t r
     made->process = getpid();
     made->id = id;
     atomic_init(&made->busy, false);
+    atomic_init(&made->poisoned, false);
     atomic_init(&made->failed, false);
     *comm = made;
     return OVLM_OK;
@@ -98,7 +99,8 @@ void ovlm_comm_leave(ovlm_comm *comm)
 
 void ovlm_comm_poison(ovlm_comm *comm, ovlm_status status, const ovlm_err *err)
 {
-    if (status == OVLM_OK || atomic_load_explicit(&comm->failed, memory_order_acquire)) {
+    if (status == OVLM_OK ||
+        atomic_exchange_explicit(&comm->poisoned, true, memory_order_relaxed)) {
         return;
     }
     if (status != OVLM_E_COMM) { /* out of memory, interrupted: the others still wait for us */

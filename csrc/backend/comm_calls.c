@@ -11,7 +11,7 @@ static ovlm_status check_counts(const ovlm_comm *comm, const char *name, const i
         return OVLM_FAIL(err, OVLM_E_ARG, "%s is NULL; give one count per rank", name);
     }
     for (int64_t r = 0; r < comm->size; r++) {
-        if (count[r] < 0 || count[r] > (INT64_MAX - *sum) / unit_bytes) {
+        if (count[r] < 0 || count[r] > INT64_MAX / unit_bytes - *sum) {
             return OVLM_FAIL(err, OVLM_E_ARG, "%s[%lld] is %lld; it must be >= 0, and all bytes "
                              "together below 2^63", name, (long long)r, (long long)count[r]);
         }

@@ -18,8 +18,10 @@ struct ovlm_comm {
     uint64_t id;
     int64_t order; /* calls so far */
     bool debug;
-    atomic_bool busy;   /* a caller is inside                                                 */
-    atomic_bool failed; /* poisoned: failure holds why, and never changes again               */
+    atomic_bool busy;     /* a caller is inside                                               */
+    atomic_bool poisoned; /* failure is being written, or was: a caller and the helper may fail
+                             at the same time                                                 */
+    atomic_bool failed;   /* failure holds why, and never changes again                       */
     ovlm_err failure;
     int (*poll)(void *ctx);
     void *poll_ctx;

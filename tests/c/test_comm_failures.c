@@ -56,6 +56,11 @@ static void refusals(rig_rank *self)
                          ovlm_comm_all_reduce_start(self->comm, &reductions[i], &ticket, NULL) ==
                              OVLM_E_ARG, "reduction %zu", i);
     }
+    int64_t huge[RIG_RANKS_MOST] = {INT64_MAX / 8, INT64_MAX / 16};
+    const ovlm_reduce_scatter scatter = {.send = &x, .recv = &x, .counts = huge,
+                                         .dtype = OVLM_I64};
+    RCHECK(self, ovlm_comm_reduce_scatter(self->comm, &scatter, &self->err) == OVLM_E_ARG, "%s",
+           self->err.message);
     RCHECK(self, ovlm_comm_broadcast(self->comm, &x, 8, self->n, NULL, &self->err) == OVLM_E_ARG &&
                      ovlm_comm_broadcast(self->comm, &x, -8, 0, NULL, NULL) == OVLM_E_ARG &&
                      ovlm_comm_broadcast(self->comm, NULL, 8, 0, NULL, NULL) == OVLM_E_ARG,
@@ -69,11 +74,14 @@ static void refusals(rig_rank *self)
 /* A second caller is refused while the first one waits: rank 1 arrives only when that was seen. */
 static atomic_bool seen;
 
-static void *intrude(void *comm)
+static void *intrude(void *argument)
 {
+    ovlm_comm *comm = argument;
     ovlm_err err = {0};
-    const struct timespec nap = {.tv_nsec = 100000000};
-    (void)nanosleep(&nap, NULL); /* by now the first caller is inside */
+    const struct timespec nap = {.tv_nsec = 1000000};
+    while (!atomic_load(&comm->busy)) { /* until the first caller is inside */
+        (void)nanosleep(&nap, NULL);
+    }
     ovlm_status status = ovlm_comm_barrier(comm, &err);
     atomic_store(&seen, status == OVLM_E_ARG && strstr(err.message, "another thread") != NULL);
     return NULL;
@@ -293,9 +301,48 @@ static void slow_one(rig_rank *self)
     RTRY(self, ovlm_comm_barrier(self->comm, &self->err));
 }
 
+/* A caller and the helper fail at the same time: one message stays, whole. */
+typedef struct failing {
+    ovlm_comm *comm;
+    atomic_int *ready;
+    char letter;
+} failing;
+
+static void *fail_beside(void *argument)
+{
+    const failing *f = argument;
+    ovlm_err err = {.code = OVLM_E_COMM};
+    memset(err.message, f->letter, sizeof err.message - 1);
+    atomic_fetch_add(f->ready, 1);
+    while (atomic_load(f->ready) < 2) {
+    }
+    ovlm_comm_poison(f->comm, OVLM_E_COMM, &err);
+    return NULL;
+}
+
+static void test_two_failures(void)
+{
+    for (int trial = 0; trial < 50; trial++) {
+        ovlm_comm *comm = NULL;
+        ovlm_err err = {0};
+        pthread_t thread;
+        atomic_int ready = 0;
+        CHECK(ovlm_comm_open_self(&comm, &err) == OVLM_OK, "%s", err.message);
+        failing a = {comm, &ready, 'a'}, b = {comm, &ready, 'b'};
+        CHECK(pthread_create(&thread, NULL, fail_beside, &a) == 0, "thread");
+        (void)fail_beside(&b);
+        (void)pthread_join(thread, NULL);
+        CHECK(ovlm_comm_barrier(comm, &err) == OVLM_E_COMM &&
+                  strspn(err.message, (char[]){err.message[0], 0}) == sizeof err.message - 1,
+              "%s", err.message);
+        ovlm_comm_close(comm);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
+    test_two_failures();
     rig_run("refusals", 4, &options, refusals, NULL, ranks);
     rig_run("one at a time", 2, &options, one_at_a_time, NULL, ranks);
     rig_run("wrong counts", 4, &options, wrong_counts, NULL, ranks);

@@ -57,6 +57,8 @@ static void end_job(local_job *job)
         }
     }
     ovlm_local_memory_free(job);
+    free(job->beat);
+    free(job->looks);
     if (owner) { /* a child's copy may be locked for ever */
         pthread_cond_destroy(&job->wake);
         pthread_mutex_destroy(&job->mutex);
@@ -264,6 +266,9 @@ ovlm_status ovlm_comm_open_local(const char *path, int64_t rank, int64_t size,
     }
     return ovlm_comm_open(&ovlm_local_engine, self, rank, size, 1, comm, err);
 failed:
+    if (rank == 0) {
+        forget_meeting(job, path);
+    }
     end_job(job);
     return status;
 }

@@ -111,9 +111,14 @@ ovlm_status ovlm_local_split(void *self, const ovlm_comm_label *label, int64_t c
     local_comm *comm = self, *made = NULL;
     ovlm_comm_label now = *label;
     ovlm_arena arena = {0};
+    ovlm_err local = {0};
     const wish mine = {.color = color < 0 ? -1 : color, .key = key, .rank = comm->rank};
-    ovlm_status status = split(comm, &now, &mine, &made, &arena, err);
+    ovlm_status status = split(comm, &now, &mine, &made, &arena, &local);
     ovlm_arena_free(&arena);
+    if (status != OVLM_OK) { /* may be this rank's own failure: the others wait for it */
+        ovlm_local_engine.abort(comm, local.message);
+        return OVLM_FAIL(err, status, "%s", local.message);
+    }
     *child = made;
     if (made != NULL) {
         *rank = made->rank;

@@ -81,6 +81,8 @@ typedef struct local_job {
     local_memory *memory; /* of threads                                                         */
     pthread_t watcher;
     bool watching, closing;
+    unsigned *beat; /* [size] owned: the watcher's: what it saw last, and how often in a row    */
+    int64_t *looks;
 } local_job;
 
 /* The engine's own. */

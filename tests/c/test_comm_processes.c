@@ -4,10 +4,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/arena.h"
 #include "comm_rig.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -165,6 +167,19 @@ static int act_leave(ovlm_comm *comm, const play *p)
     ovlm_err err = {0};
     return ovlm_comm_rank(comm) == p->victim ? FAILED_WELL
                                              : judge(p, ovlm_comm_barrier(comm, &err), &err);
+}
+
+/* A rank that cannot make, or open, the file of a split. */
+static int act_no_files(ovlm_comm *comm, const play *p)
+{
+    ovlm_comm *part = NULL;
+    ovlm_err err = {0};
+    struct rlimit limit = {0};
+    if (ovlm_comm_rank(comm) == p->victim && getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = 3;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
+    return judge(p, ovlm_comm_split(comm, 0, 0, &part, &err), &err);
 }
 
 /* A child of a rank inherits the memory, but it is no rank, and closing there harms nobody. */
@@ -348,6 +363,13 @@ static void test_joining(void)
           err.message);
     CHECK(ovlm_comm_open_local("/no/such/folder/x", 0, 2, NULL, &comm, &err) == OVLM_E_COMM, "%s",
           err.message);
+    for (int64_t some = 0; some < 2; some++) { /* rank 0 fails when the meeting point is there */
+        ovlm_arena_fail_after(some);
+        CHECK(ovlm_comm_open_local(path, 0, 2, &hasty, &comm, &err) == OVLM_E_NOMEM, "%s",
+              err.message);
+        ovlm_arena_fail_after(-1);
+        CHECK(access(path, F_OK) != 0, "the meeting point of a rank 0 that failed is there");
+    }
     CHECK(ovlm_comm_open_local(path, 0, 1, NULL, &comm, &err) == OVLM_OK, "%s", err.message);
     CHECK(ovlm_comm_barrier(comm, &err) == OVLM_OK, "%s", err.message);
     ovlm_comm_close(comm);
@@ -381,6 +403,12 @@ int main(int argc, char **argv)
                  FAILED_WELL);
     play_through("leave", &(play){.n = 4, .options = options, .act = act_leave, .victim = 1,
                                   .message = "rank 1 closed"}, -1, FAILED_WELL);
+    for (int64_t victim = 0; victim < 2; victim++) {
+        play_through("no files",
+                     &(play){.n = 3, .options = options, .act = act_no_files, .victim = victim,
+                             .message = victim == 0 ? "cannot create" : "cannot open"}, -1,
+                     FAILED_WELL);
+    }
     for (int64_t victim = 0; victim < 4; victim++) {
         char message[40];
         (void)snprintf(message, sizeof message, "rank %lld (process ", (long long)victim);

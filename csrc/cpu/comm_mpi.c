@@ -47,6 +47,29 @@ static ovlm_status check(const mpi_comm *self, int code, const char *what, ovlm_
     return OVLM_FAIL(err, OVLM_E_COMM, "rank %d: MPI fails in %s: %.250s", self->rank, what, text);
 }
 
+/* ---------------------------------------------------------------- failure */
+
+static void mpi_abort(void *engine, const char *message)
+{
+    const mpi_comm *self = engine;
+    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: say why while it lasts */
+        char text[400];
+        (void)snprintf(text, sizeof text, "rank %d failed: %.350s", self->rank, message);
+        self->options.warn(self->options.ctx, text);
+    }
+    (void)self->mpi.Abort(self->comm, 1);
+}
+
+/* What fails inside MPI is known to this rank alone, and what it has posted still reads and writes
+ * memory of the caller's: the job ends here, before anybody frees that. */
+static ovlm_status end_failed(mpi_comm *self, ovlm_status status, const ovlm_err *err)
+{
+    if (status != OVLM_OK) {
+        mpi_abort(self, err != NULL ? err->message : "a call of MPI's");
+    }
+    return status;
+}
+
 /* ---------------------------------------------------------------- waiting */
 
 typedef struct patience {
@@ -183,9 +206,9 @@ static ovlm_status exchange(const mpi_comm *self, const ovlm_comm_label *label,
 static ovlm_status mpi_all_to_all(void *engine, const ovlm_comm_label *label,
                                   const ovlm_all_to_all *args, ovlm_err *err)
 {
-    const mpi_comm *self = engine;
+    mpi_comm *self = engine;
     ovlm_arena arena = {0};
-    ovlm_status status = exchange(self, label, args, &arena, err);
+    ovlm_status status = end_failed(self, exchange(self, label, args, &arena, err), err);
     ovlm_arena_free(&arena);
     if (status == OVLM_OK && args->send_bytes[self->rank] > 0) {
         memcpy((char *)args->recv + args->recv_at[self->rank],
@@ -245,13 +268,10 @@ static ovlm_status gather_large(const mpi_comm *self, const ovlm_comm_label *lab
     return OVLM_OK;
 }
 
-static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
-                                  const ovlm_all_gather *args, ovlm_err *err)
+static ovlm_status gather(const mpi_comm *self, const ovlm_comm_label *label,
+                          const ovlm_all_gather *args, ovlm_arena *arena, ovlm_err *err)
 {
-    const mpi_comm *self = engine;
-    ovlm_arena arena = {0};
     int64_t sum = 0;
-    ovlm_status status = OVLM_OK;
     if (label->kind == OVLM_COMM_BARRIER) { /* a gathering of nothing need not wait for anybody */
         transfer t = {.bytes = -1};
         OVLM_TRY(check(self, self->mpi.Ibarrier(self->comm, &t.request), "MPI_Ibarrier", err));
@@ -260,24 +280,21 @@ static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
     for (int r = 0; r < self->size; r++) {
         sum += args->recv_bytes[r];
     }
-    status = sum <= 1 << 20 ? gather_small(self, label, args, &arena, err)
-                            : gather_large(self, label, args, &arena, err);
+    return sum <= 1 << 20 ? gather_small(self, label, args, arena, err)
+                          : gather_large(self, label, args, arena, err);
+}
+
+static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
+                                  const ovlm_all_gather *args, ovlm_err *err)
+{
+    mpi_comm *self = engine;
+    ovlm_arena arena = {0};
+    ovlm_status status = end_failed(self, gather(self, label, args, &arena, err), err);
     ovlm_arena_free(&arena);
     return status;
 }
 
 /* ---------------------------------------------------------------- life */
-
-static void mpi_abort(void *engine, const char *message)
-{
-    const mpi_comm *self = engine;
-    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: say why while it lasts */
-        char text[400];
-        (void)snprintf(text, sizeof text, "rank %d failed: %.350s", self->rank, message);
-        self->options.warn(self->options.ctx, text);
-    }
-    (void)self->mpi.Abort(self->comm, 1);
-}
 
 /* MPI_Comm_free is local in both libraries, although the standard calls it collective. */
 static void mpi_close(void *engine)
@@ -351,8 +368,9 @@ static ovlm_status mpi_split(void *engine, const ovlm_comm_label *label, int64_t
     ovlm_status status = shrink_wish(self, label, color, key, &first, &place, &arena, err);
     ovlm_arena_free(&arena);
     if (status == OVLM_OK) {
-        status = check(self, self->mpi.Comm_split(self->comm, first, place, &handle),
-                       "MPI_Comm_split", err);
+        status = end_failed(self, check(self, self->mpi.Comm_split(self->comm, first, place,
+                                                                   &handle),
+                                        "MPI_Comm_split", err), err);
     }
     if (status != OVLM_OK || color < 0) {
         return status;

@@ -187,16 +187,22 @@ static int poll_signals(void *ctx)
 /* orchvlm.comm decides what a warning is. */
 static void warn_slow(void *ctx, const char *message)
 {
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
     (void)ctx;
     PyGILState_STATE gil = PyGILState_Ensure();
+    PyErr_Fetch(&type, &value, &trace); /* that of an interrupted call is on its way */
     PyObject *module = PyImport_ImportModule("orchvlm.comm");
     PyObject *done = module == NULL ? NULL
                                     : PyObject_CallMethod(module, "_warn_slow", "s", message);
-    if (done == NULL) {
-        PyErr_Clear(); /* a warning that cannot be given stops nobody */
+    if (done == NULL) { /* a warning that cannot be given stops nobody, but Ctrl-C does */
+        if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+            PyErr_SetInterrupt(); /* once more, for the next poll */
+        }
+        PyErr_Clear();
     }
     Py_XDECREF(done);
     Py_XDECREF(module);
+    PyErr_Restore(type, value, trace);
     PyGILState_Release(gil);
 }
 

@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -253,6 +255,33 @@ static int act_fork_pending(ovlm_comm *comm, const play *p)
     return fine && status == 0 ? FINE : WRONG;
 }
 
+static atomic_int *joined; /* ranks of both jobs */
+
+/* Splits, and calls on their groups, beside another job's; `victim` tells the two apart. */
+static int act_split_often(ovlm_comm *comm, const play *p)
+{
+    const struct timespec nap = {.tv_nsec = 1000000};
+    atomic_fetch_add(joined, 1);
+    for (int look = 0; look < 20000 && atomic_load(joined) < 2 * p->n; look++) {
+        (void)nanosleep(&nap, NULL);
+    }
+    for (int i = 0; i < 200; i++) {
+        ovlm_comm *part = NULL;
+        ovlm_err err = {0};
+        int64_t x = 1000 * p->victim + i;
+        const ovlm_all_reduce least = {.send = &x, .recv = &x, .n = 1, .dtype = OVLM_I64,
+                                       .reduce = OVLM_MIN};
+        ovlm_status status = ovlm_comm_split(comm, 0, 0, &part, &err);
+        status = status == OVLM_OK ? ovlm_comm_all_reduce(part, &least, &err) : status;
+        ovlm_comm_close(part);
+        if (status != OVLM_OK || x != 1000 * p->victim + i) {
+            fprintf(stderr, "split %d: %lld %s\n", i, (long long)x, err.message);
+            return WRONG;
+        }
+    }
+    return FINE;
+}
+
 /* ---------------------------------------------------------------- tests */
 
 static void check_all(const char *what, const play *p, const int *result, int64_t except, int want)
@@ -326,27 +355,30 @@ static void test_left_behind(void)
     (void)unlink(path);
 }
 
-/* Nor are the files of a split in which a job was killed. */
-static void test_split_left_behind(void)
+/* A second job meets where a first one met that still runs; both split, and stay apart. */
+static void test_same_place(void)
 {
-    const play p = {.n = 3, .options = {.silent_s = 5, .join_s = 5}, .act = act_well,
-                    .message = ""};
-    char name[sizeof path + 40];
-    int used = 0;
-    for (int way = 0; way < 2; way++) {
-        for (int call = 0; call < 3; call++) {
-            for (int leader = 0; leader < 3; leader++) {
-                (void)snprintf(name, sizeof name, "%s.00000001.%d.%d", path, call, leader);
-                FILE *file = way == 0 ? fopen(name, "w") : NULL;
-                CHECK(way == 1 || (file != NULL && fclose(file) == 0), "%s", name);
-                used += way == 1 && unlink(name) != 0;
-            }
-        }
-        if (way == 0) {
-            play_through("files of an old split", &p, -1, FINE);
+    play p[2];
+    pid_t process[2][RIG_RANKS_MOST];
+    int result[2][RIG_RANKS_MOST];
+    void *place = mmap(NULL, sizeof *joined, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+                       -1, 0);
+    CHECK(place != MAP_FAILED, "no memory");
+    joined = place;
+    for (int job = 0; job < 2; job++) {
+        p[job] = (play){.n = 3, .options = {.silent_s = 5, .join_s = 20, .window_bytes = 512},
+                        .act = act_split_often, .message = "", .victim = job};
+        start_ranks(&p[job], process[job]);
+        while (job == 0 && atomic_load(joined) < 3) {
+            const struct timespec nap = {.tv_nsec = 1000000};
+            (void)nanosleep(&nap, NULL);
         }
     }
-    CHECK(used > 0, "no split had one of these names");
+    for (int job = 0; job < 2; job++) {
+        end_ranks(&p[job], process[job], 60, result[job]);
+        check_all("two jobs in one place", &p[job], result[job], -1, FINE);
+    }
+    (void)munmap(place, sizeof *joined);
 }
 
 static void test_joining(void)
@@ -422,7 +454,7 @@ int main(int argc, char **argv)
     }
     test_joining();
     test_left_behind();
-    test_split_left_behind();
+    test_same_place();
     CHECK(rmdir(folder) == 0, "files are left in %s", folder);
     return test_end("comm_processes");
 }

@@ -12,8 +12,8 @@
  *   - Arguments are checked before anything is sent: OVLM_E_ARG leaves the communicator as it was.
  *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  No
  *     rank waits for ever.  The communicator is poisoned: all later calls fail with that message.
- *   - A forked child is no rank: its calls are OVLM_E_COMM before anything is touched, its abort does
- *     nothing, and closing frees its copy alone.
+ *   - A forked child is no rank: its calls are OVLM_E_COMM before anything is touched, its abort
+ *     does nothing, and closing frees its copy alone.
  *   - Memory may lie on a device where the engine says so; counts and offsets always on the host.
  *     `stream` is the engine's (a CUDA stream); engines of the CPU ignore it.
  *
@@ -209,12 +209,13 @@ typedef struct ovlm_comm_work {
     } of;
 } ovlm_comm_work;
 
-/* What carries bytes.  `self` is the engine's own; but for close, no forked child calls it; calls on one self never overlap, calls on
- * different ones may.  Arguments were checked: counts >= 0, offset arrays never NULL, pointers not
- * NULL where there are bytes.  An all_gather whose label is a barrier gathers nothing, and returns
- * after all ranks have called it; one whose label is a broadcast gathers from one rank.  Failures
- * are OVLM_E_COMM (a peer), OVLM_E_NOMEM or OVLM_E_INTERRUPTED; after one the communicator is never
- * used again, only closed. */
+/* What carries bytes.  `self` is the engine's own; calls on one self never overlap, calls on
+ * different ones may, and a forked child makes none but close.  Arguments were checked: counts >= 0,
+ * offset arrays never NULL, pointers not NULL where there are bytes.  An all_gather whose label is a
+ * barrier gathers nothing, and returns after all ranks have called it; one whose label is a
+ * broadcast gathers from one rank.  Failures are OVLM_E_COMM (which the other ranks know of, or were
+ * told by the engine), OVLM_E_NOMEM or OVLM_E_INTERRUPTED (of which abort tells them); after one the
+ * communicator is never used again, only closed. */
 typedef struct ovlm_comm_engine {
     const char *name; /* static                                                                 */
     bool compares;    /* it compares labels and counts at each call; otherwise that is done above

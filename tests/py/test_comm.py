@@ -262,6 +262,19 @@ def test_a_slow_rank_is_waited_for(caplog):
     assert caplog.messages == ["rank 0 has waited"]
 
 
+def test_ctrl_c_in_a_warning_is_not_lost(monkeypatch):
+    """The handler may run while a slow rank is told of."""
+    def interrupted(message):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comm, "_warn_slow", interrupted)
+    first, other = map(comm.Comm, _core.comm_threads(2, (5.0, 0.0, 0.01, 0)))
+    with pytest.raises(KeyboardInterrupt):
+        first.barrier()
+    with pytest.raises(CommError, match="rank 0 was interrupted"):
+        other.barrier()
+
+
 CTRL_C = """
 import os, signal, sys, threading, time
 from orchvlm import comm
@@ -361,42 +374,43 @@ def test_without_an_mpi_library():
         comm.from_mpi4py(3)
 
 
+class Copy:
+    """The simplest engine: a single rank that copies."""
+
+    def __init__(self):
+        self.told = []
+
+    def all_to_all(self, send, recv):
+        recv[0][:] = send[0]
+
+    def all_gather(self, send, recv):
+        recv[0][:] = send
+
+    def split(self, color, key):
+        return None if color < 0 else (Copy(), 0, 1)
+
+    def abort(self, message):
+        self.told.append(message)
+
+    def close(self):
+        self.told.append("closed")
+
+
 def test_an_engine_in_python():
-    """The simplest one: a single rank that copies; and one whose methods fail."""
-    class Copy:
-        rank, size = 0, 1
-
-        def all_to_all(self, send, recv):
-            recv[0][:] = send[0]
-
-        def all_gather(self, send, recv):
-            recv[0][:] = send
-
-        def split(self, color, key):
-            return None if color < 0 else (Copy(), 0, 1)
-
-        def abort(self, message):
-            told.append(message)
-
-        def close(self):
-            closed.append(1)
-
-    told, closed = [], []
-    group = comm.Comm(_core.comm_python(Copy(), 0, 1))
+    """One that copies; and one whose methods fail."""
+    engine = Copy()
+    group = comm.Comm(_core.comm_python(engine, 0, 1))
     comm_cases.check_all(group, SEED)
+    comm_cases.forked(group)
+    assert not engine.told
     group.close()
-    assert not told and closed
+    assert engine.told == ["closed"]
+    with comm.Comm(_core.comm_self()) as group:
+        comm_cases.forked(group)
 
     class Broken(Copy):
         def all_gather(self, send, recv):
             raise OSError("the cable is out")
-
-    closed.clear()
-    with comm.Comm(_core.comm_python(Copy(), 0, 1)) as group:
-        comm_cases.forked(group)
-        assert not told and not closed
-    with comm.Comm(_core.comm_self()) as group:
-        comm_cases.forked(group)
 
     with comm.Comm(_core.comm_python(Broken(), 0, 1)) as group:
         with pytest.raises(CommError, match="OSError: the cable is out"):
@@ -406,3 +420,61 @@ def test_an_engine_in_python():
     with pytest.raises(ValueError, match="rank must be"):
         _core.comm_python(Copy(), 1, 1)
     assert orchvlm.comm is comm
+
+
+@pytest.mark.parametrize("answer, words", [
+    ((Copy(), 0, 2), "rank 0 of 2, and there are 1"), ((Copy(), 1, 1), "rank 1 of 1"),
+    ((Copy(), -1, 1), "rank -1 of 1"), ((Copy(), 0, 0), "rank 0 of 0"),
+    (None, "must return"), (3, "must return")])
+def test_a_split_of_an_engine_that_makes_no_sense(answer, words):
+    engine = Copy()
+    engine.split = lambda color, key: answer
+    with comm.Comm(_core.comm_python(engine, 0, 1)) as group:
+        with pytest.raises(CommError, match=words):
+            group.dup()
+    engine.split = lambda color, key: (Copy(), 0, 1)
+    with comm.Comm(_core.comm_python(engine, 0, 1)) as group:
+        with pytest.raises(CommError, match="must return None"):
+            group.split(None)
+
+
+def test_sizes_are_not_for_the_engine_to_change():
+    """What it says of itself later is no measure of the memory that it is shown."""
+    class Liar(Copy):
+        rank, size = 3, 1000
+
+        def all_gather(self, send, recv):
+            seen.append(len(recv))
+            super().all_gather(send, recv)
+
+    seen = []
+    with comm.Comm(_core.comm_python(Liar(), 0, 1)) as group:
+        group.all_gather(np.ones(3))
+        group.all_to_all(np.ones(3), [3])
+    assert set(seen) == {1}
+
+
+def test_what_is_closed_during_an_abort_ends_after_it():
+    class Slow(Copy):
+        def abort(self, message):
+            thread = threading.Thread(target=group.close)
+            thread.start()
+            thread.join()
+            super().abort(message)
+
+    engine = Slow()
+    group = comm.Comm(_core.comm_python(engine, 0, 1))
+    group.abort("enough")
+    assert engine.told == ["enough", "closed"]
+    with pytest.raises(ValueError, match="closed"):
+        group.barrier()
+
+
+def test_what_only_says_that_it_is_of_the_core():
+    """Its memory is another's."""
+    class Liar:
+        __class__ = _core.Comm
+
+    assert isinstance(Liar(), _core.Comm)
+    with pytest.raises(TypeError, match="expected a Comm of the core; got Liar"):
+        _core.SequenceGroup(Liar())

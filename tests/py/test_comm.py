@@ -361,10 +361,21 @@ def test_an_environment_that_makes_no_sense(monkeypatch):
     ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "self"),
 ])
 def test_launchers_are_told_apart(monkeypatch, variables, engine):
-    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle: "mpi")
+    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle, tasks: "mpi")
     monkeypatch.setattr(os, "environ", environment(**variables))
     found = _comm_init._from_environment(60.0)
     assert found == "mpi" if engine == "mpi" else found.describe()[2] == engine
+
+
+def test_ranks_that_the_mpi_library_does_not_know(monkeypatch):
+    """srun without the plug-in of that library: each process is alone, and would train alone."""
+    monkeypatch.setattr(_core, "comm_mpi", lambda names, handle: (_core.comm_self(), False))
+    monkeypatch.setattr(os, "environ", environment(SLURM_STEP_ID="0", SLURM_PROCID="1",
+                                                   SLURM_NTASKS="4"))
+    with pytest.raises(CommError, match="4 processes.*--mpi=pmix"):
+        _comm_init._from_environment(60.0)
+    monkeypatch.setattr(os, "environ", environment(OMPI_COMM_WORLD_SIZE="1"))
+    assert _comm_init._from_environment(60.0).describe()[1] == 1
 
 
 def test_without_an_mpi_library():

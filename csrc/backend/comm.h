@@ -210,12 +210,12 @@ typedef struct ovlm_comm_work {
 } ovlm_comm_work;
 
 /* What carries bytes.  `self` is the engine's own; calls on one self never overlap, calls on
- * different ones may, and a forked child makes none but close.  Arguments were checked: counts >= 0,
- * offset arrays never NULL, pointers not NULL where there are bytes.  An all_gather whose label is a
- * barrier gathers nothing, and returns after all ranks have called it; one whose label is a
- * broadcast gathers from one rank.  Failures are OVLM_E_COMM (which the other ranks know of, or were
- * told by the engine), OVLM_E_NOMEM or OVLM_E_INTERRUPTED (of which abort tells them); after one the
- * communicator is never used again, only closed. */
+ * different ones may, and a forked child makes none but close.  Arguments were checked: counts
+ * >= 0, offset arrays never NULL, pointers not NULL where there are bytes.  An all_gather whose
+ * label is a barrier gathers nothing, and returns after all ranks have called it; one whose label
+ * is a broadcast gathers from one rank.  Failures are OVLM_E_COMM (which the other ranks know of,
+ * or were told by the engine), OVLM_E_NOMEM or OVLM_E_INTERRUPTED (of which abort tells them);
+ * after one the communicator is never used again, only closed. */
 typedef struct ovlm_comm_engine {
     const char *name; /* static                                                                 */
     bool compares;    /* it compares labels and counts at each call; otherwise that is done above

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *self, int64_t rank, int64_t size,
                            uint64_t id, ovlm_comm **comm, ovlm_err *err)
@@ -18,8 +19,10 @@ ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *self, int64_t r
     made->self = self;
     made->rank = rank;
     made->size = size;
+    made->process = getpid();
     made->id = id;
     atomic_init(&made->busy, false);
+    atomic_init(&made->poisoned, false);
     atomic_init(&made->failed, false);
     *comm = made;
     return OVLM_OK;
@@ -39,7 +42,9 @@ void ovlm_comm_close(ovlm_comm *comm)
 
 void ovlm_comm_abort(ovlm_comm *comm, const char *message)
 {
-    comm->engine->abort(comm->self, message);
+    if (comm->process == getpid()) { /* a forked child is no rank that could fail */
+        comm->engine->abort(comm->self, message);
+    }
 }
 
 void ovlm_comm_set_debug(ovlm_comm *comm, bool debug)
@@ -72,6 +77,10 @@ const char *ovlm_comm_engine_name(const ovlm_comm *comm)
 
 ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err)
 {
+    if (comm->process != getpid()) { /* its threads are not here, and its memory is shared */
+        return OVLM_FAIL(err, OVLM_E_COMM, "a forked process is no rank; communicators stay with "
+                         "the process that opened them");
+    }
     if (atomic_exchange_explicit(&comm->busy, true, memory_order_acquire)) {
         return OVLM_FAIL(err, OVLM_E_ARG,
                          "the communicator is in use by another thread; give each thread a dup");
@@ -90,7 +99,8 @@ void ovlm_comm_leave(ovlm_comm *comm)
 
 void ovlm_comm_poison(ovlm_comm *comm, ovlm_status status, const ovlm_err *err)
 {
-    if (status == OVLM_OK || atomic_load_explicit(&comm->failed, memory_order_acquire)) {
+    if (status == OVLM_OK ||
+        atomic_exchange_explicit(&comm->poisoned, true, memory_order_relaxed)) {
         return;
     }
     if (status != OVLM_E_COMM) { /* out of memory, interrupted: the others still wait for us */
@@ -137,7 +147,7 @@ done:
 static ovlm_status split(ovlm_comm *comm, int64_t color, int64_t key, ovlm_comm **out,
                          ovlm_err *err)
 {
-    const ovlm_comm_work work = {.label = ovlm_comm_label_next(comm, OVLM_COMM_SPLIT, 0, -1)};
+    const ovlm_comm_work work = ovlm_comm_work_next(comm, OVLM_COMM_SPLIT, 0, -1);
     void *child = NULL;
     int64_t rank = 0, size = 0;
     OVLM_TRY(ovlm_comm_queue_drain(comm, err));
@@ -177,12 +187,14 @@ ovlm_status ovlm_comm_dup(ovlm_comm *comm, ovlm_comm **out, ovlm_err *err)
 
 /* ---------------------------------------------------------------- labels */
 
-ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
-                                     int64_t amount)
+ovlm_comm_work ovlm_comm_work_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
+                                   int64_t amount)
 {
-    const ovlm_comm_label label = {.comm = comm->id, .order = ++comm->order, .amount = amount,
-                                   .kind = (int32_t)kind, .detail = (int32_t)detail};
-    return label;
+    const ovlm_comm_work work = {
+        .label = {.comm = comm->id, .order = ++comm->order, .amount = amount,
+                  .kind = (int32_t)kind, .detail = (int32_t)detail},
+        .compare = comm->debug && !comm->engine->compares};
+    return work;
 }
 
 void ovlm_comm_label_describe(const ovlm_comm_label *label, char text[OVLM_COMM_TEXT_BYTES])

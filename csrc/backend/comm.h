@@ -12,6 +12,8 @@
  *   - Arguments are checked before anything is sent: OVLM_E_ARG leaves the communicator as it was.
  *   - OVLM_E_COMM: a rank failed, left, died, or called something else; the message names it.  No
  *     rank waits for ever.  The communicator is poisoned: all later calls fail with that message.
+ *   - A forked child is no rank: its calls are OVLM_E_COMM before anything is touched, its abort
+ *     does nothing, and closing frees its copy alone.
  *   - Memory may lie on a device where the engine says so; counts and offsets always on the host.
  *     `stream` is the engine's (a CUDA stream); engines of the CPU ignore it.
  *
@@ -189,9 +191,16 @@ OVLM_NODISCARD ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label
                                                     int64_t n, int64_t stride,
                                                     const int64_t *world, ovlm_err *err);
 
+/* The same for counts of which every rank says all: count[r*stride + s] is what r says of s, in
+ * elements for a reduce-scatter, else in bytes. */
+OVLM_NODISCARD ovlm_status ovlm_comm_rows_compare(const ovlm_comm_label *label,
+                                                  const int64_t *count, int64_t n, int64_t stride,
+                                                  const int64_t *world, ovlm_err *err);
+
 /* What starts hand over. */
 typedef struct ovlm_comm_work {
     ovlm_comm_label label;
+    bool compare; /* over the ranks, before it is made: ovlm_comm_set_debug as of the call      */
     union {
         ovlm_all_gather all_gather;
         ovlm_all_to_all all_to_all;
@@ -201,11 +210,12 @@ typedef struct ovlm_comm_work {
 } ovlm_comm_work;
 
 /* What carries bytes.  `self` is the engine's own; calls on one self never overlap, calls on
- * different ones may.  Arguments were checked: counts >= 0, offset arrays never NULL, pointers not
- * NULL where there are bytes.  An all_gather whose label is a barrier gathers nothing, and returns
- * after all ranks have called it; one whose label is a broadcast gathers from one rank.  Failures
- * are OVLM_E_COMM (a peer), OVLM_E_NOMEM or OVLM_E_INTERRUPTED; after one the communicator is never
- * used again, only closed. */
+ * different ones may, and a forked child makes none but close.  Arguments were checked: counts
+ * >= 0, offset arrays never NULL, pointers not NULL where there are bytes.  An all_gather whose
+ * label is a barrier gathers nothing, and returns after all ranks have called it; one whose label
+ * is a broadcast gathers from one rank.  Failures are OVLM_E_COMM (which the other ranks know of,
+ * or were told by the engine), OVLM_E_NOMEM or OVLM_E_INTERRUPTED (of which abort tells them);
+ * after one the communicator is never used again, only closed. */
 typedef struct ovlm_comm_engine {
     const char *name; /* static                                                                 */
     bool compares;    /* it compares labels and counts at each call; otherwise that is done above
@@ -233,7 +243,7 @@ typedef struct ovlm_comm_engine {
     ovlm_status (*wait)(void *self, void *request, ovlm_err *err);
 
     void (*abort)(void *self, const char *message); /* from any thread                          */
-    void (*close)(void *self);                      /* never communicates                       */
+    void (*close)(void *self); /* never communicates; in a forked child it only frees memory     */
 } ovlm_comm_engine;
 
 /* A communicator over an engine.  It owns `self` from here on, and closes it also when this call
@@ -243,8 +253,8 @@ OVLM_NODISCARD ovlm_status ovlm_comm_open(const ovlm_comm_engine *engine, void *
                                           ovlm_err *err);
 
 /* Compares each call and its counts over the ranks before it is made, at the price of two small
- * exchanges; engines that compare do so in any case.  Children inherit it.  The same on all
- * ranks. */
+ * exchanges; engines that compare do so in any case.  Children inherit it.  The same on all ranks,
+ * between the same calls: it holds for what is called or started from then on. */
 void ovlm_comm_set_debug(ovlm_comm *comm, bool debug);
 
 #ifdef __cplusplus

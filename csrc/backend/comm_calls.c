@@ -11,7 +11,7 @@ static ovlm_status check_counts(const ovlm_comm *comm, const char *name, const i
         return OVLM_FAIL(err, OVLM_E_ARG, "%s is NULL; give one count per rank", name);
     }
     for (int64_t r = 0; r < comm->size; r++) {
-        if (count[r] < 0 || count[r] > (INT64_MAX - *sum) / unit_bytes) {
+        if (count[r] < 0 || count[r] > INT64_MAX / unit_bytes - *sum) {
             return OVLM_FAIL(err, OVLM_E_ARG, "%s[%lld] is %lld; it must be >= 0, and all bytes "
                              "together below 2^63", name, (long long)r, (long long)count[r]);
         }
@@ -58,7 +58,7 @@ static ovlm_status make_all_gather(ovlm_comm *comm, const ovlm_all_gather *args,
         return OVLM_FAIL(err, OVLM_E_ARG, "send is NULL, with %lld bytes to send",
                          (long long)args->recv_bytes[comm->rank]);
     }
-    work->label = ovlm_comm_label_next(comm, OVLM_COMM_ALL_GATHER, 0, sum);
+    *work = ovlm_comm_work_next(comm, OVLM_COMM_ALL_GATHER, 0, sum);
     work->of.all_gather = *args;
     return OVLM_OK;
 }
@@ -76,7 +76,7 @@ static ovlm_status make_all_to_all(ovlm_comm *comm, const ovlm_all_to_all *args,
         return OVLM_FAIL(err, OVLM_E_ARG, "rank %lld sends %lld bytes to itself and receives %lld",
                          (long long)comm->rank, (long long)to_self, (long long)from_self);
     }
-    work->label = ovlm_comm_label_next(comm, OVLM_COMM_ALL_TO_ALL, 0, -1);
+    *work = ovlm_comm_work_next(comm, OVLM_COMM_ALL_TO_ALL, 0, -1);
     work->of.all_to_all = *args;
     return OVLM_OK;
 }
@@ -92,8 +92,8 @@ static ovlm_status make_all_reduce(ovlm_comm *comm, const ovlm_all_reduce *args,
         return OVLM_FAIL(err, OVLM_E_ARG, "%s is NULL, with %lld elements to reduce",
                          args->send == NULL ? "send" : "recv", (long long)args->n);
     }
-    work->label = ovlm_comm_label_next(comm, OVLM_COMM_ALL_REDUCE,
-                                       16 * (int64_t)args->dtype + (int64_t)args->reduce, args->n);
+    *work = ovlm_comm_work_next(comm, OVLM_COMM_ALL_REDUCE,
+                                16 * (int64_t)args->dtype + (int64_t)args->reduce, args->n);
     work->of.all_reduce = *args;
     return OVLM_OK;
 }
@@ -108,8 +108,8 @@ static ovlm_status make_reduce_scatter(ovlm_comm *comm, const ovlm_reduce_scatte
         return OVLM_FAIL(err, OVLM_E_ARG, "recv is NULL, with %lld elements to receive",
                          (long long)args->counts[comm->rank]);
     }
-    work->label = ovlm_comm_label_next(comm, OVLM_COMM_REDUCE_SCATTER,
-                                       16 * (int64_t)args->dtype + (int64_t)args->reduce, sum);
+    *work = ovlm_comm_work_next(comm, OVLM_COMM_REDUCE_SCATTER,
+                                16 * (int64_t)args->dtype + (int64_t)args->reduce, sum);
     work->of.reduce_scatter = *args;
     return OVLM_OK;
 }
@@ -157,11 +157,10 @@ ovlm_status ovlm_comm_wait(ovlm_comm *comm, int64_t ticket, ovlm_err *err)
 }
 
 /* An all-gather in which the root alone has something to say. */
-static ovlm_status gather_from(ovlm_comm *comm, const ovlm_comm_label *label, void *data,
-                               int64_t bytes, int64_t root, void *stream, ovlm_err *err)
+static ovlm_status gather_from(ovlm_comm *comm, ovlm_comm_work work, void *data, int64_t bytes,
+                               int64_t root, void *stream, ovlm_err *err)
 {
     ovlm_arena arena = {0};
-    ovlm_comm_work work = {.label = *label};
     int64_t *counts = NULL;
     ovlm_status status = OVLM_OK;
     OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &counts, comm->size, err));
@@ -182,8 +181,8 @@ ovlm_status ovlm_comm_barrier(ovlm_comm *comm, ovlm_err *err)
     ovlm_err local = {0};
     err = err != NULL ? err : &local;
     OVLM_TRY(ovlm_comm_enter(comm, err));
-    const ovlm_comm_label label = ovlm_comm_label_next(comm, OVLM_COMM_BARRIER, 0, -1);
-    ovlm_status status = gather_from(comm, &label, NULL, 0, 0, NULL, err);
+    ovlm_status status = gather_from(comm, ovlm_comm_work_next(comm, OVLM_COMM_BARRIER, 0, -1),
+                                     NULL, 0, 0, NULL, err);
     ovlm_comm_leave(comm);
     return status;
 }
@@ -202,8 +201,8 @@ ovlm_status ovlm_comm_broadcast(ovlm_comm *comm, void *data, int64_t bytes, int6
                          data == NULL ? "NULL; give the data" : "there; bytes must be >= 0");
     }
     OVLM_TRY(ovlm_comm_enter(comm, err));
-    const ovlm_comm_label label = ovlm_comm_label_next(comm, OVLM_COMM_BROADCAST, root, bytes);
-    ovlm_status status = gather_from(comm, &label, data, bytes, root, stream, err);
+    ovlm_comm_work work = ovlm_comm_work_next(comm, OVLM_COMM_BROADCAST, root, bytes);
+    ovlm_status status = gather_from(comm, work, data, bytes, root, stream, err);
     ovlm_comm_leave(comm);
     return status;
 }

@@ -14,8 +14,7 @@
 typedef struct ovlm_comm_queue {
     ovlm_comm *comm;
     pthread_t thread;
-    bool helped;   /* the thread runs                         */
-    pid_t process; /* a forked child has the memory, but not the thread */
+    bool helped; /* the thread runs */
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
     int64_t started, finished; /* tickets up to these */
@@ -58,7 +57,6 @@ static ovlm_status open_queue(ovlm_comm *comm, ovlm_err *err)
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory for the queue of started calls");
     }
     q->comm = comm;
-    q->process = getpid();
     pthread_mutex_init(&q->mutex, NULL);
     pthread_cond_init(&q->work, NULL);
     pthread_cond_init(&q->done, NULL);
@@ -80,7 +78,7 @@ void ovlm_comm_queue_close(ovlm_comm *comm)
         return;
     }
     comm->queue = NULL;
-    if (q->process != getpid()) { /* its locks may be held by nobody, for ever */
+    if (comm->process != getpid()) { /* its locks may be held by nobody, for ever */
         free(q);
         return;
     }
@@ -213,10 +211,6 @@ static ovlm_status wait_helped(ovlm_comm *comm, comm_queue *q, int64_t ticket, o
 ovlm_status ovlm_comm_queue_wait(ovlm_comm *comm, int64_t ticket, ovlm_err *err)
 {
     comm_queue *q = comm->queue;
-    if (q != NULL && q->process != getpid()) {
-        return OVLM_FAIL(err, OVLM_E_COMM, "a forked process is no rank; communicators stay with "
-                         "the process that opened them");
-    }
     if (ticket < 1 || q == NULL || ticket > q->started) {
         return OVLM_FAIL(err, OVLM_E_ARG, "ticket %lld was not given by this communicator",
                          (long long)ticket);

@@ -50,7 +50,7 @@ static ovlm_status gather_equal(ovlm_comm *comm, const ovlm_comm_label *label, c
 }
 
 /* Everybody sees the whole matrix, so that all ranks fail, with the same words. */
-static ovlm_status compare_counts(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_err *err)
+static ovlm_status compare_pairs(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_err *err)
 {
     const int64_t n = comm->size;
     int64_t *mine = NULL, *all = NULL;
@@ -60,6 +60,50 @@ static ovlm_status compare_counts(ovlm_comm *comm, const ovlm_comm_work *work, o
     memcpy(mine + n, work->of.all_to_all.recv_bytes, (size_t)n * sizeof *mine);
     OVLM_TRY(gather_equal(comm, &work->label, mine, 2 * n * (int64_t)sizeof *mine, all, err));
     return ovlm_comm_counts_compare(&work->label, all, all + n, n, 2 * n, comm->world, err);
+}
+
+static ovlm_status compare_rows(ovlm_comm *comm, const ovlm_comm_label *label,
+                                const int64_t *mine, ovlm_err *err)
+{
+    const int64_t n = comm->size;
+    int64_t *all = NULL;
+    OVLM_TRY(OVLM_ARENA_NEW(&comm->arena, &all, n * n, err));
+    OVLM_TRY(gather_equal(comm, label, mine, n * (int64_t)sizeof *mine, all, err));
+    return ovlm_comm_rows_compare(label, all, n, n, comm->world, err);
+}
+
+static ovlm_status compare_counts(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_err *err)
+{
+    switch ((ovlm_comm_kind)work->label.kind) {
+    case OVLM_COMM_ALL_TO_ALL: return compare_pairs(comm, work, err);
+    case OVLM_COMM_ALL_GATHER:
+        return compare_rows(comm, &work->label, work->of.all_gather.recv_bytes, err);
+    case OVLM_COMM_REDUCE_SCATTER:
+        return compare_rows(comm, &work->label, work->of.reduce_scatter.counts, err);
+    default: return OVLM_OK; /* the label says it all */
+    }
+}
+
+ovlm_status ovlm_comm_rows_compare(const ovlm_comm_label *label, const int64_t *count, int64_t n,
+                                   int64_t stride, const int64_t *world, ovlm_err *err)
+{
+    const char *unit = label->kind == OVLM_COMM_REDUCE_SCATTER ? "elements" : "bytes";
+    for (int64_t r = 1; r < n; r++) {
+        for (int64_t s = 0; s < n; s++) {
+            if (count[r * stride + s] != count[s]) {
+                char text[OVLM_COMM_TEXT_BYTES];
+                ovlm_comm_label_describe(label, text);
+                return OVLM_FAIL(err, OVLM_E_COMM,
+                                 "counts disagree in %s: rank %lld says that rank %lld has %lld "
+                                 "%s, rank %lld says %lld", text,
+                                 (long long)ovlm_comm_world_rank(world, 0),
+                                 (long long)ovlm_comm_world_rank(world, s), (long long)count[s],
+                                 unit, (long long)ovlm_comm_world_rank(world, r),
+                                 (long long)count[r * stride + s]);
+            }
+        }
+    }
+    return OVLM_OK;
 }
 
 ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label, const int64_t *send,
@@ -86,14 +130,14 @@ ovlm_status ovlm_comm_counts_compare(const ovlm_comm_label *label, const int64_t
 ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work, ovlm_err *err)
 {
     ovlm_comm_label *all = NULL;
-    if (!comm->debug || comm->engine->compares) {
+    if (!work->compare) {
         return OVLM_OK;
     }
     OVLM_TRY(OVLM_ARENA_NEW(&comm->arena, &all, comm->size, err));
     OVLM_TRY(gather_equal(comm, &work->label, &work->label, (int64_t)sizeof work->label, all,
                           err));
     OVLM_TRY(ovlm_comm_labels_compare(all, comm->size, (int64_t)sizeof *all, comm->world, err));
-    return work->label.kind == OVLM_COMM_ALL_TO_ALL ? compare_counts(comm, work, err) : OVLM_OK;
+    return compare_counts(comm, work, err);
 }
 
 /* ---------------------------------------------------------------- work */

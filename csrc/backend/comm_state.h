@@ -3,6 +3,7 @@
 #define OVLM_BACKEND_COMM_STATE_H
 
 #include <stdatomic.h>
+#include <sys/types.h>
 
 #include "backend/comm.h"
 #include "backend/comm_reduce.h"
@@ -12,12 +13,15 @@ struct ovlm_comm {
     const ovlm_comm_engine *engine;
     void *self; /* owned: the engine's */
     int64_t rank, size;
+    pid_t process;  /* that opened it                                                         */
     int64_t *world; /* [size] owned: the ranks' numbers in the first communicator; NULL there  */
     uint64_t id;
     int64_t order; /* calls so far */
     bool debug;
-    atomic_bool busy;   /* a caller is inside                                                 */
-    atomic_bool failed; /* poisoned: failure holds why, and never changes again               */
+    atomic_bool busy;     /* a caller is inside                                               */
+    atomic_bool poisoned; /* failure is being written, or was: a caller and the helper may fail
+                             at the same time                                                 */
+    atomic_bool failed;   /* failure holds why, and never changes again                       */
     ovlm_err failure;
     int (*poll)(void *ctx);
     void *poll_ctx;
@@ -25,13 +29,15 @@ struct ovlm_comm {
     struct ovlm_comm_queue *queue; /* NULL until the first start                              */
 };
 
-/* Marks the communicator as in use; fails when it is, or when it is poisoned. */
+/* Marks the communicator as in use; fails when it is, when it is poisoned, and in a forked
+ * child. */
 OVLM_NODISCARD ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err);
 void ovlm_comm_leave(ovlm_comm *comm);
 
-/* A label with the next order. */
-ovlm_comm_label ovlm_comm_label_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
-                                     int64_t amount);
+/* Work with the next order; its arguments are still to come.  Whether it is compared is settled
+ * here, where all ranks are at the same call, and not where a helper comes to it. */
+ovlm_comm_work ovlm_comm_work_next(ovlm_comm *comm, ovlm_comm_kind kind, int64_t detail,
+                                   int64_t amount);
 
 int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank);
 
@@ -39,7 +45,7 @@ int64_t ovlm_comm_world_rank(const int64_t *world, int64_t rank);
  * split. */
 OVLM_NODISCARD ovlm_status ovlm_comm_run(ovlm_comm *comm, const ovlm_comm_work *work,
                                          ovlm_err *err);
-/* In debug mode, over an engine that does not compare: labels, and the counts of an all-to-all. */
+/* Where the work asks for it: labels, and then the counts of calls that have some. */
 OVLM_NODISCARD ovlm_status ovlm_comm_compare(ovlm_comm *comm, const ovlm_comm_work *work,
                                              ovlm_err *err);
 /* Keeps what failed; other ranks hear of a failure that is this rank's own. */

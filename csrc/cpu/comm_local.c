@@ -9,7 +9,6 @@
 
 #include <math.h>
 #include <string.h>
-#include <unistd.h>
 
 /* A call, in the terms of streams. */
 typedef struct traffic {
@@ -78,27 +77,6 @@ static void write_head(const local_comm *comm, const ovlm_comm_label *label, con
     memcpy(head->count + comm->n, t->recv_bytes, (size_t)comm->n * sizeof *head->count);
 }
 
-/* Every rank must give the same counts. */
-static ovlm_status compare_rows(const local_comm *comm, const ovlm_comm_label *label,
-                                const int64_t *count, int64_t stride, ovlm_err *err)
-{
-    const int64_t n = comm->n;
-    for (int64_t r = 1; r < n; r++) {
-        for (int64_t s = 0; s < n; s++) {
-            if (count[r * stride + s] != count[s]) {
-                char text[OVLM_COMM_TEXT_BYTES];
-                ovlm_comm_label_describe(label, text);
-                return OVLM_FAIL(err, OVLM_E_COMM,
-                                 "counts disagree in %s: rank %lld says that rank %lld has %lld "
-                                 "bytes, rank %lld says %lld", text, (long long)comm->world[0],
-                                 (long long)comm->world[s], (long long)count[s],
-                                 (long long)comm->world[r], (long long)count[r * stride + s]);
-            }
-        }
-    }
-    return OVLM_OK;
-}
-
 /* All ranks look at the same heads, so that all find the same fault. */
 static ovlm_status compare_heads(local_comm *comm, const ovlm_comm_label *label, bool gather,
                                  ovlm_err *err)
@@ -110,7 +88,7 @@ static ovlm_status compare_heads(local_comm *comm, const ovlm_comm_label *label,
                                  : 0;
     const int64_t words = stride / (int64_t)sizeof(int64_t);
     OVLM_TRY(ovlm_comm_labels_compare(&head->label, n, stride, comm->world, err));
-    return gather ? compare_rows(comm, label, head->count, words, err)
+    return gather ? ovlm_comm_rows_compare(label, head->count, n, words, comm->world, err)
                   : ovlm_comm_counts_compare(label, head->count, head->count + n, n, words,
                                              comm->world, err);
 }
@@ -191,10 +169,8 @@ ovlm_status ovlm_local_all_gather(void *self, const ovlm_comm_label *label,
 static void local_abort(void *self, const char *message)
 {
     local_comm *comm = self;
-    if (getpid() == comm->job->process) { /* a forked child is no rank that could fail */
-        ovlm_local_fail(comm->job, "rank %lld failed: %s", (long long)comm->world[comm->rank],
-                        message);
-    }
+    ovlm_local_fail(comm->job, "rank %lld failed: %s", (long long)comm->world[comm->rank],
+                    message);
 }
 
 const ovlm_comm_engine ovlm_local_engine = {

@@ -57,6 +57,8 @@ static void end_job(local_job *job)
         }
     }
     ovlm_local_memory_free(job);
+    free(job->beat);
+    free(job->looks);
     if (owner) { /* a child's copy may be locked for ever */
         pthread_cond_destroy(&job->wake);
         pthread_mutex_destroy(&job->mutex);
@@ -154,6 +156,15 @@ static void nap(void)
     (void)nanosleep(&pause, NULL);
 }
 
+/* Names of later files hold it: a job may meet where another one met that still runs. */
+static uint64_t job_number(const local_job *job)
+{
+    struct timespec now = {0};
+    (void)clock_gettime(CLOCK_REALTIME, &now);
+    return ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) ^
+           (uint64_t)job->process << 40;
+}
+
 /* Rank 0: writes the file elsewhere and gives it its name when it is complete and locked. */
 static ovlm_status create_meeting(local_job *job, const char *path, ovlm_err *err)
 {
@@ -161,6 +172,7 @@ static ovlm_status create_meeting(local_job *job, const char *path, ovlm_err *er
     (void)snprintf(fresh, sizeof fresh, "%s.%lld", path, (long long)job->process);
     (void)unlink(fresh); /* of an earlier process with this number: O_EXCL would find it */
     OVLM_TRY(ovlm_local_file_new(job, fresh, job->size, &job->lock, &job->first, err));
+    job->first->job = job_number(job);
     bool locked = ovlm_local_lock(job->lock, 0);
     int named = locked ? link(fresh, path) : -1;
     if (locked && named != 0 && errno == EEXIST) {
@@ -264,6 +276,9 @@ ovlm_status ovlm_comm_open_local(const char *path, int64_t rank, int64_t size,
     }
     return ovlm_comm_open(&ovlm_local_engine, self, rank, size, 1, comm, err);
 failed:
+    if (rank == 0) {
+        forget_meeting(job, path);
+    }
     end_job(job);
     return status;
 }

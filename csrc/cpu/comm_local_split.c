@@ -50,9 +50,6 @@ static ovlm_status share_block(local_comm *comm, ovlm_comm_label *label, int64_t
     local_block **all = NULL;
     OVLM_TRY(OVLM_ARENA_NEW(arena, &all, comm->n, err));
     if (leader == comm->rank) {
-        if (comm->job->lock >= 0) {
-            (void)unlink(path); /* of a job that was killed here: O_EXCL would find it */
-        }
         OVLM_TRY(ovlm_local_block_new(comm->job, path, n, block, err));
     }
     OVLM_TRY(gather_equal(comm, label, block, (int64_t)sizeof *block, all, arena, err));
@@ -83,9 +80,9 @@ static ovlm_status split(local_comm *comm, ovlm_comm_label *label, const wish *m
     }
     int64_t leader = mine->color < 0 ? -1 : all[first].rank;
     char path[OVLM_LOCAL_PATH_BYTES + 64];
-    (void)snprintf(path, sizeof path, "%s.%08llx.%lld.%lld", comm->job->path,
-                   (unsigned long long)(label->comm & 0xffffffffu), (long long)label->order,
-                   (long long)(leader < 0 ? -1 : comm->world[leader]));
+    (void)snprintf(path, sizeof path, "%s.%llx.%llx.%lld.%lld", comm->job->path,
+                   (unsigned long long)comm->job->first->job, (unsigned long long)label->comm,
+                   (long long)label->order, (long long)(leader < 0 ? -1 : comm->world[leader]));
     ovlm_status status = share_block(comm, label, leader, n, path, &block, arena, err);
     if (comm->job->lock >= 0 && n > 1 && (leader == comm->rank || status != OVLM_OK)) {
         (void)unlink(path); /* after a failure whoever is left does it */
@@ -111,9 +108,14 @@ ovlm_status ovlm_local_split(void *self, const ovlm_comm_label *label, int64_t c
     local_comm *comm = self, *made = NULL;
     ovlm_comm_label now = *label;
     ovlm_arena arena = {0};
+    ovlm_err local = {0};
     const wish mine = {.color = color < 0 ? -1 : color, .key = key, .rank = comm->rank};
-    ovlm_status status = split(comm, &now, &mine, &made, &arena, err);
+    ovlm_status status = split(comm, &now, &mine, &made, &arena, &local);
     ovlm_arena_free(&arena);
+    if (status != OVLM_OK) { /* may be this rank's own failure: the others wait for it */
+        ovlm_local_engine.abort(comm, local.message);
+        return OVLM_FAIL(err, status, "%s", local.message);
+    }
     *child = made;
     if (made != NULL) {
         *rank = made->rank;

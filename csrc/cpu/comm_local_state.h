@@ -43,7 +43,8 @@ typedef struct local_rank {
 typedef struct local_block {
     char magic[8];
     int64_t n, window_bytes, bytes;
-    char pad0[OVLM_LOCAL_LINE_BYTES - 32];
+    uint64_t job; /* first block of processes: no other job has this number                     */
+    char pad0[OVLM_LOCAL_LINE_BYTES - 40];
     atomic_uint arrived; /* ranks in the current meeting                                        */
     char pad1[OVLM_LOCAL_LINE_BYTES - 4];
     atomic_uint meetings; /* that are over: ranks sleep on it                                   */
@@ -81,6 +82,8 @@ typedef struct local_job {
     local_memory *memory; /* of threads                                                         */
     pthread_t watcher;
     bool watching, closing;
+    unsigned *beat; /* [size] owned: the watcher's: what it saw last, and how often in a row    */
+    int64_t *looks;
 } local_job;
 
 /* The engine's own. */

@@ -15,7 +15,6 @@
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,10 +39,6 @@ void ovlm_local_fail(local_job *job, const char *format, ...)
 
 ovlm_status ovlm_local_check(local_job *job, ovlm_err *err)
 {
-    if (getpid() != job->process) {
-        return OVLM_FAIL(err, OVLM_E_COMM, "a forked process is no rank; communicators stay with "
-                         "the process that opened them");
-    }
     unsigned failed = atomic_load_explicit(&job->first->failed, memory_order_acquire);
     for (int look = 0; failed == 1 && look < 1000; look++) { /* it is being written */
         const struct timespec nap = {.tv_nsec = 100000};
@@ -80,8 +75,9 @@ bool ovlm_local_locked(int file, int64_t rank)
 
 /* One look at the others.  Silence is counted in looks, not by the clock, so that time in which
  * this process stood still too counts for nobody. */
-static void look_after(local_job *job, unsigned *beat, int64_t *looks)
+static void look_after(local_job *job)
 {
+    int64_t *looks = job->looks;
     for (int64_t r = 0; r < job->size; r++) {
         local_rank *other = &job->first->rank[r];
         if (r == job->rank || atomic_load_explicit(&other->here, memory_order_acquire) == 0) {
@@ -92,8 +88,8 @@ static void look_after(local_job *job, unsigned *beat, int64_t *looks)
             continue; /* looked at after the lock: it leaves in this order */
         }
         unsigned now = atomic_load_explicit(&other->beat, memory_order_relaxed);
-        looks[r] = now == beat[r] ? looks[r] + 1 : 0;
-        beat[r] = now;
+        looks[r] = now == job->beat[r] ? looks[r] + 1 : 0;
+        job->beat[r] = now;
         if (!locked) {
             ovlm_local_fail(job, "rank %lld (process %lld) died", (long long)r,
                             (long long)other->process);
@@ -118,28 +114,24 @@ static void wait_beat(local_job *job)
 static void *watch(void *argument)
 {
     local_job *job = argument;
-    unsigned *beat = calloc((size_t)job->size, sizeof *beat);
-    int64_t *looks = calloc((size_t)job->size, sizeof *looks);
     pthread_mutex_lock(&job->mutex);
     while (!job->closing) {
         pthread_mutex_unlock(&job->mutex);
         atomic_fetch_add_explicit(&job->first->rank[job->rank].beat, 1, memory_order_relaxed);
-        if (beat != NULL && looks != NULL) {
-            look_after(job, beat, looks);
-        }
+        look_after(job);
         pthread_mutex_lock(&job->mutex);
         if (!job->closing) {
             wait_beat(job);
         }
     }
     pthread_mutex_unlock(&job->mutex);
-    free(beat);
-    free(looks);
     return NULL;
 }
 
 ovlm_status ovlm_local_watch(local_job *job, ovlm_err *err)
 {
+    OVLM_TRY(OVLM_HEAP_NEW(&job->beat, job->size, err));
+    OVLM_TRY(OVLM_HEAP_NEW(&job->looks, job->size, err));
     if (pthread_create(&job->watcher, NULL, watch, job) != 0) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "the system refused a thread to watch over the ranks");
     }

@@ -11,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
     PIECE_BYTES = 1 << 30, /* counts are ints */
@@ -23,6 +25,7 @@ typedef struct mpi_comm {
     mpi_table mpi;
     mpi_handle comm;
     int rank, size;
+    pid_t process; /* a forked child must not call MPI */
     ovlm_comm_mpi_options options;
 } mpi_comm;
 
@@ -42,6 +45,29 @@ static ovlm_status check(const mpi_comm *self, int code, const char *what, ovlm_
     }
     (void)self->mpi.Error_string(code, text, &length);
     return OVLM_FAIL(err, OVLM_E_COMM, "rank %d: MPI fails in %s: %.250s", self->rank, what, text);
+}
+
+/* ---------------------------------------------------------------- failure */
+
+static void mpi_abort(void *engine, const char *message)
+{
+    const mpi_comm *self = engine;
+    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: say why while it lasts */
+        char text[400];
+        (void)snprintf(text, sizeof text, "rank %d failed: %.350s", self->rank, message);
+        self->options.warn(self->options.ctx, text);
+    }
+    (void)self->mpi.Abort(self->comm, 1);
+}
+
+/* What fails inside MPI is known to this rank alone, and what it has posted still reads and writes
+ * memory of the caller's: the job ends here, before anybody frees that. */
+static ovlm_status end_failed(mpi_comm *self, ovlm_status status, const ovlm_err *err)
+{
+    if (status != OVLM_OK) {
+        mpi_abort(self, err != NULL ? err->message : "a call of MPI's");
+    }
+    return status;
 }
 
 /* ---------------------------------------------------------------- waiting */
@@ -180,9 +206,9 @@ static ovlm_status exchange(const mpi_comm *self, const ovlm_comm_label *label,
 static ovlm_status mpi_all_to_all(void *engine, const ovlm_comm_label *label,
                                   const ovlm_all_to_all *args, ovlm_err *err)
 {
-    const mpi_comm *self = engine;
+    mpi_comm *self = engine;
     ovlm_arena arena = {0};
-    ovlm_status status = exchange(self, label, args, &arena, err);
+    ovlm_status status = end_failed(self, exchange(self, label, args, &arena, err), err);
     ovlm_arena_free(&arena);
     if (status == OVLM_OK && args->send_bytes[self->rank] > 0) {
         memcpy((char *)args->recv + args->recv_at[self->rank],
@@ -242,13 +268,10 @@ static ovlm_status gather_large(const mpi_comm *self, const ovlm_comm_label *lab
     return OVLM_OK;
 }
 
-static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
-                                  const ovlm_all_gather *args, ovlm_err *err)
+static ovlm_status gather(const mpi_comm *self, const ovlm_comm_label *label,
+                          const ovlm_all_gather *args, ovlm_arena *arena, ovlm_err *err)
 {
-    const mpi_comm *self = engine;
-    ovlm_arena arena = {0};
     int64_t sum = 0;
-    ovlm_status status = OVLM_OK;
     if (label->kind == OVLM_COMM_BARRIER) { /* a gathering of nothing need not wait for anybody */
         transfer t = {.bytes = -1};
         OVLM_TRY(check(self, self->mpi.Ibarrier(self->comm, &t.request), "MPI_Ibarrier", err));
@@ -257,33 +280,32 @@ static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
     for (int r = 0; r < self->size; r++) {
         sum += args->recv_bytes[r];
     }
-    status = sum <= 1 << 20 ? gather_small(self, label, args, &arena, err)
-                            : gather_large(self, label, args, &arena, err);
+    return sum <= 1 << 20 ? gather_small(self, label, args, arena, err)
+                          : gather_large(self, label, args, arena, err);
+}
+
+static ovlm_status mpi_all_gather(void *engine, const ovlm_comm_label *label,
+                                  const ovlm_all_gather *args, ovlm_err *err)
+{
+    mpi_comm *self = engine;
+    ovlm_arena arena = {0};
+    ovlm_status status = end_failed(self, gather(self, label, args, &arena, err), err);
     ovlm_arena_free(&arena);
     return status;
 }
 
 /* ---------------------------------------------------------------- life */
 
-static void mpi_abort(void *engine, const char *message)
-{
-    const mpi_comm *self = engine;
-    if (self->options.warn != NULL) { /* MPI_Abort ends this process too: say why while it lasts */
-        char text[400];
-        (void)snprintf(text, sizeof text, "rank %d failed: %.350s", self->rank, message);
-        self->options.warn(self->options.ctx, text);
-    }
-    (void)self->mpi.Abort(self->comm, 1);
-}
-
 /* MPI_Comm_free is local in both libraries, although the standard calls it collective. */
 static void mpi_close(void *engine)
 {
     mpi_comm *self = engine;
     int finalized = 0;
-    (void)self->mpi.Finalized(&finalized);
-    if (finalized == 0 && self->comm != 0) {
-        (void)self->mpi.Comm_free(&self->comm);
+    if (self->process == getpid()) {
+        (void)self->mpi.Finalized(&finalized);
+        if (finalized == 0 && self->comm != 0) {
+            (void)self->mpi.Comm_free(&self->comm);
+        }
     }
     free(self);
 }
@@ -346,8 +368,9 @@ static ovlm_status mpi_split(void *engine, const ovlm_comm_label *label, int64_t
     ovlm_status status = shrink_wish(self, label, color, key, &first, &place, &arena, err);
     ovlm_arena_free(&arena);
     if (status == OVLM_OK) {
-        status = check(self, self->mpi.Comm_split(self->comm, first, place, &handle),
-                       "MPI_Comm_split", err);
+        status = end_failed(self, check(self, self->mpi.Comm_split(self->comm, first, place,
+                                                                   &handle),
+                                        "MPI_Comm_split", err), err);
     }
     if (status != OVLM_OK || color < 0) {
         return status;
@@ -394,7 +417,7 @@ static ovlm_status initialise(const mpi_comm *self, bool *initialised, int *thre
 ovlm_status ovlm_comm_open_mpi(const ovlm_comm_mpi_options *options, bool *initialised,
                                ovlm_comm **comm, ovlm_err *err)
 {
-    mpi_comm draft = {.options = *options}, *self = NULL;
+    mpi_comm draft = {.process = getpid(), .options = *options}, *self = NULL;
     int threads = 0;
     *comm = NULL;
     *initialised = false;

@@ -30,6 +30,22 @@ PyObject *ovlm_raise(PyObject *module, const ovlm_err *err)
     return NULL;
 }
 
+PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object)
+{
+    PyObject *class = PyObject_GetAttrString(module, type);
+    if (class == NULL) {
+        return NULL;
+    }
+    /* Its true type: what __class__ says is no memory layout. */
+    bool is = PyType_IsSubtype(Py_TYPE(object), (PyTypeObject *)class) != 0;
+    Py_DECREF(class);
+    if (!is) {
+        PyErr_Format(PyExc_TypeError, "expected a %s of the core; got %s", type,
+                     Py_TYPE(object)->tp_name);
+    }
+    return is ? object : NULL;
+}
+
 /* Replaces a conversion error by one that names the argument; keeps the cause's text. */
 static void name_error(const char *name, const char *wanted)
 {

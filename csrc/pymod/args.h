@@ -25,6 +25,9 @@ typedef struct ovlm_module_state {
  * callers that do: the others return -1 behind it. */
 PyObject *ovlm_raise(PyObject *module, const ovlm_err *err);
 
+/* An object of one of this module's types ("Model", "Comm"); borrowed, NULL with TypeError. */
+PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object);
+
 /* A one-dimensional C-contiguous array borrowed from a Python object.  `owner` holds the reference;
  * release with Py_CLEAR(view.owner).  With None and optional, data is NULL and n is 0. */
 typedef struct ovlm_i64_view {

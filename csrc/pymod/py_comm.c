@@ -33,14 +33,23 @@ PyObject *ovlm_comm_object_leave(comm_object *self, PyTypeObject *type, ovlm_sta
 /* ---------------------------------------------------------------- life */
 
 /* Without the GIL: the helper thread may be on its way to ask for it. */
-static void close_comm(comm_object *self)
+static void free_comm(comm_object *self, ovlm_comm *comm)
 {
-    ovlm_comm *comm = self->comm;
-    self->comm = NULL;
     Py_BEGIN_ALLOW_THREADS
     ovlm_comm_close(comm);
     Py_END_ALLOW_THREADS
     Py_CLEAR(self->kept);
+}
+
+static void close_comm(comm_object *self)
+{
+    ovlm_comm *comm = self->comm;
+    self->comm = NULL;
+    if (self->aborting > 0) {
+        self->left = comm;
+    } else {
+        free_comm(self, comm);
+    }
 }
 
 static PyObject *new_object(PyTypeObject *type, ovlm_comm *comm)
@@ -114,7 +123,14 @@ static OVLM_COMM_METHOD(comm_abort)
     if (message == NULL || self->comm == NULL) {
         return NULL;
     }
+    self->aborting++;
     ovlm_comm_abort(self->comm, message); /* short; an engine in Python has the GIL already */
+    self->aborting--;
+    if (self->aborting == 0 && self->left != NULL) {
+        ovlm_comm *left = self->left;
+        self->left = NULL;
+        free_comm(self, left);
+    }
     Py_RETURN_NONE;
 }
 
@@ -187,16 +203,22 @@ static int poll_signals(void *ctx)
 /* orchvlm.comm decides what a warning is. */
 static void warn_slow(void *ctx, const char *message)
 {
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
     (void)ctx;
     PyGILState_STATE gil = PyGILState_Ensure();
+    PyErr_Fetch(&type, &value, &trace); /* that of an interrupted call is on its way */
     PyObject *module = PyImport_ImportModule("orchvlm.comm");
     PyObject *done = module == NULL ? NULL
                                     : PyObject_CallMethod(module, "_warn_slow", "s", message);
-    if (done == NULL) {
-        PyErr_Clear(); /* a warning that cannot be given stops nobody */
+    if (done == NULL) { /* a warning that cannot be given stops nobody, but Ctrl-C does */
+        if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+            PyErr_SetInterrupt(); /* once more, for the next poll */
+        }
+        PyErr_Clear();
     }
     Py_XDECREF(done);
     Py_XDECREF(module);
+    PyErr_Restore(type, value, trace);
     PyGILState_Release(gil);
 }
 

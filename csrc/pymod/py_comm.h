@@ -11,6 +11,8 @@ typedef struct comm_object {
     PyObject_HEAD
     ovlm_comm *comm; /* NULL when closed                                                        */
     bool busy;       /* a call is running without the GIL                                       */
+    int aborting;    /* threads that are in abort, which may give up the GIL                    */
+    ovlm_comm *left; /* what was closed meanwhile; the last of them frees it                    */
     PyObject *kept;  /* ticket -> what a started call reads and writes, until it was waited for */
 } comm_object;
 

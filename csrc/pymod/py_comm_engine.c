@@ -9,8 +9,13 @@
  * No lock of C is held while the GIL is taken: a communicator is guarded by flags alone. */
 #include "py_comm.h"
 
+#include <sys/types.h>
+#include <unistd.h>
+
 typedef struct python_engine {
     PyObject *object;
+    int64_t rank, size;
+    pid_t process; /* in a forked child nothing is closed: the engine's threads are not there */
 } python_engine;
 
 /* The current exception into err.  KeyboardInterrupt stays set: it is the caller's. */
@@ -59,15 +64,6 @@ static PyObject *new_views(const void *data, const int64_t *at, const int64_t *c
     return list;
 }
 
-/* Number of ranks: the object knows. */
-static int64_t size_of(python_engine *self)
-{
-    PyObject *size = PyObject_GetAttrString(self->object, "size");
-    long long n = size == NULL ? -1 : PyLong_AsLongLong(size);
-    Py_XDECREF(size);
-    return n;
-}
-
 /* Calls object.method(a, b), and takes both references; answers how it went. */
 static ovlm_status call(python_engine *self, const char *method, PyObject *a, PyObject *b,
                         ovlm_err *err)
@@ -82,72 +78,75 @@ static ovlm_status call(python_engine *self, const char *method, PyObject *a, Py
     return status;
 }
 
-static ovlm_status python_all_to_all(void *self, const ovlm_comm_label *label,
+static ovlm_status python_all_to_all(void *engine, const ovlm_comm_label *label,
                                      const ovlm_all_to_all *args, ovlm_err *err)
 {
+    python_engine *self = engine;
     (void)label;
     PyGILState_STATE gil = PyGILState_Ensure();
-    int64_t n = size_of(self);
-    PyObject *send = n < 0 ? NULL : new_views(args->send, args->send_at, args->send_bytes, n,
-                                              PyBUF_READ);
-    PyObject *recv = n < 0 ? NULL : new_views(args->recv, args->recv_at, args->recv_bytes, n,
-                                              PyBUF_WRITE);
+    PyObject *send = new_views(args->send, args->send_at, args->send_bytes, self->size,
+                               PyBUF_READ);
+    PyObject *recv = send == NULL ? NULL
+                                  : new_views(args->recv, args->recv_at, args->recv_bytes,
+                                              self->size, PyBUF_WRITE);
     ovlm_status status = call(self, "all_to_all", send, recv, err);
     PyGILState_Release(gil);
     return status;
 }
 
-static ovlm_status python_all_gather(void *self, const ovlm_comm_label *label,
+static ovlm_status python_all_gather(void *engine, const ovlm_comm_label *label,
                                      const ovlm_all_gather *args, ovlm_err *err)
 {
+    python_engine *self = engine;
     (void)label;
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *rank = PyObject_GetAttrString(((python_engine *)self)->object, "rank");
-    int64_t n = size_of(self), own = rank == NULL ? -1 : PyLong_AsLongLong(rank);
-    bool known = n > 0 && own >= 0 && own < n;
-    Py_XDECREF(rank);
-    if (!known && !PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "the engine's rank and size make no sense");
-    }
-    PyObject *send = known ? new_view(args->send, args->recv_bytes[own], PyBUF_READ) : NULL;
-    PyObject *recv = known ? new_views(args->recv, args->recv_at, args->recv_bytes, n,
-                                       PyBUF_WRITE)
-                           : NULL;
+    PyObject *send = new_view(args->send, args->recv_bytes[self->rank], PyBUF_READ);
+    PyObject *recv = send == NULL ? NULL
+                                  : new_views(args->recv, args->recv_at, args->recv_bytes,
+                                              self->size, PyBUF_WRITE);
     ovlm_status status = call(self, "all_gather", send, recv, err);
     PyGILState_Release(gil);
     return status;
 }
 
-static python_engine *new_engine(PyObject *object)
+static python_engine *new_engine(PyObject *object, int64_t rank, int64_t size)
 {
     python_engine *engine = PyMem_RawCalloc(1, sizeof *engine);
     if (engine != NULL) {
         Py_INCREF(object);
         engine->object = object;
+        engine->rank = rank;
+        engine->size = size;
+        engine->process = getpid();
     }
     return engine;
 }
 
-/* None, or (engine, rank, size). */
-static ovlm_status read_child(PyObject *answer, void **child, int64_t *rank, int64_t *size,
-                              ovlm_err *err)
+/* None where this rank is in no part, else (engine, rank, size) of a part of `most` ranks. */
+static ovlm_status read_child(PyObject *answer, bool none, int64_t most, void **child,
+                              int64_t *rank, int64_t *size, ovlm_err *err)
 {
     PyObject *object = NULL;
     long long r = 0, n = 0;
     if (answer == NULL) {
         return keep_exception(err);
     }
-    if (answer == Py_None) {
+    if (none && answer == Py_None) {
         return OVLM_OK;
     }
-    if (!PyTuple_Check(answer)) {
-        PyErr_SetString(PyExc_TypeError, "split of an engine must return a tuple or None");
+    if (none || !PyTuple_Check(answer)) {
+        PyErr_Format(PyExc_TypeError, "split of an engine must return %s here",
+                     none ? "None" : "(engine, rank, size)");
         return keep_exception(err);
     }
     if (!PyArg_ParseTuple(answer, "OLL", &object, &r, &n)) {
         return keep_exception(err);
     }
-    *child = new_engine(object);
+    if (n < 1 || n > most || r < 0 || r >= n) {
+        return OVLM_FAIL(err, OVLM_E_COMM, "split of an engine gave rank %lld of %lld, and there "
+                         "are %lld ranks", r, n, (long long)most);
+    }
+    *child = new_engine(object, r, n);
     *rank = r;
     *size = n;
     if (*child == NULL) {
@@ -156,16 +155,17 @@ static ovlm_status read_child(PyObject *answer, void **child, int64_t *rank, int
     return OVLM_OK;
 }
 
-static ovlm_status python_split(void *self, const ovlm_comm_label *label, int64_t color,
+static ovlm_status python_split(void *engine, const ovlm_comm_label *label, int64_t color,
                                 int64_t key, void **child, int64_t *rank, int64_t *size,
                                 ovlm_err *err)
 {
+    python_engine *self = engine;
     (void)label;
     *child = NULL;
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *answer = PyObject_CallMethod(((python_engine *)self)->object, "split", "LL",
-                                           (long long)color, (long long)key);
-    ovlm_status status = read_child(answer, child, rank, size, err);
+    PyObject *answer = PyObject_CallMethod(self->object, "split", "LL", (long long)color,
+                                           (long long)key);
+    ovlm_status status = read_child(answer, color < 0, self->size, child, rank, size, err);
     Py_XDECREF(answer);
     PyGILState_Release(gil);
     return status;
@@ -191,11 +191,13 @@ static void python_close(void *engine)
     python_engine *self = engine;
     PyGILState_STATE gil = PyGILState_Ensure();
     PyErr_Fetch(&type, &value, &trace);
-    PyObject *done = PyObject_CallMethod(self->object, "close", NULL);
-    if (done == NULL) {
-        PyErr_WriteUnraisable(self->object);
+    if (self->process == getpid()) {
+        PyObject *done = PyObject_CallMethod(self->object, "close", NULL);
+        if (done == NULL) {
+            PyErr_WriteUnraisable(self->object);
+        }
+        Py_XDECREF(done);
     }
-    Py_XDECREF(done);
     Py_DECREF(self->object);
     PyErr_Restore(type, value, trace);
     PyGILState_Release(gil);
@@ -211,7 +213,7 @@ static const ovlm_comm_engine python_table = {
 ovlm_status ovlm_comm_open_python(PyObject *object, int64_t rank, int64_t size, ovlm_comm **comm,
                                   ovlm_err *err)
 {
-    python_engine *self = new_engine(object);
+    python_engine *self = new_engine(object, rank, size);
     *comm = NULL;
     if (self == NULL) {
         return OVLM_FAIL(err, OVLM_E_NOMEM, "out of memory for a communicator");

@@ -159,17 +159,6 @@ static int fill_loads(flight *f, const ovlm_dispatch *dispatch, PyObject *source
     return 0;
 }
 
-static comm_object *arg_comm(PyObject *module, PyObject *object)
-{
-    PyObject *type = PyObject_GetAttrString(module, "Comm");
-    int is_comm = type == NULL ? -1 : PyObject_IsInstance(object, type);
-    Py_XDECREF(type);
-    if (is_comm == 0) {
-        PyErr_SetString(PyExc_TypeError, "comm must be a Comm of the core");
-    }
-    return is_comm == 1 ? (comm_object *)object : NULL;
-}
-
 /* Marks the communicator and the dispatcher as in use. */
 static int enter(dispatch_object *self, comm_object *comm)
 {
@@ -276,7 +265,8 @@ static CORE_METHOD(dispatch_move_rows)
     }
     int back = PyObject_IsTrue(args[4]), start = back < 0 ? -1 : PyObject_IsTrue(args[5]);
     PyObject *module = start < 0 ? NULL : PyType_GetModule(type);
-    comm_object *comm = module == NULL ? NULL : arg_comm(module, args[0]);
+    comm_object *comm = module == NULL ? NULL
+                                       : (comm_object *)ovlm_instance_of(module, "Comm", args[0]);
     flight *f = comm == NULL ? NULL : new_flight(self, module, args, dtype, back);
     if (f == NULL) {
         return NULL;
@@ -298,7 +288,8 @@ static CORE_METHOD(dispatch_wait)
         return NULL;
     }
     PyObject *module = PyType_GetModule(type);
-    comm_object *comm = module == NULL ? NULL : arg_comm(module, args[0]);
+    comm_object *comm = module == NULL ? NULL
+                                       : (comm_object *)ovlm_instance_of(module, "Comm", args[0]);
     flight *f = comm == NULL ? NULL : PyCapsule_GetPointer(args[1], FLIGHT);
     if (f == NULL) {
         return NULL;

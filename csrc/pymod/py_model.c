@@ -37,18 +37,6 @@ PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status s
     Py_RETURN_NONE;
 }
 
-PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object)
-{
-    PyObject *class = PyObject_GetAttrString(module, type);
-    int is = class == NULL ? -1 : PyObject_IsInstance(object, class);
-    Py_XDECREF(class);
-    if (is == 0) {
-        PyErr_Format(PyExc_TypeError, "expected a %s of the core; got %s", type,
-                     Py_TYPE(object)->tp_name);
-    }
-    return is > 0 ? object : NULL;
-}
-
 int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expected, bool optional,
                    const void **data, int64_t *n)
 {

@@ -35,9 +35,6 @@ PyObject *ovlm_model_leave(model_object *self, PyTypeObject *type, ovlm_status s
 int ovlm_arg_exact(PyObject *object, const char *name, int type, int64_t expected, bool optional,
                    const void **data, int64_t *n);
 
-/* An object of one of this module's types ("Model", "Comm"); borrowed, NULL with TypeError. */
-PyObject *ovlm_instance_of(PyObject *module, const char *type, PyObject *object);
-
 /* METH_METHOD | METH_FASTCALL | METH_KEYWORDS methods of the other file, for the type's table. */
 #define OVLM_MODEL_METHOD(name)                                                          \
     PyObject *name(PyObject *object, PyTypeObject *type, PyObject *const *args, Py_ssize_t nargs, \

@@ -8,8 +8,9 @@ import weakref
 from . import _core
 from ._comm_run import local_options, shared_folder
 
-#: Set by mpirun and srun for the processes that they start.
-_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
+#: Set by mpirun and srun for the processes that they start; the first ones say how many these are.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI = (*_SIZES, "PMIX_RANK", "MPI_LOCALNRANKS")
 
 
 def _number(name):
@@ -49,12 +50,14 @@ def _from_environment(silent_s):
     environment = os.environ
     if all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")):
         return _torchrun(silent_s)
-    step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and (
-        int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1))) > 1)
-    if step or any(name in environment for name in _MPI):
+    sizes = [name for name in _SIZES if name in environment]
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        sizes += [name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment]
+    tasks = _number(sizes[0]) if sizes else 0
+    if tasks > 1 or any(name in environment for name in _MPI):
         from ._comm_mpi import mpi_core
 
-        return mpi_core(0)
+        return mpi_core(0, tasks)
     return _core.comm_self()
 
 
@@ -91,7 +94,7 @@ def init(silent_s=60.0):
     ======================  =======================================================================
     torchrun                local where all ranks are on one host, else over torch's gloo
     mpirun, mpiexec         MPI, loaded at run time
-    srun                    MPI
+    srun                    MPI, with ``--mpi=pmix`` for Open MPI or ``--mpi=pmi2`` for MPICH
     otherwise               one rank
     ======================  =======================================================================
 

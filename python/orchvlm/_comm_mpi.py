@@ -1,5 +1,6 @@
 """Communicators over an MPI library that is installed, or that mpi4py brought along."""
 import atexit
+import os
 import site
 import sys
 from pathlib import Path
@@ -17,12 +18,25 @@ def library_names():
     return tuple([name for name in found if Path(name).exists()] + [*_SONAMES])
 
 
-def mpi_core(handle):
-    """The core's communicator over a communicator of MPI; 0: the world."""
+def _finalize(names, process):
+    """At the end of the process that started MPI; a forked child of it only inherits this."""
+    if os.getpid() == process:
+        _core.comm_mpi_finalize(names)
+
+
+def mpi_core(handle, tasks=0):
+    """The core's communicator over a communicator of MPI; 0: the world, of which the launcher says
+    that it has so many ``tasks``."""
     names = library_names()
     core, initialised = _core.comm_mpi(names, handle)
     if initialised:
-        atexit.register(_core.comm_mpi_finalize, names)
+        atexit.register(_finalize, names, os.getpid())
+    size = core.describe()[1]
+    if tasks > size == 1:  # each would train alone, into the same folder
+        core.close()
+        raise _core.CommError(
+            f"the launcher started {tasks} processes, and MPI knows of this one alone: the two do "
+            "not fit together; under Slurm use srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH")
     # MPI itself may wait for ever for what a rank never sends.
     core.set_debug(True)
     return core

@@ -16,12 +16,12 @@ from .passes import Ran
 from .rounds import Rounds, evenness, fewest, mean
 from .refit import Refit
 from .sharding import Shard
-from .shares import MEDIA, gathered, gathered_batch, medium, micro_batches, unpacked
+from .shares import (MEDIA, first_error, gathered, gathered_batch, medium, micro_batches,
+                     unpacked)
 from .step import plan_step
 
 _WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
 _MOST_REFUSED = 100  # global batches in a row of which nothing is left
-_TOLD = 400  # bytes of a message
 
 
 @dataclass
@@ -252,10 +252,8 @@ class Orchestrator:
     def _without(self, lost, broken, batch, inputs, beside, refused):
         """A Prepared of the samples of a batch but these.  They are taken out where they were read,
         and all is done again: plan, counts and normaliser are those of what is left."""
-        text = str(next(iter(broken.values()), "")).encode()[:_TOLD]
-        told, ranks = gathered(self._ways[beside].comm, np.frombuffer(text, np.uint8).astype(int))
-        error = DataError(bytes(told[ranks == ranks[0]].astype(np.uint8)).decode(errors="replace"))
-        if refused is None:
+        error = first_error(broken, batch, self._ways[beside].comm)
+        if refused is None or not isinstance(error, DataError):
             raise error
         refused(len(lost), error, bool(broken))
         ours = np.flatnonzero(batch.source_rank == self.rank)

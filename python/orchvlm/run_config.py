@@ -264,8 +264,9 @@ def _unknown(section, key):
     """A sentence about a key that is not there."""
     name = f"{section}.{key}" if key else section
     same = [other.name for other in KEYS if other.short == (key or section)]
-    near = get_close_matches(key, [k.short for k in KEYS if k.section == section], 1)
-    near = [f"{section}.{one}" for one in near] or same or get_close_matches(
+    meant = get_close_matches(section, SECTIONS, 1)[:1]  # itself, where there is one
+    near = get_close_matches(key, [k.short for k in KEYS if k.section in meant], 1)
+    near = [f"{meant[0]}.{one}" for one in near] or same or get_close_matches(
         name, BY_NAME, 1) or get_close_matches(name, [k.short for k in KEYS], 1)
     near = [k.name for one in near for k in KEYS if one in (k.name, k.short)][:1]
     return f"there is no {name}; " + (f"the nearest is {near[0]}" if near else

@@ -105,7 +105,7 @@ class Shard:
         self.node_size = node_size
         self.model, self.comm = model, comm
         self.holds, self.holds_state = self._core.holds()
-        model.shard = self
+        model._shard = self
 
     def __repr__(self):
         used = [mode for mode in MODES if mode in self.modes.values()]
@@ -225,7 +225,7 @@ class Shard:
         gone.  All ranks call it."""
         self._core.undo()
         self._core.close()
-        self.model.shard = None
+        self.model._shard = None
 
     # ------------------------------------------------------------ for the model and its optimizer
 

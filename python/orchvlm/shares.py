@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .batch import Batch, Items
+from .data.assets import DataError
 from .inputs import IGNORED, Inputs
 from .routes import Route
 from .sounds import sound_tokens
 
 MEDIA = ("vision", "audio")
 
-
 _COLUMNS = 6  # of a token that travels: id, label, weight, three positions
+_TOLD = 400   # bytes of a message
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def unpacked(content, sizes, item_bytes, values, dtype):
     Returns
     -------
     rows : array[R, values]
-    failed : dict of int to DataError
-        Items whose files are broken behind their headers; their rows are 0.
+    failed : dict of int to ValueError
+        Items whose files are broken behind their headers (DataError), or that a rule cut which is
+        not that of the others; their rows are 0.
     """
-    from .data.encoded import DataError, decoded
+    from .data.encoded import decoded
     counts = np.prod(sizes[:, :3], axis=1)
     rows, failed = np.zeros((counts.sum(), values), dtype), {}
     ends, places = np.cumsum(counts), np.cumsum(item_bytes)
@@ -86,7 +88,7 @@ def unpacked(content, sizes, item_bytes, values, dtype):
             continue
         try:
             rows[end - n:end] = decoded(item.tobytes(), n, values, dtype)
-        except DataError as error:
+        except ValueError as error:  # DataError is one
             failed[k] = error
     return rows, failed
 
@@ -195,17 +197,10 @@ def gathered_batch(config, inputs, media, comm):
     Raises
     ------
     ValueError
-        On all ranks: pixels that are bytes on one and floats on another.
+        On all ranks: pixels that are bytes on one and floats on another, or in other patches.
     """
     total = np.array([label_weights(inputs).sum(dtype=np.float64)])
-    kinds = [one.rows.dtype.itemsize if len(one) else 0 for one in media.values()]
-    kinds, _ = gathered(comm, np.array([kinds], np.int64).reshape(1, -1))
-    for name, column in zip(media, kinds.T):
-        seen = sorted(set(column[column > 0].tolist()))
-        if len(seen) > 1:
-            raise ValueError(f"{name}: values of {seen} bytes on different ranks; all must hold "
-                             "bytes, or all floats")
-    value_bytes = dict(zip(media, kinds.max(axis=0, initial=0)))
+    value_bytes = _value_bytes(media, comm)
     for name, one in media.items():
         if not len(one):  # rows of nothing are of the others' kind
             media[name] = replace(one, rows=one.rows.astype(
@@ -240,10 +235,53 @@ def _told(inputs, media):
                        .astype(np.int64) for one in media.values())]
 
 
+def _value_bytes(media, comm):
+    """Bytes of a value of each medium, after a look at rows on all ranks."""
+    kinds = [(one.rows.dtype.itemsize, one.rows.shape[1]) if len(one) else (0, 0)
+             for one in media.values()]
+    kinds, _ = gathered(comm, np.array([kinds], np.int64).reshape(1, -1, 2))
+    for name, told in zip(media, kinds.transpose(1, 0, 2)):
+        having = np.flatnonzero(told[:, 0])
+        for other in having[(told[having] != told[having[:1]]).any(axis=1)][:1]:
+            (size, width), (size_there, width_there) = told[having[0]], told[other]
+            raise ValueError(f"{name}: rows of {width} values of {size} bytes on rank {having[0]}, "
+                             f"and of {width_there} of {size_there} on rank {other}; use one rule "
+                             "on all ranks")
+    return dict(zip(media, kinds[:, :, 0].max(axis=0, initial=0)))
+
+
 def gathered(comm, rows):
     """(rows of all ranks, the rank of each)."""
     counts = comm.all_gather(np.array([len(rows)], np.int64)).reshape(-1)
     return (comm.all_gather(rows, counts), np.repeat(np.arange(comm.size), counts))
+
+
+def first_error(broken, batch, comm):
+    """Why pictures cannot be decoded, the same on all ranks: a ValueError where a rule is to blame
+    and no file, else a DataError.
+
+    Parameters
+    ----------
+    broken : dict of int to ValueError
+        Samples, and why, of this rank's decoding; at least one on all ranks together.
+    batch : Batch
+    comm : Comm
+
+    Returns
+    -------
+    ValueError
+    """
+    sample, error = min(broken.items(), key=lambda item: isinstance(item[1], DataError),
+                        default=(0, None))
+    mine = []
+    if error is not None:
+        blameless = isinstance(error, DataError)
+        text = str(error) if blameless else f"rank {batch.source_rank[sample]} read it: {error}"
+        mine = [blameless, *text.encode()[:_TOLD]]
+    told, ranks = gathered(comm, np.array(mine, np.int64))
+    kind, *text = min((told[ranks == rank].tolist() for rank in np.unique(ranks)),
+                      key=lambda one: one[0])
+    return (DataError if kind else ValueError)(bytes(text).decode(errors="replace"))
 
 
 def micro_batches(inputs, batch, share, ways):

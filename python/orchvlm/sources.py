@@ -180,17 +180,18 @@ def framed(sample, side):
         A picture that is broken.
     """
     from .data import load_image
-    if side is None:
+    from .data.assets import Record
+    if side is None or not isinstance(sample.get("messages"), list):
         return sample
 
     def one(part):
         if not isinstance(part, dict) or part.get("type") != "image":
             return part
         return {**part, "image": load_image(part["image"], frame=side)}
-    return {**sample, "messages": [
+    return Record.like(sample, {**sample, "messages": [
         {**message, "content": [one(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list) else message
-        for message in sample["messages"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list) else message
+        for message in sample["messages"]]})
 
 
 def held_out(said, split, samples):

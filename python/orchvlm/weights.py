@@ -109,10 +109,12 @@ class Weights(Adapters):
     Attributes
     ----------
     shard : Shard or None
-        That keeps the weights over ranks.
+        That keeps the weights over ranks; :meth:`Shard.undo` ends it, and nothing else does, since
+        a pass may be using it.
     """
 
-    shard = None
+    _shard = None
+    shard = property(lambda self: self._shard)
 
     def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
         if isinstance(config, dict):

@@ -2,7 +2,9 @@
  * failure. */
 #include <stdatomic.h>
 
+#include "backend/comm_state.h"
 #include "comm_rig.h"
+#include "cpu/comm_local_state.h"
 
 static rig_rank ranks[RIG_RANKS_MOST];
 static const ovlm_comm_local_options options = {.silent_s = 5, .window_bytes = 128};
@@ -54,6 +56,11 @@ static void refusals(rig_rank *self)
                          ovlm_comm_all_reduce_start(self->comm, &reductions[i], &ticket, NULL) ==
                              OVLM_E_ARG, "reduction %zu", i);
     }
+    int64_t huge[RIG_RANKS_MOST] = {INT64_MAX / 8, INT64_MAX / 16};
+    const ovlm_reduce_scatter scatter = {.send = &x, .recv = &x, .counts = huge,
+                                         .dtype = OVLM_I64};
+    RCHECK(self, ovlm_comm_reduce_scatter(self->comm, &scatter, &self->err) == OVLM_E_ARG, "%s",
+           self->err.message);
     RCHECK(self, ovlm_comm_broadcast(self->comm, &x, 8, self->n, NULL, &self->err) == OVLM_E_ARG &&
                      ovlm_comm_broadcast(self->comm, &x, -8, 0, NULL, NULL) == OVLM_E_ARG &&
                      ovlm_comm_broadcast(self->comm, NULL, 8, 0, NULL, NULL) == OVLM_E_ARG,
@@ -67,11 +74,14 @@ static void refusals(rig_rank *self)
 /* A second caller is refused while the first one waits: rank 1 arrives only when that was seen. */
 static atomic_bool seen;
 
-static void *intrude(void *comm)
+static void *intrude(void *argument)
 {
+    ovlm_comm *comm = argument;
     ovlm_err err = {0};
-    const struct timespec nap = {.tv_nsec = 100000000};
-    (void)nanosleep(&nap, NULL); /* by now the first caller is inside */
+    const struct timespec nap = {.tv_nsec = 1000000};
+    while (!atomic_load(&comm->busy)) { /* until the first caller is inside */
+        (void)nanosleep(&nap, NULL);
+    }
     ovlm_status status = ovlm_comm_barrier(comm, &err);
     atomic_store(&seen, status == OVLM_E_ARG && strstr(err.message, "another thread") != NULL);
     return NULL;
@@ -206,6 +216,53 @@ static void abort_started(rig_rank *self)
     }
 }
 
+/* Comparing begins while something started has not yet run on rank 0, and has on rank 1: what was
+ * started before is compared nowhere, what comes later everywhere. */
+static void debug_later(rig_rank *self)
+{
+    ovlm_comm_engine blind = *self->comm->engine;
+    int64_t x[2] = {1, 1}, ticket = 0;
+    const struct timespec nap = {.tv_nsec = 200000000};
+    blind.compares = false;
+    self->comm->engine = &blind;
+    if (self->rank == 1) {
+        (void)nanosleep(&nap, NULL); /* rank 0 has started both by then */
+    }
+    for (int i = 0; i < 2; i++) {
+        const ovlm_all_reduce args = {.send = &x[i], .recv = &x[i], .n = 1, .dtype = OVLM_I64};
+        RTRY(self, ovlm_comm_all_reduce_start(self->comm, &args, &ticket, &self->err));
+    }
+    if (self->rank == 1) {
+        RTRY(self, ovlm_comm_wait(self->comm, ticket, &self->err));
+    }
+    ovlm_comm_set_debug(self->comm, true);
+    RTRY(self, ovlm_comm_wait(self->comm, ticket, &self->err));
+    RTRY(self, ovlm_comm_barrier(self->comm, &self->err));
+    RCHECK(self, x[0] == 2 && x[1] == 2, "%lld %lld", (long long)x[0], (long long)x[1]);
+    self->comm->engine = &ovlm_local_engine;
+}
+
+/* Counts of which every rank says all, over an engine that does not compare: rank 1 errs. */
+static void wrong_rows(rig_rank *self)
+{
+    const bool scatter = *(const bool *)self->ctx;
+    ovlm_comm_engine blind = *self->comm->engine;
+    int64_t count[RIG_RANKS_MOST] = {2, 2, 2}, x[16] = {0}, y[16] = {0};
+    const ovlm_reduce_scatter reduction = {.send = x, .recv = y, .counts = count,
+                                           .dtype = OVLM_I64};
+    const ovlm_all_gather gather = {.send = x, .recv = y, .recv_bytes = count};
+    if (self->rank == 1) { /* the same sum */
+        count[0]++;
+        count[1]--;
+    }
+    blind.compares = false;
+    self->comm->engine = &blind;
+    ovlm_comm_set_debug(self->comm, true);
+    self->status = scatter ? ovlm_comm_reduce_scatter(self->comm, &reduction, &self->err)
+                           : ovlm_comm_all_gather(self->comm, &gather, &self->err);
+    self->comm->engine = &ovlm_local_engine;
+}
+
 static int stop(void *ctx)
 {
     (void)ctx;
@@ -244,9 +301,48 @@ static void slow_one(rig_rank *self)
     RTRY(self, ovlm_comm_barrier(self->comm, &self->err));
 }
 
+/* A caller and the helper fail at the same time: one message stays, whole. */
+typedef struct failing {
+    ovlm_comm *comm;
+    atomic_int *ready;
+    char letter;
+} failing;
+
+static void *fail_beside(void *argument)
+{
+    const failing *f = argument;
+    ovlm_err err = {.code = OVLM_E_COMM};
+    memset(err.message, f->letter, sizeof err.message - 1);
+    atomic_fetch_add(f->ready, 1);
+    while (atomic_load(f->ready) < 2) {
+    }
+    ovlm_comm_poison(f->comm, OVLM_E_COMM, &err);
+    return NULL;
+}
+
+static void test_two_failures(void)
+{
+    for (int trial = 0; trial < 50; trial++) {
+        ovlm_comm *comm = NULL;
+        ovlm_err err = {0};
+        pthread_t thread;
+        atomic_int ready = 0;
+        CHECK(ovlm_comm_open_self(&comm, &err) == OVLM_OK, "%s", err.message);
+        failing a = {comm, &ready, 'a'}, b = {comm, &ready, 'b'};
+        CHECK(pthread_create(&thread, NULL, fail_beside, &a) == 0, "thread");
+        (void)fail_beside(&b);
+        (void)pthread_join(thread, NULL);
+        CHECK(ovlm_comm_barrier(comm, &err) == OVLM_E_COMM &&
+                  strspn(err.message, (char[]){err.message[0], 0}) == sizeof err.message - 1,
+              "%s", err.message);
+        ovlm_comm_close(comm);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
+    test_two_failures();
     rig_run("refusals", 4, &options, refusals, NULL, ranks);
     rig_run("one at a time", 2, &options, one_at_a_time, NULL, ranks);
     rig_run("wrong counts", 4, &options, wrong_counts, NULL, ranks);
@@ -264,6 +360,13 @@ int main(int argc, char **argv)
     expect("abort", 6, "rank 5 failed: ValueError: the sea is too wet");
     rig_run("abort of a start", 3, &options, abort_started, NULL, ranks);
     expect("abort of a start", 3, "rank 0 failed: no");
+    rig_run("debug later", 2, &options, debug_later, NULL, ranks);
+    for (int scatter = 0; scatter < 2; scatter++) {
+        const bool ctx = scatter == 1;
+        rig_run("wrong rows", 3, &options, wrong_rows, &ctx, ranks);
+        expect("wrong rows", 3, ctx ? "rank 0 says that rank 0 has 2 elements, rank 1 says 3"
+                                    : "rank 0 says that rank 0 has 2 bytes, rank 1 says 3");
+    }
     rig_run("leave", 4, &options, leave_one, NULL, ranks);
     expect("leave", 4, "rank 1 closed");
     rig_run("close", 3, &options, close_pending, NULL, ranks);

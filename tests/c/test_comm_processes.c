@@ -4,10 +4,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/arena.h"
 #include "comm_rig.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -167,6 +171,19 @@ static int act_leave(ovlm_comm *comm, const play *p)
                                              : judge(p, ovlm_comm_barrier(comm, &err), &err);
 }
 
+/* A rank that cannot make, or open, the file of a split. */
+static int act_no_files(ovlm_comm *comm, const play *p)
+{
+    ovlm_comm *part = NULL;
+    ovlm_err err = {0};
+    struct rlimit limit = {0};
+    if (ovlm_comm_rank(comm) == p->victim && getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = 3;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
+    return judge(p, ovlm_comm_split(comm, 0, 0, &part, &err), &err);
+}
+
 /* A child of a rank inherits the memory, but it is no rank, and closing there harms nobody. */
 static int act_fork(ovlm_comm *comm, const play *p)
 {
@@ -192,6 +209,77 @@ static int act_fork(ovlm_comm *comm, const play *p)
                    ovlm_comm_barrier(comm, &err) == OVLM_OK
                ? FINE
                : WRONG;
+}
+
+/* While rank 0 waits with what it sends laid out, its child calls with something else; rank 1,
+ * which comes last, must not see that. */
+static int act_fork_beside(ovlm_comm *comm, const play *p)
+{
+    const int64_t me = ovlm_comm_rank(comm), count[2] = {8, 8};
+    const struct timespec early = {.tv_nsec = 100000000}, late = {.tv_nsec = 400000000};
+    int64_t mine = 100 + me, all[2] = {0};
+    const ovlm_all_gather args = {.send = &mine, .recv = all, .recv_bytes = count};
+    pid_t child = me == 0 ? fork() : -1;
+    int status = 0;
+    (void)p;
+    if (child == 0) {
+        mine = -1;
+        (void)nanosleep(&early, NULL);
+        _exit(ovlm_comm_all_gather(comm, &args, NULL) == OVLM_E_COMM ? 0 : 1);
+    }
+    (void)nanosleep(me == 1 ? &late : &(struct timespec){0}, NULL);
+    bool fine = ovlm_comm_all_gather(comm, &args, NULL) == OVLM_OK && all[0] == 100 &&
+                all[1] == 101;
+    (void)(child > 0 && waitpid(child, &status, 0));
+    return fine && status == 0 ? FINE : WRONG;
+}
+
+/* A child finds a started call's queue, but not the thread that would do the work. */
+static int act_fork_pending(ovlm_comm *comm, const play *p)
+{
+    int64_t x = 1, ticket = 0;
+    const ovlm_all_reduce args = {.send = &x, .recv = &x, .n = 1, .dtype = OVLM_I64};
+    int status = 0;
+    bool fine = ovlm_comm_all_reduce_start(comm, &args, &ticket, NULL) == OVLM_OK;
+    pid_t child = fork();
+    (void)p;
+    if (child == 0) {
+        ovlm_err err = {0};
+        bool refused = ovlm_comm_all_reduce_start(comm, &args, &ticket, &err) == OVLM_E_COMM &&
+                       strstr(err.message, "forked") != NULL;
+        ovlm_comm_close(comm);
+        _exit(refused ? 0 : 1);
+    }
+    fine = fine && ovlm_comm_wait(comm, ticket, NULL) == OVLM_OK && x == 2;
+    (void)waitpid(child, &status, 0);
+    return fine && status == 0 ? FINE : WRONG;
+}
+
+static atomic_int *joined; /* ranks of both jobs */
+
+/* Splits, and calls on their groups, beside another job's; `victim` tells the two apart. */
+static int act_split_often(ovlm_comm *comm, const play *p)
+{
+    const struct timespec nap = {.tv_nsec = 1000000};
+    atomic_fetch_add(joined, 1);
+    for (int look = 0; look < 20000 && atomic_load(joined) < 2 * p->n; look++) {
+        (void)nanosleep(&nap, NULL);
+    }
+    for (int i = 0; i < 200; i++) {
+        ovlm_comm *part = NULL;
+        ovlm_err err = {0};
+        int64_t x = 1000 * p->victim + i;
+        const ovlm_all_reduce least = {.send = &x, .recv = &x, .n = 1, .dtype = OVLM_I64,
+                                       .reduce = OVLM_MIN};
+        ovlm_status status = ovlm_comm_split(comm, 0, 0, &part, &err);
+        status = status == OVLM_OK ? ovlm_comm_all_reduce(part, &least, &err) : status;
+        ovlm_comm_close(part);
+        if (status != OVLM_OK || x != 1000 * p->victim + i) {
+            fprintf(stderr, "split %d: %lld %s\n", i, (long long)x, err.message);
+            return WRONG;
+        }
+    }
+    return FINE;
 }
 
 /* ---------------------------------------------------------------- tests */
@@ -267,27 +355,30 @@ static void test_left_behind(void)
     (void)unlink(path);
 }
 
-/* Nor are the files of a split in which a job was killed. */
-static void test_split_left_behind(void)
+/* A second job meets where a first one met that still runs; both split, and stay apart. */
+static void test_same_place(void)
 {
-    const play p = {.n = 3, .options = {.silent_s = 5, .join_s = 5}, .act = act_well,
-                    .message = ""};
-    char name[sizeof path + 40];
-    int used = 0;
-    for (int way = 0; way < 2; way++) {
-        for (int call = 0; call < 3; call++) {
-            for (int leader = 0; leader < 3; leader++) {
-                (void)snprintf(name, sizeof name, "%s.00000001.%d.%d", path, call, leader);
-                FILE *file = way == 0 ? fopen(name, "w") : NULL;
-                CHECK(way == 1 || (file != NULL && fclose(file) == 0), "%s", name);
-                used += way == 1 && unlink(name) != 0;
-            }
-        }
-        if (way == 0) {
-            play_through("files of an old split", &p, -1, FINE);
+    play p[2];
+    pid_t process[2][RIG_RANKS_MOST];
+    int result[2][RIG_RANKS_MOST];
+    void *place = mmap(NULL, sizeof *joined, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+                       -1, 0);
+    CHECK(place != MAP_FAILED, "no memory");
+    joined = place;
+    for (int job = 0; job < 2; job++) {
+        p[job] = (play){.n = 3, .options = {.silent_s = 5, .join_s = 20, .window_bytes = 512},
+                        .act = act_split_often, .message = "", .victim = job};
+        start_ranks(&p[job], process[job]);
+        while (job == 0 && atomic_load(joined) < 3) {
+            const struct timespec nap = {.tv_nsec = 1000000};
+            (void)nanosleep(&nap, NULL);
         }
     }
-    CHECK(used > 0, "no split had one of these names");
+    for (int job = 0; job < 2; job++) {
+        end_ranks(&p[job], process[job], 60, result[job]);
+        check_all("two jobs in one place", &p[job], result[job], -1, FINE);
+    }
+    (void)munmap(place, sizeof *joined);
 }
 
 static void test_joining(void)
@@ -304,6 +395,13 @@ static void test_joining(void)
           err.message);
     CHECK(ovlm_comm_open_local("/no/such/folder/x", 0, 2, NULL, &comm, &err) == OVLM_E_COMM, "%s",
           err.message);
+    for (int64_t some = 0; some < 2; some++) { /* rank 0 fails when the meeting point is there */
+        ovlm_arena_fail_after(some);
+        CHECK(ovlm_comm_open_local(path, 0, 2, &hasty, &comm, &err) == OVLM_E_NOMEM, "%s",
+              err.message);
+        ovlm_arena_fail_after(-1);
+        CHECK(access(path, F_OK) != 0, "the meeting point of a rank 0 that failed is there");
+    }
     CHECK(ovlm_comm_open_local(path, 0, 1, NULL, &comm, &err) == OVLM_OK, "%s", err.message);
     CHECK(ovlm_comm_barrier(comm, &err) == OVLM_OK, "%s", err.message);
     ovlm_comm_close(comm);
@@ -326,11 +424,23 @@ int main(int argc, char **argv)
     }
     play_through("fork", &(play){.n = 2, .options = options, .act = act_fork, .message = ""}, -1,
                  FINE);
+    play_through("a call of a fork",
+                 &(play){.n = 2, .options = options, .act = act_fork_beside, .message = ""}, -1,
+                 FINE);
+    play_through("a start of a fork",
+                 &(play){.n = 2, .options = options, .act = act_fork_pending, .message = ""}, -1,
+                 FINE);
     play_through("abort", &(play){.n = 4, .options = options, .act = act_abort, .victim = 2,
                                   .message = "rank 2 failed: KeyError: 'pixels'"}, -1,
                  FAILED_WELL);
     play_through("leave", &(play){.n = 4, .options = options, .act = act_leave, .victim = 1,
                                   .message = "rank 1 closed"}, -1, FAILED_WELL);
+    for (int64_t victim = 0; victim < 2; victim++) {
+        play_through("no files",
+                     &(play){.n = 3, .options = options, .act = act_no_files, .victim = victim,
+                             .message = victim == 0 ? "cannot create" : "cannot open"}, -1,
+                     FAILED_WELL);
+    }
     for (int64_t victim = 0; victim < 4; victim++) {
         char message[40];
         (void)snprintf(message, sizeof message, "rank %lld (process ", (long long)victim);
@@ -344,7 +454,7 @@ int main(int argc, char **argv)
     }
     test_joining();
     test_left_behind();
-    test_split_left_behind();
+    test_same_place();
     CHECK(rmdir(folder) == 0, "files are left in %s", folder);
     return test_end("comm_processes");
 }

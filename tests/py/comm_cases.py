@@ -4,6 +4,7 @@ Run alone under a launcher, it takes the communicator of its environment:
 
     mpirun -n 4 --oversubscribe python tests/py/comm_cases.py SEED
 """
+import os
 import sys
 
 import numpy as np
@@ -126,11 +127,59 @@ def disagree(group):
     raise AssertionError("nobody noticed")
 
 
+def forked(group):
+    """A forked child is refused, whatever it calls, and its end harms nobody."""
+    child = os.fork()
+    if child == 0:
+        said = []
+        for call in (group.barrier, lambda: group.all_reduce_start(np.ones(3)), group.dup):
+            try:
+                call()
+            except CommError as error:
+                said.append("a forked process is no rank" in str(error))
+        group.abort("a child is no rank")
+        group.close()
+        os._exit(0 if said == [True] * 3 else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    assert group.all_reduce(np.ones(1))[0] == group.size
+    return True
+
+
+def disagree_unseen(group):
+    """The same without comparing, where only rank 1 finds out, and goes on."""
+    group.set_debug(False)
+    try:
+        disagree(group)
+    except AssertionError:
+        group.barrier()
+
+
+def disagree_of_all(group, call):
+    """Rank 1 has other counts than the rest, with the same sum: the error names it."""
+    counts = np.full(group.size, 2)
+    if group.rank == 1:
+        counts[:2] = 3, 1
+    rows = counts[group.rank] if call == "all_gather" else counts.sum()
+    try:
+        getattr(group, call)(np.zeros((int(rows), 4), np.float32), counts)
+    except CommError as error:
+        assert "disagree" in str(error) and "rank 1" in str(error), error
+        return True
+    raise AssertionError("nobody noticed")
+
+
 def main(seed, *what):
     with comm.init(silent_s=5) as group:
         check_all(group, int(seed))
         if "disagree" in what:
             disagree(group)
+        if "unseen" in what:
+            disagree_unseen(group)
+        for call in {"all_gather", "reduce_scatter"} & set(what):
+            disagree_of_all(group, call)
+        if "fork" in what:
+            forked(group)
         if "fail" in what and group.rank == group.size - 1:
             raise ValueError("the sea is too wet")
         if "fail" in what:

@@ -220,6 +220,13 @@ def test_counts_that_disagree():
 @forks
 def test_counts_that_disagree_over_processes():
     assert comm.run_processes(2, comm_cases.disagree, start="fork") == [True] * 2
+    for call in ("all_gather", "reduce_scatter"):
+        assert comm.run_threads(3, comm_cases.disagree_of_all, call) == [True] * 3
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_forked_child_is_no_rank(n):
+    assert comm.run_processes(n, comm_cases.forked, start="fork") == [True] * n
 
 
 def test_rows_that_disagree():
@@ -280,6 +287,19 @@ def test_a_stopped_rank_is_given_up():
 def test_a_slow_rank_is_waited_for(caplog):
     comm._warn_slow("rank 0 has waited")
     assert caplog.messages == ["rank 0 has waited"]
+
+
+def test_ctrl_c_in_a_warning_is_not_lost(monkeypatch):
+    """The handler may run while a slow rank is told of."""
+    def interrupted(message):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comm, "_warn_slow", interrupted)
+    first, other = map(comm.Comm, _core.comm_threads(2, (5.0, 0.0, 0.01, 0)))
+    with pytest.raises(KeyboardInterrupt):
+        first.barrier()
+    with pytest.raises(CommError, match="rank 0 was interrupted"):
+        other.barrier()
 
 
 CTRL_C = """
@@ -368,10 +388,21 @@ def test_an_environment_that_makes_no_sense(monkeypatch):
     ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "self"),
 ])
 def test_launchers_are_told_apart(monkeypatch, variables, engine):
-    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle: "mpi")
+    monkeypatch.setattr("orchvlm._comm_mpi.mpi_core", lambda handle, tasks: "mpi")
     monkeypatch.setattr(os, "environ", environment(**variables))
     found = _comm_init._from_environment(60.0)
     assert found == "mpi" if engine == "mpi" else found.describe()[2] == engine
+
+
+def test_ranks_that_the_mpi_library_does_not_know(monkeypatch):
+    """srun without the plug-in of that library: each process is alone, and would train alone."""
+    monkeypatch.setattr(_core, "comm_mpi", lambda names, handle: (_core.comm_self(), False))
+    monkeypatch.setattr(os, "environ", environment(SLURM_STEP_ID="0", SLURM_PROCID="1",
+                                                   SLURM_NTASKS="4"))
+    with pytest.raises(CommError, match="4 processes.*--mpi=pmix"):
+        _comm_init._from_environment(60.0)
+    monkeypatch.setattr(os, "environ", environment(OMPI_COMM_WORLD_SIZE="1"))
+    assert _comm_init._from_environment(60.0).describe()[1] == 1
 
 
 def test_without_an_mpi_library():
@@ -381,31 +412,39 @@ def test_without_an_mpi_library():
         comm.from_mpi4py(3)
 
 
+class Copy:
+    """The simplest engine: a single rank that copies."""
+
+    def __init__(self):
+        self.told = []
+
+    def all_to_all(self, send, recv):
+        recv[0][:] = send[0]
+
+    def all_gather(self, send, recv):
+        recv[0][:] = send
+
+    def split(self, color, key):
+        return None if color < 0 else (Copy(), 0, 1)
+
+    def abort(self, message):
+        self.told.append(message)
+
+    def close(self):
+        self.told.append("closed")
+
+
 def test_an_engine_in_python():
-    """The simplest one: a single rank that copies; and one whose methods fail."""
-    class Copy:
-        rank, size = 0, 1
-
-        def all_to_all(self, send, recv):
-            recv[0][:] = send[0]
-
-        def all_gather(self, send, recv):
-            recv[0][:] = send
-
-        def split(self, color, key):
-            return None if color < 0 else (Copy(), 0, 1)
-
-        def abort(self, message):
-            told.append(message)
-
-        def close(self):
-            closed.append(1)
-
-    told, closed = [], []
-    group = comm.Comm(_core.comm_python(Copy(), 0, 1))
+    """One that copies; and one whose methods fail."""
+    engine = Copy()
+    group = comm.Comm(_core.comm_python(engine, 0, 1))
     comm_cases.check_all(group, SEED)
+    comm_cases.forked(group)
+    assert not engine.told
     group.close()
-    assert not told and closed
+    assert engine.told == ["closed"]
+    with comm.Comm(_core.comm_self()) as group:
+        comm_cases.forked(group)
 
     class Broken(Copy):
         def all_gather(self, send, recv):
@@ -419,3 +458,61 @@ def test_an_engine_in_python():
     with pytest.raises(ValueError, match="rank must be"):
         _core.comm_python(Copy(), 1, 1)
     assert orchvlm.comm is comm
+
+
+@pytest.mark.parametrize("answer, words", [
+    ((Copy(), 0, 2), "rank 0 of 2, and there are 1"), ((Copy(), 1, 1), "rank 1 of 1"),
+    ((Copy(), -1, 1), "rank -1 of 1"), ((Copy(), 0, 0), "rank 0 of 0"),
+    (None, "must return"), (3, "must return")])
+def test_a_split_of_an_engine_that_makes_no_sense(answer, words):
+    engine = Copy()
+    engine.split = lambda color, key: answer
+    with comm.Comm(_core.comm_python(engine, 0, 1)) as group:
+        with pytest.raises(CommError, match=words):
+            group.dup()
+    engine.split = lambda color, key: (Copy(), 0, 1)
+    with comm.Comm(_core.comm_python(engine, 0, 1)) as group:
+        with pytest.raises(CommError, match="must return None"):
+            group.split(None)
+
+
+def test_sizes_are_not_for_the_engine_to_change():
+    """What it says of itself later is no measure of the memory that it is shown."""
+    class Liar(Copy):
+        rank, size = 3, 1000
+
+        def all_gather(self, send, recv):
+            seen.append(len(recv))
+            super().all_gather(send, recv)
+
+    seen = []
+    with comm.Comm(_core.comm_python(Liar(), 0, 1)) as group:
+        group.all_gather(np.ones(3))
+        group.all_to_all(np.ones(3), [3])
+    assert set(seen) == {1}
+
+
+def test_what_is_closed_during_an_abort_ends_after_it():
+    class Slow(Copy):
+        def abort(self, message):
+            thread = threading.Thread(target=group.close)
+            thread.start()
+            thread.join()
+            super().abort(message)
+
+    engine = Slow()
+    group = comm.Comm(_core.comm_python(engine, 0, 1))
+    group.abort("enough")
+    assert engine.told == ["enough", "closed"]
+    with pytest.raises(ValueError, match="closed"):
+        group.barrier()
+
+
+def test_what_only_says_that_it_is_of_the_core():
+    """Its memory is another's."""
+    class Liar:
+        __class__ = _core.Comm
+
+    assert isinstance(Liar(), _core.Comm)
+    with pytest.raises(TypeError, match="expected a Comm of the core; got Liar"):
+        _core.SequenceGroup(Liar())

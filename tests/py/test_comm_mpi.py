@@ -47,9 +47,22 @@ def test_calls(n):
         assert f"rank {rank} of {n} over mpi: fine" in out.stdout
 
 
-def test_counts_that_disagree():
-    out = run(3, "disagree")
+@pytest.mark.parametrize("call", ["disagree", "all_gather", "reduce_scatter"])
+def test_counts_that_disagree(call):
+    out = run(3, call, limit_s=30)
     assert out.returncode == 0 and out.stdout.count("fine") == 3, out.stdout + out.stderr
+
+
+def test_counts_that_one_rank_alone_finds_wrong():
+    """MPI still holds that rank's buffers, and the others wait: the job ends."""
+    out = run(3, "unseen", limit_s=30)
+    assert out.returncode != 0 and "fine" not in out.stdout
+    assert "rank 0 sends 2 bytes to rank 1, which expects 3" in out.stderr, out.stderr
+
+
+def test_a_forked_child_is_no_rank():
+    out = run(2, "fork")
+    assert out.returncode == 0 and out.stdout.count("fine") == 2, out.stdout + out.stderr
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import pickle
 import secrets
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchvlm import data
+from orchvlm import data, sources
 from orchvlm.data.words import WORDS
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
@@ -57,6 +58,27 @@ def test_one_conversation_in_many_writings(sample):
 
 def test_marks_without_media_are_text():
     assert data.read_messages(talk("a <image> b"))[0].parts == [("text", "a <image> b")]
+
+
+def test_what_a_line_lacks_is_told_with_its_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n\n{"text": "Hi"}\n'
+                    '{"messages": [{"role": "alien", "content": "Hi"}]}\n'
+                    '{"messages": [3]}\n')
+    lines = data.JsonLines(path)
+    varied, framed = data.Varied(lines, seed=0), [sources.framed(line, 64) for line in lines]
+    for k, words in ((1, "line 3: needs 'messages'"), (2, "line 4, message 0: unknown role"),
+                     (3, "line 5, message 0: must be an object")):
+        for sample in (lines[k], framed[k], pickle.loads(pickle.dumps(lines[k]))):
+            with pytest.raises(data.DataError, match=f"a.jsonl, {words}"):
+                data.read_messages(sample)
+    said = []
+    for sample in (varied[k] for k in range(4)):
+        try:
+            data.read_messages(sample)
+        except data.DataError as error:
+            said.append(str(error))
+    assert len(said) == 3 and all("a.jsonl, line" in one for one in said)
 
 
 @pytest.mark.parametrize("sample, words", [

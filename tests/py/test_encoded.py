@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import zlib
+from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 
@@ -356,6 +357,31 @@ def test_a_loader_that_may_not_skip_ends_on_all_ranks():
                 call()
         return True
     assert comm.run_threads(3, work) == [True] * 3
+
+
+@pytest.mark.parametrize("what", ("header", "rows", "bytes"))
+def test_another_rule_on_one_rank_is_an_error_on_all(what):
+    """Whoever decodes the picture; and no loader may skip it."""
+    rng = np.random.default_rng(SEED)
+    sample = asked(picture(rng, "png"))
+
+    def work(group):
+        made = processor()
+        mine = made.one(sample, encoded=True)
+        if group.rank == 1 and what == "bytes":
+            mine = processor(dtype="uint8").one(sample, encoded=True)
+        elif group.rank == 1:
+            film = replace(made.images, temporal_size=2)
+            item, _ = files.encode(sample["messages"][0]["content"][0]["image"], "image", film)
+            rows = mine.pixels if what == "header" else mine.pixels[:, ::2]
+            mine = orchvlm.Inputs(**{**vars(mine), "pixels": rows.copy(), "encoded": [item]})
+        ranked = RandomPlans(orchvlm.Model.from_config(CONFIG, seed=0, threads=1), group)
+        ranked.seed = SEED
+        with pytest.raises(ValueError, match="use one rule on all ranks") as caught:
+            ranked.prepare(mine, refused=lambda *told: None)
+        return str(caught.value)
+    found = set(comm.run_threads(3, work))
+    assert len(found) == 1 and "rank 1" in found.pop()
 
 
 def test_nothing_but_broken_bodies_ends(monkeypatch):

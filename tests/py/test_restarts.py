@@ -21,7 +21,7 @@ CHATS = [{"messages": [{"role": "user", "content": "ab" * (k % 7 + 1)},
                        {"role": "assistant", "content": "c" * (k % 5 + 1)}]} for k in range(30)]
 PROGRAMS = {
     # As a job step: its tasks get the signal, and their status is the step's.
-    "srun": '"$@" &\necho $! > "$SEEN/task"\nwait $!\n',
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done\n"$@" &\necho $! > "$SEEN/task"\nwait $!\n',
     "scontrol": 'echo "$@" >> "$SEEN/scontrol"\n',
     "orchvlm": f'exec "{sys.executable}" -m orchvlm "$@"\n'}
 

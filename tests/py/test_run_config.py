@@ -137,6 +137,7 @@ def test_overrides(text, value):
 
 @pytest.mark.parametrize("text, words", [
     ("training.lr", "--set takes section.key=value"), ("lr=1", "the nearest is training.lr"),
+    ("rank.tokens=9", "the nearest is ranks.tokens"), ("dat.token=9", "the nearest is data.tokens"),
     ("training.steps=1e3", "training.steps must be a whole number"),
     ("training.steps=many", "got many")])
 def test_overrides_that_are_refused(text, words):

@@ -10,6 +10,27 @@ from pathlib import Path, PurePosixPath
 MOST_BYTES = 1 << 30  # of one picture, sound or video: above it a file is a mistake or an attack
 
 
+class Record(dict):
+    """A sample that knows its place, for messages.
+
+    Parameters
+    ----------
+    values : mapping
+        Of the sample.
+    where : str or None
+        E.g. the file and line; :meth:`like` takes another sample's.
+    """
+
+    def __init__(self, values, where):
+        super().__init__(values)
+        self.where = where
+
+    @classmethod
+    def like(cls, sample, values):
+        """What was made of a sample, at its place."""
+        return cls(values, getattr(sample, "where", None))
+
+
 class DataError(ValueError):
     """A sample, file or archive that cannot be used; the message is one line and says where."""
 

@@ -59,7 +59,8 @@ def read_messages(sample):
     """
     if not isinstance(sample, dict):
         raise TypeError(f"a sample must be a dict; got {type(sample).__name__}")
-    where = f"sample {sample['id']!r:.60}" if "id" in sample else "sample"
+    where = getattr(sample, "where", None) or (
+        f"sample {sample['id']!r:.60}" if "id" in sample else "sample")
     turns = sample.get("messages", sample.get("conversations"))
     if not isinstance(turns, (list, tuple)) or not turns:
         raise DataError(f"{where}: needs 'messages' or 'conversations', a list that is not empty; "

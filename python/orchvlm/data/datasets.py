@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .assets import Asset, DataError, from_address, inside, is_address
+from .assets import Asset, DataError, Record, from_address, inside, is_address
 
 MOST_LINE = 64 << 20  # bytes of one line, pictures in base64 included
 _SOURCES = {"image", "video", "audio", "images", "videos", "audios", "image_url", "video_url",
@@ -56,7 +56,7 @@ def resolved(sample, find, where):
 
     Returns
     -------
-    dict
+    Record
         A copy.
     """
     def source(value):
@@ -82,7 +82,7 @@ def resolved(sample, find, where):
                 {**turn, "content": [part(entry) for entry in turn["content"]]}
                 if isinstance(turn, dict) and isinstance(turn.get("content"), list) else turn
                 for turn in turns]
-    return sample
+    return Record(sample, where)
 
 
 class JsonLines:

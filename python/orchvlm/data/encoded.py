@@ -124,11 +124,12 @@ def decode(item):
 
 
 def decoded(item, rows, values, dtype):
-    """The same, where it is known what there must be: a DataError for another number of rows."""
+    """The same, where it is known what there must be: a DataError for another number of rows, a
+    ValueError for rows of another kind."""
     found = decode(item)
     if found.shape[1] != values or found.dtype != dtype:
         raise ValueError(f"a picture gives patches of {found.shape[1]} {found.dtype}; others have "
-                         f"{values} {np.dtype(dtype)}: use one rule for all")
+                         f"{values} {np.dtype(dtype)}: use one rule on all ranks")
     if len(found) != rows:
         raise DataError(f"a picture of {len(found)} patches has a header of {rows}")
     return found

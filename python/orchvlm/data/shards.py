@@ -4,7 +4,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from .assets import MOST_BYTES, DataError, check_name
+from .assets import MOST_BYTES, DataError, Record, check_name
 from .datasets import held, parse_record, resolved
 
 PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "ppm"}
@@ -152,7 +152,7 @@ class TarShards:
                     if suffix.lower() not in files:
                         raise DataError(f"{where}: no member {name[:80]!r} beside it")
                     return held(name, files[suffix.lower()])
-                return {"id": key, **resolved(record, find, where)}
+                return Record({"id": key, **resolved(record, find, where)}, where)
         caption = next((files[name] for name in files if name in TEXTS), None)
         parts = []
         for suffix, content in files.items():

@@ -2,7 +2,7 @@
 import numpy as np
 
 from .._numbers import whole_number
-from .assets import need
+from .assets import Record, need
 from .images import MOST_FRAME, load_image
 from .mixture import shuffled
 
@@ -42,16 +42,19 @@ class Endless:
         number = int(self._order[1][place])
         sample = self._data[number]
         rng = np.random.default_rng([self.seed, int(index)])
-        return {**sample, "messages": [self._message(rng, message, (number, k))
-                                       for k, message in enumerate(sample["messages"])]}
+        if not isinstance(sample.get("messages"), list):  # whoever reads it says so
+            return sample
+        return Record.like(sample, {**sample, "messages": [
+            self._message(rng, message, (number, k))
+            for k, message in enumerate(sample["messages"])]})
 
     def _message(self, rng, message, where):
         medium = self.medium
-        if not isinstance(message.get("content"), list):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), list):
             return message
         return {**message, "content": [
             {**part, medium: self._vary(rng, part[medium], (*where, k))}
-            if part.get("type") == medium and medium in part else part
+            if isinstance(part, dict) and part.get("type") == medium and medium in part else part
             for k, part in enumerate(message["content"])]}
 
     def __repr__(self):

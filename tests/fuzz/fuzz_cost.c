@@ -5,7 +5,7 @@ enum { ROWS = 12, LENGTHS = 40, DEGREES = 4 };
 
 typedef struct sample {
     int64_t start[ROWS + 1], length[LENGTHS], degree[ROWS], degrees[DEGREES];
-    double seconds[ROWS], bytes[ROWS];
+    double square[LENGTHS], seconds[ROWS], bytes[ROWS];
     ovlm_measurements rows;
 } sample;
 
@@ -26,9 +26,12 @@ static void draw(sample *s, fuzz_input *in)
     }
     for (int64_t i = 0; i < s->start[rows]; i++) {
         s->length[i] = fuzz_wild(in);
+        s->square[i] = fuzz_wild_double(in);
     }
-    s->rows = (ovlm_measurements){rows, s->start, s->length, s->degree, s->seconds,
-                                  fuzz_bytes(in, 1) % 2 ? s->bytes : NULL};
+    s->rows = (ovlm_measurements){
+        .rows = rows, .start = s->start, .length = s->length, .degree = s->degree,
+        .square = fuzz_bytes(in, 1) % 2 ? s->square : NULL, .seconds = s->seconds,
+        .bytes = fuzz_bytes(in, 1) % 2 ? s->bytes : NULL};
 }
 
 static void check_coefficient(double value)

@@ -172,7 +172,7 @@ static ovlm_status experts_back(ovlm_run *run, const ovlm_block *block,
     weigh->k = 1;
     weigh->row = round->place;
     weigh->h = s->experts_down.y;
-    weigh->dy = came;
+    weigh->y = weigh->dy = came; /* of y only the shape is asked */
     weigh->dh = d_expert;
     RUN(run, combine, bwd, weigh);
     if (s->kept) {
@@ -215,22 +215,14 @@ static ovlm_status round_bwd(ovlm_run *run, const ovlm_block *block,
     return OVLM_OK;
 }
 
-/* Between [T,k] and own sorted rows, either way. */
-static ovlm_status sort_weights(ovlm_run *run, const ovlm_block_saved *s, ovlm_tensor sorted)
+/* Between a number per slot, [T,k], and own sorted rows: slots are read where rows stand in them,
+ * and written as the gradient of that. */
+static ovlm_gather slots_of(const ovlm_run *run, const ovlm_block_saved *s, ovlm_tensor slots,
+                            ovlm_tensor sorted)
 {
-    ovlm_gather put = {.taps = 1, .unique = true, .index = s->router.row, .dx = sorted};
-    put.dy = ovlm_tensor_of(s->router.weight.data, sorted.rows, 1, run->exact);
-    RUN(run, gather, bwd, &put);
-    return OVLM_OK;
-}
-
-static ovlm_status unsort_weights(ovlm_run *run, const ovlm_block_saved *s, ovlm_tensor sorted,
-                                  ovlm_tensor to)
-{
-    ovlm_gather take = {.taps = 1, .unique = true, .index = s->router.row, .x = sorted};
-    take.y = ovlm_tensor_of(to.data, sorted.rows, 1, run->exact);
-    RUN(run, gather, fwd, &take);
-    return OVLM_OK;
+    ovlm_tensor flat = ovlm_tensor_of(slots.data, sorted.rows, 1, run->exact);
+    return (ovlm_gather){.taps = 1, .unique = true, .index = s->router.row, .x = sorted,
+                         .y = flat, .dy = flat, .dx = sorted};
 }
 
 ovlm_status ovlm_spread_bwd(ovlm_run *run, const ovlm_block *block,
@@ -242,7 +234,8 @@ ovlm_status ovlm_spread_bwd(ovlm_run *run, const ovlm_block *block,
     const own_rows own = {.weight = ovlm_stack_tensor(run->work, rows, 1, run->exact),
                           .dweight = ovlm_stack_tensor(run->work, rows, 1, run->exact),
                           .dx = ovlm_stack_tensor(run->work, rows, block->width, run->dtype)};
-    OVLM_TRY(sort_weights(run, s, own.weight));
+    ovlm_gather sort = slots_of(run, s, s->router.weight, own.weight);
+    RUN(run, gather, bwd, &sort);
     OVLM_TRY(ovlm_unit_enter(run, block->experts_up.unit, OVLM_USE_BACKWARD));
     for (int64_t i = 0; i < rounds; i++) {
         OVLM_TRY(round_bwd(run, block, context, i, dh, &own, s));
@@ -252,7 +245,8 @@ ovlm_status ovlm_spread_bwd(ovlm_run *run, const ovlm_block *block,
         OVLM_TRY(round_bwd(run, block, context, 0, dh, &own, s));
     }
     OVLM_TRY(ovlm_unit_leave(run));
-    OVLM_TRY(unsort_weights(run, s, own.dweight, dweight));
+    ovlm_gather back = slots_of(run, s, dweight, own.dweight);
+    RUN(run, gather, fwd, &back);
     ovlm_combine sum = {.k = block->moe->k, .row = s->router.row, .h = own.dx, .y = dn};
     RUN(run, combine, fwd, &sum);
     run->work->used_bytes = mark;

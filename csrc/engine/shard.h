@@ -142,8 +142,8 @@ typedef struct ovlm_shard_bytes {
     int64_t buffers_bytes;  /* for units that are gathered or reduced: what does not fall with N */
 } ovlm_shard_bytes;
 
-/* What a rank will hold: pure.  Of the list, dtypes and what is trained are read; it is of all
- * experts, or of those that the rank holds already. */
+/* What a rank will hold: pure.  Of the list, dtypes and what is trained are read; which experts it
+ * has is the same to it. */
 OVLM_NODISCARD ovlm_status ovlm_shard_memory(const ovlm_params *params,
                                              const ovlm_shard_spec *spec, int64_t ranks,
                                              int64_t rank, ovlm_shard_bytes *bytes, ovlm_err *err);

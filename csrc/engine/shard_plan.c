@@ -333,13 +333,13 @@ static void predict(const ovlm_shard *shard, ovlm_shard_bytes *bytes)
                          ovlm_shard_pool_bytes(&shard->grad_pool)};
 }
 
-/* A list of what the rank will hold of another one's experts. */
+/* The list as the rank has it, whichever experts those of `params` are. */
 static ovlm_status held_list(const ovlm_params *params, int64_t experts, int64_t rank,
                              ovlm_arena *arena, ovlm_params *held, ovlm_err *err)
 {
     int64_t E = params->config.decoder.experts;
     *held = *params;
-    if (experts <= 1 || params->experts_held < E) {
+    if (experts <= 1) {
         return OVLM_OK;
     }
     OVLM_TRY(OVLM_ARENA_NEW(arena, &held->param, params->n, err));

@@ -70,7 +70,7 @@ void ovlm_shard_note_wait(ovlm_shard *shard, double start_s)
 
 double ovlm_shard_waited_s(const ovlm_shard *shard)
 {
-    return shard->waited_s;
+    return shard->waited_s + shard->expert_ranks.on.waited_s;
 }
 
 /* ---------------------------------------------------------------- memory out of reach */

@@ -152,8 +152,8 @@ OVLM_NODISCARD ovlm_status ovlm_model_spread_experts(ovlm_model *model,
 /* Whether experts are on several ranks. */
 bool ovlm_model_spreads_experts(const ovlm_model *model);
 
-/* The group is gone while experts are still on several ranks: hooks that hold the model's weights
- * let no pass begin. */
+/* The group is gone while experts are still on several ranks; hooks hold the weights, and let no
+ * pass begin any more. */
 void ovlm_model_lose_experts(ovlm_model *model);
 
 /* The decode, after an encode of the images and one of the sounds, where there are any.  With label

@@ -111,6 +111,10 @@ ovlm_status ovlm_model_spread_experts(ovlm_model *model, const ovlm_expert_group
 
 void ovlm_model_lose_experts(ovlm_model *model)
 {
+    if (model->spread) { /* shapes of a whole model, so that passes come as far as the hooks */
+        ovlm_params_hold_experts(&model->params, 0, model->params.config.decoder.experts);
+        ovlm_model_rebind(model);
+    }
     model->spread = false;
     model->expert_group = (ovlm_expert_group){0};
 }

@@ -37,7 +37,7 @@ OVLM_NODISCARD ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_mo
  * away. */
 void ovlm_model_place(ovlm_model *model, int64_t unit, const ovlm_unit_memory *memory);
 
-/* OVLM_E_ARG, for what needs all weights or gradients, when hooks hold them. */
+/* OVLM_E_ARG, for what needs all weights or gradients, when hooks or other ranks hold them. */
 OVLM_NODISCARD ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what,
                                                ovlm_err *err);
 

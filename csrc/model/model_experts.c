@@ -7,7 +7,9 @@ static ovlm_status check_spread(const ovlm_model *model, const ovlm_expert_group
                                 ovlm_err *err)
 {
     int64_t experts = model->params.config.decoder.experts;
-    OVLM_TRY(ovlm_model_need_own(model, "experts go to other ranks", err));
+    if (!model->spread) {
+        OVLM_TRY(ovlm_model_need_own(model, "experts go to other ranks", err));
+    }
     if (model->params.loras > 0) {
         return OVLM_FAIL(err, OVLM_E_ARG, "experts over ranks: not of a model with adapters, which "
                                           "trains no experts; merge and remove them first");

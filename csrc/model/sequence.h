@@ -9,7 +9,7 @@
  * of key/value heads that several ranks hold are summed.
  *
  * Tokens: rank r of d holds rows [r T / d, (r+1) T / d).  Query heads: [r H / d, (r+1) H / d), so
- * that any d <= H will do; and the key/value heads that they read, some of them on several ranks. */
+ * that any d <= H will do; and the key/value heads that they read, some on several ranks. */
 #ifndef OVLM_MODEL_SEQUENCE_H
 #define OVLM_MODEL_SEQUENCE_H
 

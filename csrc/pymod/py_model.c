@@ -291,9 +291,6 @@ ovlm_status ovlm_model_find_tensor(ovlm_model *model, int64_t parameter, int64_t
     if (which == GRAD || (which == WEIGHT && p->kind != OVLM_PARAM_BUFFER)) {
         OVLM_TRY(ovlm_model_need_own(model, p->name, err)); /* views would outlive the hooks */
     }
-    if (p->rows != p->whole_rows) {
-        return OVLM_FAIL(err, OVLM_E_ARG, "%s: other ranks have some of its experts", p->name);
-    }
     const ovlm_tensor average = ovlm_model_average(model, parameter);
     const ovlm_tensor *all[] = {&p->w, &p->grad, &m, &v, &master, &average};
     *tensor = *all[which];

@@ -199,7 +199,7 @@ def test_refusals():
         name = next(name for name in before if ".experts." in name)
         with pytest.raises(ValueError, match="lies on several ranks"):
             model.parameters[name]
-        with pytest.raises(ValueError, match="has some|have some"):
+        with pytest.raises(ValueError, match="other ranks hold some"):
             np.from_dlpack(model.tensor(name))
         with pytest.raises(ValueError, match="all experts on every rank"):
             orchvlm.EMA(model)

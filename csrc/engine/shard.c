@@ -29,24 +29,28 @@ static void block_free(ovlm_shard *shard, shard_block *block)
 
 /* ---------------------------------------------------------------- ranks */
 
-/* FNV-1a over what ranks must agree on. */
-static int64_t fingerprint(const ovlm_shard *shard)
+enum { FIXED_WORDS = 7 };
+
+/* FNV-1a over what ranks must agree on; experts are still on all of them. */
+static int64_t fingerprint(const ovlm_params *p, const ovlm_shard_spec *spec)
 {
-    const ovlm_params *p = shard->params;
     uint64_t hash = 0xcbf29ce484222325u;
-    const int64_t fixed[] = {p->units, p->weight_elements, p->adapter_elements, p->grad_elements,
-                             (int64_t)p->dtype, shard->node_size};
-    for (int64_t i = 0; i < 6 + p->units; i++) {
-        int64_t word = i < 6 ? fixed[i] : p->unit[i - 6].grad_elements * OVLM_SHARD_MODES +
-                                              (int64_t)shard->unit[i - 6].mode;
+    const int64_t fixed[FIXED_WORDS] = {p->units, p->weight_elements, p->adapter_elements,
+                                        p->grad_elements, (int64_t)p->dtype, spec->node_size,
+                                        spec->experts > 1 ? spec->experts : 1};
+    for (int64_t i = 0; i < FIXED_WORDS + p->units; i++) {
+        int64_t at = i - FIXED_WORDS;
+        int64_t word = at < 0 ? fixed[i] : p->unit[at].grad_elements * OVLM_SHARD_MODES +
+                                               (int64_t)spec->mode[at];
         hash = (hash ^ (uint64_t)word) * 0x100000001b3u;
     }
     return (int64_t)(hash >> 1);
 }
 
-static ovlm_status check_agreement(ovlm_shard *shard, ovlm_err *err)
+static ovlm_status check_agreement(ovlm_shard *shard, const ovlm_params *params,
+                                   const ovlm_shard_spec *spec, ovlm_err *err)
 {
-    int64_t mine = fingerprint(shard), least = 0, most = 0;
+    int64_t mine = fingerprint(params, spec), least = 0, most = 0;
     ovlm_all_reduce args = {.send = &mine, .recv = &least, .n = 1, .dtype = OVLM_I64,
                             .reduce = OVLM_MIN};
     OVLM_TRY(ovlm_comm_all_reduce(shard->world, &args, err));
@@ -67,8 +71,6 @@ static ovlm_status open_comms(ovlm_shard *shard, ovlm_comm *comm, ovlm_err *err)
     for (int64_t i = 0; i < shard->params->units; i++) {
         hybrid = hybrid || shard->unit[i].mode == OVLM_SHARD_HYBRID;
     }
-    OVLM_TRY(ovlm_comm_dup(comm, &shard->world, err));
-    OVLM_TRY(check_agreement(shard, err));
     if (shard->holds_state) {
         OVLM_TRY(ovlm_comm_dup(comm, &shard->gather, err));
     }
@@ -81,13 +83,26 @@ static ovlm_status open_comms(ovlm_shard *shard, ovlm_comm *comm, ovlm_err *err)
     return OVLM_OK;
 }
 
+/* Experts to the ranks that are to hold them, for the model's passes too. */
+static ovlm_status part_experts(ovlm_shard *shard, ovlm_model *model, ovlm_comm *comm,
+                                int64_t experts, ovlm_err *err)
+{
+    int64_t rank = ovlm_comm_rank(comm), group = rank / experts, place = rank % experts;
+    OVLM_TRY(ovlm_comm_split(comm, group, place, &shard->party, err));
+    OVLM_TRY(ovlm_comm_split(comm, place, group, &shard->twins, err));
+    OVLM_TRY(ovlm_comm_dup(shard->twins, &shard->twins_gather, err));
+    OVLM_TRY(ovlm_expert_ranks_init(&shard->expert_ranks, shard->party, &shard->arena, err));
+    return ovlm_model_spread_experts(model, &shard->expert_ranks.table, err);
+}
+
 /* Ends what is started, so that memory may go. */
 static void close_comms(ovlm_shard *shard)
 {
-    ovlm_comm *comms[] = {shard->world, shard->gather, shard->node, shard->node_gather,
-                          shard->across};
+    ovlm_comm **comms[] = {&shard->world, &shard->gather, &shard->node, &shard->node_gather,
+                           &shard->across, &shard->party, &shard->twins, &shard->twins_gather};
     for (size_t i = 0; i < sizeof comms / sizeof *comms; i++) {
-        ovlm_comm_close(comms[i]);
+        ovlm_comm_close(*comms[i]);
+        *comms[i] = NULL;
     }
 }
 
@@ -231,6 +246,12 @@ static ovlm_status open_shard(ovlm_shard *shard, ovlm_model *model, ovlm_comm *c
                                               "already");
         }
     }
+    OVLM_TRY(ovlm_shard_spec_check(params, spec, ovlm_comm_size(comm), err));
+    OVLM_TRY(ovlm_comm_dup(comm, &shard->world, err));
+    OVLM_TRY(check_agreement(shard, params, spec, err));
+    if (spec->experts > 1) {
+        OVLM_TRY(part_experts(shard, model, comm, spec->experts, err));
+    }
     OVLM_TRY(ovlm_shard_plan(shard, params, spec, ovlm_comm_size(comm), ovlm_comm_rank(comm),
                              err));
     shard->model = model;
@@ -244,6 +265,26 @@ static ovlm_status open_shard(ovlm_shard *shard, ovlm_model *model, ovlm_comm *c
     return OVLM_OK;
 }
 
+/* Hooks of a model whose weights are gone. */
+static ovlm_status gone(void *ctx, const ovlm_pass_kind *kind, ovlm_err *err)
+{
+    (void)ctx;
+    (void)kind;
+    return OVLM_FAIL(err, OVLM_E_ARG, "the shard that held this model's weights was closed; undo "
+                                      "it first where they are still needed");
+}
+
+/* Takes its hooks, or what it has left of its weights, from a model.  Neither allocates, nor waits
+ * after a failure was told. */
+static void abandon(ovlm_model *model, bool whole)
+{
+    /* The hooks below are never reached: a pass whose begin fails has no others. */
+    const ovlm_model_hooks nothing = {.weights = true, .grads = true, .begin = gone};
+    (void)!ovlm_model_wait(model, NULL);
+    (void)!ovlm_model_set_hooks(model, whole ? NULL : &nothing, NULL);
+    ovlm_model_lose_experts(model);
+}
+
 ovlm_status ovlm_shard_open(ovlm_model *model, ovlm_comm *comm, const ovlm_shard_spec *spec,
                             ovlm_shard **shard, ovlm_err *err)
 {
@@ -252,10 +293,43 @@ ovlm_status ovlm_shard_open(ovlm_model *model, ovlm_comm *comm, const ovlm_shard
     OVLM_TRY(OVLM_HEAP_NEW(&self, 1, err));
     ovlm_status status = open_shard(self, model, comm, spec, err);
     if (status != OVLM_OK) {
+        if (ovlm_model_spreads_experts(model)) { /* nobody else may be there to give them back */
+            abandon(model, false);
+        }
         release(self);
         return status;
     }
     *shard = self;
+    return OVLM_OK;
+}
+
+/* One parameter of experts, of which the model has this rank's. */
+static ovlm_status collect(ovlm_shard *shard, int64_t parameter, ovlm_err *err)
+{
+    const ovlm_param *p = &shard->params->param[parameter];
+    int64_t bytes = p->rows * p->cols * shard_element(shard);
+    char *host = NULL;
+    OVLM_TRY(OVLM_HEAP_NEW(&host, bytes, err));
+    ovlm_status status = ovlm_model_read(shard->model, &p->w, host, err);
+    if (status == OVLM_OK) {
+        status = ovlm_shard_gather_parts(shard, parameter, shard_dtype(shard), host, err);
+    }
+    if (status == OVLM_OK) {
+        status = ovlm_model_write(shard->model, &p->w, host, err);
+    }
+    free(host);
+    return status;
+}
+
+/* The model has all experts again. */
+static ovlm_status collect_experts(ovlm_shard *shard, ovlm_err *err)
+{
+    OVLM_TRY(ovlm_model_spread_experts(shard->model, NULL, err));
+    for (int64_t i = 0; i < shard->params->n; i++) {
+        if (shard_listed(shard, shard->params->param[i].unit)->kind == OVLM_UNIT_EXPERTS) {
+            OVLM_TRY(collect(shard, i, err));
+        }
+    }
     return OVLM_OK;
 }
 
@@ -266,17 +340,11 @@ ovlm_status ovlm_shard_undo(ovlm_shard *shard, ovlm_err *err)
     for (int64_t i = 0; i < shard->params->units && shard->holds; i++) {
         OVLM_TRY(ovlm_shard_restore(shard, i, err));
     }
+    if (shard->experts > 1) {
+        OVLM_TRY(collect_experts(shard, err));
+    }
     shard->undone = true;
     return OVLM_OK;
-}
-
-/* Hooks of a model whose weights are gone. */
-static ovlm_status gone(void *ctx, const ovlm_pass_kind *kind, ovlm_err *err)
-{
-    (void)ctx;
-    (void)kind;
-    return OVLM_FAIL(err, OVLM_E_ARG, "the shard that held this model's weights was closed; undo "
-                                      "it first where they are still needed");
 }
 
 void ovlm_shard_close(ovlm_shard *shard)
@@ -284,13 +352,9 @@ void ovlm_shard_close(ovlm_shard *shard)
     if (shard == NULL) {
         return;
     }
-    /* The hooks below are never reached: a pass whose begin fails has no others. */
-    const ovlm_model_hooks nothing = {.weights = true, .grads = true, .begin = gone};
     close_comms(shard);
-    shard->world = shard->gather = shard->node = shard->node_gather = shard->across = NULL;
-    if (!shard->undone) { /* neither allocates, nor waits after a failure was told */
-        (void)!ovlm_model_wait(shard->model, NULL);
-        (void)!ovlm_model_set_hooks(shard->model, shard->holds ? &nothing : NULL, NULL);
+    if (!shard->undone) {
+        abandon(shard->model, !shard->holds && shard->experts == 1);
     }
     release(shard);
 }
@@ -303,6 +367,13 @@ bool ovlm_shard_holds(const ovlm_shard *shard)
 bool ovlm_shard_holds_state(const ovlm_shard *shard)
 {
     return shard->holds_state;
+}
+
+void ovlm_shard_exchanged_read(const ovlm_shard *shard, ovlm_shard_exchanged *exchanged)
+{
+    const ovlm_exchanges *on = &shard->expert_ranks.on;
+    *exchanged = (ovlm_shard_exchanged){.exchanges = on->count, .sent_bytes = on->sent_bytes,
+                                        .waited_s = on->waited_s};
 }
 
 void ovlm_shard_memory_read(const ovlm_shard *shard, ovlm_shard_bytes *bytes)

@@ -15,6 +15,10 @@
  *   hybrid      1/n        1/n        1/n        as fsdp inside a node of n ranks; gradients
  *                                                all-reduced between nodes
  *
+ * Experts may be over e ranks besides (model/expert_exchange.h): ranks 0 .. e-1 are a group whose
+ * ranks hold E/e experts of each layer, and so on.  To a unit of experts the ranks with the same
+ * ones, one of each group, are then what all ranks are to others.
+ *
  * Shards are flat.  A unit's weights (and, apart, its adapters) lie end to end as ovlm_unit says;
  * each rank holds one of N nearly equal ranges, cut at multiples of 64 elements, so that a
  * parameter may lie on several ranks.  Gradients and state are cut at the same parameters'
@@ -51,6 +55,7 @@ typedef struct ovlm_shard_spec {
     const ovlm_shard_mode *mode; /* [units]                                                    */
     int64_t node_size;           /* of hybrid units: ranks 0 .. n-1 are a node, and so on; divides
                                     the number of ranks                                        */
+    int64_t experts;             /* e: divides the number of ranks; 0 or 1: every rank has all */
 } ovlm_shard_spec;
 
 /* ------------------------------------------------------------ life */
@@ -106,7 +111,7 @@ typedef enum ovlm_shard_which {
 
 /* What this rank holds of one of a parameter's tensors. */
 typedef struct ovlm_shard_part {
-    int64_t first;      /* element of the parameter, dense                                     */
+    int64_t first;      /* element of the parameter as it is on the hub, dense                 */
     ovlm_tensor tensor; /* [1,n], for ovlm_model_read; left out: nothing of it                 */
     bool again;         /* a lower rank holds the same                                         */
 } ovlm_shard_part;
@@ -137,7 +142,8 @@ typedef struct ovlm_shard_bytes {
     int64_t buffers_bytes;  /* for units that are gathered or reduced: what does not fall with N */
 } ovlm_shard_bytes;
 
-/* What a rank will hold: pure.  Of the list, dtypes and what is trained are read. */
+/* What a rank will hold: pure.  Of the list, dtypes and what is trained are read; which experts it
+ * has is the same to it. */
 OVLM_NODISCARD ovlm_status ovlm_shard_memory(const ovlm_params *params,
                                              const ovlm_shard_spec *spec, int64_t ranks,
                                              int64_t rank, ovlm_shard_bytes *bytes, ovlm_err *err);
@@ -145,6 +151,13 @@ OVLM_NODISCARD ovlm_status ovlm_shard_memory(const ovlm_params *params,
 /* Seconds that callers have waited for calls of the communicators since it was opened: what was not
  * hidden behind their computing, waiting for slower ranks included. */
 double ovlm_shard_waited_s(const ovlm_shard *shard);
+
+/* What this rank has exchanged with those that hold other experts. */
+typedef struct ovlm_shard_exchanged {
+    int64_t exchanges, sent_bytes;
+    double waited_s;
+} ovlm_shard_exchanged;
+void ovlm_shard_exchanged_read(const ovlm_shard *shard, ovlm_shard_exchanged *exchanged);
 
 /* What is held now. */
 void ovlm_shard_memory_read(const ovlm_shard *shard, ovlm_shard_bytes *bytes);

@@ -38,12 +38,15 @@ static shard_range weight_range(const ovlm_shard *shard, int64_t parameter)
 /* Whether ranks lower than this one hold the same. */
 static bool held_again(const ovlm_shard *shard, const shard_unit *u, ovlm_shard_which which)
 {
-    if (u->mode == OVLM_SHARD_HYBRID) {
-        return shard->rank >= shard->node_size;
-    }
-    return shard->rank > 0 &&
-           (u->mode == OVLM_SHARD_DDP ||
-            (u->mode == OVLM_SHARD_ZERO1 && which == OVLM_SHARD_WEIGHT));
+    bool alike = u->mode == OVLM_SHARD_DDP || u->mode == OVLM_SHARD_HYBRID ||
+                 (u->mode == OVLM_SHARD_ZERO1 && which == OVLM_SHARD_WEIGHT);
+    return alike && !ovlm_shard_first(shard, u);
+}
+
+/* Where what this rank holds of a parameter begins in all of it. */
+static int64_t first_of(const ovlm_param *p)
+{
+    return p->first_row * p->cols;
 }
 
 static void part_of_weight(ovlm_shard *shard, int64_t parameter, ovlm_shard_part *part)
@@ -57,8 +60,8 @@ static void part_of_weight(ovlm_shard *shard, int64_t parameter, ovlm_shard_part
     }
     const shard_range own = weight_range(shard, parameter);
     if (own.n > 0) {
-        part->first = own.first - p->offset + (own.piece->adapters ? listed->adapter_offset
-                                                                   : listed->offset);
+        part->first = first_of(p) + own.first - p->offset +
+                      (own.piece->adapters ? listed->adapter_offset : listed->offset);
         part->tensor = ovlm_tensor_of(ovlm_shard_weight_at(shard, own.unit, own.piece, own.first),
                                       1, own.n, shard->params->dtype);
     }
@@ -88,7 +91,8 @@ ovlm_status ovlm_shard_part_of(ovlm_shard *shard, int64_t parameter, ovlm_shard_
         OVLM_TRY(ovlm_shard_need_state(shard, err));
         data = ovlm_shard_state_at(shard, own.piece, plane, own.grad_first);
     }
-    part->first = own.grad_first - p->grad_offset + shard_listed(shard, p->unit)->grad_offset;
+    part->first = first_of(p) + own.grad_first - p->grad_offset +
+                  shard_listed(shard, p->unit)->grad_offset;
     part->tensor = ovlm_tensor_of(data, 1, own.n, shard->params->exact);
     return OVLM_OK;
 }
@@ -148,8 +152,28 @@ static ovlm_status gather_ranges(ovlm_shard *shard, int64_t parameter, ovlm_shar
     }
     const ovlm_all_gather args = {.send = (char *)host + at[piece->own], .recv = host,
                                   .recv_bytes = bytes, .recv_at = at};
-    OVLM_GOTO(done, ovlm_comm_all_gather(u->mode == OVLM_SHARD_HYBRID ? shard->node : shard->world,
-                                         &args, err));
+    OVLM_GOTO(done, ovlm_comm_all_gather(ovlm_shard_comm(shard, u), &args, err));
+done:
+    ovlm_arena_free(&arena);
+    return status;
+}
+
+ovlm_status ovlm_shard_gather_parts(ovlm_shard *shard, int64_t parameter, ovlm_dtype dtype,
+                                    void *host, ovlm_err *err)
+{
+    const ovlm_param *p = &shard->params->param[parameter];
+    int64_t E = shard->params->config.decoder.experts, e = shard->experts;
+    int64_t one = p->whole_rows / E * p->cols * ovlm_dtype_bytes(dtype);
+    ovlm_arena arena = {0};
+    int64_t *bytes = NULL;
+    ovlm_status status = OVLM_OK;
+    OVLM_GOTO(done, OVLM_ARENA_NEW(&arena, &bytes, e, err));
+    for (int64_t r = 0; r < e; r++) {
+        bytes[r] = (ovlm_expert_cut(E, e, r + 1) - ovlm_expert_cut(E, e, r)) * one;
+    }
+    int64_t at = ovlm_expert_cut(E, e, shard->rank % e) * one;
+    const ovlm_all_gather args = {.send = (char *)host + at, .recv = host, .recv_bytes = bytes};
+    OVLM_GOTO(done, ovlm_comm_all_gather(shard->party, &args, err));
 done:
     ovlm_arena_free(&arena);
     return status;
@@ -178,5 +202,12 @@ ovlm_status ovlm_shard_gather(ovlm_shard *shard, int64_t parameter, ovlm_shard_w
     }
     bool whole = p->kind == OVLM_PARAM_BUFFER || u->mode == OVLM_SHARD_DDP ||
                  (u->mode == OVLM_SHARD_ZERO1 && which == OVLM_SHARD_WEIGHT);
-    return whole ? OVLM_OK : gather_ranges(shard, parameter, which, host, err);
+    ovlm_dtype dtype = which == OVLM_SHARD_WEIGHT && p->kind != OVLM_PARAM_BUFFER
+                           ? shard->params->dtype
+                           : shard->params->exact;
+    if (!whole) {
+        char *own = (char *)host + first_of(p) * ovlm_dtype_bytes(dtype);
+        OVLM_TRY(gather_ranges(shard, parameter, which, own, err));
+    }
+    return u->parted ? ovlm_shard_gather_parts(shard, parameter, dtype, host, err) : OVLM_OK;
 }

@@ -4,6 +4,8 @@
 
 #include "model/hooks.h"
 
+#include <string.h>
+
 enum { CUT_ALIGN = 64, KEPT_ALIGN_BYTES = 64, STATE_ALIGN = 16 };
 
 static int64_t round_up(int64_t value, int64_t unit)
@@ -93,10 +95,20 @@ static ovlm_status add_piece(ovlm_shard *shard, int64_t unit, bool adapters, ovl
                            .grad_first = adapters ? behind : 0,
                            .grad_elements = adapters ? listed->grad_elements - behind : behind};
     if (u->mode != OVLM_SHARD_DDP) {
-        piece->ways = u->mode == OVLM_SHARD_HYBRID ? shard->node_size : shard->ranks;
-        piece->own = shard->rank % piece->ways;
+        piece->ways = u->mode == OVLM_SHARD_HYBRID ? shard->node_size
+                      : u->parted                  ? shard->ranks / shard->experts
+                                                   : shard->ranks;
+        piece->own = u->parted ? shard->rank / shard->experts : shard->rank % piece->ways;
     }
     return cut_piece(shard, unit, piece, err);
+}
+
+bool ovlm_shard_first(const ovlm_shard *shard, const shard_unit *unit)
+{
+    int64_t others = unit->mode == OVLM_SHARD_HYBRID ? shard->node_size
+                     : unit->parted                  ? shard->experts
+                                                     : 1;
+    return shard->rank < others;
 }
 
 void ovlm_shard_kept(const shard_unit *unit, const shard_piece *piece, int64_t *first,
@@ -229,17 +241,42 @@ static void size_pools(ovlm_shard *shard)
 
 /* ---------------------------------------------------------------- plan */
 
-static ovlm_status check_spec(const ovlm_params *params, const ovlm_shard_spec *spec,
-                              int64_t ranks, bool *sharded, bool *state, ovlm_err *err)
+static ovlm_status check_experts(const ovlm_params *params, const ovlm_shard_spec *spec,
+                                 int64_t ranks, ovlm_err *err)
 {
+    int64_t experts = params->config.decoder.experts;
+    if (spec->experts < 0 || (spec->experts > 1 && ranks % spec->experts != 0)) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "experts must divide the %lld ranks; got %lld",
+                         (long long)ranks, (long long)spec->experts);
+    }
+    if (spec->experts > 1 && spec->experts > experts) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "experts: %lld ranks cannot share the model's %lld "
+                         "experts; use at most as many", (long long)spec->experts,
+                         (long long)experts);
+    }
+    if (spec->experts > 1 && params->loras > 0) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "experts: a model with adapters trains no experts; use 1 "
+                                          "with it");
+    }
+    return OVLM_OK;
+}
+
+ovlm_status ovlm_shard_spec_check(const ovlm_params *params, const ovlm_shard_spec *spec,
+                                  int64_t ranks, ovlm_err *err)
+{
+    OVLM_TRY(check_experts(params, spec, ranks, err));
     for (int64_t i = 0; i < params->units; i++) {
         if ((int)spec->mode[i] < 0 || spec->mode[i] >= OVLM_SHARD_MODES) {
             return OVLM_FAIL(err, OVLM_E_ARG, "mode[%lld], of %s, must be ddp, zero1, fsdp or "
                              "hybrid; got number %d", (long long)i, params->unit[i].name,
                              (int)spec->mode[i]);
         }
-        *sharded = *sharded || spec->mode[i] >= OVLM_SHARD_FSDP;
-        *state = *state || spec->mode[i] != OVLM_SHARD_DDP;
+        if (spec->mode[i] == OVLM_SHARD_HYBRID && spec->experts > 1 &&
+            params->unit[i].kind == OVLM_UNIT_EXPERTS) {
+            return OVLM_FAIL(err, OVLM_E_ARG, "%s is hybrid: experts over %lld ranks are ddp, "
+                             "zero1 or fsdp over those that hold the same", params->unit[i].name,
+                             (long long)spec->experts);
+        }
         if (spec->mode[i] == OVLM_SHARD_HYBRID &&
             (spec->node_size < 1 || ranks % spec->node_size != 0)) {
             return OVLM_FAIL(err, OVLM_E_ARG, "node_size must divide the %lld ranks, for %s is "
@@ -254,17 +291,24 @@ ovlm_status ovlm_shard_plan(ovlm_shard *shard, const ovlm_params *params,
                             const ovlm_shard_spec *spec, int64_t ranks, int64_t rank,
                             ovlm_err *err)
 {
-    *shard = (ovlm_shard){.params = params, .ranks = ranks, .rank = rank, .scattering = -1,
-                          .node_size = spec->node_size, .fail_after = -1,
-                          .grad_elements = params->grad_elements,
-                          .weight_elements = params->weight_elements,
-                          .adapter_elements = params->adapter_elements};
-    OVLM_TRY(check_spec(params, spec, ranks, &shard->holds, &shard->holds_state, err));
+    shard->params = params;
+    shard->ranks = ranks;
+    shard->rank = rank;
+    shard->scattering = shard->fail_after = -1;
+    shard->node_size = spec->node_size;
+    shard->experts = spec->experts > 1 ? spec->experts : 1;
+    shard->grad_elements = params->grad_elements;
+    shard->weight_elements = params->weight_elements;
+    shard->adapter_elements = params->adapter_elements;
+    shard->holds_state = shard->experts > 1; /* norms are of more than one rank has */
     OVLM_TRY(OVLM_ARENA_NEW(&shard->arena, &shard->unit, params->units, err));
     OVLM_TRY(OVLM_ARENA_NEW(&shard->arena, &shard->order, 2 * params->units, err));
     for (int64_t i = 0; i < params->units; i++) {
         shard->unit[i].mode = spec->mode[i];
         shard->unit[i].sharded = spec->mode[i] >= OVLM_SHARD_FSDP;
+        shard->unit[i].parted = shard->experts > 1 && params->unit[i].kind == OVLM_UNIT_EXPERTS;
+        shard->holds = shard->holds || shard->unit[i].sharded;
+        shard->holds_state = shard->holds_state || spec->mode[i] != OVLM_SHARD_DDP;
         OVLM_TRY(add_piece(shard, i, false, err));
         OVLM_TRY(add_piece(shard, i, true, err));
         place_kept(shard, &shard->unit[i]);
@@ -289,14 +333,35 @@ static void predict(const ovlm_shard *shard, ovlm_shard_bytes *bytes)
                          ovlm_shard_pool_bytes(&shard->grad_pool)};
 }
 
+/* The list as the rank has it, whichever experts those of `params` are. */
+static ovlm_status held_list(const ovlm_params *params, int64_t experts, int64_t rank,
+                             ovlm_arena *arena, ovlm_params *held, ovlm_err *err)
+{
+    int64_t E = params->config.decoder.experts;
+    *held = *params;
+    if (experts <= 1) {
+        return OVLM_OK;
+    }
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &held->param, params->n, err));
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &held->unit, params->units, err));
+    memcpy(held->param, params->param, (size_t)params->n * sizeof *held->param);
+    memcpy(held->unit, params->unit, (size_t)params->units * sizeof *held->unit);
+    int64_t first = ovlm_expert_cut(E, experts, rank % experts);
+    ovlm_params_hold_experts(held, first, ovlm_expert_cut(E, experts, rank % experts + 1) - first);
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_shard_memory(const ovlm_params *params, const ovlm_shard_spec *spec,
                               int64_t ranks, int64_t rank, ovlm_shard_bytes *bytes, ovlm_err *err)
 {
-    ovlm_shard shard;
-    ovlm_status status = ovlm_shard_plan(&shard, params, spec, ranks, rank, err);
-    if (status == OVLM_OK) {
-        predict(&shard, bytes);
-    }
+    ovlm_shard shard = {0};
+    ovlm_params held;
+    ovlm_status status = OVLM_OK;
+    OVLM_GOTO(done, ovlm_shard_spec_check(params, spec, ranks, err));
+    OVLM_GOTO(done, held_list(params, spec->experts, rank, &shard.arena, &held, err));
+    OVLM_GOTO(done, ovlm_shard_plan(&shard, &held, spec, ranks, rank, err));
+    predict(&shard, bytes);
+done:
     ovlm_arena_free(&shard.arena);
     return status;
 }

@@ -3,6 +3,7 @@
 #define OVLM_ENGINE_SHARD_STATE_H
 
 #include "base/arena.h"
+#include "engine/expert_parallel.h"
 #include "engine/shard.h"
 
 enum { SHARD_SLOTS_MOST = 8, SHARD_PIECES_MOST = 2 };
@@ -41,6 +42,7 @@ typedef enum shard_sum { SHARD_OPEN, SHARD_STARTED, SHARD_DONE } shard_sum;
 typedef struct shard_unit {
     ovlm_shard_mode mode;
     bool sharded;                    /* fsdp, hybrid                                           */
+    bool parted;                     /* experts, of which other ranks have others              */
     int64_t pieces;
     shard_piece piece[SHARD_PIECES_MOST];
     shard_slot *weights, *grads;     /* gathered; being added to or reduced                    */
@@ -58,7 +60,7 @@ struct ovlm_shard {
     ovlm_arena arena;                /* host: what lives as long as the shard                  */
     ovlm_model *model;               /* NULL while planning                                    */
     const ovlm_params *params;
-    int64_t rank, ranks, node_size;
+    int64_t rank, ranks, node_size, experts;
     bool holds, holds_state;
     bool staged;                     /* device memory that communicators cannot reach          */
     shard_unit *unit;                /* [units]                                                */
@@ -66,6 +68,9 @@ struct ovlm_shard {
 
     ovlm_comm *world, *gather;       /* all ranks: sums; weights, meanwhile                    */
     ovlm_comm *node, *node_gather, *across; /* of hybrid; else NULL                            */
+    ovlm_comm *party;                /* ranks that hold a layer's experts between them, and    */
+    ovlm_comm *twins, *twins_gather; /* those that hold the same ones; NULL: all have all      */
+    ovlm_expert_ranks expert_ranks;
 
     int64_t kept_bytes, kept_grads, state_elements;
     shard_block weights, grads, state, stats;
@@ -114,7 +119,13 @@ static inline int64_t shard_planes(const ovlm_shard *shard)
 
 /* ------------------------------------------------------------ plan (shard_plan.c) */
 
-/* Units, pieces and sizes, without memory: all that follows from list, spec and rank. */
+/* Whether a spec is one for the list and so many ranks. */
+OVLM_NODISCARD ovlm_status ovlm_shard_spec_check(const ovlm_params *params,
+                                                 const ovlm_shard_spec *spec, int64_t ranks,
+                                                 ovlm_err *err);
+
+/* Units, pieces and sizes, without memory: all that follows from the list of what this rank holds,
+ * a spec that is one, and the rank; into a shard that is zero but for its communicators. */
 OVLM_NODISCARD ovlm_status ovlm_shard_plan(ovlm_shard *shard, const ovlm_params *params,
                                            const ovlm_shard_spec *spec, int64_t ranks,
                                            int64_t rank, ovlm_err *err);
@@ -126,6 +137,9 @@ int64_t ovlm_shard_pool_bytes(const shard_pool *pool);
 /* Bytes of a unit when gathered, with adapters, and of its gradients. */
 int64_t ovlm_shard_unit_bytes(const ovlm_shard *shard, int64_t unit);
 int64_t ovlm_shard_unit_grad_bytes(const ovlm_shard *shard, int64_t unit);
+
+/* Whether this rank is the first of those that hold the same of a unit, where others do. */
+bool ovlm_shard_first(const ovlm_shard *shard, const shard_unit *unit);
 
 /* Elements of a piece, and of its gradients, that this rank holds for good, if the shard holds any.
  */
@@ -145,6 +159,9 @@ void ovlm_shard_rehearse(ovlm_shard *shard, const ovlm_pass_kind *kind);
 void ovlm_shard_place(ovlm_shard *shard, int64_t unit);
 
 /* ------------------------------------------------------------ transfers (shard_wire.c) */
+
+/* Ranks between which a unit's ranges lie, or that hold the same. */
+ovlm_comm *ovlm_shard_comm(const ovlm_shard *shard, const shard_unit *unit);
 
 /* The caller has waited for other ranks since start_s, of ovlm_clock_s. */
 void ovlm_shard_note_wait(ovlm_shard *shard, double start_s);
@@ -201,6 +218,11 @@ char *ovlm_shard_state_at(const ovlm_shard *shard, const shard_piece *piece, int
 /* The master of what this rank steps of a parameter takes the value of its weights. */
 OVLM_NODISCARD ovlm_status ovlm_shard_renew_master(ovlm_shard *shard, int64_t parameter,
                                                    ovlm_err *err);
+
+/* A parameter of experts from the ranks that hold them: this rank's are in their place in host,
+ * which is as on the hub. */
+OVLM_NODISCARD ovlm_status ovlm_shard_gather_parts(ovlm_shard *shard, int64_t parameter,
+                                                   ovlm_dtype dtype, void *host, ovlm_err *err);
 
 /* Unless it is there, or of nothing. */
 OVLM_NODISCARD ovlm_status ovlm_shard_block_new(ovlm_shard *shard, shard_block *block,

@@ -143,12 +143,11 @@ ovlm_status ovlm_shard_need_state(ovlm_shard *shard, ovlm_err *err)
 
 /* ---------------------------------------------------------------- norm */
 
-/* Whether this rank counts a piece of a unit, which others hold as well. */
+/* Whether this rank counts a piece of a unit, which others may hold as well. */
 static bool counts(const ovlm_shard *shard, const shard_unit *u)
 {
-    return u->mode == OVLM_SHARD_DDP      ? shard->rank == 0
-           : u->mode == OVLM_SHARD_HYBRID ? shard->rank < shard->node_size
-                                          : true;
+    bool alike = u->mode == OVLM_SHARD_DDP || u->mode == OVLM_SHARD_HYBRID;
+    return !alike || ovlm_shard_first(shard, u);
 }
 
 /* Gradients that this rank counts, each number on one rank only. */

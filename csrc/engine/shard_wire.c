@@ -16,21 +16,24 @@ static const ovlm_ops *ops_of(const ovlm_shard *shard)
 
 /* ---------------------------------------------------------------- places */
 
-static ovlm_comm *gather_comm(const ovlm_shard *shard, const shard_unit *u)
+ovlm_comm *ovlm_shard_comm(const ovlm_shard *shard, const shard_unit *unit)
 {
-    return u->mode == OVLM_SHARD_HYBRID ? shard->node_gather : shard->gather;
+    return unit->mode == OVLM_SHARD_HYBRID ? shard->node
+           : unit->parted                  ? shard->twins
+                                           : shard->world;
 }
 
-/* Where gradients are reduced on their way into shards. */
-static ovlm_comm *scatter_comm(const ovlm_shard *shard, const shard_unit *u)
+static ovlm_comm *gather_comm(const ovlm_shard *shard, const shard_unit *u)
 {
-    return u->mode == OVLM_SHARD_HYBRID ? shard->node : shard->world;
+    return u->mode == OVLM_SHARD_HYBRID ? shard->node_gather
+           : u->parted                  ? shard->twins_gather
+                                        : shard->gather;
 }
 
 /* Where what was added up on a rank is summed. */
 static ovlm_comm *sum_comm(const ovlm_shard *shard, const shard_unit *u)
 {
-    return u->mode == OVLM_SHARD_HYBRID ? shard->across : shard->world;
+    return u->mode == OVLM_SHARD_HYBRID ? shard->across : ovlm_shard_comm(shard, u);
 }
 
 char *ovlm_shard_weight_at(const ovlm_shard *shard, int64_t unit, const shard_piece *piece,
@@ -67,7 +70,7 @@ void ovlm_shard_note_wait(ovlm_shard *shard, double start_s)
 
 double ovlm_shard_waited_s(const ovlm_shard *shard)
 {
-    return shard->waited_s;
+    return shard->waited_s + shard->expert_ranks.on.waited_s;
 }
 
 /* ---------------------------------------------------------------- memory out of reach */
@@ -212,7 +215,7 @@ ovlm_status ovlm_shard_scatter_start(ovlm_shard *shard, int64_t unit, ovlm_err *
         const shard_piece *piece = &u->piece[k];
         char *grads = (char *)u->grads->data + piece->grad_first * shard_exact_element(shard);
         if (piece->grad_elements > 0) {
-            OVLM_TRY(scatter_piece(shard, scatter_comm(shard, u), piece, grads,
+            OVLM_TRY(scatter_piece(shard, ovlm_shard_comm(shard, u), piece, grads,
                                    &shard->scatter_ticket, err));
         }
     }
@@ -243,7 +246,7 @@ ovlm_status ovlm_shard_settle(ovlm_shard *shard, ovlm_err *err)
     shard_unit *u = &shard->unit[unit];
     shard->scattering = -1;
     if (shard->model != NULL) {
-        OVLM_TRY(wait_for(shard, scatter_comm(shard, u), shard->scatter_ticket, err));
+        OVLM_TRY(wait_for(shard, ovlm_shard_comm(shard, u), shard->scatter_ticket, err));
         OVLM_TRY(add_up(shard, unit, err));
     }
     u->grads->used = false;

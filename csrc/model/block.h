@@ -3,6 +3,7 @@
 #ifndef OVLM_MODEL_BLOCK_H
 #define OVLM_MODEL_BLOCK_H
 
+#include "model/expert_exchange.h"
 #include "model/lora.h"
 #include "model/sequence.h"
 
@@ -31,6 +32,7 @@ typedef struct ovlm_block_context {
     const ovlm_params *params;
     const ovlm_cache *cache;       /* decoding; or NULL                                        */
     const ovlm_sequence_pass *sequence; /* T is a shard of what the segments say; or NULL      */
+    const ovlm_expert_pass *experts; /* they are on several ranks; or NULL                     */
 } ovlm_block_context;
 
 /* The operations of a block with the places of their tensors, from the forward to the backward. */
@@ -49,6 +51,8 @@ typedef struct ovlm_block_saved {
     ovlm_gated shared_gated;
     ovlm_lora_saved qkv_lora, out_lora, up_lora, down_lora, shared_up_lora, shared_down_lora;
     int32_t *expert;               /* [T*k] device: what the router chose                      */
+    bool kept;                     /* of experts on several ranks: rows came in one round, and
+                                      what their backward reads stayed                         */
 } ovlm_block_saved;
 
 /* Hidden states that the caller wants to see: entry 0 is what a tower's first block reads, entry i

@@ -94,7 +94,10 @@ ovlm_status ovlm_experts_fwd(ovlm_run *run, const ovlm_block *block,
     int64_t rows = add.rows * block->moe->k, most = chunk_bound(context, rows);
     bool whole = most == rows;
     OVLM_TRY(route(run, block, context, stack, replay, s));
-    if (replay && !whole) {
+    if (context->experts != NULL && !replay) {
+        return ovlm_spread_fwd(run, block, context, stack, redo, add, s);
+    }
+    if (replay && (!whole || context->experts != NULL)) {
         return OVLM_OK; /* the backward goes chunk by chunk again, and nothing reads h_out */
     }
     /* Recomputed experts stay for their backward. */
@@ -119,8 +122,8 @@ ovlm_status ovlm_experts_fwd(ovlm_run *run, const ovlm_block *block,
 
 /* ---------------------------------------------------------------- backward */
 
-static ovlm_status grouped_back(ovlm_run *run, ovlm_grouped_linear *args, ovlm_tensor dy,
-                                const ovlm_weight *w, ovlm_tensor dx)
+ovlm_status ovlm_grouped_back(ovlm_run *run, ovlm_grouped_linear *args, ovlm_tensor dy,
+                              const ovlm_weight *w, ovlm_tensor dx)
 {
     args->dy = dy;
     args->dx = dx;
@@ -154,24 +157,25 @@ static ovlm_status chunk_back(ovlm_run *run, const ovlm_block *block,
     ovlm_tensor da = ovlm_stack_tensor(run->work, chunk->rows, block->moe->expert_hidden,
                                        run->dtype);
     ovlm_tensor dgate_up = {0};
-    OVLM_TRY(grouped_back(run, &s->experts_down, d_expert, &block->experts_down, da));
+    OVLM_TRY(ovlm_grouped_back(run, &s->experts_down, d_expert, &block->experts_down, da));
     OVLM_TRY(ovlm_gated_bwd(run, &s->experts_gated, da, &dgate_up));
     /* A row per slot, summed into tokens; the memory of d_expert is free again. */
-    OVLM_TRY(grouped_back(run, &s->experts_up, dgate_up, &block->experts_up, d_expert));
+    OVLM_TRY(ovlm_grouped_back(run, &s->experts_up, dgate_up, &block->experts_up, d_expert));
     ovlm_combine sum = {.k = block->moe->k, .row = s->router.row, .h = d_expert};
     return sum_chunk(run, chunk, run->work, (ovlm_tensor){0}, sums, dn, &sum);
 }
 
-ovlm_status ovlm_experts_bwd(ovlm_run *run, const ovlm_block *block,
-                             const ovlm_block_context *context, ovlm_tensor dh, ovlm_tensor dn,
-                             ovlm_block_saved *s)
+/* All chunks: gradients of the experts; in dn those of what they read, in dweight those of the
+ * routing weights. */
+static ovlm_status chunks_back(ovlm_run *run, const ovlm_block *block,
+                               const ovlm_block_context *context, ovlm_tensor dh, ovlm_tensor dn,
+                               ovlm_tensor dweight, ovlm_block_saved *s)
 {
-    const ovlm_decoder_config *moe = block->moe;
-    int64_t T = dh.rows, rows = T * moe->k, most = chunk_bound(context, rows), first = 0;
-    s->combine.k = moe->k;
+    int64_t rows = dh.rows * block->moe->k, most = chunk_bound(context, rows), first = 0;
+    s->combine.k = block->moe->k;
     s->combine.row = s->router.row;
     s->combine.weight = s->router.weight;
-    s->combine.dweight = ovlm_stack_tensor(run->work, T, moe->k, run->exact);
+    s->combine.dweight = dweight;
     ovlm_tensor sums = sums_of(run, dn, most == rows);
     if (context->checkpoint != OVLM_CHECKPOINT_FULL || most < rows) {
         OVLM_TRY(ovlm_unit_enter(run, block->experts_up.unit, OVLM_USE_BACKWARD));
@@ -183,11 +187,19 @@ ovlm_status ovlm_experts_bwd(ovlm_run *run, const ovlm_block *block,
         run->work->used_bytes = mark;
         first += chunk.rows;
     } while (first < rows);
-    OVLM_TRY(ovlm_unit_leave(run));
+    return ovlm_unit_leave(run);
+}
 
-    s->router.dweight = s->combine.dweight;
+ovlm_status ovlm_experts_bwd(ovlm_run *run, const ovlm_block *block,
+                             const ovlm_block_context *context, ovlm_tensor dh, ovlm_tensor dn,
+                             ovlm_block_saved *s)
+{
+    const ovlm_decoder_config *moe = block->moe;
+    s->router.dweight = ovlm_stack_tensor(run->work, dh.rows, moe->k, run->exact);
+    OVLM_TRY((context->experts != NULL ? ovlm_spread_bwd : chunks_back)(
+        run, block, context, dh, dn, s->router.dweight, s));
     s->router.aux = context->aux;
-    s->router.dlogits = ovlm_stack_tensor(run->work, T, moe->experts, run->exact);
+    s->router.dlogits = ovlm_stack_tensor(run->work, dh.rows, moe->experts, run->exact);
     RUN(run, router, bwd, &s->router);
     return ovlm_linear_back(run, &s->gate, s->router.dlogits, &block->router, NULL, dn, 1, NULL);
 }

@@ -21,6 +21,23 @@ OVLM_NODISCARD ovlm_status ovlm_experts_bwd(ovlm_run *run, const ovlm_block *blo
                                             const ovlm_block_context *context, ovlm_tensor dh,
                                             ovlm_tensor dn, ovlm_block_saved *s);
 
+/* ------------------------------------------------------------ over ranks (experts_spread.c)
+ *
+ * The same behind and before the router, where context->experts says that experts are on several
+ * ranks.  dn is set; dweight [T,k] are the slopes of the routing weights. */
+
+OVLM_NODISCARD ovlm_status ovlm_spread_fwd(ovlm_run *run, const ovlm_block *block,
+                                           const ovlm_block_context *context, ovlm_stack *stack,
+                                           ovlm_stack *redo, ovlm_tensor add, ovlm_block_saved *s);
+OVLM_NODISCARD ovlm_status ovlm_spread_bwd(ovlm_run *run, const ovlm_block *block,
+                                           const ovlm_block_context *context, ovlm_tensor dh,
+                                           ovlm_tensor dn, ovlm_tensor dweight,
+                                           ovlm_block_saved *s);
+
+/* Gradients of a product of experts: of w, and in dx of what it read. */
+OVLM_NODISCARD ovlm_status ovlm_grouped_back(ovlm_run *run, ovlm_grouped_linear *args,
+                                             ovlm_tensor dy, const ovlm_weight *w, ovlm_tensor dx);
+
 /* ------------------------------------------------------------ gates of either MLP (mlp.c) */
 
 OVLM_NODISCARD ovlm_status ovlm_gated_fwd(ovlm_run *run, const ovlm_block *block,

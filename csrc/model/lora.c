@@ -188,7 +188,7 @@ static void add(ovlm_listing *list, ovlm_weight *weight, const ovlm_param *base,
     if (list->param != NULL) {
         ovlm_param *p = &list->param[list->n];
         *p = (ovlm_param){.kind = OVLM_PARAM_ADAPTER, .n_dims = 2, .dims = {rows, cols},
-                          .rows = rows, .cols = cols, .fused = list->fused,
+                          .rows = rows, .whole_rows = rows, .cols = cols, .fused = list->fused,
                           .unit = weight->unit, .trainable = true,
                           .offset = list->offset, .grad_offset = -1};
         int stem = (int)(strlen(base->name) - strlen(".weight"));

@@ -262,6 +262,10 @@ ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what, ovlm_
         return OVLM_FAIL(err, OVLM_E_ARG, "%s: hooks hold this model's weights or gradients; do it "
                                           "before they are set, or through them", what);
     }
+    if (model->spread) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "%s: other ranks hold some of this model's experts; do "
+                                          "it before it is shared out", what);
+    }
     return OVLM_OK;
 }
 

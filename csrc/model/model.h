@@ -37,7 +37,7 @@ OVLM_NODISCARD ovlm_status ovlm_model_set_hooks(ovlm_model *model, const ovlm_mo
  * away. */
 void ovlm_model_place(ovlm_model *model, int64_t unit, const ovlm_unit_memory *memory);
 
-/* OVLM_E_ARG, for what needs all weights or gradients, when hooks hold them. */
+/* OVLM_E_ARG, for what needs all weights or gradients, when hooks or other ranks hold them. */
 OVLM_NODISCARD ovlm_status ovlm_model_need_own(const ovlm_model *model, const char *what,
                                                ovlm_err *err);
 
@@ -139,6 +139,22 @@ typedef struct ovlm_pass_options {
 /* Passes from now on run their routed experts in chunks of at most so many rows (T*k in all), with
  * a workspace that is bounded by a chunk; 0: all at once.  Outputs are the same to the last bit. */
 void ovlm_model_set_expert_rows(ovlm_model *model, int64_t rows);
+
+/* Experts on several ranks from now on (expert_exchange.h): this rank keeps its own, with their
+ * gradients and optimizer state.  NULL: all of them again, where those of other ranks are to be
+ * written.  What is trained stays; gradients and optimizer state are gone.  Waits.  OVLM_E_ARG, and
+ * nothing changes: fewer experts than ranks, adapters, an average of weights, hooks that hold
+ * weights or gradients. */
+OVLM_NODISCARD ovlm_status ovlm_model_spread_experts(ovlm_model *model,
+                                                     const ovlm_expert_group *group,
+                                                     ovlm_err *err);
+
+/* Whether experts are on several ranks. */
+bool ovlm_model_spreads_experts(const ovlm_model *model);
+
+/* The group is gone while experts are still on several ranks; hooks hold the weights, and let no
+ * pass begin any more. */
+void ovlm_model_lose_experts(ovlm_model *model);
 
 /* The decode, after an encode of the images and one of the sounds, where there are any.  With label
  * NULL there is no loss but the routers' balance. */

@@ -131,6 +131,22 @@ static ovlm_status prepare_shard(ovlm_model *model, const ovlm_sequence *sequenc
     return OVLM_OK;
 }
 
+/* All ranks that share experts say how many tokens they have. */
+static ovlm_status prepare_experts(ovlm_model *model, const ovlm_pass_options *options,
+                                   ovlm_err *err)
+{
+    const ovlm_decoder_config *c = &model->params.config.decoder;
+    ovlm_decoder_pass *pass = &model->decoder;
+    const ovlm_expert_terms terms = {
+        .T = pass->tokens.T, .k = c->k, .layers = c->depth, .experts = c->experts,
+        .chunk_rows = model->expert_rows,
+        .kind = (int64_t)options->checkpoint * 2 + (int64_t)pass->training};
+    ovlm_expert_pass *experts = NULL;
+    OVLM_TRY(ovlm_expert_prepare(&model->expert_group, &terms, &model->call, &experts, err));
+    pass->context.experts = experts;
+    return OVLM_OK;
+}
+
 static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *inputs,
                                   const ovlm_pass_options *options, ovlm_err *err)
 {
@@ -155,7 +171,10 @@ static ovlm_status prepare_tokens(ovlm_model *model, const ovlm_model_inputs *in
                                          .params = &model->params, .count = model->count,
                                          .score_sum = model->score_sum};
     pass->count_after = model->count_after;
-    return inputs->sequence != NULL ? prepare_shard(model, inputs->sequence, err) : OVLM_OK;
+    if (inputs->sequence != NULL) {
+        OVLM_TRY(prepare_shard(model, inputs->sequence, err));
+    }
+    return model->spread ? prepare_experts(model, options, err) : OVLM_OK;
 }
 
 /* Before any work: on the device it would be found late, and the queue be lost. */

@@ -46,6 +46,8 @@ struct ovlm_model {
     ovlm_decoder_pass decoder;
     ovlm_head head;
     int64_t expert_rows;           /* bound of a chunk of experts' rows; 0: none               */
+    bool spread;                   /* experts are on several ranks: of this group              */
+    ovlm_expert_group expert_group;
     int64_t *count, *count_after, *count_given; /* views of `routing`: [E]; [depth,E] count behind
                                                    each layer; [E] of the host                 */
     double *score_sum;             /* [E] */

@@ -79,7 +79,7 @@ static void add(builder *b, ovlm_weight *weight, ovlm_param_kind kind, int64_t n
         memcpy(p->dims, dims, (size_t)n_dims * sizeof *dims);
         /* Stacks of experts are one matrix of many rows; a convolution's kernel is one row. */
         p->cols = n_dims == 1 ? dims[0] : n_dims == 3 ? dims[2] : total / dims[0];
-        p->rows = total / p->cols;
+        p->rows = p->whole_rows = total / p->cols;
         va_list args;
         va_start(args, format);
         (void)vsnprintf(p->name, sizeof p->name, format, args);
@@ -395,6 +395,33 @@ static void place_units(ovlm_params *params)
     }
 }
 
+void ovlm_params_hold_experts(ovlm_params *params, int64_t first, int64_t held)
+{
+    int64_t experts = params->config.decoder.experts;
+    for (int64_t i = 0; i < params->n; i++) {
+        ovlm_param *p = &params->param[i];
+        p->offset -= p->kind == OVLM_PARAM_BUFFER ? 0 : params->unit[p->unit].offset;
+    }
+    for (int64_t i = 0; i < params->units; i++) {
+        ovlm_unit *unit = &params->unit[i];
+        unit->elements = unit->kind == OVLM_UNIT_EXPERTS ? 0 : unit->elements;
+    }
+    for (int64_t i = 0; i < params->n; i++) { /* each of them is a product of its own */
+        ovlm_param *p = &params->param[i];
+        ovlm_unit *unit = &params->unit[p->unit];
+        if (unit->kind == OVLM_UNIT_EXPERTS) {
+            p->first_row = p->whole_rows / experts * first;
+            p->rows = p->whole_rows / experts * held;
+            p->offset = round_up(unit->elements, 64);
+            unit->elements = p->offset + p->rows * p->cols;
+        }
+    }
+    params->experts_first = first;
+    params->experts_held = held;
+    place_units(params);
+    ovlm_params_place_grads(params);
+}
+
 ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *config,
                              ovlm_arena *arena, ovlm_err *err)
 {
@@ -416,6 +443,7 @@ ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_model_config *confi
     params->base_param = params->param;
     params->units = fill.units;
     params->count = fill.count;
+    params->experts_held = config->decoder.experts;
     place_units(params);
     params->buffer_elements = round_up(fill.buffer_offset, 64);
     ovlm_params_place_grads(params);

@@ -24,7 +24,9 @@ typedef struct ovlm_param {
     char name[OVLM_NAME_BYTES];
     ovlm_param_kind kind;
     int64_t n_dims, dims[OVLM_DIMS_MOST]; /* as on the hub                                  */
-    int64_t rows, cols;   /* the matrix that layers see                                     */
+    int64_t rows, cols;   /* the matrix that layers see: of what this rank holds            */
+    int64_t first_row, whole_rows; /* where that begins in all that is on the hub, and how many
+                             rows that has: other ranks hold other experts                  */
     int64_t fused;        /* number of the product it belongs to: one more than the last
                              parameter's, or the same                                       */
     int64_t unit;         /* number of the unit that it belongs to                          */
@@ -122,6 +124,7 @@ typedef struct ovlm_params {
     ovlm_merge_weights project;                          /* of sounds                       */
     ovlm_weight embed, norm, head;                       /* head is embed when tied         */
     ovlm_block *decoder;                                 /* [decoder.depth]                 */
+    int64_t experts_first, experts_held; /* of a layer, those of this rank                  */
     int64_t weight_elements, buffer_elements, grad_elements; /* with padding                */
     int64_t count;                                       /* parameters, without padding     */
     int64_t loras, adapter_elements;
@@ -139,6 +142,10 @@ OVLM_NODISCARD ovlm_status ovlm_params_init(ovlm_params *params, const ovlm_mode
  * when only some of the weights of one product are named. */
 OVLM_NODISCARD ovlm_status ovlm_params_train_only(ovlm_params *params, const bool *trainable,
                                                   ovlm_err *err);
+
+/* This rank has these experts of every layer alone: their weights are a range of what is on the
+ * hub, and all places are others than before.  There are no adapters. */
+void ovlm_params_hold_experts(ovlm_params *params, int64_t first, int64_t held);
 
 /* Offsets of gradients, from `trainable`. */
 void ovlm_params_place_grads(ovlm_params *params);

@@ -137,36 +137,13 @@ static ovlm_tensor block_of(const ovlm_run *run, const ovlm_sequence_pass *s,
 
 /* ---------------------------------------------------------------- the exchange */
 
-/* Through host memory where the device's is out of reach: of run->stage, which other uploads may
- * still be read from, so that only what is taken here is given back. */
 static ovlm_status exchange(ovlm_run *run, const ovlm_sequence_pass *s, const void *send,
                             int64_t send_bytes, void *recv, int64_t recv_bytes)
 {
-    bool reach = run->queue->backend->host_memory;
-    int64_t mark = run->stage->used_bytes;
-    ovlm_sequence_exchange args = {.send = send, .send_bytes = s->send_bytes,
-                                   .send_at = s->send_at, .recv = recv,
-                                   .recv_bytes = s->recv_bytes, .recv_at = s->recv_at};
-    void *staged = reach ? NULL : ovlm_stack_take(run->stage, send_bytes);
-    args.send = reach ? send : staged;
-    args.recv = reach ? recv : ovlm_stack_take(run->stage, recv_bytes);
-    run->stage->used_bytes = mark;
-    if (run->measuring) {
-        return OVLM_OK;
-    }
-    double start_s = ovlm_run_begin(run);
-    if (!reach && send_bytes > 0) {
-        OVLM_TRY(run->ops->copy(run->queue, staged, send, send_bytes, OVLM_TO_HOST, run->err));
-    }
-    OVLM_TRY(run->ops->queue_wait(run->queue, run->err));
-    OVLM_TRY(s->group->exchange(s->group->ctx, &args, run->err));
-    if (!reach && recv_bytes > 0) {
-        OVLM_TRY(run->ops->copy(run->queue, recv, args.recv, recv_bytes, OVLM_TO_DEVICE,
-                                run->err));
-        OVLM_TRY(run->ops->queue_wait(run->queue, run->err)); /* the stage is used again */
-    }
-    ovlm_run_end(run, "exchange", -1, start_s);
-    return OVLM_OK;
+    const ovlm_exchange args = {.send = send, .send_bytes = s->send_bytes, .send_at = s->send_at,
+                                .recv = recv, .recv_bytes = s->recv_bytes, .recv_at = s->recv_at};
+    return ovlm_run_exchange(run, s->group->exchange, s->group->ctx, &args, send_bytes,
+                             recv_bytes);
 }
 
 static ovlm_status move(ovlm_run *run, ovlm_tensor from, ovlm_tensor to, double beta)

@@ -9,22 +9,12 @@
  * of key/value heads that several ranks hold are summed.
  *
  * Tokens: rank r of d holds rows [r T / d, (r+1) T / d).  Query heads: [r H / d, (r+1) H / d), so
- * that any d <= H will do; and the key/value heads that they read, some of them on several ranks.
- *
- * The model packs and unpacks by the op table; who moves the bytes it does not know. */
+ * that any d <= H will do; and the key/value heads that they read, some on several ranks. */
 #ifndef OVLM_MODEL_SEQUENCE_H
 #define OVLM_MODEL_SEQUENCE_H
 
 #include "base/arena.h"
-#include "model/run.h"
-
-/* Bytes between the ranks of a group, in host memory; arrays are [degree]. */
-typedef struct ovlm_sequence_exchange {
-    const void *send;
-    const int64_t *send_bytes, *send_at;
-    void *recv;
-    const int64_t *recv_bytes, *recv_at;
-} ovlm_sequence_exchange;
+#include "model/exchange.h"
 
 /* A group, for the passes of one of its ranks.  All of its ranks run passes over the same segments,
  * of the same kind and with the same checkpoint, so that exchanges match; one that has no tokens
@@ -32,7 +22,7 @@ typedef struct ovlm_sequence_exchange {
 typedef struct ovlm_sequence {
     void *ctx;
     int64_t degree, rank;
-    ovlm_status (*exchange)(void *ctx, const ovlm_sequence_exchange *args, ovlm_err *err);
+    ovlm_exchange_fn exchange;
 } ovlm_sequence;
 
 /* Where rank r's rows of T begin; rank `degree` is the end. */

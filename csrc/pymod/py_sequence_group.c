@@ -70,9 +70,8 @@ static void group_dealloc(PyObject *object)
 static PyObject *group_counts(PyObject *object, PyObject *ignored)
 {
     (void)ignored;
-    const ovlm_sequence_group *group = &((sequence_group_object *)object)->group;
-    return Py_BuildValue("(LLd)", (long long)group->exchanges, (long long)group->sent_bytes,
-                         group->waited_s);
+    const ovlm_exchanges *on = &((sequence_group_object *)object)->group.on;
+    return Py_BuildValue("(LLd)", (long long)on->count, (long long)on->sent_bytes, on->waited_s);
 }
 
 static PyMethodDef group_methods[] = {

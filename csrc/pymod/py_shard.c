@@ -97,7 +97,8 @@ static PyObject *new_bytes(const ovlm_shard_bytes *bytes)
                          (long long)bytes->training_bytes, (long long)bytes->buffers_bytes);
 }
 
-/* shard_memory(source, modes, node_size, ranks, rank) -> (weights, training, buffers) bytes */
+/* shard_memory(source, modes, node_size, experts, ranks, rank)
+ * -> (weights, training, buffers) bytes */
 static PyObject *predict_memory(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     ovlm_arena arena = {0};
@@ -106,9 +107,10 @@ static PyObject *predict_memory(PyObject *module, PyObject *const *args, Py_ssiz
     ovlm_shard_spec spec = {0};
     int64_t ranks = 0, rank = 0;
     PyObject *result = NULL;
-    if (ovlm_arg_count("shard_memory", nargs, 5) < 0 ||
+    if (ovlm_arg_count("shard_memory", nargs, 6) < 0 ||
         ovlm_arg_int(args[2], "node_size", &spec.node_size) < 0 ||
-        ovlm_arg_int(args[3], "ranks", &ranks) < 0 || ovlm_arg_int(args[4], "rank", &rank) < 0) {
+        ovlm_arg_int(args[3], "experts", &spec.experts) < 0 ||
+        ovlm_arg_int(args[4], "ranks", &ranks) < 0 || ovlm_arg_int(args[5], "rank", &rank) < 0) {
         return NULL;
     }
     if (ranks < 1 || ranks > INT32_MAX || rank < 0 || rank >= ranks) {
@@ -167,11 +169,11 @@ static PyObject *open_shard(PyTypeObject *type, model_object *model, comm_object
     return (PyObject *)self;
 }
 
-/* Shard(core model, core comm, modes, node_size) */
+/* Shard(core model, core comm, modes, node_size, experts) */
 static PyObject *shard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *model = NULL, *comm = NULL, *modes = NULL;
-    long long node_size = 0;
+    long long node_size = 0, experts = 0;
     PyObject *module = PyType_GetModule(type);
     if (module == NULL) {
         return NULL;
@@ -180,7 +182,7 @@ static PyObject *shard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "Shard takes no keywords");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OOOL:Shard", &model, &comm, &modes, &node_size) ||
+    if (!PyArg_ParseTuple(args, "OOOLL:Shard", &model, &comm, &modes, &node_size, &experts) ||
         ovlm_instance_of(module, "Model", model) == NULL ||
         ovlm_instance_of(module, "Comm", comm) == NULL) {
         return NULL;
@@ -189,7 +191,7 @@ static PyObject *shard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     ovlm_shard_mode *mode = read_modes(modes, ovlm_model_params(over->model)->units);
     PyObject *self = NULL;
     if (mode != NULL) {
-        const ovlm_shard_spec spec = {.mode = mode, .node_size = node_size};
+        const ovlm_shard_spec spec = {.mode = mode, .node_size = node_size, .experts = experts};
         self = open_shard(type, over, (comm_object *)comm, &spec);
     }
     PyMem_Free(mode);
@@ -511,6 +513,21 @@ static PyObject *shard_waited_s(PyObject *object, PyObject *ignored)
     return PyFloat_FromDouble(waited_s);
 }
 
+/* (exchanges, bytes sent, seconds waited) between ranks that hold different experts */
+static PyObject *shard_exchanged(PyObject *object, PyObject *ignored)
+{
+    (void)ignored;
+    shard_object *self = (shard_object *)object;
+    ovlm_shard_exchanged seen = {0};
+    if (enter(self) < 0) {
+        return NULL;
+    }
+    ovlm_shard_exchanged_read(self->shard, &seen);
+    self->model->busy = false;
+    return Py_BuildValue("(LLd)", (long long)seen.exchanges, (long long)seen.sent_bytes,
+                         seen.waited_s);
+}
+
 /* ---------------------------------------------------------------- type */
 
 #define METHOD(name)                                              \
@@ -531,6 +548,7 @@ static PyMethodDef shard_methods[] = {
     {"memory", shard_memory_read, METH_NOARGS, NULL},
     {"holds", shard_holds, METH_NOARGS, NULL},
     {"waited_s", shard_waited_s, METH_NOARGS, NULL},
+    {"exchanged", shard_exchanged, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

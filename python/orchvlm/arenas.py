@@ -49,6 +49,7 @@ class _Run:
     exact: int        # of a gradient
     checkpoint: str
     chunk: int = 0    # bound of the experts' rows at a time, 0: none
+    spread: int = 1   # ranks that share the experts, each with as many tokens
     keep: _Stack = field(default_factory=_Stack)
     work: _Stack = field(default_factory=_Stack)
     seen: dict = field(default_factory=dict)  # what blocks took: most of a tower's are alike
@@ -72,6 +73,15 @@ class _Run:
     def chunked(self, block, rows):
         """Rows of a chunk of the block's experts; 0: they run at once."""
         return self.chunk if 0 < self.chunk < rows * block.k else 0
+
+    def arriving(self, block, rows):
+        """(rows of the block's experts that come at a time from the ranks that share them, rows
+        that go); 0, 0: nobody does."""
+        own = rows * block.k
+        if self.spread == 1:
+            return 0, 0
+        most = min(own * self.spread, self.chunk or own + own // 4)
+        return most, min(own, most * self.spread)
 
     def sums(self, values):
         """Bytes of what chunks add up in, where activations are narrower."""
@@ -144,7 +154,11 @@ def _kept(b, rows, run):
         yield rows * (b.experts + b.k) * run.exact + 8 * rows * b.k + 4 * b.experts, False
         yield 2 * row * b.shared, False
         yield row * b.shared, True
-        if not run.chunked(b, rows):
+        come, _ = run.arriving(b, rows)
+        if come and run.checkpoint in ("none", "selective"):
+            yield come * run.size * (2 * b.hidden + 2 * b.width), False
+            yield come * run.size * b.hidden, True
+        elif run.spread == 1 and not run.chunked(b, rows):
             yield row * b.k * (2 * b.hidden + b.width), False
             yield row * b.k * b.hidden, True
     else:
@@ -170,14 +184,22 @@ def _walk(b, rows, run):
         for size, again in _kept(b, rows, run):
             redo = run.checkpoint in (None, "full") or again and run.checkpoint == "selective"
             (run.work if redo else run.keep).take(size)
-        if chunk := run.chunked(b, rows):
+        come, go = run.arriving(b, rows)
+        if come:
+            run.work.touch(8 * come, run.size * (
+                b.width * (rows * b.k + go + 3 * come) + 3 * come * b.hidden))
+        elif chunk := run.chunked(b, rows):
             run.work.touch(chunk * run.size * (3 * b.hidden + b.width), run.sums(rows * b.width))
 
 
 def _experts_backward(b, rows, run):
     again, work = run.checkpoint == "selective", run.work
     work.take(rows * b.k * run.exact)
-    if chunk := run.chunked(b, rows):
+    come, go = run.arriving(b, rows)
+    if come:
+        work.touch(8 * come + 2 * run.exact * (rows * b.k + come), run.size * (
+            b.width * (rows * b.k + go + 4 * come) + 6 * come * b.hidden))
+    elif chunk := run.chunked(b, rows):
         work.take(run.sums(rows * b.width))
         work.touch(chunk * run.size * (6 * b.hidden + 2 * b.width))
     else:
@@ -398,7 +420,7 @@ def _head_scratch(config, tokens):
 
 def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float32",
             checkpoint="none", training=True, pixel_size=4, trained=lambda prefix: True,
-            ranks=lambda prefix: 0, chunk=None):
+            ranks=lambda prefix: 0, chunk=None, spread=1):
     """Activations and workspace of a forward with labels, and of its backward.
 
     Parameters
@@ -418,13 +440,15 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
         the ranks of adapters there.
     chunk : int, optional
         Bound of the experts' rows at a time; None: all.
+    spread : int
+        Ranks that share the experts, and have as many tokens as this one.
 
     Returns
     -------
     activations, workspace : int
     """
     size, exact = SIZES[dtype], max(4, SIZES[dtype])
-    run = _Run(size, exact, checkpoint if training else None, chunk or 0)
+    run = _Run(size, exact, checkpoint if training else None, chunk or 0, spread)
     tokens, segments = int(cu_seqlens[-1]), len(cu_seqlens) - 1
     towers = []
     if grid_thw is not None and len(grid_thw):
@@ -487,7 +511,7 @@ def numbers(config, inputs, chunk=None):
     return found
 
 
-def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None):
+def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None, spread=1):
     """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
     {arena: bytes} after a step, or after a forward alone."""
     training = bool(training)
@@ -503,7 +527,7 @@ def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None):
         checkpoint=checkpoint, training=training, pixel_size=1 if pixels else 4,
         trained=trained,
         ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)),
-        chunk=chunk)
+        chunk=chunk, spread=spread)
     elements = sum(prod(shape) for _, _, shape, trained in rows if trained)
     return {"training": training * state_bytes(elements, dtype), "activations": activations,
             "workspace": workspace}

@@ -54,7 +54,8 @@ class EMA:
         shard = model.shard
         if shard is not None and (shard.holds or shard.holds_state and model.dtype == "bfloat16"):
             raise ValueError("an average needs all weights, in bfloat16 all masters, on every "
-                             "rank: shard by 'ddp', or in float32 by 'zero1'")
+                             "rank: shard by 'ddp', or in float32 by 'zero1', all experts on every "
+                             "rank")
         model._core.average("open")
 
     def update(self):

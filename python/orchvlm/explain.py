@@ -169,7 +169,8 @@ def _rounds(run, config, rows, batch, cluster, held):
     if limit is None:
         return fewest(found, sizes, plan, limited)
     cut = Rounds(config, rows, run["model.dtype"], cluster.n_gpus,
-                 max(sum(own.values()) for own in held), limit, run["training.checkpoint"])
+                 max(sum(own.values()) for own in held), limit, run["training.checkpoint"],
+                 spread=run["ranks.experts"])
     return cut.of(found, sizes, np.float32 if batch.pixels is None else batch.pixels.dtype, plan,
                   limited)
 
@@ -179,14 +180,15 @@ def _step(run, config, rows, shares):
     alone = run["ranks.n"] == 1
     counts = run["training.aux"] != "bias" and (not alone or run["training.micro_batches"] > 1)
     return step_bytes(config, shares, rows, run["model.dtype"], run["training.checkpoint"],
-                      counts=counts, encoded=not alone and len(shares) == 1)
+                      counts=counts, encoded=not alone and len(shares) == 1,
+                      spread=run["ranks.experts"])
 
 
 def _held(run, config, rows, rank):
     """{arena: bytes} of a rank, whatever it computes."""
     dtype, ranks = run["model.dtype"], run["ranks.n"]
     whole = Shard.predict(config, ranks, run["ranks.shard"], run["ranks.node_size"], rank=rank,
-                          dtype=dtype)
+                          dtype=dtype, experts=run["ranks.experts"])
     base = [row for row in rows if ".lora_" not in row[0]]
     trained = sum(prod(row[2]) for row in rows if row[3])
     adapters = sum(prod(row[2]) for row in rows) - sum(prod(row[2]) for row in base)

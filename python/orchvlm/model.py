@@ -403,6 +403,9 @@ class Model(Phases):
         gradients of activations are the same to the last bit; gradients of the experts' weights
         are sums over chunks, equal up to rounding.
 
+        Where ranks share experts (:class:`Shard`), it bounds the rows that come to this rank at a
+        time; None: 5/4 of the mean over these ranks.
+
         Raises
         ------
         ValueError
@@ -461,7 +464,7 @@ class Model(Phases):
         Notes
         -----
         What is foretold is of the CPU, of a forward with labels and its own loss, and within a few
-        per cent of what is then held.
+        per cent of what is then held; where ranks share experts, with as many tokens on each.
 
         Examples
         --------
@@ -481,7 +484,8 @@ class Model(Phases):
         checkpoint_number(checkpoint)
         max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 0)
         coming = arenas.of_model(self.config, inputs, rows, self.dtype, training, checkpoint,
-                                 self.moe_chunk_rows)
+                                 self.moe_chunk_rows,
+                                 1 if self.shard is None else self.shard.experts)
         if max_new_tokens and len(inputs):
             longest = int(inputs.lengths.max()) + max_new_tokens
             coming["cache"] = arenas.cache_bytes(self.config, len(inputs), longest, self.dtype)

@@ -2,6 +2,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ._numbers import whole_number
 from .config_keys import expert_layers
 from .cost import BatchCost, Cluster, SequenceCost, _coefficient
 from .sounds import CHUNK, CHUNK_TOKENS, halved
@@ -43,9 +44,11 @@ class _Count(NamedTuple):
     quadratic: float         # FLOPs per squared token
     conv: float              # FLOPs per padded input frame
     activation_bytes: float  # saved for backward, per token
+    routed: float = 0.0      # values that a token sends to experts
+    shared_parameters: int = 0  # of the weights, those of routed experts
 
 
-def from_model(config, cluster, *, llm="balance", efficiency=0.5):
+def from_model(config, cluster, *, llm="balance", efficiency=0.5, experts=1):
     """Costs of a model's phases by counting FLOPs and bytes.
 
     ::
@@ -71,6 +74,8 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
         Kind of the language phase's cost, as in :func:`plan_step`.
     efficiency : float
         Part of the peak that matrix products and attention reach, in (0, 1].
+    experts : int
+        GPUs that share the experts of a mixture, as in :class:`Shard`; divides the cluster's.
 
     Returns
     -------
@@ -83,7 +88,8 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
         ``config`` that is no mapping, ``cluster`` that is no Cluster, a field of a wrong type.
     ValueError
         A missing or non-positive field, an attention that is not counted here (latent, sliding,
-        linear), an ``efficiency`` outside (0, 1], an unknown ``llm``.
+        linear), an ``efficiency`` outside (0, 1], an unknown ``llm``, ``experts`` that do not
+        divide the GPUs or are more than the model's.
 
     Notes
     -----
@@ -93,6 +99,9 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
     - Language MLPs are gated (three matrices); encoder MLPs are when ``hidden_act`` is silu.
     - ``fixed``: weights are sharded over all GPUs; gathering one layer's weights twice and reducing
       its gradients is exposed, the rest hides behind computation.
+    - With ``experts``, each of a token's experts gets and gives a row in the forward and in the
+      backward, in bf16, over links that work at the same time, exposed; experts are evenly used;
+      a layer's experts are gathered from the GPUs that hold the same ones.
     - ``comm``: eight all-to-alls per layer (q, k, v, output; forward and backward) in bf16, links
       inside and between nodes working at the same time; degrees are powers of two up to the heads.
     - Memory: residuals, queries, keys, values, attention output and the MLP's first products are
@@ -126,6 +135,9 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
     efficiency = _coefficient("from_model", "efficiency", efficiency)
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency must be in (0, 1]; got {efficiency}")
+    experts = whole_number(experts, "experts", 1)
+    if cluster.n_gpus % experts:
+        raise ValueError(f"experts must divide the cluster's {cluster.n_gpus} GPUs; got {experts}")
     config = _Fields(config.get("thinker_config", config), "thinker_config").values
     text = _Fields(_first(config, ("text_config", "llm_config"), config), "config")
     counts = {"llm": _count_language(text)}
@@ -138,11 +150,15 @@ def from_model(config, cluster, *, llm="balance", efficiency=0.5):
     if rate == 0:
         raise ValueError(f"efficiency {efficiency} times peak_flops {cluster.peak_flops} is 0")
     fixed_bytes = _STATE_BYTES * sum(c.parameters for c in counts.values()) / cluster.n_gpus
+    if experts > 1 and experts > _stored(text):
+        raise ValueError(f"experts = {experts} GPUs, but the model has {_stored(text)} experts to "
+                         "share")
     flops = {phase: BatchCost(linear=3 * (c.linear + c.conv), quadratic=3 * c.quadratic)
              for phase, c in counts.items()}
-    costs = {phase: BatchCost(linear=3 * c.linear / rate, quadratic=3 * c.quadratic / rate,
-                              padded_linear=3 * c.conv / rate, fixed=_exposed_s(c, cluster))
-             for phase, c in counts.items()}
+    costs = {phase: BatchCost(
+        linear=3 * c.linear / rate + 4 * _BF16 * c.routed * _byte_s(experts, cluster),
+        quadratic=3 * c.quadratic / rate, padded_linear=3 * c.conv / rate,
+        fixed=_exposed_s(c, cluster, experts)) for phase, c in counts.items()}
     if llm == "sequence_parallel":
         costs["llm"] = _sequence_cost(text, counts["llm"], costs["llm"], fixed_bytes, cluster)
     return ModelCosts(costs, flops,
@@ -214,12 +230,19 @@ def _count_language(text):
         linear=2.0 * (layers * attention + dense + sparse * used + hidden * vocabulary),
         # QK^T and PV are 2*width FLOPs each per pair of tokens; causal: half of the pairs
         quadratic=2.0 * width * layers,
-        conv=0.0, activation_bytes=float(_BF16 * saved))
+        conv=0.0, activation_bytes=float(_BF16 * saved), routed=float(sparse * routed * hidden),
+        shared_parameters=sparse * 3 * hidden * _stored(text) * (
+            text("moe_intermediate_size", "intermediate_size") if sparse else 0))
+
+
+def _stored(text):
+    """Experts of a layer."""
+    return _first(text.values, ("num_experts", "num_local_experts", "n_routed_experts"), 0)
 
 
 def _sparse_layers(text, layers):
     """Number of layers with experts."""
-    if _first(text.values, ("num_experts", "num_local_experts", "n_routed_experts"), 0) == 0:
+    if _stored(text) == 0:
         return 0
     held = expert_layers(layers, text("decoder_sparse_step", "moe_layer_freq", default=1),
                          text("first_k_dense_replace", default=0, least=0))
@@ -322,11 +345,19 @@ def _gather_bandwidth(cluster):
     return min(cluster.intra_bandwidth, cluster.gpus_per_node * cluster.inter_bandwidth)
 
 
-def _exposed_s(count, cluster):
+def _exposed_s(count, cluster, experts):
     """Two gathers and one reduction of a layer's weights."""
     if cluster.n_gpus == 1:
         return 0.0
-    return 3 * _BF16 * count.parameters / count.layers / _gather_bandwidth(cluster)
+    held = count.parameters - count.shared_parameters * (1 - 1 / experts)
+    return 3 * _BF16 * held / count.layers / _gather_bandwidth(cluster)
+
+
+def _byte_s(degree, cluster):
+    """Seconds of a byte that each GPU of a group sends to all in equal parts: of a GPU's."""
+    inside = min(degree, cluster.gpus_per_node)
+    return max((inside - 1) / degree / cluster.intra_bandwidth,
+               (degree - inside) / degree / cluster.inter_bandwidth)
 
 
 def _sequence_cost(text, count, cost, fixed_bytes, cluster):
@@ -337,10 +368,7 @@ def _sequence_cost(text, count, cost, fixed_bytes, cluster):
         # A GPU needs a whole key-value head, so these are repeated when there are too few.
         rows = 2 * heads + 2 * max(kv_heads, degree)
         token_bytes = 2 * _BF16 * rows * head_dim * count.layers  # forward and backward
-        inside = min(degree, cluster.gpus_per_node)
-        seconds = max((inside - 1) / degree / cluster.intra_bandwidth,
-                      (degree - inside) / degree / cluster.inter_bandwidth)
-        comm[degree] = token_bytes * seconds
+        comm[degree] = token_bytes * _byte_s(degree, cluster)
         degree *= 2
     return SequenceCost(cost.quadratic, cost.linear, cost.fixed, comm,
                         memory_per_token=count.activation_bytes, memory_fixed=fixed_bytes,

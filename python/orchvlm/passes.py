@@ -131,10 +131,13 @@ class OneRank:
 def passes_of(model, config, comm):
     """Who runs the passes of a step."""
     if comm is None or comm.size == 1:
+        if config.rank_experts > 1:
+            raise ValueError(f"rank_experts = {config.rank_experts}: one rank shares its experts "
+                             "with nobody; use more ranks, or 1")
         return OneRank(model, config.micro_batches)
     from .orchestrator import Orchestrator
     from .sharding import Shard
-    Shard(model, comm, config.shard, config.node_size)
+    Shard(model, comm, config.shard, config.node_size, config.rank_experts)
     memory = config.rank_memory_bytes
     if memory is not None and config.ema is not None:  # the average is made behind this
         memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))

@@ -62,7 +62,8 @@ def share_of(round, rank, pixels=None):
     return share
 
 
-def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None):
+def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None,
+               spread=1):
     """Activations and workspace of a rank's step, in rounds one after the other.
 
     Each encoder and the decoder have activations of their own, which stay from one round to the
@@ -83,6 +84,8 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
         For that one the features are there already.
     chunk : int, optional
         As ``Model.moe_chunk_rows``.
+    spread : int
+        Ranks that share the experts.
 
     Returns
     -------
@@ -90,7 +93,7 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
     """
     def ran(share, training=True):
         return of_model(config, share, rows, dtype, training,
-                        checkpoint if training else "none", chunk)
+                        checkpoint if training else "none", chunk, spread)
     several = len(shares) > 1
     heavy = extremes([[numbers(config, share, chunk)] for share in shares])
     shares = [shares[i] for i in heavy]
@@ -170,6 +173,8 @@ class Rounds:
         With which the steps will run.
     chunk : int, optional
         As ``Model.moe_chunk_rows``.
+    spread : int
+        Ranks that share the experts.
 
     Raises
     ------
@@ -183,9 +188,9 @@ class Rounds:
     """
 
     def __init__(self, config, rows, dtype, ranks, held_bytes, memory_bytes, checkpoint="none",
-                 chunk=None):
+                 chunk=None, spread=1):
         self._config, self._rows, self._dtype, self._ranks = config, rows, dtype, ranks
-        self._checkpoint, self._chunk = checkpoint, chunk
+        self._checkpoint, self._chunk, self._spread = checkpoint, chunk, spread
         self._held, self._limit = held_bytes, memory_bytes
         self._room = memory_bytes - held_bytes
         if self._room <= 0:
@@ -209,10 +214,10 @@ class Rounds:
         """
         shard = model.shard
         ranks = shard.comm.size
-        held = max(sum(Shard.predict(model, ranks, shard.modes, shard.node_size,
-                                     rank=rank).values()) for rank in range(ranks))
+        held = max(sum(Shard.predict(model, ranks, shard.modes, shard.node_size, rank=rank,
+                                     experts=shard.experts).values()) for rank in range(ranks))
         return cls(model.config, model._core.parameters(), model.dtype, ranks, held, memory_bytes,
-                   checkpoint, model.moe_chunk_rows)
+                   checkpoint, model.moe_chunk_rows, shard.experts)
 
     def bytes(self, rounds, dtype):
         """Activations and workspace, on the rank that takes most.
@@ -234,7 +239,8 @@ class Rounds:
                           for some in shares])
         return max(sum(step_bytes(
             self._config, shares[rank], self._rows, self._dtype, self._checkpoint, counts=True,
-            encoded=len(rounds) == 1, chunk=self._chunk).values()) for rank in heavy)
+            encoded=len(rounds) == 1, chunk=self._chunk, spread=self._spread).values())
+            for rank in heavy)
 
     def of(self, batch, sizes, dtype, plan, limited=()):
         """The rounds of a global batch; every rank finds the same.

@@ -97,7 +97,8 @@ class Balance:
         dict
             ``aux_loss`` of the whole batch without its coefficient, ``expert_load``: slots of the
             fullest expert of any layer over the mean, and ``routing_seconds``: what the forwards
-            for the counts alone took.
+            for the counts alone took.  With experts over ranks ``expert_rank_load``: slots of the
+            fullest rank over the mean, layer by layer, as layers wait for it.
         """
         if not self._sparse:
             return {}
@@ -111,7 +112,19 @@ class Balance:
         mean = self._counts.mean() if self._counts.size else 0.0
         aux_loss = float(self._total(np.array([self._aux_loss]))[0])
         return {"aux_loss": aux_loss, "routing_seconds": self.seconds,
-                "expert_load": float(self._counts.max() / mean) if mean else 1.0}
+                "expert_load": float(self._counts.max() / mean) if mean else 1.0,
+                **self._over_ranks()}
+
+    def _over_ranks(self):
+        """How evenly the experts of ranks that share them are used: of all groups together."""
+        shard = self._model.shard
+        n = 1 if shard is None else shard.experts
+        if n == 1:
+            return {}
+        cuts = [self._counts.shape[1] * rank // n for rank in range(n)]
+        rows = np.add.reduceat(self._counts, cuts, axis=1)
+        whole = rows.sum()
+        return {"expert_rank_load": float(n * rows.max(axis=1).sum() / whole) if whole else 1.0}
 
     def state_dict(self):
         """What the next step depends on, as JSON takes it.

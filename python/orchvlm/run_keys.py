@@ -254,6 +254,8 @@ KEYS = (
     _field("ranks.shard", _SHARD, "who keeps weights, gradients and optimizer state; by patterns "
            "of modules as a table"),
     _field("ranks.node_size", _SIZE, "ranks of a node, of hybrid", "no nodes"),
+    _field("ranks.experts", _SIZE, "ranks that share the experts of a mixture, each with its part; "
+           "divides `ranks.n`", "", "", "rank_experts"),
     _field("ranks.tokens", _SIZE, "that a rank takes at a time; more are done in micro-batches",
            "no limit", "", "rank_tokens"),
     _field("ranks.patches", _SIZE, "of pictures that a rank encodes at a time; a step with more is "

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from . import _core
+from ._numbers import whole_number
 from .configs import ModelConfig
 from .weights import Weights
 
@@ -43,16 +44,22 @@ class Shard:
         model's units (layers, their experts, embeddings, ...), of which the first match counts.
     node_size : int, optional
         Of ``hybrid``: ranks 0 to n - 1 are a node, and so on.
+    experts : int
+        Ranks that share the experts of a mixture: ranks 0 to e - 1 are a group in which each holds
+        E/e experts of every layer (nearly, where e does not divide E), and so on.  Rows of tokens
+        go to the ranks that hold their experts, and come back; so all ranks run the same passes in
+        the same order, with nothing in them if need be.  Gradients and state of experts are over
+        the ranks that hold the same ones, N/e of them, where others are over N.
 
     Attributes
     ----------
-    model, comm, node_size
+    model, comm, node_size, experts
         As above.
     modes : dict of str to str
         Of each unit.
     holds : bool
-        Weights and gradients are held here: a unit is sharded, and ``model.parameters`` and
-        ``model.grads`` are not to be had.
+        Weights and gradients are held here: a unit is sharded or experts are on several ranks, and
+        ``model.parameters`` and ``model.grads`` are not to be had.
     holds_state : bool
         The optimizer's state is in shards.
 
@@ -62,7 +69,9 @@ class Shard:
         No model, no communicator.
     ValueError
         An unknown mode, a pattern that matches no unit, a unit that no pattern matches, a node_size
-        that does not divide the ranks, a model that is sharded already, ranks that disagree.
+        or experts that do not divide the ranks, more ranks for experts than there are experts,
+        experts over ranks that are ``hybrid`` or in a model with adapters, a model that is sharded
+        already, ranks that disagree.
     RuntimeError
         Arrays of weights or gradients are still in use.
 
@@ -71,10 +80,17 @@ class Shard:
     A unit's weights lie end to end and are cut into N nearly equal ranges, so that a parameter may
     be on several ranks.
 
+    With experts on several ranks, a layer first tells how many rows go to which expert, then moves
+    them in as many rounds as the fullest rank needs: it takes at most ``moe_chunk_rows`` of the
+    model at a time, by default 5/4 of the mean over its group.  Nothing is dropped, and the outputs
+    are those of one rank to the last bit.
+
     References
     ----------
     Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
     2020.  Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023.
+    Lepikhin et al., "GShard: Scaling Giant Models with Conditional Computation and Automatic
+    Sharding", 2020: experts over ranks.
 
     Examples
     --------
@@ -93,18 +109,20 @@ class Shard:
     1
     """
 
-    def __init__(self, model, comm, mode="ddp", node_size=None):
+    def __init__(self, model, comm, mode="ddp", node_size=None, experts=1):
         from .comm import Comm
         if not isinstance(model, Weights) or not isinstance(comm, Comm):
             raise TypeError("Shard takes a Model and a Comm; got "
                             f"{type(model).__name__} and {type(comm).__name__}")
         if model.shard is not None:
             raise ValueError("this model is sharded already; undo that first")
+        experts = whole_number(experts, "experts", 1, comm.size)
         numbers, self.modes = _resolved(model._core, mode)
-        self._core = _core.Shard(model._core, comm._core, numbers, _node_size(node_size))
-        self.node_size = node_size
+        self._core = _core.Shard(model._core, comm._core, numbers, _node_size(node_size), experts)
+        self.node_size, self.experts = node_size, experts
         self.model, self.comm = model, comm
         self.holds, self.holds_state = self._core.holds()
+        self.holds = self.holds or experts > 1
         model._shard = self
 
     def __repr__(self):
@@ -156,6 +174,18 @@ class Shard:
         """
         return self._core.waited_s()
 
+    def expert_exchanges(self):
+        """What this rank has exchanged with those that hold other experts, since the shard was
+        made.
+
+        Returns
+        -------
+        dict
+            ``exchanges``, ``sent_bytes`` (to other ranks) and ``waited_s`` (seconds in exchanges,
+            waiting for slower ranks included).
+        """
+        return dict(zip(("exchanges", "sent_bytes", "waited_s"), self._core.exchanged()))
+
     # ------------------------------------------------------------ memory
 
     def memory(self):
@@ -170,7 +200,8 @@ class Shard:
         return _named(self._core.memory())
 
     @staticmethod
-    def predict(model, ranks, mode="ddp", node_size=None, *, rank=0, dtype="float32"):
+    def predict(model, ranks, mode="ddp", node_size=None, *, experts=1, rank=0,
+                dtype="float32"):
         """Bytes that a rank will hold, once the optimizer has taken a step.
 
         Parameters
@@ -181,6 +212,8 @@ class Shard:
         mode : str or dict
             As in :class:`Shard`.
         node_size : int, optional
+            As in :class:`Shard`.
+        experts : int
             As in :class:`Shard`.
         rank : int
             Which one.
@@ -216,7 +249,9 @@ class Shard:
         else:
             raise TypeError(f"model must be a Model or a ModelConfig; got {type(model).__name__}")
         numbers, _ = _resolved(source, mode)
-        return _named(_core.shard_memory(source, numbers, _node_size(node_size), ranks, rank))
+        experts = whole_number(experts, "experts", 1, 2**31 - 1)
+        return _named(_core.shard_memory(source, numbers, _node_size(node_size), experts, ranks,
+                                         rank))
 
     # ------------------------------------------------------------ end
 

@@ -67,6 +67,8 @@ class TrainingConfig:
         With several ranks: who keeps what, as ``mode`` of :class:`Shard`.
     node_size : int, optional
         Of ``hybrid``, as there.
+    rank_experts : int
+        With several ranks: how many of them share the experts, as ``experts`` of :class:`Shard`.
     checkpoint : {"none", "selective", "full"}
         Activations that are computed again.
     aux : {"exact", "lagged", "bias"}
@@ -119,6 +121,7 @@ class TrainingConfig:
     rank_refit: int = 0
     shard: object = "ddp"
     node_size: int = None
+    rank_experts: int = 1
     checkpoint: str = "none"
     aux: str = "exact"
     bias_rate: float = 1e-3
@@ -129,7 +132,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("micro_batches", 1), ("warmup", 0), ("save_every", 0),
-                            ("keep", 0), ("most_skipped", 1), ("rank_refit", 0)):
+                            ("keep", 0), ("most_skipped", 1), ("rank_refit", 0),
+                            ("rank_experts", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
                     value < least:
@@ -226,7 +230,7 @@ class Trainer:
         if watch is not None and watch.figure != "loss" and model.shard and model.shard.holds:
             raise ValueError(f"watch looks at {watch.figure}, but a model whose weights are in "
                              "shards gives no answers: let it look at 'loss', or shard by 'ddp' "
-                             "or 'zero1'")
+                             "or 'zero1', all experts on every rank")
         self.optimizer = AdamW(model, config.lr, config.betas, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, groups=config.groups)
         self.ema = None if config.ema is None else EMA(model, config.ema)
@@ -307,7 +311,8 @@ class Trainer:
             targets, tokens_per_s, tflops, mfu (their share of what a matrix product reaches on the
             device, see :func:`orchvlm.peak.gemm_peak`), seconds, elapsed_s, of models that see
             patches_per_s, and of models with experts aux_loss (without its coefficient),
-            expert_load (fullest over mean) and routing_seconds; also a line of ``metrics.jsonl``.
+            expert_load (fullest over mean) and routing_seconds, with experts over ranks
+            expert_rank_load (:meth:`Balance.end`); also a line of ``metrics.jsonl``.
             A loss that is no number is None there.  With several ranks on all of them, and besides
             what :meth:`orchvlm.Orchestrator.metrics` says and exposed_comm_share, its part of the
             step; where the watch looked, what :meth:`Watch.look` says.

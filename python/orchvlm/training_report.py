@@ -14,7 +14,8 @@ _CURVES = (("loss", "loss", True), ("tokens_per_s", "tokens per second", False),
            ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False),
            ("patches_per_s", "patches per second", False),
            ("exposed_comm_share", "exposed communication, share of the step", True),
-           ("expert_load", "slots of the fullest expert over the mean", True))
+           ("expert_load", "slots of the fullest expert over the mean", True),
+           ("expert_rank_load", "slots of the fullest rank's experts over the mean", True))
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1020px;margin:2em auto;
 padding:0 1em}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}
 td,th{padding:.25em .9em;border-bottom:1px solid #ddd;text-align:left}.curves,.examples{display:

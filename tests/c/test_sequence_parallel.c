@@ -197,7 +197,7 @@ static void exchange_rank(rig_rank *self)
     ovlm_run run = {.queue = queue, .ops = c->ops, .measuring = true, .keep = &keep, .work = &work,
                     .stage = &stage, .dtype = OVLM_F32, .exact = OVLM_F32, .err = &self->err};
     RTRY(self, lay_out_and_walk(&run, &t));
-    RCHECK(self, group.exchanges == 0, "exchanged while measuring");
+    RCHECK(self, group.on.count == 0, "exchanged while measuring");
     RTRY(self, ovlm_stack_fit(&keep, backend, OVLM_STACK_DEVICE, keep.peak_bytes, &self->err));
     RTRY(self, ovlm_stack_fit(&work, backend, OVLM_STACK_DEVICE, work.peak_bytes, &self->err));
     RTRY(self, ovlm_stack_fit(&stage, backend, OVLM_STACK_HOST, stage.peak_bytes, &self->err));
@@ -206,8 +206,8 @@ static void exchange_rank(rig_rank *self)
     check_own(self, &run, &t);
     check_back(self, &run, &t, false);
     check_back(self, &run, &t, true);
-    RCHECK(self, group.exchanges == 2 && work.used_bytes == 0, "%lld exchanges, %lld bytes kept",
-           (long long)group.exchanges, (long long)work.used_bytes);
+    RCHECK(self, group.on.count == 2 && work.used_bytes == 0, "%lld exchanges, %lld bytes kept",
+           (long long)group.on.count, (long long)work.used_bytes);
     ovlm_stack_free(&keep, backend, OVLM_STACK_DEVICE);
     ovlm_stack_free(&work, backend, OVLM_STACK_DEVICE);
     ovlm_stack_free(&stage, backend, OVLM_STACK_HOST);

@@ -12,7 +12,7 @@ typedef struct drill {
     const ovlm_model_config *config;
     ovlm_dtype dtype;
     ovlm_checkpoint checkpoint;
-    int64_t n, node_size;
+    int64_t n, node_size, experts, expert_rows;
     ovlm_shard_mode mode[UNITS_MOST];
     bool adapted, frozen, last;
     uint64_t seed;
@@ -64,6 +64,7 @@ static ovlm_model *new_model(const drill *d)
     }
     settle(d, model);
     CHECK(rig_write_weights(model, d->seed, &err) == OVLM_OK, "%s", err.message);
+    ovlm_model_set_expert_rows(model, d->expert_rows);
     return model;
 }
 
@@ -189,7 +190,7 @@ static void compare(rig_rank *self, ovlm_shard *shard, ovlm_shard_which which, c
         at = 0;
         for (int64_t i = 0; i < p->n; i++) {
             const ovlm_param *one = &p->param[i];
-            int64_t size = one->rows * one->cols;
+            int64_t size = one->whole_rows * one->cols;
             bool exact = which == OVLM_SHARD_GRAD || one->kind == OVLM_PARAM_BUFFER;
             ovlm_dtype dtype = exact ? p->exact : p->dtype;
             distance dist = {0};
@@ -256,7 +257,8 @@ static void check_memory(rig_rank *self, const ovlm_shard *shard, const ovlm_sha
 static void live(rig_rank *self)
 {
     const drill *d = self->ctx;
-    const ovlm_shard_spec spec = {.mode = d->mode, .node_size = d->node_size};
+    const ovlm_shard_spec spec = {.mode = d->mode, .node_size = d->node_size,
+                                  .experts = d->experts};
     ovlm_model *model = d->model[self->rank];
     double lr[PARAMS_MOST], decay[PARAMS_MOST], wide = d->dtype == OVLM_BF16 ? 2e-2 : 1e-5;
     ovlm_shard *shard = NULL;
@@ -312,11 +314,11 @@ static void close_drill(drill *d)
     free(d->start);
 }
 
-static void run_drill(drill *d)
+/* Of one that is open; closes it. */
+static void live_drill(drill *d)
 {
     rig_rank ranks[RIG_RANKS_MOST];
     const ovlm_comm_local_options options = {.silent_s = 20};
-    open_drill(d);
     live_alone(d);
     rig_run(d->name, d->n, &options, live, d, ranks);
     close_drill(d);
@@ -330,6 +332,12 @@ static void set_modes(drill *d, ovlm_shard_mode mode)
     }
     d->name = names[mode];
     d->node_size = d->n % 2 == 0 ? 2 : 1;
+}
+
+static void run_drill(drill *d)
+{
+    open_drill(d);
+    live_drill(d);
 }
 
 /* Each unit its own way. */
@@ -357,6 +365,33 @@ static void test_modes(const ovlm_model_config *config)
             }
             run_drill(&d);
         }
+    }
+}
+
+/* Experts on several ranks, the rest in any way. */
+static void test_experts(const ovlm_model_config *config)
+{
+    for (int i = 0; i < 12; i++) {
+        int64_t n = 2 + i % (RANKS_MOST - 1), e = n == 4 && rig_below(2) == 0 ? 2 : n;
+        drill d = {.ops = rig_below(4) == 0 ? "async" : "cpu", .config = config, .n = n,
+                   .experts = e, .expert_rows = rig_below(2) == 0 ? 1 + rig_below(30) : 0,
+                   .dtype = rig_below(4) == 0 ? OVLM_BF16 : OVLM_F32,
+                   .checkpoint = (ovlm_checkpoint)rig_below(3), .frozen = rig_below(3) == 0,
+                   .last = rig_below(3) > 0};
+        if (rig_below(2) == 0) {
+            mix_modes(&d);
+        } else {
+            set_modes(&d, (ovlm_shard_mode)rig_below(OVLM_SHARD_HYBRID));
+        }
+        const ovlm_params *p = NULL;
+        open_drill(&d);
+        p = ovlm_model_params(d.alone);
+        for (int64_t u = 0; u < p->units; u++) {
+            if (p->unit[u].kind == OVLM_UNIT_EXPERTS && d.mode[u] == OVLM_SHARD_HYBRID) {
+                d.mode[u] = OVLM_SHARD_FSDP;
+            }
+        }
+        live_drill(&d);
     }
 }
 
@@ -496,6 +531,9 @@ int main(int argc, char **argv)
     for (int i = 0; i < 4; i++) {
         test_falls(&configs[i]);
         test_modes(&configs[i]);
+    }
+    for (int i = 1; i < 4; i++) {
+        test_experts(&configs[i]);
     }
     test_refusals(&configs[1]);
     test_trouble(&configs[0], OVLM_SHARD_DDP, 2);

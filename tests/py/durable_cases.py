@@ -20,9 +20,9 @@ def samples(n=40, seed=0):
 
 
 def made(comm, folder, steps=6, *, tokens=150, dtype="float32", source=None, processor=None,
-         **settings):
+         values=CONFIG, **settings):
     """A trainer: the same batches on any number of ranks."""
-    model = orchvlm.Model.from_config(orchvlm.ModelConfig(CONFIG), seed=0, threads=1, dtype=dtype)
+    model = orchvlm.Model.from_config(orchvlm.ModelConfig(values), seed=0, threads=1, dtype=dtype)
     source = data.Mixture([samples(), samples(9, seed=1)], seed=3) if source is None else source
     processor = processor or data.Processor.from_config(CONFIG)
     loader = data.Loader(source, processor, tokens) if comm is None else \

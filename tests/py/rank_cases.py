@@ -91,6 +91,22 @@ def mode_of(model, mode):
     return {p: m for p, m in mode.items() if any(fnmatchcase(unit, p) for unit in units)}
 
 
+def expert_ranks(model, n, rng):
+    """How many of n ranks share the experts of a model."""
+    most = model.config.text.get("num_experts", 0) if model.config.sparse else 0
+    degrees = [e for e in range(1, n + 1) if n % e == 0 and e <= max(1, most)]
+    return int(rng.choice(degrees))
+
+
+def spread_modes(model, mode, experts):
+    """The same, where experts over ranks are not hybrid."""
+    if experts > 1 and mode == "hybrid":
+        mode = {"*.experts": "fsdp", "*": "hybrid"}
+    elif experts > 1 and not isinstance(mode, str):
+        mode = {**mode, "*.experts": "zero1"}
+    return mode_of(model, mode)
+
+
 def on_one_rank(seed, config, samples):
     """(loss, gradients) of the whole batch in one call."""
     model = made_model(seed, config)
@@ -125,7 +141,8 @@ def law(comm, seed, family, make=RandomPlans):
     are those of one rank, which rank 0 computes.
 
     The seed draws everything: model, samples, who holds them, the plan, what is kept for the
-    backward, how weights are kept.
+    backward, how weights are kept, how many ranks share the experts, and how many of their rows
+    come at a time.
     """
     config, samples = draw_case(seed, family)
     rng = np.random.default_rng([*seed, comm.size])
@@ -134,7 +151,11 @@ def law(comm, seed, family, make=RandomPlans):
     checkpoint = str(rng.choice(["none", "selective", "full"]))
     mode = [*MODES, MIXED][rng.integers(1 + len(MODES))]
     model = made_model(seed, config)
-    shard = orchvlm.Shard(model, comm, mode_of(model, mode), node_size(comm.size))
+    experts = expert_ranks(model, comm.size, rng)
+    if rng.random() < 0.3:
+        model.moe_chunk_rows = int(rng.integers(1, 60))
+    shard = orchvlm.Shard(model, comm, spread_modes(model, mode, experts), node_size(comm.size),
+                          experts)
     orchestrator = make(model, comm)
     orchestrator.seed = seed
     model.zero_grad()
@@ -150,7 +171,7 @@ def law(comm, seed, family, make=RandomPlans):
             compare((loss, gradients), on_one_rank(seed, config, samples))
     except AssertionError as error:
         raise AssertionError(f"seed {seed}, {family}, {comm.size} ranks, {checkpoint}, "
-                             f"{mode}: {error}") from error
+                             f"{mode}, experts over {experts}: {error}") from error
 
 
 def laws(comm, seed, draws):

@@ -328,6 +328,23 @@ def test_sequence_parallel_cost():
     assert list(one.comm) == [1] and one.fixed == 0
 
 
+def test_experts_over_gpus():
+    """Rows to experts and back, twice, of the part that goes to others; fewer weights gathered."""
+    one, shared = (from_model(QWEN_MOE, H200, experts=e).costs["llm"] for e in (1, 16))
+    values = 48 * 8 * 2048  # layers, experts of a token, width
+    assert shared.linear - one.linear == pytest.approx(
+        4 * 2 * values * max(7 / 16 / 450e9, 8 / 16 / 50e9))
+    assert shared.quadratic == one.quadratic
+    expert_bytes = 3 * 2 * 3 * 2048 * 768 * 128  # three times bf16, of a layer
+    assert one.fixed - shared.fixed == pytest.approx(expert_bytes * 15 / 16 / min(450e9, 8 * 50e9))
+    for experts, words in ((3, "experts must divide"), (0, "experts must be a whole"),
+                           (True, "experts must be a whole")):
+        with pytest.raises(ValueError, match=words):
+            from_model(QWEN_MOE, H200, experts=experts)
+    with pytest.raises(ValueError, match="8 GPUs, but the model has 0 experts"):
+        from_model(QWEN, H200, experts=8)
+
+
 @pytest.mark.parametrize("change, error, words", [
     (dict(hidden_size=None), ValueError, "config lacks hidden_size"),
     (dict(num_hidden_layers=0), ValueError, "num_hidden_layers must be in"),

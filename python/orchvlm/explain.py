@@ -8,12 +8,12 @@ import numpy as np
 from . import _core
 from .arenas import SIZES, of_model
 from .building import check_frozen, loader_of, model_folder, processor_of, threads_of
+from .choosing import counted_costs, media_of, one_node, planned
 from .cli import CommandError
 from .comm import run_threads
 from .configs import ModelConfig, preset
 from .flops import flops_of
 from .inputs import Inputs
-from .orchestrator import counted_costs, media_of, one_node, planned
 from .parts import count_parameters
 from .peak import gemm_peak
 from .run_config import cores

@@ -1,13 +1,18 @@
 """A global batch in rounds, so that what each rank holds at a time fits into its memory."""
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
 
 from .arenas import numbers, of_model
+from .sequence_phase import groups_of, loads_of
+from .sequences import SequencePlan
 from .sharding import Shard
 from .tables import format_bytes
 
+_LONGEST = 1 << 24  # tokens
 _MEDIA = "grid_thw", "mel_lengths"  # sizes of what each encoder is given
 
 
@@ -47,11 +52,10 @@ def share_of(round, rank, pixels=None):
     -------
     SimpleNamespace
     """
-    plan, lengths = round.plan, round.batch.language_lengths
-    packs = [lengths[(plan.llm.rank == rank) & (plan.llm.micro_batch == m)]
-             for m in range(plan.llm.micro_batches)]
-    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum)]), grid_thw=None,
-                            mel_lengths=None, pixels=pixels)
+    plan = round.plan
+    packs = [_held(plan, groups, rank) for groups in groups_of(plan)]
+    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum, default=[])]),
+                            grid_thw=None, mel_lengths=None, pixels=pixels)
     for name, phase in plan.phases.items():
         mine = round.sizes[name][phase.rank == rank, :3]
         if name == "vision":
@@ -59,6 +63,15 @@ def share_of(round, rank, pixels=None):
         else:
             share.mel_lengths = mine[:, 0]
     return share
+
+
+def _held(plan, groups, rank):
+    """Lengths of what a rank runs of a micro-batch; of a shard, its tokens as one sequence."""
+    for first, degree, samples in groups:
+        if first <= rank < first + degree:
+            lengths = plan.batch.language_lengths[samples]
+            return lengths if degree == 1 else [-(-int(lengths.sum()) // degree)]
+    return []
 
 
 def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None):
@@ -213,6 +226,17 @@ class Rounds:
         return cls(model.config, model._core.parameters(), model.dtype, ranks, held, memory_bytes,
                    checkpoint, model.moe_chunk_rows)
 
+    @cached_property
+    def tokens(self):
+        """int : of the longest sequence of text that a rank holds by itself."""
+        def fits(tokens):
+            share = SimpleNamespace(cu_seqlens=np.array([0, tokens]), grid_thw=None,
+                                    mel_lengths=None, pixels=None)
+            return sum(step_bytes(self._config, [share], self._rows, self._dtype,
+                                  self._checkpoint, counts=True,
+                                  chunk=self._chunk).values()) <= self._room
+        return max(1, bisect_left(range(_LONGEST), True, key=lambda n: not fits(n)) - 1)
+
     def bytes(self, rounds, dtype):
         """Activations and workspace, on the rank that takes most.
 
@@ -336,10 +360,17 @@ def evenness(plans, name):
     -------
     sampled, planned : float
     """
-    phases = [phase_of(plan, name) for plan in plans]
-    work_s = [phase.loads.mean() for phase in phases]
-    return (mean([phase.sampled_imbalance for phase in phases], work_s),
-            mean([phase.imbalance for phase in phases], work_s))
+    rows = [_evenness(phase_of(plan, name), plan) for plan in plans]
+    return tuple(mean([row[i] for row in rows], [row[2] for row in rows]) for i in range(2))
+
+
+def _evenness(phase, plan):
+    """(as sampled, as planned, seconds of the mean load) of one plan's phase."""
+    if not isinstance(phase, SequencePlan):
+        return phase.sampled_imbalance, phase.imbalance, phase.loads.mean()
+    sampled, loads = loads_of(plan)
+    return *(float(one.max() / one.mean()) if one.any() else 1.0
+             for one in (sampled, loads)), loads.mean()
 
 
 def mean(values, weights):

@@ -105,9 +105,9 @@ def planned(batch, cluster, costs, limits, language="balance", tokens=None):
         if groups is not None and (language == "sequence_parallel" or longest > held):
             return groups
     balanced = _without(batch, cluster, costs, limits)
-    if groups is None or groups.llm.time >= language_s(balanced, costs["llm"]):
+    if groups is None or not any(degree > 1 for _, degree in groups.llm.communicators):
         return balanced
-    return groups
+    return groups if groups.llm.time < language_s(balanced, costs["llm"]) else balanced
 
 
 def _memory(batch, cluster, limits):

@@ -10,13 +10,14 @@ from .comm import Comm
 from .cost import Cluster, _count
 from .data.assets import DataError
 from .dispatch import Dispatcher
+from .group_metrics import labelled, seen_of
 from .inputs import Inputs
 from .model import Model
 from .passes import Ran
 from .rounds import Rounds, evenness, fewest, mean
 from .refit import Refit
 from .sequence_parallel import SequenceGroups
-from .sequence_phase import blocks_of, micro_batches
+from .sequence_phase import blocks_of, features_of, micro_batches
 from .sharding import Shard
 from .shares import gathered, gathered_batch, medium, unpacked
 
@@ -393,7 +394,7 @@ class Orchestrator:
 
     def _pass(self, round, given, normalizer, counts, balance, checkpoint, ran, last):
         """Micro-batches of a round, and backwards of its encoders."""
-        model, features = self.model, self._parts(round.micro, given)
+        model, features = self.model, features_of(self.model.config, round.micro, given)
         slopes, left = [], len(features) if last else -1
         for micro, part in zip(round.micro, features):
             left -= 1
@@ -417,27 +418,10 @@ class Orchestrator:
         return {name: self._encode(name, round, checkpoint, ran, training) for name in self.media
                 if name in round.items}
 
-    def _parts(self, micro, given):
-        """The features of each micro-batch, which come in the order of its tokens, as forward
-        takes them."""
-        config = self.model.config
-        tokens = {"vision": config.visual_tokens, "audio": config.sound_tokens}
-        first, parts = dict.fromkeys(given, 0), []
-        for pack in (one.pack for one in micro):
-            part = {}
-            for name, (features, extra) in given.items():
-                start = first[name]
-                first[name] = end = start + int(np.isin(pack.input_ids, tokens[name]).sum())
-                part["features" if name == "vision" else "sounds"] = features[start:end]
-                if extra is not None:
-                    part["extra"] = extra[:, start:end]
-            parts.append(part)
-        return parts
-
     def _route(self, round, given):
         """(counts, rows) of the routers in a round."""
-        seen = [self.model.route(one.pack, **part)
-                for one, part in zip(round.micro, self._parts(round.micro, given))]
+        seen = [self.model.route(one.pack, **part) for one, part in zip(
+            round.micro, features_of(self.model.config, round.micro, given))]
         return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
 
     def _route_all(self, rounds, checkpoint, ran):
@@ -526,14 +510,16 @@ class Orchestrator:
 
         Returns
         -------
-        dict of str to float
+        dict of str to float or str
             ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``,
             with every item where it was read, and ``_planned``, as the plan has it; ``_measured``:
             the same of what the ranks computed, and ``_seconds`` of the slowest rank.  Of transfers
             only the last.  ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from
             the best possible; ``predicted_seconds``: its time.  Of a step that refits, by phase
             ``_cost_error`` and ``_cost_error_before``: how far what the new costs, and those
-            before, say is from what was measured (the median, a share of 1).
+            before, say is from what was measured (the median, a share of 1).  Where groups ran the
+            language phase ``sp_degrees``, a text: their degrees by micro-batch, such as 2+1+1; 4;
+            ``sp_time`` and ``sp_gap``: of their plan.
             ``exposed_comm_ms``: communication since :meth:`run` began that no computing hid.
 
         Notes
@@ -542,23 +528,26 @@ class Orchestrator:
         one waits for nobody, so that the least time of any rank is that of the communication, and
         the rest of the others' is waiting for slower ranks.  Transfers of features and sums are
         counted one by one, each at its least; of the gathers and sums of weights and gradients each
-        rank has the step's total, and the least of these counts, which may hold some waiting.
+        rank has the step's total, and the least of these counts, which may hold some waiting; of
+        exchanges in groups the least of each group's ranks, and the longest group of a micro-batch.
         """
         plans, row = ran.plans, {"rounds": len(ran.plans)}
         names = sorted(ran.busy)
         mine = np.array([[ran.busy[name], ran.seconds[name]] for name in names]).reshape(1, -1, 2)
         busy = self.comm.all_gather(mine, np.ones(self.size, np.int64))
+        seen = seen_of(plans, ran.groups, self.comm)
         for name, (work, passed) in zip(names, busy.transpose(1, 2, 0)):
             row[f"{name}_seconds"] = float(passed.max())
             if "->" not in name:
                 row[f"{name}_sampled"], row[f"{name}_planned"] = evenness(plans, name)
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
             if self._refit is not None and name in self.costs:
-                self._refit.note(plans, name, work)
-        self._gather_events(ran, names)
+                self._refit.note(plans, name, work, seen)
+        self._gather_events(ran, names, seen.in_groups)
         if self._refit is not None and (ran.number + 1) % self._refit_every == 0:
             row |= self._refitted(ran.number)
-        return {**row, "exposed_comm_ms": 1e3 * self._exposed_s(ran),
+        return {**row, **seen.row(),
+                "exposed_comm_ms": 1e3 * (self._exposed_s(ran) + seen.exposed_s()),
                 "plan_ms": 1e3 * ran.prepared_seconds["plan"],
                 "plan_gap": mean([plan.gap for plan in plans], [plan.bound for plan in plans]),
                 "predicted_seconds": sum(plan.time for plan in plans)}
@@ -579,12 +568,16 @@ class Orchestrator:
                          + self._sums_s + [self.shard.waited_s() - self._waited_s]])
         return float(self.comm.all_gather(mine, np.ones(self.size, np.int64)).min(axis=0).sum())
 
-    def _gather_events(self, ran, names):
+    def _gather_events(self, ran, names, in_groups):
         """Keeps when every rank did what, for reports."""
-        mine = np.array([(names.index(name), start, end) for name, start, end in ran.events],
-                        np.float64).reshape(-1, 3)
+        runs = iter(ran.groups if in_groups else ())
+        blocks = [next(runs, (0, 0)) if name == "llm" else (0, 0) for name, _, _ in ran.events]
+        mine = np.array([(names.index(name), start, end, *block[:2])
+                         for (name, start, end), block in zip(ran.events, blocks)],
+                        np.float64).reshape(-1, 5)
         rows, ranks = gathered(self.comm, mine)
-        self.timeline = [[(names[int(name)], start, end) for name, start, end in rows[ranks == r]]
+        self.timeline = [[(labelled(names[int(name)], int(first), int(degree)), start, end)
+                          for name, start, end, first, degree in rows[ranks == r]]
                          for r in range(self.size)]
 
 

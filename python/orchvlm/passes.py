@@ -160,4 +160,5 @@ def passes_of(model, config, comm):
         memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches,
-                        memory_bytes=memory, checkpoint=config.checkpoint, refit=config.rank_refit)
+                        memory_bytes=memory, checkpoint=config.checkpoint, refit=config.rank_refit,
+                        language=config.rank_language)

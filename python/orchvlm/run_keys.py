@@ -3,6 +3,7 @@ refusals, explanations and the reference are made."""
 from dataclasses import fields
 from typing import NamedTuple
 
+from .choosing import LANGUAGE
 from .configs import PRESETS
 from .data.tasks import LARGE, SMALL
 from .recipes import TASKS
@@ -260,6 +261,9 @@ KEYS = (
            "taken in several rounds", "no limit", "", "rank_patches"),
     _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "
            "in as many rounds as that needs", "no limit", "", "rank_memory_bytes"),
+    _field("ranks.language", _choice(*LANGUAGE), "who runs the language phase: whole samples on "
+           "ranks, groups of ranks that share long samples, or step by step what is foretold to "
+           "be faster", "", "", "rank_language"),
     _field("ranks.refit", _COUNT, "steps from one fit of the plan's costs to what phases took to "
            "the next; 0: never", "", "", "rank_refit"),
     Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",

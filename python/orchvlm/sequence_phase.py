@@ -182,6 +182,35 @@ def _part(cell, rows):
         None, labels=np.ascontiguousarray(labels), weights=weights, **fields))
 
 
+def features_of(config, parts, given):
+    """The features of each micro-batch, which come in the order of its tokens.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    parts : list of Part
+    given : dict of str to (array, array or None)
+        By medium, features and those of DeepStack of all of them.
+
+    Returns
+    -------
+    list of dict
+        As :meth:`Model.forward` takes them.
+    """
+    tokens = {"vision": config.visual_tokens, "audio": config.sound_tokens}
+    first, found = dict.fromkeys(given, 0), []
+    for part in parts:
+        mine = {}
+        for name, (features, extra) in given.items():
+            start = first[name]
+            first[name] = end = start + int(np.isin(part.pack.input_ids, tokens[name]).sum())
+            mine["features" if name == "vision" else "sounds"] = features[start:end]
+            if extra is not None:
+                mine["extra"] = extra[:, start:end]
+        found.append(mine)
+    return found
+
+
 def alone(cost):
     """A SequenceCost with groups of one rank, which it may not name."""
     return replace(cost, comm={1: cost.comm.get(1, 0.0)}, heads=0)

@@ -187,7 +187,7 @@ def _rounds(run, config, rows, batch, cluster, held):
 
     def plan(batch):
         return planned(batch, cluster, counted_costs(config, cluster, language), limits, language,
-                       None if cut is None else cut.tokens)
+                       None if cut is None or language == "balance" else cut.tokens)
     limited = [name for name in media_of(config) if name in limits]
     if cut is None:
         return fewest(found, sizes, plan, limited)

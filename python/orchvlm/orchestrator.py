@@ -333,8 +333,9 @@ class Orchestrator:
         -------
         StepPlan
         """
+        alone = self.language == "balance" or self._rounds is None
         return planned(batch, self.cluster, costs or self.costs, self._limits, self.language,
-                       None if self._rounds is None else self._rounds.tokens)
+                       None if alone else self._rounds.tokens)
 
     def _raw(self, round, name, held, ways, broken):
         """(rows, sizes) of the items that this rank encodes."""

@@ -206,8 +206,8 @@ KEYS = (
     Key("data.files", _TEXTS, ".jsonl, .json, .tar or .zip files, or folders of them (but .json), "
         "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
     Key("data.kinds", _TEXTS, "of drawn tasks: read, colour, shape, describe, count, point, box, "
-        "chart, puzzle, screen; of packs in a .zip: captions, emoji, screens, nlvr, nlvr_captions, "
-        "digits", None, toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
+        "chart, puzzle, screen, and, of very different lengths, album, frames, story; of packs in "
+        "a .zip: captions, emoji, screens, nlvr, nlvr_captions, digits", None, toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
         "--kinds"),
     Key("data.difficulty", _SHARE, "of drawn tasks, 0 .. 1", None, str(TASKS["difficulty"]),
         "--difficulty"),

@@ -11,6 +11,7 @@ import orchvlm
 from orchvlm import data
 from orchvlm.choosing import (LANGUAGE, batch_cost, counted_costs, group_cost, language_s,
                               one_node, planned)
+from orchvlm.cli import main
 from orchvlm.group_metrics import Seen
 from orchvlm.ranks_report import timeline_of, timeline_svg, trace_of
 from orchvlm.refit import Refit
@@ -193,6 +194,24 @@ def check_timeline(timeline, degrees):
     group = next(name for rank in names for name in rank if not name.endswith("+1"))
     first, degree = group.removeprefix("llm ").split("+")
     assert f"llm, group of {degree} from rank {first} on: " in svg
+
+
+def test_the_preset_for_long_samples(tmp_path):
+    """What it says by itself, and a short run of it."""
+    told = orchvlm.RunConfig({"model": {"preset": "long"}, "ranks": {"tokens": 900}})
+    assert (told["ranks.n"], told["ranks.language"], told["ranks.tokens"]) == (4, "auto", 900)
+    assert told["data.kinds"] == ["album", "frames", "story"]
+    assert told.origins["ranks.language"] == "preset long"
+    files = orchvlm.RunConfig({"model": {"preset": "long"}, "data": {"files": ["a.jsonl"]}})
+    assert files["data.kinds"] is None and files["data.difficulty"] is None
+    out = tmp_path / "run"
+    assert main(["train", "--preset", "long", "--steps", "2", "--samples", "1", "--tokens", "700",
+                 "--ranks", "2", "--threads", "1", "--out", str(out), "--set",
+                 "ranks.language=sequence_parallel", "--set", "ranks.tokens=200"]) == 0
+    rows = orchvlm.training.read_metrics(out / "metrics.jsonl")
+    assert len(rows) == 2 and all("2" in row["sp_degrees"] for row in rows)
+    page = (out / "report.html").read_text()
+    assert "group of 2 from rank 0 on" in page and ">0+2</text>" in page
 
 
 def test_refusals():

@@ -207,7 +207,8 @@ KEYS = (
         "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
     Key("data.kinds", _TEXTS, "of drawn tasks: read, colour, shape, describe, count, point, box, "
         "chart, puzzle, screen, and, of very different lengths, album, frames, story; of packs in "
-        "a .zip: captions, emoji, screens, nlvr, nlvr_captions, digits", None, toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
+        "a .zip: captions, emoji, screens, nlvr, nlvr_captions, digits", None,
+        toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
         "--kinds"),
     Key("data.difficulty", _SHARE, "of drawn tasks, 0 .. 1", None, str(TASKS["difficulty"]),
         "--difficulty"),

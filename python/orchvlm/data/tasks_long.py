@@ -1,5 +1,8 @@
-"""Drawn tasks whose samples have lengths with long tails: many pictures, many frames, long texts.
-``draw(rng, difficulty, max_side)`` as in :mod:`orchvlm.data.tasks_draw`, with a list of pictures."""
+"""Drawn tasks of very different lengths: many pictures, many frames, long texts.
+
+Each has ``draw(rng, difficulty, max_side)`` as :mod:`orchvlm.data.tasks_draw` does; of pictures a
+list.
+"""
 import math
 
 from .tasks_draw import COLOURS, LETTERS, PAPERS, SHAPES, Canvas, describe

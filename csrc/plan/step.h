@@ -66,15 +66,23 @@ OVLM_NODISCARD ovlm_status step_share_sampled(const step_work *work, int64_t n_r
                                               ovlm_err *err);
 
 /* Where tokens live: groups of GPUs in order of their micro-batch, each with its samples in packed
- * order, cut into `degree` cells of `rows` tokens.  A balanced rank is a group of one. */
+ * order, cut into `degree` cells, which take `rows` each.  A balanced rank is a group of one. */
 typedef struct step_cells {
     int64_t n_groups, n_cells;
-    int64_t *first_gpu, *rows;         /* [groups]                                             */
+    int64_t *first_gpu, *tokens, *rows; /* [groups]                                            */
     int64_t *cell_start, *sample_start; /* [groups + 1]                                        */
     int64_t *sample;                   /* packed order                                         */
     int64_t *rank, *base;              /* [cells] where it is, and its first row there         */
     int64_t *filled;                   /* [N] scratch                                          */
 } step_cells;
+
+/* Where cell r of a group begins on its packed axis; cell `degree` would at its end. */
+static inline int64_t step_cell_cut(const step_cells *cells, int64_t group, int64_t r)
+{
+    int64_t tokens = cells->tokens[group];
+    int64_t degree = cells->cell_start[group + 1] - cells->cell_start[group];
+    return tokens / degree * r + tokens % degree * r / degree;
+}
 
 OVLM_NODISCARD ovlm_status step_cells_init(step_cells *cells, const step_input *input,
                                            const ovlm_step_plan *plan, ovlm_arena *arena,

@@ -1,8 +1,9 @@
 /* step_cells.c - where every token of the step lives, and in which pieces the rows get there.
  *
- * A group's samples stand one after the other on its packed axis, which is cut into `degree` equal
- * cells of `rows` tokens: rows = the packed length over degree, rounded up to a multiple of pad_to
- * (FlexSP 2.7).  One image may straddle cells; then it travels in several pieces. */
+ * A group's samples stand one after the other on its packed axis, which is cut into `degree` cells
+ * as ovlm_sequence_cut does: of T tokens cell r has those from r T / degree on, rounded down.  On
+ * its rank each takes `rows`, the longest cell rounded up to a multiple of pad_to (FlexSP 2.7).
+ * One image may straddle cells; then it travels in several pieces. */
 #include <string.h>
 
 #include "plan/route.h"
@@ -54,6 +55,7 @@ ovlm_status step_cells_init(step_cells *cells, const step_input *input, const ov
     } else {
         OVLM_TRY(balanced_groups(cells, input, &plan->share[plan->n_phases], arena, err));
     }
+    OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->tokens, cells->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->rows, cells->n_groups, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->rank, cells->n_cells, err));
     OVLM_TRY(OVLM_ARENA_NEW(arena, &cells->base, cells->n_cells, err));
@@ -64,6 +66,7 @@ ovlm_status step_cells_init(step_cells *cells, const step_input *input, const ov
             tokens += input->tokens[cells->sample[p]];
         }
         int64_t unit = degree * problem->pad_to;
+        cells->tokens[g] = tokens;
         cells->rows[g] = (tokens / unit + (tokens % unit != 0)) * problem->pad_to;
     }
     step_cells_place(cells, input, plan);
@@ -97,14 +100,20 @@ static ovlm_status room_for(step_pieces *pieces, int64_t k, int64_t n_cells, ovl
  * */
 typedef struct walk {
     step_pieces *pieces;
-    int64_t kinds, cell, offset, rows;
+    const step_cells *cells;
+    int64_t kinds, group, cell, offset, rows;
 } walk;
 
-/* What is added from now on lies in `cell`. */
+/* What is added from now on lies in `cell`, of the walk's group or just behind it. */
 static void enter(walk *at, int64_t cell)
 {
+    const int64_t *start = &at->cells->cell_start[at->group];
     at->cell = cell;
     at->offset = 0;
+    if (cell < start[1]) {
+        at->rows = step_cell_cut(at->cells, at->group, cell + 1 - start[0]) -
+                   step_cell_cut(at->cells, at->group, cell - start[0]);
+    }
     for (int64_t t = 0; t < at->kinds; t++) {
         at->pieces[t].cell_start[cell] = at->pieces[t].k;
     }
@@ -115,14 +124,14 @@ static inline void add_run(walk *at, int64_t kind, int64_t item, int64_t n_rows,
 {
     step_pieces *pieces = &at->pieces[kind];
     while (n_rows > 0) {
+        while (at->offset == at->rows) { /* a cell may be without tokens */
+            enter(at, at->cell + 1);
+        }
         int64_t left = at->rows - at->offset, step = n_rows < left ? n_rows : left;
         pieces->piece[pieces->k++] = (step_piece){item, first_row, step, at->offset};
         first_row += step;
         n_rows -= step;
         at->offset += step;
-        if (step == left) {
-            enter(at, at->cell + 1);
-        }
     }
 }
 
@@ -165,10 +174,10 @@ ovlm_status step_pieces_init(step_pieces **out, const step_input *input, const s
     for (int64_t p = 0; p < problem->n_phases; p++) {
         OVLM_TRY(room_for(&pieces[1 + p], problem->phase[p].n + n_cells, n_cells, arena, err));
     }
-    walk at = {pieces, problem->n_phases + 1, 0, 0, 0};
+    walk at = {.pieces = pieces, .cells = cells, .kinds = problem->n_phases + 1};
     const int64_t *last = cells->sample + problem->n;
     for (int64_t g = 0; g < cells->n_groups; g++) {
-        at.rows = cells->rows[g];
+        at.group = g;
         enter(&at, cells->cell_start[g]);
         for (int64_t i = cells->sample_start[g]; i < cells->sample_start[g + 1]; i++) {
             fetch_ahead(input, &cells->sample[i], last);

@@ -118,10 +118,14 @@ static bool stands_at(const token_map *map, int64_t sample, int64_t token, int64
                       int64_t rank, int64_t place)
 {
     const step_cells *cells = map->cells;
-    int64_t g = map->group[sample], at = map->token[sample] + token, rows = cells->rows[g];
-    int64_t c = cells->cell_start[g] + at / rows;
-    return at % rows + n_rows <= rows && cells->rank[c] == rank &&
-           cells->base[c] + at % rows == place;
+    int64_t g = map->group[sample], at = map->token[sample] + token, r = 0;
+    int64_t degree = cells->cell_start[g + 1] - cells->cell_start[g];
+    while (r + 1 < degree && step_cell_cut(cells, g, r + 1) <= at) {
+        r++;
+    }
+    int64_t c = cells->cell_start[g] + r, offset = at - step_cell_cut(cells, g, r);
+    return at + n_rows <= step_cell_cut(cells, g, r + 1) && cells->rank[c] == rank &&
+           cells->base[c] + offset == place;
 }
 
 /* Token of a sample at which its text row stands: text rows fill the gaps between items. */

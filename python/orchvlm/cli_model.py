@@ -153,7 +153,7 @@ def add_model_commands(commands, raw):
                                description="Counts what a configuration makes, without making it.")
     look.add_argument("model", metavar="MODEL|PRESET",
                       help="folder with a config.json, a run, or a preset: tiny, tiny-moe, "
-                           "tiny-omni, small, seed1.5-vl, qwen3-omni-thinker")
+                           "tiny-omni, long, small, seed1.5-vl, qwen3-omni-thinker")
     look.add_argument("--image", default="448x448", metavar="WxH",
                       help="of the sample that is counted; default %(default)s")
     look.add_argument("--text-tokens", type=_count, default=128, metavar="T",

@@ -359,6 +359,8 @@ def _omni(vision, audio, text, **top):
 _PRESETS = {
     "tiny": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
                   _text(192, 6, 6, 2, 32, 512, _BYTE_VOCAB), tie_word_embeddings=True),
+    "long": _seed({"depth": 2, "hidden_size": 128, "num_heads": 2, "intermediate_size": 512},
+                  _text(128, 4, 8, 4, 16, 384, _BYTE_VOCAB), tie_word_embeddings=True),
     "tiny-moe": _seed({"depth": 4, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768},
                       _text(192, 4, 6, 2, 32, 512, _BYTE_VOCAB, num_experts=16,
                             num_experts_per_tok=2, moe_intermediate_size=64,
@@ -406,7 +408,8 @@ def preset(name):
     """A configuration by name.
 
     ``tiny`` and ``tiny-moe`` (4M and 5M parameters) train on a laptop in minutes, and so does
-    ``tiny-omni`` (7M), which also hears; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
+    ``tiny-omni`` (7M), which also hears, and ``long`` (1M, with eight heads), for samples of very
+    different lengths over ranks; ``small`` (108M) on a workstation; ``seed1.5-vl`` is the
     published tower (532M) with a decoder of about 20B active and 200B total parameters, whose shape
     the report does not state and which is a choice; ``qwen3-omni-thinker`` is the published one
     (32B with its encoders).

@@ -8,17 +8,19 @@ import numpy as np
 from . import _core
 from .arenas import SIZES, of_model
 from .building import check_frozen, loader_of, model_folder, processor_of, threads_of
+from .choosing import counted_costs, language_s, media_of, one_node, planned
 from .cli import CommandError
 from .comm import run_threads
 from .configs import ModelConfig, preset
 from .flops import flops_of
+from .group_metrics import degrees_of
 from .inputs import Inputs
-from .orchestrator import counted_costs, media_of, one_node, planned
 from .parts import count_parameters
 from .peak import gemm_peak
 from .run_config import cores
 from .rounds import Rounds, evenness, fewest, share_of, step_bytes
 from .run_keys import KEYS, toml
+from .sequences import SequencePlan
 from .sharding import Shard
 from .shares import gathered_batch, medium
 from .tables import format_bytes, text_table
@@ -48,6 +50,8 @@ class Foretold:
         Of the step; 0 on one rank.
     imbalance : dict of str to float
         Of each phase as planned: largest load over mean; empty on one rank.
+    language : str
+        Who runs the language phase, and what it takes beside the other way; empty on one rank.
     """
 
     config: object
@@ -60,6 +64,7 @@ class Foretold:
     seconds: float
     rounds: int
     imbalance: dict
+    language: str
 
 
 def foretell(run):
@@ -92,13 +97,14 @@ def foretell(run):
     ranks, threads = run["ranks.n"], threads_of(run) or cores()
     flops = flops_of(config, batch, True, rows)
     peak = gemm_peak("cpu", run["model.dtype"], threads)
-    work, plans = flops / _SHARE, []
+    work, plans, words = flops / _SHARE, [], ""
     held = [_held(run, config, rows, rank) for rank in range(ranks)]
     shares = [[batch]]
     if ranks > 1:
         batch, cluster = _dealt_out(batch, ranks), one_node(ranks)
         rounds = _rounds(run, config, rows, batch, cluster, held)
         plans = [one.plan for one in rounds]
+        words = _language(plans, config, cluster)
         # Its costs are of a model that is trained whole, at the cluster's peak.
         work = sum(plan.time for plan in plans) * cluster.peak_flops * flops / flops_of(
             config, batch, True)
@@ -108,7 +114,20 @@ def foretell(run):
                     [{**own, **_step(run, config, rows, some)} for own, some in zip(held, shares)],
                     flops, peak, work / peak * max(1.0, ranks * threads / cores()), len(plans),
                     {name: evenness(plans, name)[1] for name in (*plans[0].phases, "llm")}
-                    if plans else {})
+                    if plans else {}, words)
+
+
+def _language(plans, config, cluster):
+    """Who runs the language phase, in words, and what groups save by the plan."""
+    groups = [plan.llm for plan in plans if isinstance(plan.llm, SequencePlan)]
+    if not groups:
+        return "whole samples on ranks"
+    costs = counted_costs(config, cluster, "auto")
+    alone_s = sum(language_s(planned(plan.batch, cluster, costs, {}), costs["llm"])
+                  for plan in plans)
+    share = sum(language_s(plan, costs["llm"]) for plan in plans) / alone_s
+    return (f"groups of {degrees_of(groups)} ranks by micro-batch, foretold to take "
+            f"{100 * share:.0f} % of the time of whole samples on ranks without a limit of tokens")
 
 
 def _model_config(run):
@@ -161,16 +180,18 @@ def _rounds(run, config, rows, batch, cluster, held):
     most = {"llm": run["ranks.tokens"], "vision": run["ranks.patches"]}
     limits = {name: value for name, value in most.items()
               if value is not None and name in ("llm", *media_of(config))}
-    costs, limit = counted_costs(config, cluster), run["ranks.memory_bytes"]
+    language, limit, cut = run["ranks.language"], run["ranks.memory_bytes"], None
+    if limit is not None:
+        cut = Rounds(config, rows, run["model.dtype"], cluster.n_gpus,
+                     max(sum(own.values()) for own in held), limit, run["training.checkpoint"],
+                     spread=run["ranks.experts"])
 
     def plan(batch):
-        return planned(batch, cluster, costs, limits)
+        return planned(batch, cluster, counted_costs(config, cluster, language), limits, language,
+                       None if cut is None or language == "balance" else cut.tokens)
     limited = [name for name in media_of(config) if name in limits]
-    if limit is None:
+    if cut is None:
         return fewest(found, sizes, plan, limited)
-    cut = Rounds(config, rows, run["model.dtype"], cluster.n_gpus,
-                 max(sum(own.values()) for own in held), limit, run["training.checkpoint"],
-                 spread=run["ranks.experts"])
     return cut.of(found, sizes, np.float32 if batch.pixels is None else batch.pixels.dtype, plan,
                   limited)
 
@@ -235,4 +256,5 @@ def explain(run):
         lines.append(f"Planned over ranks in {seen.rounds} round{'s' * (seen.rounds > 1)}, "
                      "largest load over mean: " + ", ".join(
             f"{name} {value:.3f}" for name, value in seen.imbalance.items()) + ".")
+        lines.append(f"Language phase: {seen.language}.")
     return "\n".join(lines)

@@ -5,22 +5,22 @@ from functools import partial
 
 import numpy as np
 
+from .choosing import LANGUAGE, counted_costs, group_cost, media_of, one_node, planned
 from .comm import Comm
 from .cost import Cluster, _count
 from .data.assets import DataError
 from .dispatch import Dispatcher
+from .group_metrics import labelled, seen_of
 from .inputs import Inputs
 from .model import Model
-from .model_cost import from_model
 from .passes import Ran
 from .rounds import Rounds, evenness, fewest, mean
 from .refit import Refit
+from .sequence_parallel import SequenceGroups
+from .sequence_phase import blocks_of, features_of, micro_batches
 from .sharding import Shard
-from .shares import (MEDIA, first_error, gathered, gathered_batch, medium, micro_batches,
-                     unpacked)
-from .step import plan_step
+from .shares import first_error, gathered, gathered_batch, medium, unpacked
 
-_WORK = 20_000  # search steps of each search: the same plan on every rank and in every run
 _MOST_REFUSED = 100  # global batches in a row of which nothing is left
 
 
@@ -32,8 +32,8 @@ class PreparedRound:
     ----------
     plan : StepPlan
         The same on all ranks.
-    micro : list of Inputs
-        Micro-batches of the language phase, without images and sounds.
+    micro : list of Part
+        Micro-batches of the language phase.
     items : dict of str to (array, int32[n, 3])
         Rows and sizes of what is encoded, by medium.
     """
@@ -73,14 +73,22 @@ class Orchestrator:
     model : Model
         The same on all ranks.
     comm : Comm
-    costs : dict of str to BatchCost, optional
-        By phase; by default counted from the configuration.
+    costs : dict of str to BatchCost or SequenceCost, optional
+        By phase; by default counted from the configuration.  Where groups may run the language
+        phase, ``"llm"`` is a :class:`SequenceCost`, whose degrees they have, or a BatchCost, beside
+        which exchanges are counted.
     cluster : Cluster, optional
         By default one node of the communicator's ranks.
+    language : {"balance", "sequence_parallel", "auto"}
+        Who runs the language phase: whole samples on ranks; groups of ranks that share the tokens
+        of their samples, other ones in every micro-batch (:func:`plan_sequences`); or, step by
+        step, whichever takes less time by the cost, but groups where a sequence is longer than
+        ``max_tokens``, or than the memory holds.  Where there is no plan with groups, samples are
+        balanced and a warning says why.
     max_tokens, max_patches, max_frames : int, optional
         Of a micro-batch on one rank in the language phase; of a round on one rank in the vision and
         audio phase.  What is longer has one to itself: an item a rank's, a sample a round, in which
-        its items are spread evenly.
+        its items are spread evenly; a sequence that is longer than a group holds the widest group.
     micro_batches : int
         Packs of the loader that make a global batch.
     memory_bytes : int, optional
@@ -94,8 +102,10 @@ class Orchestrator:
 
     Attributes
     ----------
-    costs : dict of str to BatchCost
+    costs : dict of str to BatchCost or SequenceCost
         That plans are made with.
+    language : str
+        As above.
     shard : Shard
         The model's, or a new one that keeps all of it on every rank.
 
@@ -144,7 +154,8 @@ class Orchestrator:
     """
 
     def __init__(self, model, comm, *, costs=None, cluster=None, max_tokens=None, max_patches=None,
-                 max_frames=None, micro_batches=1, memory_bytes=None, checkpoint="none", refit=0):
+                 max_frames=None, micro_batches=1, memory_bytes=None, checkpoint="none", refit=0,
+                 language="balance"):
         for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
@@ -152,6 +163,8 @@ class Orchestrator:
             raise TypeError(f"cluster must be a Cluster; got {type(cluster).__name__}")
         if not isinstance(costs, (dict, type(None))):
             raise TypeError(f"costs must be a dict; got {type(costs).__name__}")
+        if language not in LANGUAGE:
+            raise ValueError(f"language must be one of {', '.join(LANGUAGE)}; got {language!r}")
         limits = {"llm": _limit(max_tokens, "max_tokens"),
                   "vision": _limit(max_patches, "max_patches"),
                   "audio": _limit(max_frames, "max_frames")}
@@ -165,7 +178,10 @@ class Orchestrator:
         self.media = media_of(model.config)
         self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or one_node(comm.size)
-        self.costs = costs or counted_costs(model.config, self.cluster)
+        self.language, self._groups = language, SequenceGroups(comm)
+        self.costs = dict(costs or counted_costs(model.config, self.cluster))
+        if language != "balance" and "llm" in self.costs:
+            self.costs["llm"] = group_cost(self.costs["llm"], model.config, self.cluster)
         self._refit_every = _count("Orchestrator", "refit", refit, least=0)
         self._refit = Refit(self.costs) if self._refit_every else None
         self._made, self._coming = 0, [(0, self.costs)]  # batches begun; costs from one of them on
@@ -299,8 +315,7 @@ class Orchestrator:
                      for name, one in media.items()}
         items = {name: self._raw(round, name, media[name], ways, broken)
                  for name, sizes in round.sizes.items() if len(sizes)}
-        return PreparedRound(round.plan, micro_batches(inputs, round.batch, round.plan.llm, ways),
-                             items)
+        return PreparedRound(round.plan, micro_batches(inputs, round.plan, ways), items)
 
     def plan(self, batch, costs=None):
         """The plan of a global batch; every rank makes the same one.
@@ -308,14 +323,16 @@ class Orchestrator:
         Parameters
         ----------
         batch : Batch
-        costs : dict of str to BatchCost, optional
+        costs : dict of str to BatchCost or SequenceCost, optional
             By default :attr:`costs`.
 
         Returns
         -------
         StepPlan
         """
-        return planned(batch, self.cluster, costs or self.costs, self._limits)
+        alone = self.language == "balance" or self._rounds is None
+        return planned(batch, self.cluster, costs or self.costs, self._limits, self.language,
+                       None if alone else self._rounds.tokens)
 
     def _raw(self, round, name, held, ways, broken):
         """(rows, sizes) of the items that this rank encodes."""
@@ -351,7 +368,7 @@ class Orchestrator:
         """
         model, ran = self.model, prepared.ran
         self._sums_s, self._waited_s = [], self.shard.waited_s()
-        rounds = prepared.rounds
+        rounds = self._bound(prepared.rounds)
         if len(rounds) == 1:  # what is encoded for the counts serves the pass too
             given = self._features(rounds[0], checkpoint, ran)
             counts = balance.begin(ran.tokens, lambda: self._route(rounds[0], given))
@@ -364,14 +381,23 @@ class Orchestrator:
                        number == len(rounds))
         return ran
 
+    def _bound(self, rounds):
+        """Rounds whose parts have their groups' communicators, which are made where a plan is the
+        first that needs them."""
+        blocks = blocks_of(one.plan for one in rounds)
+        if any(block not in self._groups for block in blocks):
+            self._groups.open(blocks)
+        return [replace(one, micro=[part.bound(self._groups) for part in one.micro])
+                for one in rounds]
+
     def _pass(self, round, given, normalizer, counts, balance, checkpoint, ran, last):
         """Micro-batches of a round, and backwards of its encoders."""
-        model, parts = self.model, self._parts(round.micro, given)
-        slopes, left = [], len(parts) if last else -1
-        for micro, part in zip(round.micro, parts):
+        model, features = self.model, features_of(self.model.config, round.micro, given)
+        slopes, left = [], len(features) if last else -1
+        for micro, part in zip(round.micro, features):
             left -= 1
-            with ran.timed("llm"):
-                out = model.forward(micro, normalizer=normalizer, router_counts=counts,
+            with ran.micro_batch(micro, self._groups):
+                out = model.forward(micro.pack, normalizer=normalizer, router_counts=counts,
                                     checkpoint=checkpoint, **part)
                 ran.note(out)
                 balance.note(out)
@@ -390,27 +416,10 @@ class Orchestrator:
         return {name: self._encode(name, round, checkpoint, ran, training) for name in self.media
                 if name in round.items}
 
-    def _parts(self, micro, given):
-        """The features of each micro-batch, which come in the order of its tokens, as forward
-        takes them."""
-        config = self.model.config
-        tokens = {"vision": config.visual_tokens, "audio": config.sound_tokens}
-        first, parts = dict.fromkeys(given, 0), []
-        for pack in micro:
-            part = {}
-            for name, (features, extra) in given.items():
-                start = first[name]
-                first[name] = end = start + int(np.isin(pack.input_ids, tokens[name]).sum())
-                part["features" if name == "vision" else "sounds"] = features[start:end]
-                if extra is not None:
-                    part["extra"] = extra[:, start:end]
-            parts.append(part)
-        return parts
-
     def _route(self, round, given):
         """(counts, rows) of the routers in a round."""
-        seen = [self.model.route(pack, **part)
-                for pack, part in zip(round.micro, self._parts(round.micro, given))]
+        seen = [self.model.route(one.pack, **part) for one, part in zip(
+            round.micro, features_of(self.model.config, round.micro, given))]
         return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
 
     def _route_all(self, rounds, checkpoint, ran):
@@ -499,14 +508,16 @@ class Orchestrator:
 
         Returns
         -------
-        dict of str to float
+        dict of str to float or str
             ``rounds``; for every phase, over all rounds, largest load over mean: ``_sampled``,
             with every item where it was read, and ``_planned``, as the plan has it; ``_measured``:
             the same of what the ranks computed, and ``_seconds`` of the slowest rank.  Of transfers
             only the last.  ``plan_ms`` and ``plan_gap``: the plan's own time and its distance from
             the best possible; ``predicted_seconds``: its time.  Of a step that refits, by phase
             ``_cost_error`` and ``_cost_error_before``: how far what the new costs, and those
-            before, say is from what was measured (the median, a share of 1).
+            before, say is from what was measured (the median, a share of 1).  Where groups ran the
+            language phase ``sp_degrees``, a text: their degrees by micro-batch, such as 2+1+1; 4;
+            ``sp_time`` and ``sp_gap``: of their plan.
             ``exposed_comm_ms``: communication since :meth:`run` began that no computing hid.
 
         Notes
@@ -515,23 +526,26 @@ class Orchestrator:
         one waits for nobody, so that the least time of any rank is that of the communication, and
         the rest of the others' is waiting for slower ranks.  Transfers of features and sums are
         counted one by one, each at its least; of the gathers and sums of weights and gradients each
-        rank has the step's total, and the least of these counts, which may hold some waiting.
+        rank has the step's total, and the least of these counts, which may hold some waiting; of
+        exchanges in groups the least of each group's ranks, and the longest group of a micro-batch.
         """
         plans, row = ran.plans, {"rounds": len(ran.plans)}
         names = sorted(ran.busy)
         mine = np.array([[ran.busy[name], ran.seconds[name]] for name in names]).reshape(1, -1, 2)
         busy = self.comm.all_gather(mine, np.ones(self.size, np.int64))
+        seen = seen_of(plans, ran.groups, self.comm)
         for name, (work, passed) in zip(names, busy.transpose(1, 2, 0)):
             row[f"{name}_seconds"] = float(passed.max())
             if "->" not in name:
                 row[f"{name}_sampled"], row[f"{name}_planned"] = evenness(plans, name)
                 row[f"{name}_measured"] = float(work.max() / work.mean()) if work.any() else 1.0
             if self._refit is not None and name in self.costs:
-                self._refit.note(plans, name, work)
-        self._gather_events(ran, names)
+                self._refit.note(plans, name, work, seen)
+        self._gather_events(ran, names, seen.in_groups)
         if self._refit is not None and (ran.number + 1) % self._refit_every == 0:
             row |= self._refitted(ran.number)
-        return {**row, "exposed_comm_ms": 1e3 * self._exposed_s(ran),
+        return {**row, **seen.row(),
+                "exposed_comm_ms": 1e3 * (self._exposed_s(ran) + seen.exposed_s()),
                 "plan_ms": 1e3 * ran.prepared_seconds["plan"],
                 "plan_gap": mean([plan.gap for plan in plans], [plan.bound for plan in plans]),
                 "predicted_seconds": sum(plan.time for plan in plans)}
@@ -552,40 +566,18 @@ class Orchestrator:
                          + self._sums_s + [self.shard.waited_s() - self._waited_s]])
         return float(self.comm.all_gather(mine, np.ones(self.size, np.int64)).min(axis=0).sum())
 
-    def _gather_events(self, ran, names):
+    def _gather_events(self, ran, names, in_groups):
         """Keeps when every rank did what, for reports."""
-        mine = np.array([(names.index(name), start, end) for name, start, end in ran.events],
-                        np.float64).reshape(-1, 3)
+        runs = iter(ran.groups if in_groups else ())
+        blocks = [next(runs, (0, 0)) if name == "llm" else (0, 0) for name, _, _ in ran.events]
+        mine = np.array([(names.index(name), start, end, *block[:2])
+                         for (name, start, end), block in zip(ran.events, blocks)],
+                        np.float64).reshape(-1, 5)
         rows, ranks = gathered(self.comm, mine)
-        self.timeline = [[(names[int(name)], start, end) for name, start, end in rows[ranks == r]]
+        self.timeline = [[(labelled(names[int(name)], int(first), int(degree)), start, end)
+                          for name, start, end, first, degree in rows[ranks == r]]
                          for r in range(self.size)]
 
 
 def _limit(value, name):
     return value if value is None else _count("Orchestrator", name, value, least=1)
-
-
-def media_of(config):
-    """Phases before the language's."""
-    return [name for name in MEDIA if (config.audible if name == "audio" else bool(config.vision))]
-
-
-def one_node(ranks):
-    """A cluster of so many ranks, of which it matters only that all are alike."""
-    return Cluster(1, ranks, 1.0, 1e11, 1e10, 1e10)
-
-
-def counted_costs(config, cluster):
-    """Costs of the phases, counted from a ModelConfig."""
-    counted = from_model(config.values, cluster).costs
-    return {name: counted[name] for name in (*media_of(config), "llm")}
-
-
-def planned(batch, cluster, costs, limits):
-    """The plan of a batch; of ``limits`` by phase (tokens, patches, frames) a micro-batch has at
-    most so many, and what is longer one to itself."""
-    lengths = {"llm": batch.language_lengths,
-               **{name: items.length for name, items in batch.phases.items()}}
-    memory = {name: (cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
-              for name, most in limits.items()}
-    return plan_step(batch, cluster, costs, memory=memory, work_limit=_WORK, time_limit=None)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from .inputs import Inputs
+from .sequence_executor import GroupRun
 from .shares import label_weights
 
 
@@ -24,6 +25,8 @@ class Ran:
         By phase and transfer: what went by, and what the calling thread computed.
     events : list of (str, float, float)
         The same one after the other: name, start and end.
+    groups : list of GroupRun
+        With several ranks: what this one did in the language phase, by micro-batch.
     plans : list of StepPlan
         With several ranks: of the step's rounds.
     number : int
@@ -38,7 +41,7 @@ class Ran:
         self.patches = sum(pack.n_patches for pack in packs)
         self.flops = sum(map(model.flops, packs))
         self.seconds, self.busy, self.events = {}, {}, []
-        self.plans, self.prepared_seconds, self.number = [], {}, -1
+        self.groups, self.plans, self.prepared_seconds, self.number = [], [], {}, -1
 
     @contextmanager
     def timed(self, name):
@@ -52,6 +55,23 @@ class Ran:
             for total, now in ((self.seconds, end - start),
                                (self.busy, time.thread_time() - busy)):
                 total[name] = total.get(name, 0.0) + now
+
+    @contextmanager
+    def micro_batch(self, part, groups):
+        """Adds what happens inside to the language phase, as a micro-batch of it.
+
+        Parameters
+        ----------
+        part : Part
+        groups : SequenceGroups
+            That it exchanges in.
+        """
+        waited, busy = groups.counts()["waited_s"], self.busy.get("llm", 0.0)
+        with self.timed("llm"):
+            yield
+        self.groups.append(GroupRun(part.first, part.degree, part.pack.n_tokens,
+                                    *self.events[-1][1:], groups.counts()["waited_s"] - waited,
+                                    self.busy["llm"] - busy))
 
     def note(self, out):
         """Adds a micro-batch's output."""
@@ -143,4 +163,5 @@ def passes_of(model, config, comm):
         memory = max(1, memory - 4 * sum(int(np.prod(row[2])) for row in model._list if row[3]))
     return Orchestrator(model, comm, max_tokens=config.rank_tokens,
                         max_patches=config.rank_patches, micro_batches=config.micro_batches,
-                        memory_bytes=memory, checkpoint=config.checkpoint, refit=config.rank_refit)
+                        memory_bytes=memory, checkpoint=config.checkpoint, refit=config.rank_refit,
+                        language=config.rank_language)

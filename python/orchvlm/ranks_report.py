@@ -59,13 +59,20 @@ def imbalance_svg(rows, phase):
     return "".join(parts) + "</svg>"
 
 
+def _words(group):
+    """What a title says of a label such as 0+2."""
+    first, _, degree = group.partition("+")
+    return f", group of {degree} from rank {first} on" if degree else ""
+
+
 def timeline_svg(timeline):
     """One step over the ranks, a row for each.
 
     Parameters
     ----------
     timeline : list of list of (str, float, float)
-        By rank: phase or transfer, start and end in seconds.
+        By rank: phase or transfer, start and end in seconds; a phase that a group ran has its first
+        rank and degree behind it: ``llm 0+2``.
 
     Returns
     -------
@@ -83,10 +90,14 @@ def timeline_svg(timeline):
         y = 22 + _ROW * rank
         parts.append(f'<text x="56" y="{y + 14}" text-anchor="end">rank {rank}</text>')
         for name, begun, ended in row:
-            title = html.escape(f"{name}: {1e3 * (ended - begun):.1f} ms")
-            parts.append(f'<rect x="{64 + scale * (begun - start):.1f}" y="{y}" '
-                         f'width="{max(0.5, scale * (ended - begun)):.1f}" height="{_ROW - 6}" '
-                         f'fill="{_COLOURS.get(name, _TRANSFER)}"><title>{title}</title></rect>')
+            phase, _, group = name.partition(" ")
+            title = html.escape(f"{phase}{_words(group)}: {1e3 * (ended - begun):.1f} ms")
+            x, long = 64 + scale * (begun - start), max(0.5, scale * (ended - begun))
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{long:.1f}" height="{_ROW - 6}" '
+                         f'fill="{_COLOURS.get(phase, _TRANSFER)}"><title>{title}</title></rect>')
+            if group and long > 8 * len(group):
+                parts.append(f'<text x="{x + long / 2:.1f}" y="{y + 14}" text-anchor="middle" '
+                             f'style="fill:#fff;pointer-events:none">{html.escape(group)}</text>')
     x = 64
     for name, colour in (*_COLOURS.items(), ("transfer, and waiting for it", _TRANSFER)):
         parts.append(f'<rect x="{x}" y="4" width="10" height="10" fill="{colour}"/>'
@@ -143,5 +154,7 @@ def ranks_section(rows, timeline):
              "computed.</p><div class=curves>", *(imbalance_svg(rows, name) for name in phases),
              "</div>"]
     if timeline:
-        parts += ["<p class=small>The last step:</p>", timeline_svg(timeline)]
+        groups = any(" " in name for rank in timeline for name, *_ in rank)
+        words = " 0+2 is a group of two ranks, from rank 0 on, in one micro-batch." * groups
+        parts += [f"<p class=small>The last step:{words}</p>", timeline_svg(timeline)]
     return parts

@@ -83,10 +83,16 @@ TASKS = {"kinds": ["colour", "shape", "count", "describe"], "difficulty": 0.1, "
 _STARTS = {"tiny": {"lr": 5e-4, "tokens": 2048, "minutes": 10.0},
            "tiny-moe": {"lr": 1e-3, "tokens": 2048, "minutes": 10.0},
            "tiny-omni": {"lr": 7e-4, "tokens": 1024, "minutes": 10.0},
+           "long": {"lr": 1e-3, "tokens": 8192, "minutes": 5.0},
            "small": {"lr": 6e-4, "tokens": 4096, "minutes": 120.0}}
+#: What else a preset says by default: pictures, frames and texts of very different lengths, over
+#: ranks of which groups take the long ones.
+PRESET_KEYS = {"long": {
+    "data.kinds": ["album", "frames", "story"], "data.difficulty": 0.5, "ranks.n": 4,
+    "ranks.language": "auto", "ranks.tokens": 2560, "evaluation.samples": 20}}
 #: Deviation of the first weights: about 1 / sqrt(width), with which small models learn sooner than
 #: with the 0.02 of large ones.
-FIRST_STD = {"tiny": 0.06, "tiny-moe": 0.06, "tiny-omni": 0.06, "small": 0.04}
+FIRST_STD = {"tiny": 0.06, "long": 0.08, "tiny-moe": 0.06, "tiny-omni": 0.06, "small": 0.04}
 _OTHERS = {"lr": 1e-4, "tokens": 4096, "minutes": 60.0}
 
 

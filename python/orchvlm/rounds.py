@@ -1,14 +1,19 @@
 """A global batch in rounds, so that what each rank holds at a time fits into its memory."""
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
 
-from .arenas import numbers, of_model
+from .arenas import SIZES, numbers, of_model
 from .policies import squares_of
+from .sequence_phase import groups_of, loads_of
+from .sequences import SequencePlan
 from .sharding import Shard
 from .tables import format_bytes
 
+_LONGEST = 1 << 24  # tokens
 _MEDIA = "grid_thw", "mel_lengths"  # sizes of what each encoder is given
 
 
@@ -48,11 +53,12 @@ def share_of(round, rank, pixels=None):
     -------
     SimpleNamespace
     """
-    plan, lengths = round.plan, round.batch.language_lengths
-    packs = [lengths[(plan.llm.rank == rank) & (plan.llm.micro_batch == m)]
-             for m in range(plan.llm.micro_batches)]
-    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum)]), grid_thw=None,
-                            mel_lengths=None, pixels=pixels)
+    plan = round.plan
+    held = [_held(plan, groups, rank) for groups in groups_of(plan)]
+    packs = [lengths for lengths, _ in held]
+    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum, default=[])]),
+                            grid_thw=None, mel_lengths=None, pixels=pixels,
+                            groups={group for _, group in held if group[1] > 1})
     for name, phase in plan.phases.items():
         mine = round.sizes[name][phase.rank == rank, :3]
         if name == "vision":
@@ -60,6 +66,55 @@ def share_of(round, rank, pixels=None):
         else:
             share.mel_lengths = mine[:, 0]
     return share
+
+
+def _held(plan, groups, rank):
+    """Lengths of what a rank runs of a micro-batch, of a shard its tokens as one sequence; and its
+    group's tokens and degree."""
+    for first, degree, samples in groups:
+        if first <= rank < first + degree:
+            lengths = plan.batch.language_lengths[samples]
+            tokens = int(lengths.sum())
+            return lengths if degree == 1 else [-(-tokens // degree)], (tokens, degree)
+    return [], (0, 0)
+
+
+def exchanged_bytes(config, tokens, degree, dtype, checkpoint):
+    """What a shard takes besides its own tokens' arenas, at most: queries, keys, values and outputs
+    of the group's tokens for this rank's heads, their slopes, and what is packed to be sent.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    tokens, degree : int
+        Of the group.
+    dtype, checkpoint : str
+
+    Returns
+    -------
+    (int, int)
+        Activations, workspace.
+    """
+    text, size = config.text, SIZES[dtype]
+    heads, kv_heads, width = (text[name] for name in (
+        "num_attention_heads", "num_key_value_heads", "head_dim"))
+    cut = heads * np.arange(degree + 1) // degree
+    own_kv = -(-cut[1:] * kv_heads // heads) - cut[:-1] * kv_heads // heads
+    own = int((np.diff(cut) + own_kv).max())  # of queries, and of keys
+    kept = tokens * (2 * own * width * size + 4 * own) + 256
+    rows = -(-tokens // degree)
+    blocks = rows * width * (heads + 2 * int(own_kv.sum())) * size
+    passing = rows * width * (heads + 2 * kv_heads) * size
+    work = 2 * tokens * own * width * size + max(blocks, passing) + 256
+    if checkpoint == "full":
+        return 0, work + kept
+    return text["num_hidden_layers"] * kept, work
+
+
+def most_exchanged(config, groups, dtype, checkpoint):
+    """The same of several groups: [most activations, most workspace]."""
+    return np.max([(0, 0), *(exchanged_bytes(config, *group, dtype, checkpoint)
+                             for group in groups)], axis=0).tolist()
 
 
 def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None,
@@ -94,7 +149,7 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
     def ran(share, training=True):
         return of_model(config, share, rows, dtype, training,
                         checkpoint if training else "none", chunk, spread)
-    several = len(shares) > 1
+    several, groups = len(shares) > 1, {g for share in shares for g in getattr(share, "groups", ())}
     heavy = extremes([[numbers(config, share, chunk)] for share in shares])
     shares = [shares[i] for i in heavy]
     whole = [ran(share) for share in shares]
@@ -106,7 +161,9 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
         activations = sum(max(part[name] for part in parts) for name in parts[0])
     if counts and config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
         whole += [ran(_with(share) if encoded else share, False) for share in shares]
-    return {"activations": activations, "workspace": max(one["workspace"] for one in whole)}
+    kept, work = most_exchanged(config, groups, dtype, checkpoint)
+    return {"activations": activations + kept,
+            "workspace": max(one["workspace"] for one in whole) + work}
 
 
 def extremes(sets):
@@ -219,6 +276,20 @@ class Rounds:
         return cls(model.config, model._core.parameters(), model.dtype, ranks, held, memory_bytes,
                    checkpoint, model.moe_chunk_rows, shard.experts)
 
+    @cached_property
+    def tokens(self):
+        """int : of text, that a rank holds of the widest group's."""
+        degree = min(self._ranks, self._config.text["num_attention_heads"])
+
+        def fits(tokens):
+            share = SimpleNamespace(cu_seqlens=np.array([0, tokens]), grid_thw=None,
+                                    mel_lengths=None, pixels=None,
+                                    groups={(tokens * degree, degree)} if degree > 1 else ())
+            return sum(step_bytes(self._config, [share], self._rows, self._dtype,
+                                  self._checkpoint, counts=True,
+                                  chunk=self._chunk).values()) <= self._room
+        return max(1, bisect_left(range(_LONGEST), True, key=lambda n: not fits(n)) - 1)
+
     def bytes(self, rounds, dtype):
         """Activations and workspace, on the rank that takes most.
 
@@ -235,8 +306,9 @@ class Rounds:
         """
         pixels = np.zeros(0, dtype)
         shares = [[share_of(one, rank, pixels) for one in rounds] for rank in range(self._ranks)]
-        heavy = extremes([[numbers(self._config, share, self._chunk) for share in some]
-                          for some in shares])
+        heavy = extremes([[[*numbers(self._config, share, self._chunk), *most_exchanged(
+            self._config, share.groups, self._dtype, self._checkpoint)] for share in some]
+            for some in shares])
         return max(sum(step_bytes(
             self._config, shares[rank], self._rows, self._dtype, self._checkpoint, counts=True,
             encoded=len(rounds) == 1, chunk=self._chunk, spread=self._spread).values())
@@ -343,10 +415,17 @@ def evenness(plans, name):
     -------
     sampled, planned : float
     """
-    phases = [phase_of(plan, name) for plan in plans]
-    work_s = [phase.loads.mean() for phase in phases]
-    return (mean([phase.sampled_imbalance for phase in phases], work_s),
-            mean([phase.imbalance for phase in phases], work_s))
+    rows = [_evenness(phase_of(plan, name), plan) for plan in plans]
+    return tuple(mean([row[i] for row in rows], [row[2] for row in rows]) for i in range(2))
+
+
+def _evenness(phase, plan):
+    """(as sampled, as planned, seconds of the mean load) of one plan's phase."""
+    if not isinstance(phase, SequencePlan):
+        return phase.sampled_imbalance, phase.imbalance, phase.loads.mean()
+    sampled, loads = loads_of(plan)
+    return *(float(one.max() / one.mean()) if one.any() else 1.0
+             for one in (sampled, loads)), loads.mean()
 
 
 def mean(values, weights):

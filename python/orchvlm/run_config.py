@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ._files import write_whole
-from .recipes import FIRST_STD, TASKS, starting_point
+from .recipes import FIRST_STD, PRESET_KEYS, TASKS, starting_point
 from .run_keys import BY_NAME, KEYS, SECTIONS, toml, tomllib
 from .training import TrainingConfig
 
@@ -193,6 +193,10 @@ class RunConfig:
         self._default("training.lr", start["lr"], by)
         self._default("data.tokens", start["tokens"], by)
         self._default("training.min_lr", self["training.lr"] / 50)
+        for name, value in PRESET_KEYS.get(preset, {}).items():
+            drawn = name.startswith("data.") and self["data.files"]
+            if self.origins[name] == "default" and not drawn:
+                self.values[name], self.origins[name] = copy.copy(value), by
         if preset:
             self._default("model.std", FIRST_STD.get(preset, 0.02), by)
         if not self["data.files"]:

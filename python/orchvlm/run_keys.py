@@ -3,6 +3,7 @@ refusals, explanations and the reference are made."""
 from dataclasses import fields
 from typing import NamedTuple
 
+from .choosing import LANGUAGE
 from .configs import PRESETS
 from .data.tasks import LARGE, SMALL
 from .recipes import TASKS
@@ -205,8 +206,9 @@ KEYS = (
     Key("data.files", _TEXTS, ".jsonl, .json, .tar or .zip files, or folders of them (but .json), "
         "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
     Key("data.kinds", _TEXTS, "of drawn tasks: read, colour, shape, describe, count, point, box, "
-        "chart, puzzle, screen; of packs in a .zip: captions, emoji, screens, nlvr, nlvr_captions, "
-        "digits", None, toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
+        "chart, puzzle, screen, and, of very different lengths, album, frames, story; of packs in "
+        "a .zip: captions, emoji, screens, nlvr, nlvr_captions, digits", None,
+        toml(TASKS["kinds"]) + " of drawn tasks; of a .zip its first pack",
         "--kinds"),
     Key("data.difficulty", _SHARE, "of drawn tasks, 0 .. 1", None, str(TASKS["difficulty"]),
         "--difficulty"),
@@ -262,6 +264,9 @@ KEYS = (
            "taken in several rounds", "no limit", "", "rank_patches"),
     _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "
            "in as many rounds as that needs", "no limit", "", "rank_memory_bytes"),
+    _field("ranks.language", _choice(*LANGUAGE), "who runs the language phase: whole samples on "
+           "ranks, groups of ranks that share long samples, or step by step what is foretold to "
+           "be faster", "", "", "rank_language"),
     _field("ranks.refit", _COUNT, "steps from one fit of the plan's costs to what phases took to "
            "the next; 0: never", "", "", "rank_refit"),
     Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",

@@ -29,6 +29,8 @@ class GroupRun(NamedTuple):
         On the clock of ``time.perf_counter``.
     waited_s : float
         Of that in exchanges, waiting for slower ranks of the group included.
+    busy_s : float
+        Of that, what the calling thread computed.
     """
 
     first_gpu: int
@@ -37,6 +39,7 @@ class GroupRun(NamedTuple):
     start_s: float
     end_s: float
     waited_s: float
+    busy_s: float
 
 
 class SequenceRun(NamedTuple):
@@ -171,14 +174,16 @@ class SequenceExecutor:
         loss = aux = targets = 0
         ran = []
         for number, (group, part) in enumerate(parts, 1):
-            waited, start = self.groups.counts()["waited_s"], time.perf_counter()
+            waited, busy = self.groups.counts()["waited_s"], time.thread_time()
+            start = time.perf_counter()
             out = self.model.forward(part, normalizer, router_counts, checkpoint=checkpoint)
             if last and number == len(parts) and self.model.shard is not None:
                 self.model.shard.last_backward()
             self.model.backward()
             loss, aux, targets = loss + out.loss, aux + out.aux_loss, targets + out.n_target_tokens
             ran.append(GroupRun(*group, part.n_tokens, start, time.perf_counter(),
-                                self.groups.counts()["waited_s"] - waited))
+                                self.groups.counts()["waited_s"] - waited,
+                                time.thread_time() - busy))
         sent = self.groups.counts()["sent_bytes"] - before
         return SequenceRun(float(loss), float(aux), int(targets), sent, ran)
 

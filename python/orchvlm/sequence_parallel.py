@@ -291,6 +291,9 @@ class SequenceGroups:
         for i, block in enumerate(apart):
             self._groups[block] = SequenceGroup(part) if own == [i] else None
 
+    def __contains__(self, block):
+        return block in self._groups
+
     def __getitem__(self, block):
         if block not in self._groups:
             raise KeyError(f"the group {block} was not opened: all ranks call open() with it "

@@ -5,13 +5,11 @@ import numpy as np
 
 from .batch import Batch, Items
 from .data.assets import DataError
-from .inputs import IGNORED, Inputs
-from .routes import Route
+from .inputs import IGNORED
 from .sounds import sound_tokens
 
 MEDIA = ("vision", "audio")
 
-_COLUMNS = 6  # of a token that travels: id, label, weight, three positions
 _TOLD = 400   # bytes of a message
 
 
@@ -282,55 +280,3 @@ def first_error(broken, batch, comm):
     kind, *text = min((told[ranks == rank].tolist() for rank in np.unique(ranks)),
                       key=lambda one: one[0])
     return (DataError if kind else ValueError)(bytes(text).decode(errors="replace"))
-
-
-def micro_batches(inputs, batch, share, ways):
-    """This rank's samples of the language phase, in micro-batches.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The samples that this rank read.
-    batch : Batch
-        The global one.
-    share : Share
-        Of its language phase.
-    ways : Dispatcher
-
-    Returns
-    -------
-    list of Inputs
-        Without images and sounds.
-    """
-    lengths = batch.language_lengths
-    order = np.lexsort((np.arange(len(batch)), share.micro_batch, share.rank))
-    order = order[lengths[order] > 0]
-    held = np.flatnonzero(lengths > 0)  # samples are in the order of their sources
-    send_row = np.zeros(len(batch), np.int64)
-    send_row[held] = _first_rows(lengths[held], batch.source_rank[held])
-    route = Route(order, np.zeros(len(order), np.int64), lengths[order],
-                  batch.source_rank[order], share.rank[order], send_row[order],
-                  _first_rows(lengths[order], share.rank[order]), ways.comm.size)
-    table = np.empty((inputs.n_tokens, _COLUMNS), np.int32)
-    table[:, 0], table[:, 1] = inputs.input_ids, inputs.labels
-    table[:, 2] = label_weights(inputs).view(np.int32)
-    table[:, 3:] = inputs.position_ids.T.view(np.int32)
-    arrived = ways.prepare(route).apply(table)
-    mine = order[share.rank[order] == ways.comm.rank]
-    packs, first = [], 0
-    for m in range(share.micro_batches):
-        ends = np.cumsum([0, *lengths[mine[share.micro_batch[mine] == m]]])
-        rows = arrived[first:first + ends[-1]]
-        first += ends[-1]
-        packs.append(Inputs(
-            input_ids=rows[:, 0], cu_seqlens=ends, labels=rows[:, 1],
-            weights=np.ascontiguousarray(rows[:, 2]).view(np.float32),
-            position_ids=np.ascontiguousarray(rows[:, 3:].T).view(np.float32)))
-    return packs
-
-
-def _first_rows(lengths, ranks):
-    """First row of each piece on its rank, where pieces are in the order of their ranks."""
-    first = np.cumsum(lengths) - lengths
-    new = np.flatnonzero(np.diff(ranks, prepend=-1))
-    return first - np.repeat(first[new], np.diff(np.append(new, len(ranks))))

@@ -466,7 +466,8 @@ def plan_step(batch, cluster, costs, *, memory=None, llm="balance", relabel="min
         same number on all ranks.
     llm : {"balance", "sequence_parallel"}
         Whole samples on ranks, or groups of ranks per micro-batch (:func:`plan_sequences`), which
-        splits samples over the shards of a group: d equal parts of the packed axis.
+        splits samples over the shards of a group: d nearly equal parts of the packed axis, cut as
+        :meth:`SequenceGroup.cut` says.
     relabel : {"minmax", "sum", None}
         What naming the mini-batches minimises: the largest of any rank's bytes between nodes
         (sent, or received), or all bytes between nodes.

@@ -12,6 +12,7 @@ from ._files import write_whole
 from ._numbers import finite_number
 from .ahead import Ahead
 from .averaging import EMA, averaged
+from .choosing import LANGUAGE
 from .endings import Endings, held_back
 from .model import Model
 from .nonfinite import LOG, NonFiniteError, Skipped, step_files
@@ -63,6 +64,8 @@ class TrainingConfig:
         the samples of a step are taken in as many rounds as that needs (:class:`Orchestrator`).
     rank_refit : int
         With several ranks: ``refit`` of :class:`Orchestrator`.
+    rank_language : {"balance", "sequence_parallel", "auto"}
+        With several ranks: ``language`` of :class:`Orchestrator`.
     shard : {"ddp", "zero1", "fsdp", "hybrid"} or dict
         With several ranks: who keeps what, as ``mode`` of :class:`Shard`.
     node_size : int, optional
@@ -119,6 +122,7 @@ class TrainingConfig:
     rank_patches: int = None
     rank_memory_bytes: int = None
     rank_refit: int = 0
+    rank_language: str = "balance"
     shard: object = "ddp"
     node_size: int = None
     rank_experts: int = 1
@@ -140,6 +144,9 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a whole number >= {least}; got {value!r}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes must be positive and finite; got {self.minutes!r}")
+        if self.rank_language not in LANGUAGE:
+            raise ValueError(f"rank_language must be one of {', '.join(LANGUAGE)}; got "
+                             f"{self.rank_language!r}")
         if self.aux not in MODES:
             raise ValueError(f"aux must be one of {', '.join(MODES)}; got {self.aux!r}")
         finite_number(self.bias_rate, "bias_rate", 0)

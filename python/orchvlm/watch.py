@@ -181,7 +181,7 @@ def tell(callbacks, row):
 
 def write_row(log, row):
     """A line of metrics, to a file of bytes; what is no number is null."""
-    log.write((json.dumps({key: value if math.isfinite(value) else None
+    log.write((json.dumps({key: value if isinstance(value, str) or math.isfinite(value) else None
                            for key, value in row.items()}) + "\n").encode())
 
 

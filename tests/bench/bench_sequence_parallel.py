@@ -1,6 +1,7 @@
 """Sequence-parallel groups: the bytes of a step, what changing groups costs, busy time beside plan.
 
-    python tests/bench/bench_sequence_parallel.py [bytes] [switch] [busy] [--steps 4] [--ranks 4]
+    python tests/bench/bench_sequence_parallel.py [bytes] [switch] [busy] [train] [--steps 4]
+                                                  [--ranks 4]
 
 Ranks are processes with one thread each, more than there are cores, so work is measured by the
 processor time of each rank's thread: waiting for others takes none.  The model is ``tiny`` with 8
@@ -12,6 +13,8 @@ switch    the same plan again and again: opening groups in the first step and la
 busy      a SequenceCost fitted to some steps, then busy time per group beside the plans of later
           steps: the largest of the group's ranks, copies of exchanges included, as in the plan;
           medians of three runs of each.
+train     steps of ``orchvlm train --preset long``: processor time of the language phase with whole
+          samples on ranks and with groups, and what the plans foretold.
 """
 import argparse
 import copy
@@ -25,6 +28,10 @@ import numpy as np
 import orchvlm
 from bench_orchestrator import table
 from instances import lognormal_lengths
+from orchvlm.building import loader_of, processor_of
+from orchvlm.choosing import language_s
+from orchvlm.group_metrics import degrees_of
+from orchvlm.routing import Balance
 from orchvlm.sequence_executor import exchange_bytes
 
 HEADS, LONGEST = 8, 900
@@ -237,9 +244,54 @@ def busy_time(options):
            "within 10 %"], rows)
 
 
+# ---------------------------------------------------------------- steps of a run
+
+def steps_of(comm, language, steps):
+    """Of each step of a rank: busy seconds by micro-batch, the plan's seconds, degrees."""
+    told = orchvlm.RunConfig({"model": {"preset": "long"}})
+    model = orchvlm.Model.from_config(orchvlm.preset("long"), seed=0, threads=1)
+    loader = loader_of(told, processor_of(told, model.config), comm)
+    ranks = orchvlm.Orchestrator(model, comm, language=language, max_tokens=told["ranks.tokens"])
+    rows = []
+    for _ in range(steps + 1):
+        prepared = ranks.make(loader)
+        model.zero_grad()
+        ran = ranks.run(prepared, Balance(model, "exact", 0.0, ranks.total))
+        ranks.reduce_gradients()
+        plan = ran.plans[0]
+        degrees = degrees_of([plan.llm]) if isinstance(
+            plan.llm, orchvlm.SequencePlan) else "whole samples"
+        rows.append(([run.busy_s for run in ran.groups], language_s(plan, ranks.costs["llm"]),
+                     degrees))
+    return rows[1:]  # memory is new in the first step
+
+
+def slowest(busy, degrees):
+    """Seconds of a step from busy[rank, micro-batch]: groups wait for each other in each of them,
+    ranks with whole samples only at the end."""
+    return busy.sum(1).max() if degrees == "whole samples" else busy.max(0).sum()
+
+
+def train(options):
+    found, rows = {}, []
+    for language in ("balance", "sequence_parallel", "auto"):
+        ranks = orchvlm.comm.run_processes(options.ranks, steps_of, language, options.steps)
+        found[language] = [(slowest(np.array([one[0] for one in step]), step[0][2]), *step[0][1:])
+                           for step in zip(*ranks)]
+    base_s, base_plan = (sum(step[i] for step in found["balance"]) for i in range(2))
+    for language, steps in found.items():
+        took, plan = (sum(step[i] for step in steps) for i in range(2))
+        shapes = Counter(step[2] for step in steps)
+        rows.append([language, f"{took:.2f}", f"{took / base_s:.2f}", f"{plan / base_plan:.2f}",
+                     ", ".join(f"{shape} ({n})" for shape, n in shapes.most_common(4))])
+    print(f"{options.steps} steps on {options.ranks} ranks; busy time of the language phase\n")
+    table(["language", "slowest rank, s", "of whole samples", "by the plans", "groups (steps)"],
+          rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ways = {"bytes": count_bytes, "switch": switch, "busy": busy_time}
+    ways = {"bytes": count_bytes, "switch": switch, "busy": busy_time, "train": train}
     parser.add_argument("what", nargs="*", metavar="WAY", help=", ".join(ways))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=4)

@@ -4,6 +4,7 @@ Under a launcher, draws run over its ranks; alone, over threads, as many as one 
 
     mpirun -n 4 --oversubscribe python tests/py/rank_cases.py 10 SEED
     python tests/py/rank_cases.py 10000
+    python tests/py/rank_cases.py 10000 SEED groups
 """
 import gc
 import hashlib
@@ -14,7 +15,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 import orchvlm
-from model_cases import draw_config, draw_seed_config, fill, grads_of
+from model_cases import FIRST_TEXT, draw_config, draw_seed_config, fill, grads_of
 from omni_cases import draw_any, draw_omni_config, pack_any
 from orchvlm.orchestrator import Orchestrator
 from orchvlm.passes import OneRank
@@ -38,19 +39,97 @@ class RandomPlans(Orchestrator):
 
     def plan(self, batch, costs=None):
         rng = np.random.default_rng(self.seed)
-        decisions = []
-        for n in (*(len(items) for items in batch.phases.values()), len(batch)):
-            most = int(rng.integers(1, 4))
-            micro = rng.integers(0, most, n)
-            used, micro = np.unique(micro, return_inverse=True)  # none of them empty everywhere
-            ranks = rng.integers(0, self.size, n) if rng.random() < 0.8 else np.full(
-                n, rng.integers(0, self.size))
-            decisions.append((ranks.astype(np.int64), micro.astype(np.int64).reshape(-1),
-                              max(1, len(used)), 0.0))
+        decisions = [self.share(rng, n) for n in (
+            *(len(items) for items in batch.phases.values()), len(batch))]
         options = {"relabel": None, "slack": None, "compose": True, "pad_to": 1, "seed": 0}
         routes = 1 + 2 * len(batch.phases)
         return StepPlan._restore((batch, self.cluster, self.costs, {}), options, tuple(decisions),
                                  None, [(0.0,) * 5] * routes, [], False)
+
+
+    def share(self, rng, n):
+        """Ranks and micro-batches of a phase's items."""
+        micro = rng.integers(0, int(rng.integers(1, 4)), n)
+        used, micro = np.unique(micro, return_inverse=True)  # none of them empty everywhere
+        ranks = rng.integers(0, self.size, n) if rng.random() < 0.8 else np.full(
+            n, rng.integers(0, self.size))
+        return (ranks.astype(np.int64), micro.astype(np.int64).reshape(-1), max(1, len(used)), 0.0)
+
+
+class RandomGroups(RandomPlans):
+    """Every item on a random rank, and every sample in a random group of a random micro-batch, of
+    any degree that the heads allow."""
+
+    def plan(self, batch, costs=None):
+        rng = np.random.default_rng([*self.seed, len(batch)])
+        heads = self.model.config.text["num_attention_heads"]
+        degrees = range(1, min(self.size, heads) + 1)
+        cost = orchvlm.SequenceCost(1e-6, 1e-3, comm={d: 1e-4 * (d > 1) for d in degrees},
+                                    heads=heads)
+        decisions = [self.share(rng, len(items)) for items in batch.phases.values()]
+        decisions.append((np.zeros(0, np.int64), np.zeros(0, np.int64), 1, 0.0))
+        options = {"relabel": None, "slack": None, "compose": True, "pad_to": 1, "seed": 0}
+        routes = 1 + 2 * len(batch.phases)
+        return StepPlan._restore(
+            (batch, self.cluster, {**self.costs, "llm": cost}, {}), options, tuple(decisions),
+            random_groups(rng, batch.language_lengths, self.size, cost),
+            [(0.0,) * 5] * routes, [], False)
+
+
+def blocks(rng, n_ranks, degrees):
+    """Random groups side by side, some ranks in none: [(first, degree)]"""
+    aligned = degrees[-1] <= 2  # of other degrees not every one divides the next
+    found, first = [], 0
+    while first < n_ranks:
+        d = int(rng.choice([d for d in degrees if d <= n_ranks - first
+                            and (first % d == 0 or not aligned)]))
+        if rng.random() < 0.85:
+            found.append((first, d))
+        first += d
+    return found or [(0, degrees[-1])]
+
+
+def random_groups(rng, lengths, n_ranks, cost):
+    """Fields of a sequence plan: samples in random groups, micro-batch after micro-batch, the
+    longest first."""
+    micros = []
+    for some in np.array_split(rng.permutation(len(lengths)), rng.integers(1, 4)):
+        groups = blocks(rng, n_ranks, list(cost.comm))
+        owner = rng.integers(0, len(groups), len(some))
+        made = [(d, first, some[owner == g], cost(lengths[some[owner == g]], d))
+                for g, (first, d) in enumerate(groups) if (owner == g).any()]
+        if made:
+            micros.append(sorted(made, key=lambda group: -group[0]))
+    micros.sort(key=lambda groups: -max(group[3] for group in groups))
+    flat = [group for groups in micros for group in groups]
+    column = [np.array([group[k] for group in flat], np.int64) for k in (0, 1)]
+    starts = [np.cumsum([0, *map(len, parts)]) for parts in (micros, [g[2] for g in flat])]
+    items = np.concatenate([np.zeros(0, np.int64), *(group[2] for group in flat)])
+    times = np.array([group[3] for group in flat], np.float64)
+    whole = float(sum(max(group[3] for group in groups) for groups in micros))
+    return starts[0], *column, starts[1], items, times, whole, 0.0, 0, False, 0
+
+
+def only_text(inputs):
+    """The same without images and sounds."""
+    ids = np.where(inputs.input_ids < FIRST_TEXT + 2, FIRST_TEXT + 2, inputs.input_ids)
+    return orchvlm.Inputs(input_ids=ids, cu_seqlens=inputs.cu_seqlens, labels=inputs.labels,
+                          position_ids=inputs.position_ids, weights=inputs.weights)
+
+
+def more_heads(rng, config, degree):
+    """A model with at least so many heads, few of them for keys or many."""
+    kv = int(rng.integers(1, degree + 2))
+    share = -(-degree // kv) + int(rng.integers(0, 2))
+    config["text_config"] |= {"num_key_value_heads": kv, "num_attention_heads": kv * share}
+
+
+def draw_group_case(seed, family, ranks):
+    """A case whose model has as many heads as there are ranks, or fewer; of text alone in some."""
+    config, samples = draw_case(seed, family)
+    rng = np.random.default_rng([*seed, 3])
+    more_heads(rng, config, int(rng.integers(2, max(2, ranks) + 1)))
+    return config, [only_text(one) for one in samples] if rng.random() < 0.25 else samples
 
 
 def draw_case(seed, family):
@@ -144,7 +223,9 @@ def law(comm, seed, family, make=RandomPlans):
     backward, how weights are kept, how many ranks share the experts, and how many of their rows
     come at a time.
     """
-    config, samples = draw_case(seed, family)
+    groups = issubclass(make, RandomGroups)
+    config, samples = draw_group_case(seed, family, comm.size) if groups else draw_case(
+        seed, family)
     rng = np.random.default_rng([*seed, comm.size])
     holder = rng.integers(0, comm.size, len(samples)) if rng.random() < 0.7 else np.full(
         len(samples), rng.integers(0, comm.size))
@@ -174,25 +255,26 @@ def law(comm, seed, family, make=RandomPlans):
                              f"{mode}, experts over {experts}: {error}") from error
 
 
-def laws(comm, seed, draws):
+def laws(comm, seed, draws, make=RandomPlans):
     """So many draws of every family."""
     for draw in range(draws):
         for family in FAMILIES:
-            law(comm, [seed, draw], family)
+            law(comm, [seed, draw], family, make)
 
 
-def main(draws, seed=None):
+def main(draws, seed=None, kind="balance"):
     draws, seed = int(draws), secrets.randbits(32) if seed is None else int(seed)
+    make = {"balance": RandomPlans, "groups": RandomGroups}[kind]
     with orchvlm.comm.init() as comm:
         if comm.size > 1:
-            laws(comm, seed, draws)
+            laws(comm, seed, draws, make)
             print(f"rank {comm.rank} of {comm.size} over {comm.engine}: fine", flush=True)
             return
     print("seed", seed)
     for draw in range(draws):
         family = list(FAMILIES)[draw % len(FAMILIES)]
         n = (1, 2, 3, 4, 8)[draw // len(FAMILIES) % 5]
-        orchvlm.comm.run_threads(n, law, [seed, draw], family)
+        orchvlm.comm.run_threads(n, law, [seed, draw], family, make)
         if (draw + 1) % 100 == 0:
             gc.collect()  # a model and its shard hold each other
             print(f"{draw + 1} draws", flush=True)

@@ -73,6 +73,41 @@ def test_sizes_have_long_tails():
     assert np.median(lengths) <= 3 and lengths.max() >= 12
 
 
+def test_long_kinds_have_long_tails_and_answer_themselves():
+    """Pictures and words of most are few, of some many; the answers are of what is there."""
+    print("seed", SEED)
+    counts = {}
+    for kind in ("album", "frames", "story"):
+        tasks, counts[kind] = data.Tasks(SEED, [kind], difficulty=0.5, max_side=56), []
+        for k in range(120):
+            sample = tasks[k]
+            *pictures, question = sample["messages"][0]["content"]
+            assert data.score(sample, sample["answer"]) == 1 > data.score(sample, "no idea")
+            assert all(max(part["image"].shape[:2]) <= 56 for part in pictures)
+            said = {"album": sample["answer"].split("; "), "frames": sample["answer"].split(", "),
+                    "story": question["text"].split(". ")}[kind]
+            assert len(said) - (kind == "story") == (len(pictures) or len(said) - 1)
+            counts[kind].append(len(said))
+            if kind == "album":
+                assert len(pictures) == int(question["text"].split()[3])
+            elif kind == "story":
+                asked = question["text"].split()[-1].rstrip("?")
+                assert f"{asked} has {sample['answer']}." in question["text"] and not pictures
+    for found in counts.values():
+        assert np.median(found) < 20 and max(found) > 3 * np.median(found)
+    assert set("album frames story".split()) & set(KINDS) == set()  # none of the kinds by default
+
+
+def test_frames_say_where_the_shape_is():
+    tasks = data.Tasks(SEED, ["frames"], max_side=56)
+    for k in range(20):
+        *pictures, _ = tasks[k]["messages"][0]["content"]
+        for part, place in zip(pictures, tasks[k]["answer"].split(", ")):
+            picture = part["image"].astype(int)
+            _, columns = np.nonzero(np.abs(picture - picture[0, 0]).sum(axis=2) > 150)
+            assert ("left", "middle", "right")[int(3 * columns.mean() / 56)] == place
+
+
 def near(picture, name):
     """Where a picture has a colour, but for the blend at edges."""
     return (np.abs(picture.astype(int) - COLOURS[name]) <= 12).all(axis=2)

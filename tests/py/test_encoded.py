@@ -201,7 +201,7 @@ def items_of(prepared):
     """By round what this rank encodes, and the tokens that it is for."""
     return [({name: (rows.dtype.str, sha256(rows).hexdigest(), sizes.tolist())
               for name, (rows, sizes) in one.items.items()},
-             [pack.input_ids.tolist() for pack in one.micro]) for one in prepared.rounds]
+             [part.pack.input_ids.tolist() for part in one.micro]) for one in prepared.rounds]
 
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))
@@ -295,6 +295,8 @@ def test_gradients_over_rounds(ranks):
 
 class InTwo:
     """In place of the search for rounds that fit."""
+
+    tokens = 1 << 20
 
     @staticmethod
     def of(batch, sizes, dtype, plan, limited=()):

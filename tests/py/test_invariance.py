@@ -10,10 +10,11 @@ import pytest
 import orchvlm
 from model_cases import SANITIZED
 from orchvlm.orchestrator import Orchestrator
-from rank_cases import FAMILIES, law, laws
+from rank_cases import FAMILIES, RandomGroups, law, laws
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 DRAWS = int(os.environ.get("ORCHVLM_PLAN_DRAWS", 40))  # of each family; more in rank_cases.py
+GROUP_DRAWS = int(os.environ.get("ORCHVLM_GROUP_DRAWS", 3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,6 +24,16 @@ def test_random_plans(family):
         seed = [SEED, draw]
         n = int(np.random.default_rng(seed).choice([1, 2, 3, 4, 8]))
         orchvlm.comm.run_threads(n, law, seed, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_groups(family):
+    """Any mix of groups, in the middle of pictures and sounds."""
+    print("seed", SEED)
+    for draw in range(GROUP_DRAWS):
+        seed = [SEED, 1, draw]
+        n = int(np.random.default_rng(seed).choice([2, 3, 4]))
+        orchvlm.comm.run_threads(n, law, seed, family, RandomGroups)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,3 +48,9 @@ def test_balanced_plans(family, n):
 def test_over_processes(n):
     print("seed", SEED)
     orchvlm.comm.run_processes(n, laws, SEED + n, 4)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the launcher's children do not load the sanitizer")
+def test_groups_over_processes():
+    print("seed", SEED)
+    orchvlm.comm.run_processes(3, laws, SEED + 5, 1, RandomGroups)

@@ -8,8 +8,9 @@ import pytest
 
 import orchvlm
 from orchvlm.arenas import numbers, of_model
+from orchvlm.choosing import counted_costs, media_of, one_node, planned
 from orchvlm.explain import foretell
-from orchvlm.orchestrator import Orchestrator, counted_costs, media_of, one_node, planned
+from orchvlm.orchestrator import Orchestrator
 from orchvlm.rounds import Rounds, dealt, fewest, share_of, taken
 from orchvlm.routing import Balance
 from orchvlm.sounds import sound_tokens

@@ -10,7 +10,8 @@ import orchvlm
 from model_cases import FIRST_TEXT, SANITIZED, fill, grads_of
 from orchvlm.sequence_executor import exchange_bytes
 from orchvlm.sequence_parallel import SequenceGroups, TokenShard
-from rank_cases import FAMILIES, compare, draw_case, joined, same_on_all
+from rank_cases import (FAMILIES, compare, draw_case, joined, more_heads, only_text,
+                        same_on_all)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 DEGREES = (1, 2, 3, 4, 5, 6, 8)
@@ -20,22 +21,12 @@ NAMES = list(FAMILIES)
 def draw(seed, family, degree):
     """(config, samples) of a model with at least so many heads, few of them for keys or many."""
     config, samples = draw_case(seed, family)
-    rng = np.random.default_rng([*seed, 1])
-    kv = int(rng.integers(1, degree + 2))
-    share = -(-degree // kv) + int(rng.integers(0, 2))
-    config["text_config"] |= {"num_key_value_heads": kv, "num_attention_heads": kv * share}
+    more_heads(np.random.default_rng([*seed, 1]), config, degree)
     return config, samples
 
 
 def made(seed, config, **options):
     return fill(orchvlm.Model(config, threads=1, **options), np.random.default_rng(seed))
-
-
-def only_text(inputs, config):
-    """The same without images and sounds."""
-    ids = np.where(inputs.input_ids < FIRST_TEXT + 2, FIRST_TEXT + 2, inputs.input_ids)
-    return orchvlm.Inputs(input_ids=ids, cu_seqlens=inputs.cu_seqlens, labels=inputs.labels,
-                          position_ids=inputs.position_ids, weights=inputs.weights)
 
 
 def features_of(model, inputs):
@@ -150,7 +141,7 @@ def test_log_probabilities_and_their_slopes(degree):
     config, samples = draw(seed, NAMES[degree % 4], degree)
     if "router_aux_loss_coef" in config["text_config"]:  # it would go by the shard's own counts
         config["text_config"]["router_aux_loss_coef"] = 0.0
-    inputs = only_text(joined(samples), config)
+    inputs = only_text(joined(samples))
     n, slopes = inputs.n_tokens, rng.standard_normal((2, inputs.n_tokens)).astype(np.float32)
     model = made(seed, config)
     wanted = model.logprobs(inputs, entropy=True)
@@ -195,7 +186,7 @@ def test_fewer_tokens_than_ranks(lengths):
 def test_a_loss_of_hidden_states():
     seed = [SEED, 5]
     config, samples = draw(seed, "seed1_5_vl", 3)
-    inputs = only_text(joined(samples), config)
+    inputs = only_text(joined(samples))
     model = made(seed, config)
     wanted = model.decode(inputs)
     model.zero_grad()
@@ -266,7 +257,7 @@ def test_adapters():
     """Weights with adapters go the same way."""
     seed = [SEED, 7]
     config, samples = draw(seed, "qwen3_vl", 3)
-    inputs = only_text(joined(samples), config)
+    inputs = only_text(joined(samples))
 
     def adapted():
         model = made(seed, config)

@@ -119,9 +119,9 @@ def token_axes(step, pad_to):
                     row += 1
             packed += tokens
         shard = -(-len(packed) // (degree * pad_to)) * pad_to
-        packed += [None] * (shard * degree - len(packed))
-        for q in range(degree):
-            axes[first + q] += packed[q * shard:(q + 1) * shard]
+        cuts = [len(packed) * q // degree for q in range(degree + 1)]
+        for q, (begin, end) in enumerate(zip(cuts, cuts[1:])):
+            axes[first + q] += packed[begin:end] + [None] * (shard - (end - begin))
     return axes
 
 

@@ -4,8 +4,10 @@ import random
 
 from .assets import need
 from .tasks_draw import KINDS
+from .tasks_long import LONG_KINDS
 
 SPLITS = ("train", "val", "test")
+_ALL = {**KINDS, **LONG_KINDS}
 SMALL, LARGE = 56, 224  # pixels: the least side of a picture, and the greatest by default
 
 
@@ -15,14 +17,16 @@ class Tasks:
     ``read`` (what does it say?), ``colour``, ``shape`` and ``count`` (of shapes), ``describe`` (all
     of them, in reading order), ``point`` and ``box`` (where is a shape?), ``chart`` (bars),
     ``puzzle`` (the odd one out) and ``screen`` (where to click).  Places are whole numbers from 0
-    to 999 along each side.
+    to 999 along each side.  Three more have lengths with long tails: ``album`` (what is on all of
+    the pictures?), ``frames`` (where does a shape go, picture by picture?) and ``story`` (who has
+    what, in a text without pictures).
 
     Parameters
     ----------
     seed : int
         Every seed is another sequence.
     kinds : sequence of str, optional
-        By default all.
+        By default all but ``album``, ``frames`` and ``story``.
     split : str
         ``train``, ``val`` or ``test``: three sequences that share no drawing.
     difficulty : float
@@ -64,8 +68,8 @@ class Tasks:
             raise TypeError(f"max_side must be an integer; got {type(max_side).__name__}")
         kinds = list(KINDS) if kinds is None else kinds
         if not isinstance(kinds, (list, tuple)) or not kinds or not all(
-                isinstance(kind, str) and kind in KINDS for kind in kinds):
-            raise ValueError(f"kinds must be some of {', '.join(KINDS)}; got {kinds!r:.60}")
+                isinstance(kind, str) and kind in _ALL for kind in kinds):
+            raise ValueError(f"kinds must be some of {', '.join(_ALL)}; got {kinds!r:.60}")
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r:.40}")
         if not 0 <= difficulty <= 1:
@@ -85,8 +89,10 @@ class Tasks:
         text = f"{name}/{','.join(self.kinds)}/{self.difficulty}/{self.max_side}"
         rng = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
         kind = rng.choice(self.kinds)  # no cycle: kinds must not follow ranks
-        picture, question, answer, more = KINDS[kind](rng, self.difficulty, self.max_side)
-        parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        drawn, question, answer, more = _ALL[kind](rng, self.difficulty, self.max_side)
+        parts = [{"type": "image", "image": picture}
+                 for picture in (drawn if isinstance(drawn, list) else [drawn])]
+        parts.append({"type": "text", "text": question})
         return {"id": name, "kind": kind, "answer": answer, "check": "exact", **more,
                 "messages": [{"role": "user", "content": parts},
                              {"role": "assistant", "content": answer}]}

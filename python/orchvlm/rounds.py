@@ -287,7 +287,7 @@ class Rounds:
                                     groups={(tokens * degree, degree)} if degree > 1 else ())
             return sum(step_bytes(self._config, [share], self._rows, self._dtype,
                                   self._checkpoint, counts=True,
-                                  chunk=self._chunk).values()) <= self._room
+                                  chunk=self._chunk, spread=self._spread).values()) <= self._room
         return max(1, bisect_left(range(_LONGEST), True, key=lambda n: not fits(n)) - 1)
 
     def bytes(self, rounds, dtype):

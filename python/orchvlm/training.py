@@ -1,5 +1,4 @@
 """Training on one rank or many: packs of samples, AdamW, a schedule, metrics, runs that go on."""
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ._files import write_whole
 from ._numbers import finite_number
 from .ahead import Ahead
 from .averaging import EMA, averaged
@@ -22,7 +20,7 @@ from .peak import gemm_peak
 from .routing import MODES, Balance
 from .run_folder import checkpoints, clean, latest_checkpoint, note_figure
 from .saving import Saver, SaveError, chosen, read_checkpoint
-from .watch import FIGURES, Watch, read_metrics, tell, write_row
+from .watch import FIGURES, Watch, cut_rows, read_metrics, tell, write_row
 
 __all__ = ["Trainer", "TrainingConfig", "checkpoints", "latest_checkpoint", "read_metrics"]
 
@@ -345,7 +343,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
             for name in ("metrics.jsonl", LOG):
-                _cut(self.folder / name, self.step)
+                cut_rows(self.folder / name, self.step)
         if self._loader_state is None:
             self._loader_state = self.loader.state_dict()
         ahead = Ahead(self.loader, passes.make, passes.ahead, self._left)
@@ -594,11 +592,3 @@ class Trainer:
         if checkpoint.parent == self.folder:
             self._saver.go_on(self.step)
         return self.step
-
-
-def _cut(path, step):
-    """Leaves the metrics up to a step: those behind it are taken again."""
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        write_whole(path, lambda stream: stream.write(
-            "".join(json.dumps(row) + "\n" for row in kept).encode()))

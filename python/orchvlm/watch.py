@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ._core import Error
+from ._files import write_whole
 from ._numbers import whole_number
 from .evaluation import evaluate
 from .inputs import Inputs
@@ -194,3 +195,11 @@ def read_metrics(path):
         except ValueError:
             break
     return rows
+
+
+def cut_rows(path, step):
+    """Leaves the rows of a file of metrics up to a step: those behind it are taken again."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_whole(path, lambda stream: stream.write(
+            "".join(json.dumps(row) + "\n" for row in kept).encode()))

@@ -72,7 +72,7 @@ def drawn_with_targets(draw, targets=True):
     """Samples of which one has a target; the mean over none is no number in torch."""
     while True:
         drawn = draw()
-        if not targets or any((sample[3][1:] >= 0).any() for sample in drawn):
+        if not targets or any((labels[1:] >= 0).any() for *_, labels, _ in drawn):
             return drawn
 
 

@@ -127,8 +127,8 @@ class Weights(Adapters):
 
     @property
     def shard(self):
-        """Shard or None : that keeps the weights over ranks; :meth:`Shard.undo` ends it, and nothing
-        else does, since a pass may be using it."""
+        """Shard or None : that keeps the weights over ranks; :meth:`Shard.undo` ends it, and
+        nothing else does, since a pass may be using it."""
         return self._shard
 
     # ------------------------------------------------------------ making

@@ -80,8 +80,6 @@ class Model(Phases):
         gives it as it is.
     device, dtype : str
     threads : int
-    shard : Shard or None
-        What keeps it over ranks.
 
     Notes
     -----

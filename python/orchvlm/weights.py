@@ -104,17 +104,9 @@ class _Arrays(Mapping):
 
 
 class Weights(Adapters):
-    """What :class:`orchvlm.Model` is beside its passes.
-
-    Attributes
-    ----------
-    shard : Shard or None
-        That keeps the weights over ranks; :meth:`Shard.undo` ends it, and nothing else does, since
-        a pass may be using it.
-    """
+    """What :class:`orchvlm.Model` is beside its passes."""
 
     _shard = None
-    shard = property(lambda self: self._shard)
 
     def __init__(self, config, *, device="cpu", dtype="float32", threads=None):
         if isinstance(config, dict):
@@ -132,6 +124,12 @@ class Weights(Adapters):
         self.grads = _Arrays(self, _GRAD)
         self._generates = threading.Lock()  # held from a prompt to its last new token
         watch(self)
+
+    @property
+    def shard(self):
+        """Shard or None : that keeps the weights over ranks; :meth:`Shard.undo` ends it, and
+        nothing else does, since a pass may be using it."""
+        return self._shard
 
     # ------------------------------------------------------------ making
 

@@ -18,6 +18,7 @@ from orchvlm.refit import Refit
 from orchvlm.routing import Balance
 from orchvlm.sequence_phase import groups_of
 from orchvlm.sequences import SequencePlan
+from test_rank_training import run as plain_run
 from test_training import CONFIG
 
 pytest.importorskip("PIL")
@@ -179,6 +180,19 @@ def test_a_run_in_groups_is_that_of_one_rank(tmp_path):
         check_timeline(timeline, rows[-1]["sp_degrees"])
 
 
+def test_a_resumed_run_repeats_its_groups(tmp_path):
+    """Bit for bit, as the choice goes by limits of work."""
+    told = {"rank_language": "auto", "rank_tokens": 40}
+    whole = orchvlm.comm.run_threads(2, lambda comm: plain_run(
+        comm, tmp_path / "whole", 4, **told))[0]
+    orchvlm.comm.run_threads(2, lambda comm: plain_run(comm, tmp_path / "parts", 2, **told))
+    later = orchvlm.comm.run_threads(2, lambda comm: plain_run(
+        comm, tmp_path / "parts", 4, True, **told))[0]
+    assert [row["sp_degrees"] for row in later[2]] == [row["sp_degrees"] for row in whole[2][2:]]
+    assert later[0] == whole[0][2:]
+    assert all((later[1][name] == value).all() for name, value in whole[1].items())
+
+
 def check_timeline(timeline, degrees):
     """Every rank's micro-batches have the group that the line of metrics says."""
     names = [[name for name, *_ in rank if name.partition(" ")[0] == "llm"] for rank in timeline]
@@ -196,7 +210,7 @@ def check_timeline(timeline, degrees):
     assert f"llm, group of {degree} from rank {first} on: " in svg
 
 
-def test_the_preset_for_long_samples(tmp_path):
+def test_the_preset_for_long_samples(tmp_path, capsys):
     """What it says by itself, and a short run of it."""
     told = orchvlm.RunConfig({"model": {"preset": "long"}, "ranks": {"tokens": 900}})
     assert (told["ranks.n"], told["ranks.language"], told["ranks.tokens"]) == (4, "auto", 900)
@@ -204,6 +218,9 @@ def test_the_preset_for_long_samples(tmp_path):
     assert told.origins["ranks.language"] == "preset long"
     files = orchvlm.RunConfig({"model": {"preset": "long"}, "data": {"files": ["a.jsonl"]}})
     assert files["data.kinds"] is None and files["data.difficulty"] is None
+    assert main(["train", "--preset", "long", "--explain", "--tokens", "1500", "--threads", "1",
+                 "--set", "ranks.tokens=400"]) == 0
+    assert "Language phase: groups of " in capsys.readouterr().out
     out = tmp_path / "run"
     assert main(["train", "--preset", "long", "--steps", "2", "--samples", "1", "--tokens", "700",
                  "--ranks", "2", "--threads", "1", "--out", str(out), "--set",

@@ -73,7 +73,12 @@ def batch_cost(cost):
                      fixed=cost.fixed)
 
 
-def planned(batch, cluster, costs, limits, language="balance", tokens=None):
+def warn(text):
+    """Says so, wherever messages of ``orchvlm`` go."""
+    logging.getLogger("orchvlm.choosing").warning("%s", text)
+
+
+def planned(batch, cluster, costs, limits, language="balance", tokens=None, tell=warn):
     """The plan of a batch; of ``limits`` by phase (tokens, patches, frames) a micro-batch has at
     most so many, and what is longer one to itself.
 
@@ -89,6 +94,8 @@ def planned(batch, cluster, costs, limits, language="balance", tokens=None):
         than a rank's limit.
     tokens : int, optional
         Of a sequence that a rank holds at most by itself, for another reason than ``limits``.
+    tell : callable
+        Is told why there is no plan with groups.
 
     Returns
     -------
@@ -98,7 +105,7 @@ def planned(batch, cluster, costs, limits, language="balance", tokens=None):
     """
     groups = None
     if language != "balance":
-        groups = _with_groups(batch, cluster, costs, limits, tokens)
+        groups = _with_groups(batch, cluster, costs, limits, tokens, tell)
         longest = batch.language_lengths.max(initial=0)
         held = min([most for most in (limits.get("llm"), tokens) if most is not None],
                    default=math.inf)
@@ -123,7 +130,7 @@ def _without(batch, cluster, costs, limits):
                      memory=_memory(batch, cluster, limits), work_limit=_WORK, time_limit=None)
 
 
-def _with_groups(batch, cluster, costs, limits, tokens):
+def _with_groups(batch, cluster, costs, limits, tokens, tell):
     """The plan with groups; None, and a message, where there is none."""
     cost, most = costs["llm"], [n for n in (limits.get("llm"), tokens) if n is not None]
     if most:  # a sequence too long for the widest group has that one to itself
@@ -136,8 +143,7 @@ def _with_groups(batch, cluster, costs, limits, tokens):
         return plan_step(batch, cluster, {**costs, "llm": cost}, llm="sequence_parallel",
                          memory=_memory(batch, cluster, media), work_limit=_WORK, time_limit=None)
     except (ValueError, _core.Error) as error:
-        logging.getLogger("orchvlm.choosing").warning(
-            "whole samples on ranks: there is no plan with groups (%s)", error)
+        tell(f"whole samples on ranks: there is no plan with groups ({error})")
         return None
 
 

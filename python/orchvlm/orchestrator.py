@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from .choosing import LANGUAGE, counted_costs, group_cost, media_of, one_node, planned
+from .choosing import LANGUAGE, counted_costs, group_cost, media_of, one_node, planned, warn
 from .comm import Comm
 from .cost import Cluster, _count
 from .data.assets import DataError
@@ -178,7 +178,7 @@ class Orchestrator:
         self.media = media_of(model.config)
         self.shard = model.shard or Shard(model, comm)
         self.cluster = cluster or one_node(comm.size)
-        self.language, self._groups = language, SequenceGroups(comm)
+        self.language, self._groups, self._told = language, SequenceGroups(comm), ""
         self.costs = dict(costs or counted_costs(model.config, self.cluster))
         if language != "balance" and "llm" in self.costs:
             self.costs["llm"] = group_cost(self.costs["llm"], model.config, self.cluster)
@@ -332,7 +332,13 @@ class Orchestrator:
         """
         alone = self.language == "balance" or self._rounds is None
         return planned(batch, self.cluster, costs or self.costs, self._limits, self.language,
-                       None if alone else self._rounds.tokens)
+                       None if alone else self._rounds.tokens, self._tell)
+
+    def _tell(self, text):
+        """A warning of this rank's, if it is the first one; once where it is the same again."""
+        if self.rank == 0 and text != self._told:
+            warn(text)
+        self._told = text
 
     def _raw(self, round, name, held, ways, broken):
         """(rows, sizes) of the items that this rank encodes."""

@@ -15,7 +15,8 @@ from orchvlm.rounds import Rounds, dealt, fewest, share_of, taken
 from orchvlm.routing import Balance
 from orchvlm.sounds import sound_tokens
 from orchvlm.training import read_metrics
-from rank_cases import FAMILIES, RandomPlans, draw_case, joined, law, made_model
+from rank_cases import (FAMILIES, RandomGroups, RandomPlans, draw_case, joined, law,
+                        made_model)
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 
@@ -35,6 +36,16 @@ def test_gradients_do_not_depend_on_rounds(family):
     print("seed", SEED)
     for draw in range(4):
         orchvlm.comm.run_threads(1 + draw % 3, law, [SEED, 100 + draw], family, Random)
+
+
+class RandomInGroups(Random, RandomGroups):
+    """The same, with groups of its own in each round."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_do_not_depend_on_groups_in_rounds(family):
+    print("seed", SEED)
+    orchvlm.comm.run_threads(3, law, [SEED, 200], family, RandomInGroups)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,9 +19,10 @@ static ovlm_status exchange(void *ctx, const ovlm_sequence_exchange *args, ovlm_
     return OVLM_OK;
 }
 
-void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm)
+void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm, int64_t head_ranks)
 {
     *group = (ovlm_sequence_group){.comm = comm};
     group->table = (ovlm_sequence){.ctx = group, .degree = ovlm_comm_size(comm),
-                                   .rank = ovlm_comm_rank(comm), .exchange = exchange};
+                                   .rank = ovlm_comm_rank(comm), .head_ranks = head_ranks,
+                                   .exchange = exchange};
 }

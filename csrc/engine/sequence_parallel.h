@@ -18,6 +18,7 @@ typedef struct ovlm_sequence_group {
     double waited_s;     /* in all-to-alls, for slower ranks too                             */
 } ovlm_sequence_group;
 
-void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm);
+/* head_ranks: at most so many share heads (ovlm_sequence); 0: no limit but the heads. */
+void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm, int64_t head_ranks);
 
 #endif

@@ -483,19 +483,6 @@ def test_what_is_refused():
     in_pairs(work)
 
 
-def test_more_ranks_than_heads():
-    config, _ = draw([SEED, 9], "qwen3_vl", 1)
-    config["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-
-    def work(comm):
-        groups = SequenceGroups(comm)
-        groups.open([(0, 3)])
-        with pytest.raises(ValueError, match="3 ranks cannot share 2 query heads.*at most 2"):
-            made(0, config).forward(groups[0, 3].shard(orchvlm.Inputs(input_ids=[9] * 5)), 1.0)
-
-    orchvlm.comm.run_threads(3, work)
-
-
 def test_a_rank_that_fails_makes_all_raise():
     seen = []
 

@@ -511,6 +511,8 @@ typedef struct ovlm_tensor {
  *   attention       storage          scores and log-sum-exp float32; P       storage
  *                                    float32 on the CPU, storage (bfloat16)
  *                                    before P v on tensor cores
+ *   merge           storage; o and   float32                                 o, lse: float32
+ *                   lse float32
  *   router          float32 logits   float32                                 float32 weights
  *   combine         storage          float32                                 storage
  *   head            storage          logits and log-sum-exp float32,         logp float32,

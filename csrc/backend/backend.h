@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 /* Raised whenever the table, an argument struct, ovlm_err or ovlm_status changes. */
-#define OVLM_BACKEND_ABI 3u
+#define OVLM_BACKEND_ABI 4u
 
 /* An open device.  The first member of every backend's own struct. */
 typedef struct ovlm_backend {

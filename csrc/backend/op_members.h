@@ -54,8 +54,8 @@
 /* Of tables in the other files. */
 extern const ovlm_op_schema ovlm_schema_linear, ovlm_schema_grouped_linear, ovlm_schema_gated,
     ovlm_schema_norm, ovlm_schema_rope_table, ovlm_schema_rope, ovlm_schema_attention,
-    ovlm_schema_gather, ovlm_schema_scale, ovlm_schema_unfold, ovlm_schema_router,
-    ovlm_schema_combine, ovlm_schema_balance_loss, ovlm_schema_targets, ovlm_schema_head,
-    ovlm_schema_grad_norm, ovlm_schema_adamw;
+    ovlm_schema_merge, ovlm_schema_gather, ovlm_schema_scale, ovlm_schema_unfold,
+    ovlm_schema_router, ovlm_schema_combine, ovlm_schema_balance_loss, ovlm_schema_targets,
+    ovlm_schema_head, ovlm_schema_grad_norm, ovlm_schema_adamw;
 
 #endif

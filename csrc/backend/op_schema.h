@@ -91,6 +91,7 @@ extern const ovlm_op_schema *const ovlm_op_schemas[OVLM_OP_COUNT];
     X(head, ovlm_head)
 #define OVLM_OPS_FORWARD(X)               \
     X(rope_table, ovlm_rope_table)        \
+    X(merge, ovlm_merge)                  \
     X(balance_loss, ovlm_balance_loss)    \
     X(targets, ovlm_targets)              \
     X(grad_norm, ovlm_grad_norm)          \

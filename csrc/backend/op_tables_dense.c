@@ -1,5 +1,5 @@
 /* op_tables_dense.c - tables of the operations of a transformer block: linear, grouped_linear,
- * gated, norm, rope_table, rope, attention. */
+ * gated, norm, rope_table, rope, attention, merge. */
 #include "backend/op_members.h"
 
 /* Extents are taken from one member each, so that a message compares the others with it. */
@@ -331,9 +331,12 @@ const ovlm_op_schema ovlm_schema_rope = {SCHEMA(rope, OP, rope_dim_name, rope_me
 /* ---- attention ---- */
 
 #define OP ovlm_attention
-enum { ATTENTION_TQ = 1, ATTENTION_TK, ATTENTION_HD, ATTENTION_GD, ATTENTION_GDV, ATTENTION_HDV };
+enum {
+    ATTENTION_TQ = 1, ATTENTION_TK, ATTENTION_HD, ATTENTION_GD, ATTENTION_GDV, ATTENTION_HDV,
+    ATTENTION_H
+};
 static const char *const attention_dim_name[OVLM_DIMS_MOST] = {
-    "1", "Tq", "Tk", "heads*D", "kv_heads*D", "kv_heads*Dv", "heads*Dv"};
+    "1", "Tq", "Tk", "heads*D", "kv_heads*D", "kv_heads*Dv", "heads*Dv", "heads"};
 
 static const ovlm_member attention_members[] = {
     SEGMENTS(query),
@@ -342,6 +345,7 @@ static const ovlm_member attention_members[] = {
     TENSOR(k, FLOAT, ATTENTION_TK, ATTENTION_GD, IN, IN, .same = "q"),
     TENSOR(v, FLOAT, ATTENTION_TK, ATTENTION_GDV, IN, IN, .same = "q"),
     TENSOR(o, FLOAT, ATTENTION_TQ, ATTENTION_HDV, OUT, IN, .same = "q"),
+    TENSOR(lse, WIDE, ATTENTION_TQ, ATTENTION_H, OUT, IN, OPTIONAL),
     TENSOR(dout, FLOAT, ATTENTION_TQ, ATTENTION_HDV, UNUSED, IN, .same = "q"),
     TENSOR(dq, FLOAT, ATTENTION_TQ, ATTENTION_HD, UNUSED, OUT, OPTIONAL, .same = "q"),
     TENSOR(dk, FLOAT, ATTENTION_TK, ATTENTION_GD, UNUSED, OUT, OPTIONAL, .same = "q"),
@@ -377,8 +381,44 @@ static void attention_dims(const void *args, ovlm_pass pass, int64_t *dim)
     dim[ATTENTION_GD] = ovlm_extent_mul(a->q.cols / a->heads, a->kv_heads);
     dim[ATTENTION_GDV] = a->v.cols;
     dim[ATTENTION_HDV] = ovlm_extent_mul(a->v.cols / a->kv_heads, a->heads);
+    dim[ATTENTION_H] = a->heads;
 }
 
 const ovlm_op_schema ovlm_schema_attention = {
     SCHEMA(attention, OP, attention_dim_name, attention_members)};
+#undef OP
+
+/* ---- merge ---- */
+
+#define OP ovlm_merge
+enum { MERGE_T = 1, MERGE_HDV, MERGE_H };
+static const char *const merge_dim_name[OVLM_DIMS_MOST] = {"1", "T", "heads*Dv", "heads"};
+
+static const ovlm_member merge_members[] = {
+    TENSOR(o, WIDE, MERGE_T, MERGE_HDV, INOUT, UNUSED),
+    TENSOR(lse, WIDE, MERGE_T, MERGE_H, INOUT, UNUSED),
+    TENSOR(part, FLOAT, MERGE_T, MERGE_HDV, IN, UNUSED),
+    TENSOR(part_lse, WIDE, MERGE_T, MERGE_H, IN, UNUSED),
+};
+
+static ovlm_status merge_scalars(const void *args, ovlm_pass pass, ovlm_err *err)
+{
+    const OP *a = args;
+    (void)pass;
+    REQUIRE_COUNT("merge", a, heads, 1);
+    REQUIRE(a->o.cols % a->heads == 0, "merge: heads = %lld must divide o's %lld columns",
+            (long long)a->heads, (long long)a->o.cols);
+    return OVLM_OK;
+}
+
+static void merge_dims(const void *args, ovlm_pass pass, int64_t *dim)
+{
+    const OP *a = args;
+    (void)pass;
+    dim[MERGE_T] = a->o.rows;
+    dim[MERGE_HDV] = a->o.cols;
+    dim[MERGE_H] = a->heads;
+}
+
+const ovlm_op_schema ovlm_schema_merge = {SCHEMA(merge, OP, merge_dim_name, merge_members)};
 #undef OP

@@ -148,7 +148,10 @@ typedef struct ovlm_rope {
 
 /* o = softmax(scale q k^T + mask) v per segment and head; query head h reads key/value head
  * h*kv_heads/heads.  Query segment i meets key segment i.  causal is bottom-right: query row j of
- * nq sees keys 0 .. nk - nq + j.  A row that sees no key gives 0. */
+ * nq sees keys 0 .. nk - nq + j.  A row that sees no key gives 0.
+ * lse is log sum_j exp(scale q_i k_j) over the keys that a row sees, -infinity where it sees none.
+ * With it the forward keeps nothing for the backward, which reads o and lse: where these are of
+ * more keys than k holds (merge), the gradients are the part that these keys have in them. */
 typedef struct ovlm_attention {
     ovlm_scratch scratch;
     int64_t heads, kv_heads;
@@ -159,9 +162,22 @@ typedef struct ovlm_attention {
     ovlm_tensor k; /* [Tk,kv_heads*D]      */
     ovlm_tensor v; /* [Tk,kv_heads*Dv]     */
     ovlm_tensor o; /* [Tq,heads*Dv], rows outside every segment are not written */
+    ovlm_tensor lse; /* [Tq,heads] float32, or left out; as o */
     ovlm_tensor dout; /* [Tq,heads*Dv] */
     ovlm_tensor dq, dk, dv; /* overwritten; rows outside every segment are not written */
 } ovlm_attention;
+
+/* Attention over two sets of keys, from what it gives on each: with m = log(e^lse + e^part_lse) per
+ * row and head, o = e^(lse - m) o + e^(part_lse - m) part and lse = m; where both are -infinity,
+ * nothing changes.  Forward only. */
+typedef struct ovlm_merge {
+    ovlm_scratch scratch;
+    int64_t heads;
+    ovlm_tensor o;        /* [T,heads*Dv] float32 */
+    ovlm_tensor lse;      /* [T,heads] float32    */
+    ovlm_tensor part;     /* [T,heads*Dv]         */
+    ovlm_tensor part_lse; /* [T,heads] float32    */
+} ovlm_merge;
 
 /* y[t] = sum_j weight[t][j] x[index[t][j]] (+ y); an index < 0 adds nothing; weight left out: 1.
  * Backward: dx[index[t][j]] += weight[t][j] dy[t], in an order that is fixed.  unique promises that
@@ -333,6 +349,7 @@ typedef struct ovlm_adamw {
     X(rope_table, ovlm_rope_table)        \
     X(rope, ovlm_rope)                    \
     X(attention, ovlm_attention)          \
+    X(merge, ovlm_merge)                  \
     X(gather, ovlm_gather)                \
     X(scale, ovlm_scale)                  \
     X(unfold, ovlm_unfold)                \

@@ -178,7 +178,7 @@ static double row_score(const attention_row *r, int64_t j, bool sizes)
 }
 
 static attention_row attention_row_of(const ovlm_attention *a, int64_t segment, int64_t head,
-                                      int64_t i)
+                                      int64_t i, bool backward)
 {
     const ovlm_segments *q = &a->query, *k = &a->key;
     int64_t nq = q->length != NULL ? q->length[segment] : q->start[segment + 1] - q->start[segment];
@@ -197,12 +197,16 @@ static attention_row attention_row_of(const ovlm_attention *a, int64_t segment, 
     for (int64_t j = 0; j < r.seen; j++) {
         r.lse += exp(row_score(&r, j, false) - most);
     }
-    r.lse = most + log(r.lse);
+    r.lse = backward && ovlm_tensor_given(&a->lse) ? at(&a->lse, r.query, head)
+                                                   : most + log(r.lse);
     return r;
 }
 
 static void attention_forward_row(const attention_row *r, const ovlm_attention *s)
 {
+    if (r->seen > 0) {
+        grow(&s->lse, r->query, r->head, r->condition + log((double)r->seen));
+    }
     for (int64_t j = 0; j < r->seen; j++) {
         double p = exp(row_score(r, j, false) - r->lse) * r->condition;
         for (int64_t d = 0; d < r->dim_v; d++) {
@@ -241,7 +245,7 @@ static void attention_scale(const ovlm_attention *a, const ovlm_attention *s, bo
 {
     for (int64_t i = 0; i < a->query.n * a->heads; i++) {
         for (int64_t row = 0;; row++) {
-            attention_row r = attention_row_of(a, i / a->heads, i % a->heads, row);
+            attention_row r = attention_row_of(a, i / a->heads, i % a->heads, row, backward);
             if (r.seen < 0) {
                 break;
             }
@@ -250,6 +254,27 @@ static void attention_scale(const ovlm_attention *a, const ovlm_attention *s, bo
             } else {
                 attention_forward_row(&r, s);
             }
+        }
+    }
+}
+
+/* After the merge: the old o and lse are known by what they and the part became, e^(lse - m) o and
+ * 1 - e^(part_lse - m).  A weight is as uncertain as its exponent. */
+static void merge_scale(const ovlm_merge *a, const ovlm_merge *s)
+{
+    int64_t dim = a->o.cols / a->heads;
+    for (int64_t i = 0; i < a->o.rows * a->heads; i++) {
+        int64_t t = i / a->heads, head = i % a->heads;
+        double fall = at(&a->part_lse, t, head) - at(&a->lse, t, head), weight = exp(fall);
+        if (isnan(fall)) {
+            continue; /* nobody saw a key */
+        }
+        /* Below, a weight counts for nothing in float32. */
+        double condition = 1 + fmin(fabs(fall), 100) + fmin(fabs(log1p(-weight)), 100);
+        ovlm_ref_put(&s->lse, t, head, 2 + size_at(&a->lse, t, head));
+        for (int64_t d = head * dim; d < (head + 1) * dim; d++) {
+            ovlm_ref_put(&s->o, t, d,
+                         condition * (size_at(&a->o, t, d) + 2 * weight * size_at(&a->part, t, d)));
         }
     }
 }
@@ -465,6 +490,7 @@ ovlm_status ovlm_check_scale(ovlm_op op, ovlm_pass pass, ovlm_queue *queue, cons
     case OVLM_OP_rope_table: rope_table_scale(args, scale); return OVLM_OK;
     case OVLM_OP_rope: rope_scale(args, scale, backward); return OVLM_OK;
     case OVLM_OP_attention: attention_scale(args, scale, backward); return OVLM_OK;
+    case OVLM_OP_merge: merge_scale(args, scale); return OVLM_OK;
     case OVLM_OP_router: (backward ? router_backward : router_forward)(args, scale); return OVLM_OK;
     case OVLM_OP_balance_loss: balance_scale(args, scale); return OVLM_OK;
     case OVLM_OP_targets: targets_scale(args, scale); return OVLM_OK;

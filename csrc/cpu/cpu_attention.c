@@ -1,7 +1,7 @@
 /* cpu_attention.c - attention forward, one pass over the keys (Dao et al. 2022, algorithm 1).
  *
  *   m' = max(m, scores), P = exp(scores - m'), l' = l e^(m-m') + sum P, o' = o e^(m-m') + P v
- *   o = o / l,  saved: m + log l per head and query
+ *   o = o / l,  kept, in lse or for the backward alone: m + log l per head and query
  *
  * A piece of work is a segment, a key/value head and up to ROWS rows (queries times heads that
  * share the key/value head): its q and o stay in L2 while tiles of keys and values pass by.  With a
@@ -56,7 +56,8 @@ ovlm_status ovlm_cpu_attention_measure(ovlm_backend *backend, const ovlm_attenti
     (void)backend;
     OVLM_CPU_CHECK(attention, a, MEASURE, err);
     OVLM_TRY(ovlm_attention_check_width(a, err));
-    *bytes = (ovlm_op_bytes){.saved = a->heads * a->q.rows * (int64_t)sizeof(float),
+    int64_t kept = ovlm_tensor_given(&a->lse) ? 0 : a->heads * a->q.rows;
+    *bytes = (ovlm_op_bytes){.saved = kept * (int64_t)sizeof(float),
                              .fwd_work = (a->query.n + 1) * (int64_t)sizeof(int64_t),
                              .bwd_work = ovlm_attention_bwd_work(a)};
     return OVLM_OK;
@@ -183,7 +184,6 @@ static void piece_begin(const piece *w)
 static void piece_end(const piece *w)
 {
     const ovlm_attention *a = w->p.a;
-    float *saved = a->scratch.saved;
     for (int64_t i = 0; i < w->count; i++) {
         int64_t row = w->first + i, head = ovlm_attention_head(&w->p, row);
         int64_t t = w->p.q0 + row / w->p.share;
@@ -191,7 +191,7 @@ static void piece_end(const piece *w)
         bool any = w->sum[i] != 0; /* a row that sees no key gives 0 */
         multiply_row(o, any ? 1 / w->sum[i] : 0, w->p.dv);
         ovlm_cpu_store(ovlm_cpu_at(&a->o, t, head * w->p.dv), o, w->p.dv, a->o.dtype);
-        saved[head * a->q.rows + t] = any ? w->most[i] + logf(w->sum[i]) : 0;
+        *ovlm_attention_lse(a, t, head) = any ? w->most[i] + logf(w->sum[i]) : -INFINITY;
     }
 }
 

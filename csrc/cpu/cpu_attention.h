@@ -60,6 +60,13 @@ static inline int64_t ovlm_attention_head(const ovlm_attention_part *p, int64_t 
     return p->group * p->share + row % p->share;
 }
 
+/* Where the log-sum-exp of query row t of the call is: in lse, or in what the forward keeps. */
+static inline float *ovlm_attention_lse(const ovlm_attention *a, int64_t t, int64_t head)
+{
+    return ovlm_tensor_given(&a->lse) ? ovlm_cpu_at(&a->lse, t, head)
+                                      : (float *)a->scratch.saved + head * a->q.rows + t;
+}
+
 /* `count` rows from `first` on, columns of their heads, as float32 with zeros behind: of q and dq
  * (width d), or of o and dout (width dv). */
 static inline void ovlm_attention_load_rows(const ovlm_attention_part *p, const ovlm_tensor *t,

@@ -1,6 +1,6 @@
 /* cpu_attention_bwd.c - attention backward (Dao et al. 2022, algorithm 4), without atomics.
  *
- *   P = exp(scale q k^T - saved),  dP = dout v^T,  dS = scale P (dP - delta),  delta = <dout, o>
+ *   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = scale P (dP - delta),  delta = <dout, o>
  *   dv = P^T dout,  dk = dS^T q,  dq = dS k
  *
  * Tiles of keys meet blocks of BLOCK rows; both begin at the segment's first.  A key's sums
@@ -113,7 +113,6 @@ static void dq_add(const bench *w, int64_t first, int64_t count, int64_t n)
 static void block_tile(const bench *w, int64_t first, int64_t tile)
 {
     const ovlm_attention *a = w->p.a;
-    const float *saved = a->scratch.saved;
     int64_t count = w->p.rows - first < BLOCK ? w->p.rows - first : BLOCK;
     int64_t seen = ovlm_attention_seen(&w->p, first + count - 1) - tile;
     if (seen <= 0) {
@@ -136,8 +135,9 @@ static void block_tile(const bench *w, int64_t first, int64_t tile)
         int64_t t = w->p.q0 + row / w->p.share;
         limit = limit < left ? limit : left;
         limit = limit < 0 ? 0 : limit < n ? limit : n;
+        float lse = *ovlm_attention_lse(a, t, head); /* -infinity where no key is seen */
         slope_row(w->prob + i * SCORE_STEP, w->dscore + i * SCORE_STEP, n, limit,
-                  (float)a->scale, saved[head * a->q.rows + t], w->j->delta[t * a->heads + head]);
+                  (float)a->scale, lse > -INFINITY ? lse : 0, w->j->delta[t * a->heads + head]);
     }
     if (w->j->with_keys) {
         ovlm_tile dv = {.c = w->dv, .a = w->prob, .b = w->dout, .m = n,

@@ -42,6 +42,7 @@ const ovlm_ops ovlm_cpu_ops = {
     .rope_table = FORWARD(rope_table),
     .rope = BOTH(rope),
     .attention = BOTH(attention),
+    .merge = FORWARD(merge),
     .gather = BOTH(gather),
     .scale = BOTH(scale),
     .unfold = BOTH(unfold),

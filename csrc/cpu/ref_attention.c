@@ -1,4 +1,4 @@
-/* ref_attention.c - reference of rope_table, rope and attention. */
+/* ref_attention.c - reference of rope_table, rope, attention and merge. */
 #include "cpu/ref.h"
 
 /* ---- rope_table ---- */
@@ -255,6 +255,9 @@ ovlm_status ovlm_ref_attention_fwd(ovlm_queue *queue, const ovlm_attention *a, o
         for (int64_t i = 0; i < h.nq; i++) {
             int64_t seen = keys_seen(&h, i);
             double lse = log_sum_exp(&h, i);
+            if (ovlm_tensor_given(&a->lse)) {
+                ovlm_ref_put(&a->lse, h.first_q + i, h.head, lse);
+            }
             for (int64_t j = 0; j < seen; j++) {
                 p[j] = exp(score(&h, i, j) - lse);
             }
@@ -288,7 +291,8 @@ static void attention_statistics(const ovlm_attention *a, double *lse, double *d
         head_view h = head_of(a, s / a->heads, s % a->heads);
         for (int64_t i = 0; i < h.nq; i++) {
             int64_t at = (h.first_q + i) * a->heads + h.head;
-            lse[at] = log_sum_exp(&h, i);
+            lse[at] = ovlm_tensor_given(&a->lse) ? ovlm_ref_at(&a->lse, h.first_q + i, h.head)
+                                                 : log_sum_exp(&h, i);
             delta[at] = 0;
             for (int64_t d = 0; d < h.dim_v; d++) {
                 int64_t col = h.head * h.dim_v + d;
@@ -386,6 +390,35 @@ ovlm_status ovlm_ref_attention_bwd(ovlm_queue *queue, const ovlm_attention *a, o
     }
     for (int64_t s = 0; s < a->key.n * a->kv_heads; s++) {
         attention_dkv(a, s / a->kv_heads, s % a->kv_heads, lse, delta, acc);
+    }
+    return OVLM_OK;
+}
+
+/* ---- merge ---- */
+
+ovlm_status ovlm_ref_merge_measure(ovlm_backend *backend, const ovlm_merge *a,
+                                   ovlm_op_bytes *bytes, ovlm_err *err)
+{
+    (void)backend;
+    *bytes = (ovlm_op_bytes){0};
+    return ovlm_op_check_merge(a, OVLM_PASS_MEASURE, err);
+}
+
+ovlm_status ovlm_ref_merge_fwd(ovlm_queue *queue, const ovlm_merge *a, ovlm_err *err)
+{
+    (void)queue;
+    OVLM_TRY(ovlm_op_check_merge(a, OVLM_PASS_FWD, err));
+    int64_t dim = a->o.cols / a->heads;
+    for (int64_t i = 0; i < a->o.rows * a->heads; i++) {
+        int64_t t = i / a->heads, head = i % a->heads;
+        double lse = ovlm_ref_at(&a->lse, t, head), part = ovlm_ref_at(&a->part_lse, t, head);
+        double most = fmax(lse, part), sum = most + log(exp(lse - most) + exp(part - most));
+        for (int64_t d = head * dim; most > -INFINITY && d < (head + 1) * dim; d++) {
+            ovlm_ref_put(&a->o, t, d,
+                         exp(lse - sum) * ovlm_ref_at(&a->o, t, d) +
+                             exp(part - sum) * ovlm_ref_at(&a->part, t, d));
+        }
+        ovlm_ref_put(&a->lse, t, head, most > -INFINITY ? sum : most);
     }
     return OVLM_OK;
 }

@@ -12,6 +12,7 @@ typedef struct ovlm_sequence_group {
     ovlm_exchanges on;
 } ovlm_sequence_group;
 
-void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm);
+/* head_ranks: at most so many share heads (ovlm_sequence); 0: no limit but the heads. */
+void ovlm_sequence_group_init(ovlm_sequence_group *group, ovlm_comm *comm, int64_t head_ranks);
 
 #endif

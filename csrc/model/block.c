@@ -61,7 +61,7 @@ static ovlm_status rotate(ovlm_run *run, const ovlm_block *block,
 /* ---------------------------------------------------------------- the core
  *
  * Attention itself, on the heads of q, k and v that lie in one tensor: all of the model's, or with
- * a sequence table this rank's, of the whole group's tokens. */
+ * a sequence table this rank's, of its row's tokens. */
 
 /* The calls it takes; all heads are one. */
 static int64_t head_runs(const ovlm_block *block, const ovlm_block_context *context,
@@ -107,6 +107,9 @@ static ovlm_status core_fwd(ovlm_run *run, const ovlm_block *block,
         call->k = ovlm_tensor_cols(all->k, kv, kv_cols);
         call->v = ovlm_tensor_cols(all->v, kv, kv_cols);
         call->o = ovlm_tensor_cols(all->o, q, q_cols);
+        if (ovlm_tensor_given(&all->lse)) {
+            call->lse = ovlm_tensor_cols(all->lse, part[i].head, part[i].heads);
+        }
         RUN_IN(run, attention, fwd, call, stack);
     }
     return OVLM_OK;
@@ -142,7 +145,7 @@ static void lanes_of(const ovlm_block *block, ovlm_tensor qkv, ovlm_lane lane[3]
     lane[2] = (ovlm_lane){ovlm_tensor_cols(qkv, q_cols + kv_cols, kv_cols), true};
 }
 
-/* The core on this rank's heads of the group's tokens; all->q, k, v and o are of its own tokens and
+/* The core on this rank's heads of its row's tokens, and around its ring; all->q, k, v and o are of its own tokens and
  * all heads. */
 static ovlm_status shared_core_fwd(ovlm_run *run, const ovlm_block *block,
                                    const ovlm_block_context *context, ovlm_stack *stack,
@@ -152,13 +155,21 @@ static ovlm_status shared_core_fwd(ovlm_run *run, const ovlm_block *block,
     core_cols cols = cols_of(block, context);
     const ovlm_lane in[] = {{all->q, false}, {all->k, true}, {all->v, true}};
     const ovlm_lane out = {all->o, false};
-    ovlm_tensor qkv = ovlm_stack_tensor(stack, sequence->T, cols.q + 2 * cols.kv, run->dtype);
+    ovlm_tensor qkv = ovlm_stack_tensor(stack, sequence->rows, cols.q + 2 * cols.kv, run->dtype);
     OVLM_TRY(ovlm_sequence_to_heads(run, sequence, in, 3, qkv));
     all->q = ovlm_tensor_cols(qkv, 0, cols.q);
     all->k = ovlm_tensor_cols(qkv, cols.q, cols.kv);
     all->v = ovlm_tensor_cols(qkv, cols.q + cols.kv, cols.kv);
-    all->o = ovlm_stack_tensor(stack, sequence->T, cols.q, run->dtype);
+    all->o = ovlm_stack_tensor(stack, sequence->rows, cols.q, run->dtype);
+    bool ring = sequence->ring.steps > 0;
+    if (ring) {
+        all->lse = ovlm_stack_tensor(stack, sequence->rows, cols.q / block->head_dim, run->exact);
+    }
     OVLM_TRY(core_fwd(run, block, context, stack, all, s));
+    if (ring) {
+        s->ring = *all;
+        OVLM_TRY(ovlm_ring_fwd(run, context, all));
+    }
     return ovlm_sequence_to_tokens(run, sequence, &out, 1, all->o);
 }
 
@@ -172,11 +183,14 @@ static ovlm_status shared_core_bwd(ovlm_run *run, const ovlm_block *block,
     ovlm_lane out[3];
     int64_t mark = run->work->used_bytes;
     lanes_of(block, dqkv, out);
-    ovlm_tensor d_own = ovlm_stack_tensor(run->work, sequence->T, cols.q, run->dtype);
+    ovlm_tensor d_own = ovlm_stack_tensor(run->work, sequence->rows, cols.q, run->dtype);
     OVLM_TRY(ovlm_sequence_to_heads(run, sequence, &in, 1, d_own));
-    ovlm_tensor dqkv_own = ovlm_stack_tensor(run->work, sequence->T, cols.q + 2 * cols.kv,
+    ovlm_tensor dqkv_own = ovlm_stack_tensor(run->work, sequence->rows, cols.q + 2 * cols.kv,
                                              run->dtype);
     OVLM_TRY(core_bwd(run, block, context, d_own, dqkv_own, s));
+    if (sequence->ring.steps > 0) {
+        OVLM_TRY(ovlm_ring_bwd(run, context, &s->ring, d_own, dqkv_own));
+    }
     OVLM_TRY(ovlm_sequence_to_tokens(run, sequence, out, 3, dqkv_own));
     run->work->used_bytes = mark;
     return OVLM_OK;

@@ -31,7 +31,8 @@ typedef struct ovlm_block_context {
     int64_t expert_rows;           /* of a chunk, at most; 0: all at once (experts.h)          */
     const ovlm_params *params;
     const ovlm_cache *cache;       /* decoding; or NULL                                        */
-    const ovlm_sequence_pass *sequence; /* T is a shard of what the segments say; or NULL      */
+    const ovlm_sequence_pass *sequence; /* T is a shard; query and key are its row's; or NULL  */
+    const int32_t *ring_bounds;    /* device: sequence->ring.bounds behind the segments        */
     const ovlm_expert_pass *experts; /* they are on several ranks; or NULL                     */
 } ovlm_block_context;
 
@@ -42,6 +43,7 @@ typedef struct ovlm_block_saved {
     ovlm_linear qkv, out, up, down, gate;
     ovlm_rope q, k;
     ovlm_attention attention[OVLM_HEAD_RUNS_MOST];
+    ovlm_attention ring;           /* all own heads, where there are steps                     */
     ovlm_gated gated;
     ovlm_router router;
     ovlm_grouped_linear experts_up, experts_down;
@@ -103,6 +105,15 @@ OVLM_NODISCARD ovlm_status ovlm_mlp_fwd(ovlm_run *run, const ovlm_block *block,
 OVLM_NODISCARD ovlm_status ovlm_mlp_bwd(ovlm_run *run, const ovlm_block *block,
                                         const ovlm_block_context *context, ovlm_tensor dh,
                                         ovlm_block_saved *saved);
+
+/* The ring around the core (sequence.h), one exchange per step.  `all` has the own row's tokens and
+ * the own heads: q, k, v, and of causal attention o and lse, which the forward makes those of all
+ * keys.  The backward, with these, adds to dqkv what the other rows' keys have in it. */
+OVLM_NODISCARD ovlm_status ovlm_ring_fwd(ovlm_run *run, const ovlm_block_context *context,
+                                         const ovlm_attention *all);
+OVLM_NODISCARD ovlm_status ovlm_ring_bwd(ovlm_run *run, const ovlm_block_context *context,
+                                         const ovlm_attention *all, ovlm_tensor d_o,
+                                         ovlm_tensor dqkv);
 
 /* A norm's output once more, for a backward whose forward left it out. */
 OVLM_NODISCARD ovlm_status ovlm_norm_redo(ovlm_run *run, ovlm_norm *args, const ovlm_weight *w,

@@ -138,10 +138,14 @@ static ovlm_status prepare_context(ovlm_run *run, ovlm_decoder_pass *pass, ovlm_
     OVLM_TRY(ovlm_rope_tables(run, stack,
                               ovlm_tensor_of(position, OVLM_AXES, tokens->T, OVLM_F32), frequency,
                               axis, half, &pass->context));
-    OVLM_TRY(ovlm_run_upload(run, stack, tokens->start,
-                             (tokens->segments + 1) * (int64_t)sizeof(int32_t), &start));
-    pass->context.query = (ovlm_segments){.n = tokens->segments, .max_len = pass->longest,
-                                          .start = start, .host_start = tokens->start};
+    const ovlm_sequence_pass *shared = pass->context.sequence; /* else the segments are its own */
+    const int32_t *bounds = shared != NULL ? shared->ring.bounds : tokens->start;
+    int64_t n = tokens->segments, count = shared != NULL ? shared->ring.bounds_n : n + 1;
+    OVLM_TRY(ovlm_run_upload(run, stack, bounds, count * (int64_t)sizeof *bounds, &start));
+    pass->context.query = (ovlm_segments){
+        .n = n, .max_len = shared != NULL ? shared->longest : pass->longest, .start = start,
+        .host_start = bounds};
+    pass->context.ring_bounds = start == NULL || shared == NULL ? NULL : (int32_t *)start + n + 1;
     if (pass->cache == NULL) {
         pass->context.key = pass->context.query;
     }

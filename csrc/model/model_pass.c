@@ -115,8 +115,8 @@ static ovlm_status prepare_shard(ovlm_model *model, const ovlm_sequence *sequenc
     ovlm_decoder_pass *pass = &model->decoder;
     ovlm_sequence_pass *shard = NULL;
     int64_t total = pass->tokens.start[pass->tokens.segments];
-    OVLM_TRY(ovlm_sequence_prepare(sequence, total, c->heads, c->kv_heads, &model->call, &shard,
-                                   err));
+    OVLM_TRY(ovlm_sequence_prepare(sequence, pass->tokens.start, pass->tokens.segments, c->heads,
+                                   c->kv_heads, &model->call, &shard, err));
     const ovlm_sequence_part *own = ovlm_sequence_own(shard);
     if (pass->tokens.T != own->rows) {
         return OVLM_FAIL(err, OVLM_E_ARG,

@@ -67,6 +67,13 @@ ovlm_status ovlm_run_upload(ovlm_run *run, ovlm_stack *stack, const void *host, 
     return run->ops->copy(run->queue, *device, staged, bytes, OVLM_TO_DEVICE, run->err);
 }
 
+ovlm_status ovlm_run_move(ovlm_run *run, ovlm_tensor from, ovlm_tensor to, double beta)
+{
+    ovlm_scale copy = {.alpha = 1, .beta = beta, .x = from, .y = to};
+    RUN(run, scale, fwd, &copy);
+    return OVLM_OK;
+}
+
 ovlm_status ovlm_run_constant(ovlm_run *run, ovlm_stack *stack, float value, int64_t count,
                               ovlm_tensor *row)
 {

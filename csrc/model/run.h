@@ -54,6 +54,10 @@ OVLM_NODISCARD ovlm_status ovlm_run_poll(const ovlm_run *run);
 OVLM_NODISCARD ovlm_status ovlm_run_upload(ovlm_run *run, ovlm_stack *stack, const void *host,
                                            int64_t bytes, void **device);
 
+/* to = from + beta to, of one shape, in any pair of dtypes. */
+OVLM_NODISCARD ovlm_status ovlm_run_move(ovlm_run *run, ovlm_tensor from, ovlm_tensor to,
+                                         double beta);
+
 /* A row of `count` equal numbers. */
 OVLM_NODISCARD ovlm_status ovlm_run_constant(ovlm_run *run, ovlm_stack *stack, float value,
                                              int64_t count, ovlm_tensor *row);

@@ -30,10 +30,11 @@ void ovlm_sequence_group_leave(sequence_group_object *group)
     }
 }
 
-/* SequenceGroup(core comm) */
+/* SequenceGroup(core comm, head_ranks) */
 static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *comm = NULL, *module = PyType_GetModule(type);
+    long long head_ranks = 0;
     if (module == NULL) {
         return NULL;
     }
@@ -41,8 +42,12 @@ static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "SequenceGroup takes no keywords");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "O:SequenceGroup", &comm) ||
+    if (!PyArg_ParseTuple(args, "OL:SequenceGroup", &comm, &head_ranks) ||
         ovlm_instance_of(module, "Comm", comm) == NULL) {
+        return NULL;
+    }
+    if (head_ranks < 0) {
+        PyErr_Format(PyExc_ValueError, "head_ranks must be >= 0; got %lld", head_ranks);
         return NULL;
     }
     comm_object *over = (comm_object *)comm;
@@ -53,7 +58,7 @@ static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     sequence_group_object *self = (sequence_group_object *)type->tp_alloc(type, 0);
     if (self != NULL) {
         self->comm = (comm_object *)Py_NewRef(comm);
-        ovlm_sequence_group_init(&self->group, over->comm);
+        ovlm_sequence_group_init(&self->group, over->comm, head_ranks);
     }
     return (PyObject *)self;
 }

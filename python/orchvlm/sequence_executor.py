@@ -9,7 +9,7 @@ from .configs import ModelConfig
 from .inputs import Inputs
 from .model import Model
 from .phases import checkpoint_number
-from .sequence_parallel import SequenceGroups
+from .sequence_parallel import SequenceGroups, row_ranks
 from .sequences import SequencePlan
 from .shares import label_weights
 
@@ -157,8 +157,7 @@ class SequenceExecutor:
         TypeError
             No plan, no inputs.
         ValueError
-            A plan for another number of ranks or for other lengths; a degree above the model's
-            query heads.
+            A plan for another number of ranks or for other lengths.
         CommError
             Another rank failed.
         """
@@ -195,11 +194,6 @@ class SequenceExecutor:
             raise ValueError(f"plan is for {plan.n_gpus} GPUs; there are {self.comm.size} ranks")
         if not np.array_equal(plan.lengths, batch.lengths):
             raise ValueError("batch: its sequences have other lengths than those of the plan")
-        heads = self.model.config.text["num_attention_heads"]
-        widest = max((degree for _, degree in plan.communicators), default=1)
-        if widest > heads:  # before any rank is in an exchange
-            raise ValueError(f"plan has a group of {widest}; the model has {heads} query heads: "
-                             "plan with degrees up to that (SequenceCost.heads)")
 
     def _parts(self, plan, batch):
         """((first GPU, degree), shard or inputs without tokens) of each micro-batch."""
@@ -229,15 +223,20 @@ class SequenceExecutor:
         self.groups.close()
 
 
-def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
+def exchange_bytes(plan, config, dtype="float32", checkpoint="none", head_ranks=None):
     """Bytes that ranks send each other in a step's exchanges.
 
-    In each layer a rank with t of a group's T tokens, and h query and g key/value heads of D
-    columns among the group's sums H and G, sends in the forward its tokens' q, k and v to the
-    others' heads and the others' o to their tokens, and in the backward the slopes of both::
+    In each layer a rank with t of the T tokens of its row (:func:`sequence_parallel.row_ranks`: the
+    whole group, where it has no more ranks than the model query heads), and h query and g key/value
+    heads of D columns among the row's sums H and G, sends in the forward its tokens' q, k and v to
+    the others' heads and the others' o to their tokens, and in the backward the slopes of both; and
+    in the ring the keys and values of u tokens that later rows read, and in the backward also the
+    slopes of those that it read itself, of w tokens::
 
-        t (H - h + 2 (G - g)) D + (T - t) h D          forward
-        t (H - h) D + (T - t) (h + 2 g) D              backward
+        t (H - h + 2 (G - g)) D + (T - t) h D + 2 u g D              forward
+        t (H - h) D + (T - t) (h + 2 g) D + 2 (u + w) g D            backward
+
+    A row reads, once for each later row, what the segment across that one's beginning has before it.
 
     Parameters
     ----------
@@ -248,6 +247,8 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
         Of activations.
     checkpoint : {"none", "selective", "full"}
         ``"full"`` runs the forward's exchanges twice.
+    head_ranks : int, optional
+        As in :class:`sequence_parallel.SequenceGroups`.
 
     Returns
     -------
@@ -259,7 +260,7 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
     TypeError
         No plan, no configuration.
     ValueError
-        Another dtype or checkpoint.
+        Another dtype or checkpoint, or ``head_ranks`` below 1.
 
     References
     ----------
@@ -285,12 +286,27 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none"):
     share, sent = heads // kv_heads, np.zeros(plan.n_gpus, np.int64)
     for micro in plan.micro_batches:
         for group in micro.groups:
-            ranks = np.arange(group.degree + 1, dtype=np.int64)
-            cut = heads * ranks // group.degree
-            t = np.diff(group.tokens * ranks // group.degree)
-            h, g = np.diff(cut), -(-cut[1:] // share) - cut[:-1] // share
-            others = group.tokens - t
-            forward = t * (heads - h + 2 * (g.sum() - g)) + others * h
-            backward = t * (heads - h) + others * (h + 2 * g)
+            across = row_ranks(group.degree, heads, head_ranks)
+            rows = group.degree // across
+            cut = heads * np.arange(across + 1, dtype=np.int64) // across
+            shards = group.tokens * np.arange(group.degree + 1, dtype=np.int64) // group.degree
+            t, begins = np.diff(shards), shards[::across]
+            h = np.tile(np.diff(cut), rows)
+            g = np.tile(-(-cut[1:] // share) - cut[:-1] // share, rows)
+            others = np.repeat(np.diff(begins), across) - t
+            read, given = (np.repeat(n, across) for n in _ring_keys(
+                np.cumsum([0, *plan.lengths[group.items]]), begins))
+            forward = t * (heads - h + 2 * (g.sum() // rows - g)) + others * h + 2 * g * given
+            backward = t * (heads - h) + others * (h + 2 * g) + 2 * g * (given + read)
             sent[group.first_gpu:group.first_gpu + group.degree] += forwards * forward + backward
     return sent * config.text["head_dim"] * config.text["num_hidden_layers"] * _SIZES[dtype]
+
+
+def _ring_keys(starts, begins):
+    """Keys that each row of a ring reads of all earlier ones, and gives to all later ones."""
+    first, end = begins[:-1], begins[1:]
+    reach = starts[np.searchsorted(starts, first, "right") - 1]  # of the segment across it
+    reach = np.where(first < end, reach, first)
+    keys = end[:, None] - np.maximum(first[:, None], reach)
+    given = np.where(np.arange(len(first))[:, None] < np.arange(len(first)), keys, 0)
+    return first - reach, given.clip(0).sum(axis=1)

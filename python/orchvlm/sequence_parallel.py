@@ -2,7 +2,9 @@
 
 A group of d ranks packs its sequences end to end and cuts the tokens into d nearly equal shards.
 Everything in the decoder but attention works on single tokens, and runs on the shard; around
-attention an exchange turns shards of tokens into shards of heads (Ulysses).
+attention an exchange turns shards of tokens into shards of heads (Ulysses).  A group of more ranks
+than there are heads is several rows of ranks that do so, and between the rows keys and values go
+around rings (Ring Attention).
 """
 import hashlib
 from dataclasses import dataclass
@@ -68,20 +70,25 @@ class SequenceGroup:
     ----------
     comm : Comm
         Of the group's ranks alone.
+    head_ranks : int, optional
+        As in :class:`SequenceGroups`.
 
     Attributes
     ----------
     comm : Comm
     rank, degree : int
         This rank's place in the group, and how many there are.
+    head_ranks : int or None
+        As given.
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm, head_ranks=None):
         from .comm import Comm
         if not isinstance(comm, Comm):
             raise TypeError(f"comm must be a Comm; got {type(comm).__name__}")
+        self.head_ranks = _checked_limit(head_ranks)
         self.comm, self.rank, self.degree = comm, comm.rank, comm.size
-        self._core = _core.SequenceGroup(comm._core)
+        self._core = _core.SequenceGroup(comm._core, self.head_ranks or 0)
 
     def __repr__(self):
         return f"<rank {self.rank} of a group of {self.degree}>"
@@ -170,16 +177,30 @@ class SequenceGroups:
     ----------
     comm : Comm
         All ranks of the job.
+    head_ranks : int, optional
+        At most so many ranks of a group share heads, in rows of consecutive ranks; the rows pass
+        keys and values around: ranks of a node, for rings between nodes.  By default rings are for
+        groups of more ranks than query heads alone.  A row has the largest divisor of the degree
+        that both permit.
 
     Raises
     ------
     TypeError
         No communicator.
+    ValueError
+        ``head_ranks`` that is no whole number from 1 on.
+
+    Notes
+    -----
+    Shards of a ring are contiguous, so that with causal attention the ranks of the last of c rows
+    have 2 - 1/c times the mean work of a sequence that lies across all rows; of sequences that lie
+    in one row each all have alike.
 
     References
     ----------
-    Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509.  FlexSP, arXiv 2412.01523, section 5:
-    groups that change from micro-batch to micro-batch.
+    Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509.  Liu et al., "Ring Attention with
+    Blockwise Transformers", arXiv 2310.01889.  FlexSP, arXiv 2412.01523, section 5: groups that
+    change from micro-batch to micro-batch.
 
     Examples
     --------
@@ -208,11 +229,11 @@ class SequenceGroups:
     True
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm, head_ranks=None):
         from .comm import Comm
         if not isinstance(comm, Comm):
             raise TypeError(f"comm must be a Comm; got {type(comm).__name__}")
-        self.comm = comm
+        self.comm, self.head_ranks = comm, _checked_limit(head_ranks)
         self._groups = {}  # (first rank, degree) -> SequenceGroup, None where others are in it
 
     def __len__(self):
@@ -289,7 +310,7 @@ class SequenceGroups:
         own = [i for i, (first, degree) in enumerate(apart) if first <= rank < first + degree]
         part = self.comm.split(own[0] if own else None, rank)
         for i, block in enumerate(apart):
-            self._groups[block] = SequenceGroup(part) if own == [i] else None
+            self._groups[block] = SequenceGroup(part, self.head_ranks) if own == [i] else None
 
     def __contains__(self, block):
         return block in self._groups
@@ -324,6 +345,36 @@ class SequenceGroups:
             if group is not None:
                 group.comm.close()
         self._groups = {}
+
+
+def _checked_limit(head_ranks):
+    return None if head_ranks is None else whole_number(head_ranks, "head_ranks", 1)
+
+
+def row_ranks(degree, heads, head_ranks=None):
+    """How many ranks of a group share heads; the others repeat them in rings.
+
+    Parameters
+    ----------
+    degree, heads : int
+        Ranks of the group, query heads of the model.
+    head_ranks : int, optional
+        As in :class:`SequenceGroups`.
+
+    Returns
+    -------
+    int
+        The largest divisor of the degree that is at most both.
+
+    Examples
+    --------
+    >>> from orchvlm.sequence_parallel import row_ranks
+    >>> [row_ranks(degree, heads=6) for degree in (4, 6, 7, 8, 16)]
+    [4, 6, 1, 4, 4]
+    """
+    degree, heads = whole_number(degree, "degree", 1), whole_number(heads, "heads", 1)
+    most = min(degree, heads, _checked_limit(head_ranks) or degree)
+    return next(ranks for ranks in range(most, 0, -1) if degree % ranks == 0)
 
 
 def _with_next(column, first, end, none):

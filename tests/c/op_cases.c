@@ -271,10 +271,28 @@ static void draw_attention(draw *d, ovlm_attention *a)
     a->k = tensor(d, tk, a->kv_heads * head_dim);
     a->v = tensor(d, tk, a->kv_heads * value_dim);
     a->o = blank(d, tq, a->heads * value_dim);
+    a->lse = maybe(d, blank(d, tq, a->heads));
     a->dout = tensor(d, tq, a->heads * value_dim);
     a->dq = maybe(d, blank(d, tq, a->heads * head_dim));
     a->dk = maybe(d, blank(d, tk, a->kv_heads * head_dim));
     a->dv = maybe(d, blank(d, tk, a->kv_heads * value_dim));
+}
+
+/* Rows that saw no key, in one part or in both, and rows that one part decides. */
+static void draw_merge(draw *d, ovlm_merge *a)
+{
+    int64_t rows = rows_of(d), dim = cols_of(d);
+    a->heads = between(d, 1, 4);
+    a->o = tensor(d, rows, a->heads * dim);
+    a->lse = tensor(d, rows, a->heads);
+    a->part = tensor(d, rows, a->heads * dim);
+    a->part_lse = tensor(d, rows, a->heads);
+    for (int64_t i = 0; i < rows * a->heads; i++) {
+        double *lse = (double *)a->lse.data + i, *part = (double *)a->part_lse.data + i;
+        *part = chance(d, 4) ? 30 * *part : *part;
+        *lse = chance(d, 6) ? (double)-INFINITY : *lse;
+        *part = chance(d, 6) ? (double)-INFINITY : *part;
+    }
 }
 
 static void draw_gather(draw *d, ovlm_gather *a)
@@ -562,28 +580,4 @@ void op_case_draw(op_case *c, ovlm_op op, ovlm_dtype storage, int64_t size, ovlm
 void op_case_free(op_case *c)
 {
     ovlm_arena_free(&c->arena);
-}
-
-bool op_has_backward(ovlm_op op)
-{
-#define HAS_BACKWARD(name, type) || op == OVLM_OP_##name
-    return false OVLM_OPS_BOTH(HAS_BACKWARD);
-#undef HAS_BACKWARD
-}
-
-const ovlm_member *op_member(ovlm_op op, const char *name)
-{
-    const ovlm_op_schema *schema = ovlm_op_schemas[op];
-    for (int i = 0; i < schema->member_n; i++) {
-        if (strcmp(schema->member[i].name, name) == 0) {
-            return &schema->member[i];
-        }
-    }
-    return NULL;
-}
-
-ovlm_tensor *op_tensor(ovlm_op op, void *args, const char *name)
-{
-    const ovlm_member *m = op_member(op, name);
-    return m == NULL || m->kind != OVLM_MEMBER_TENSOR ? NULL : ovlm_member_at(m, args);
 }

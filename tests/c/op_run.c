@@ -333,3 +333,29 @@ const char *op_result_difference(const op_case *c, const op_result *a, const op_
     }
     return found;
 }
+
+/* ---- tables ---- */
+
+bool op_has_backward(ovlm_op op)
+{
+#define HAS_BACKWARD(name, type) || op == OVLM_OP_##name
+    return false OVLM_OPS_BOTH(HAS_BACKWARD);
+#undef HAS_BACKWARD
+}
+
+const ovlm_member *op_member(ovlm_op op, const char *name)
+{
+    const ovlm_op_schema *schema = ovlm_op_schemas[op];
+    for (int i = 0; i < schema->member_n; i++) {
+        if (strcmp(schema->member[i].name, name) == 0) {
+            return &schema->member[i];
+        }
+    }
+    return NULL;
+}
+
+ovlm_tensor *op_tensor(ovlm_op op, void *args, const char *name)
+{
+    const ovlm_member *m = op_member(op, name);
+    return m == NULL || m->kind != OVLM_MEMBER_TENSOR ? NULL : ovlm_member_at(m, args);
+}

@@ -1,5 +1,5 @@
-/* test_cpu_attention.c - attention against plain loops in double, and bit for bit the same however
- * queries are batched and shared out. */
+/* test_cpu_attention.c - attention against plain loops in double, bit for bit the same however
+ * queries are batched and shared out, and from parts of its keys. */
 #include "cpu_rig.h"
 
 enum { SEGMENTS_MOST = 6 };
@@ -226,6 +226,132 @@ static void run_case(rig *one, rig *many, ovlm_dtype dtype, int64_t longest)
     free(w.dv);
 }
 
+/* ---- keys in parts ---- */
+
+/* Queries that are the last of their segment, with as many keys of their own, and keys before. */
+typedef struct parts {
+    rig *r;
+    ovlm_attention whole;
+    int64_t nq, before, cut; /* keys [0, cut), [cut, before), and the queries' own */
+    ovlm_tensor lse, sum[3]; /* of o, of dq: float32; what a part gives            */
+} parts;
+
+/* Keys first .. first + count - 1 alone; its gradients are views of the whole's. */
+static ovlm_attention part_of(const parts *p, int64_t first, int64_t count, int32_t bounds[4])
+{
+    ovlm_attention a = p->whole;
+    bounds[0] = bounds[2] = 0;
+    bounds[1] = (int32_t)p->nq;
+    bounds[3] = (int32_t)count;
+    a.causal = first == p->before; /* keys before the queries are all seen */
+    a.query = (ovlm_segments){.n = 1, .max_len = p->nq, .start = bounds};
+    a.key = (ovlm_segments){.n = 1, .max_len = count, .start = bounds + 2};
+    a.k = ovlm_tensor_rows(a.k, first, count);
+    a.v = ovlm_tensor_rows(a.v, first, count);
+    a.dk = ovlm_tensor_rows(a.dk, first, count);
+    a.dv = ovlm_tensor_rows(a.dv, first, count);
+    return a;
+}
+
+/* to = beta to + from */
+static void add_to(rig *r, const ovlm_tensor *to, const ovlm_tensor *from, double beta)
+{
+    ovlm_scale sum = {.alpha = 1, .beta = beta, .x = *from, .y = *to};
+    RIG_SCRATCH(r, scale, &sum);
+    RIG_RUN(r, scale, fwd, &sum);
+    RIG_SCRATCH_FREE(&sum);
+}
+
+static void forward_part(parts *p, int64_t first, int64_t count, bool begin)
+{
+    int32_t bounds[4];
+    ovlm_attention a = part_of(p, first, count, bounds);
+    a.lse = begin ? p->lse : rig_empty(p->nq, a.heads, OVLM_F32);
+    a.o = p->sum[2];
+    RIG_SCRATCH(p->r, attention, &a);
+    RIG_RUN(p->r, attention, fwd, &a);
+    RIG_SCRATCH_FREE(&a);
+    if (begin) {
+        add_to(p->r, &p->sum[0], &a.o, 0);
+        return;
+    }
+    ovlm_merge merge = {.heads = a.heads, .o = p->sum[0], .lse = p->lse, .part = a.o,
+                        .part_lse = a.lse};
+    RIG_SCRATCH(p->r, merge, &merge);
+    RIG_RUN(p->r, merge, fwd, &merge);
+    RIG_SCRATCH_FREE(&merge);
+    rig_free(&a.lse);
+}
+
+static void backward_part(parts *p, int64_t first, int64_t count, bool begin)
+{
+    int32_t bounds[4];
+    ovlm_attention a = part_of(p, first, count, bounds);
+    a.lse = p->lse;
+    a.dq = rig_empty(p->nq, a.q.cols, a.q.dtype);
+    RIG_SCRATCH(p->r, attention, &a);
+    RIG_RUN(p->r, attention, bwd, &a);
+    add_to(p->r, &p->sum[1], &a.dq, begin ? 0 : 1);
+    RIG_SCRATCH_FREE(&a);
+    rig_free(&a.dq);
+}
+
+static void check_whole(const parts *p, double loose)
+{
+    const ovlm_attention *a = &p->whole;
+    sizes s = {.n = 1, .heads = a->heads, .kv_heads = a->kv_heads, .d = a->q.cols / a->heads,
+               .dv = a->v.cols / a->kv_heads, .nq = {p->nq}, .nk = {a->k.rows}};
+    want w = {zeros(p->nq, a->o.cols), zeros(p->nq, a->q.cols), zeros(a->k.rows, a->k.cols),
+              zeros(a->v.rows, a->v.cols)};
+    for (int64_t head = 0; head < s.heads; head++) {
+        reference(a, &s, 0, head, &w);
+    }
+    rig_near("merged o", &a->o, w.o, loose);
+    rig_near_least("dq of parts", &p->sum[1], w.dq, loose, 0.2);
+    rig_near_least("dk of parts", &a->dk, w.dk, loose, 0.2);
+    rig_near("dv of parts", &a->dv, w.dv, loose);
+    free(w.o);
+    free(w.dq);
+    free(w.dk);
+    free(w.dv);
+}
+
+static void run_parts(rig *r, ovlm_dtype dtype)
+{
+    int64_t d = 1 + rig_below(40), dv = 1 + rig_below(40), kv_heads = 1 + rig_below(3);
+    int64_t heads = kv_heads * (1 + rig_below(3));
+    parts p = {.r = r, .nq = 1 + rig_below(70), .before = rig_below(150)};
+    p.cut = rig_below(p.before + 1);
+    int64_t nk = p.before + p.nq;
+    ovlm_attention *a = &p.whole;
+    *a = (ovlm_attention){.heads = heads, .kv_heads = kv_heads, .causal = true,
+                          .scale = 0.5 / sqrt((double)d)};
+    a->q = rig_random(p.nq, heads * d, dtype);
+    a->k = rig_random(nk, kv_heads * d, dtype);
+    a->v = rig_random(nk, kv_heads * dv, dtype);
+    a->dout = rig_random(p.nq, heads * dv, dtype);
+    a->o = rig_empty(p.nq, heads * dv, dtype);
+    a->dk = rig_empty(nk, kv_heads * d, dtype);
+    a->dv = rig_empty(nk, kv_heads * dv, dtype);
+    p.lse = rig_empty(p.nq, heads, OVLM_F32);
+    p.sum[0] = rig_empty(p.nq, heads * dv, OVLM_F32);
+    p.sum[1] = rig_empty(p.nq, heads * d, OVLM_F32);
+    p.sum[2] = rig_empty(p.nq, heads * dv, dtype);
+    forward_part(&p, p.before, p.nq, true);
+    forward_part(&p, 0, p.cut, false); /* of no key, at times */
+    forward_part(&p, p.cut, p.before - p.cut, false);
+    add_to(r, &a->o, &p.sum[0], 0);
+    backward_part(&p, 0, p.cut, true);
+    backward_part(&p, p.cut, p.before - p.cut, false);
+    backward_part(&p, p.before, p.nq, false);
+    check_whole(&p, dtype == OVLM_BF16 ? 5e-2 : 5e-5);
+    ovlm_tensor *all[] = {&a->q, &a->k, &a->v, &a->dout, &a->o, &a->dk, &a->dv, &p.lse,
+                          &p.sum[0], &p.sum[1], &p.sum[2]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        rig_free(all[i]);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_start(argc, argv);
@@ -234,6 +360,9 @@ int main(int argc, char **argv)
     rig_open(&many, 3);
     for (int i = 0; i < 40; i++) {
         run_case(&one, &many, i % 4 == 3 ? OVLM_BF16 : OVLM_F32, i % 8 == 0 ? 200 : 30);
+    }
+    for (int i = 0; i < 24; i++) {
+        run_parts(i % 2 ? &one : &many, i % 3 == 2 ? OVLM_BF16 : OVLM_F32);
     }
     rig_close(&one);
     rig_close(&many);

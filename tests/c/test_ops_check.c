@@ -46,7 +46,8 @@ static void spoil(const ovlm_tensor *t)
 }
 
 #define SPOILED(op, type, pass, member)                                                      \
-    static ovlm_status spoiled_##op##_##pass(ovlm_queue *queue, const type *a, ovlm_err *err) \
+    static ovlm_status spoiled_##op##_##pass##_##member(ovlm_queue *queue, const type *a,    \
+                                                        ovlm_err *err)                       \
     {                                                                                        \
         ovlm_status status = ovlm_ref_##op##_##pass(queue, a, err);                          \
         if (status == OVLM_OK) {                                                             \
@@ -68,6 +69,9 @@ static void spoil(const ovlm_tensor *t)
     X(rope, ovlm_rope, bwd, dx)                       \
     X(attention, ovlm_attention, fwd, o)              \
     X(attention, ovlm_attention, bwd, dk)             \
+    X(attention, ovlm_attention, fwd, lse)            \
+    X(merge, ovlm_merge, fwd, o)                      \
+    X(merge, ovlm_merge, fwd, lse)                    \
     X(gather, ovlm_gather, fwd, y)                    \
     X(gather, ovlm_gather, bwd, dx)                   \
     X(scale, ovlm_scale, fwd, y)                      \
@@ -164,7 +168,7 @@ static void test_planted(void)
 {
 #define PLANT(op, type, pass, member)                  \
     plant();                                           \
-    planted.op.pass = spoiled_##op##_##pass;           \
+    planted.op.pass = spoiled_##op##_##pass##_##member;           \
     find_mistake(&planted, OVLM_OP_##op, #member);
     SPOILED_OPS(PLANT)
     plant();

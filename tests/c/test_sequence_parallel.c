@@ -1,5 +1,5 @@
-/* Who has which tokens and heads in a group, against counting one by one; and exchanges between
- * ranks, on a device that host code cannot read, too. */
+/* Who has which tokens and heads in a group, and reads which of other rows, against counting one by
+ * one; and exchanges between ranks, on a device that host code cannot read, too. */
 #include "engine/sequence_parallel.h"
 
 #include "comm_rig.h"
@@ -8,12 +8,12 @@
 
 enum { HEADS_MOST = 24, WIDTH = 3 };
 
-static void check_part(int64_t T, int64_t heads, int64_t kv_heads, int64_t degree, int *owners,
-                       int *rows)
+static void check_part(int64_t T, int64_t heads, int64_t kv_heads, int64_t degree,
+                       int64_t row_ranks, int *owners, int *rows)
 {
     const int64_t share = heads / kv_heads;
     for (int64_t r = 0; r < degree; r++) {
-        ovlm_sequence_part part = ovlm_sequence_part_of(T, heads, kv_heads, degree, r);
+        ovlm_sequence_part part = ovlm_sequence_part_of(T, heads, kv_heads, degree, row_ranks, r);
         ovlm_head_run run[OVLM_HEAD_RUNS_MOST];
         int64_t n = ovlm_sequence_head_runs(&part, heads, kv_heads, run), next = 0;
         CHECK(n >= 1 && n <= OVLM_HEAD_RUNS_MOST, "%lld runs", (long long)n);
@@ -44,12 +44,14 @@ static void test_parts(void)
 {
     for (int64_t kv_heads = 1; kv_heads <= HEADS_MOST; kv_heads++) {
         for (int64_t heads = kv_heads; heads <= HEADS_MOST; heads += kv_heads) {
-            for (int64_t degree = 1; degree <= heads; degree++) {
+            for (int64_t degree = 1; degree <= 2 * heads; degree++) {
                 int owners[HEADS_MOST] = {0}, rows[3 * HEADS_MOST] = {0};
                 int64_t T = (heads * 7 + degree) % (3 * HEADS_MOST);
-                check_part(T, heads, kv_heads, degree, owners, rows);
+                int64_t across = ovlm_sequence_row_ranks(degree, heads, 0);
+                check_part(T, heads, kv_heads, degree, across, owners, rows);
                 for (int64_t h = 0; h < heads; h++) {
-                    CHECK(owners[h] == 1, "head %lld has %d ranks", (long long)h, owners[h]);
+                    CHECK(owners[h] == degree / across, "head %lld has %d ranks", (long long)h,
+                          owners[h]);
                 }
                 for (int64_t t = 0; t < T; t++) {
                     CHECK(rows[t] == 1, "token %lld has %d ranks", (long long)t, rows[t]);
@@ -59,15 +61,90 @@ static void test_parts(void)
     }
 }
 
-static void test_too_many_ranks(void)
+static void test_rows(void)
 {
-    const ovlm_sequence group = {.degree = 5, .rank = 4};
-    ovlm_arena arena = {0};
-    ovlm_sequence_pass *pass = NULL;
-    ovlm_err err = {0};
-    CHECK(ovlm_sequence_prepare(&group, 9, 4, 2, &arena, &pass, &err) == OVLM_E_ARG, "taken");
-    CHECK(strstr(err.message, "at most 4") != NULL, "%s", err.message);
-    ovlm_arena_free(&arena);
+    const int64_t cases[][4] = {{8, 3, 0, 2}, {7, 3, 0, 1},   {6, 6, 0, 6}, {12, 5, 0, 4},
+                                {8, 8, 2, 2}, {6, 2, 100, 2}, {9, 8, 5, 3}, {1, 4, 3, 1}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int64_t *c = cases[i];
+        CHECK(ovlm_sequence_row_ranks(c[0], c[1], c[2]) == c[3], "%lld ranks, %lld heads",
+              (long long)c[0], (long long)c[1]);
+    }
+}
+
+/* ---- what rings read ---- */
+
+enum { RING_TOKENS = 40, RING_SEGMENTS = 6 };
+
+/* Row of ranks that token t is in. */
+static int64_t row_of(int64_t t, int64_t T, int64_t degree, int64_t across)
+{
+    int64_t r = 0;
+    while (ovlm_sequence_cut(T, degree, r + 1) <= t) {
+        r++;
+    }
+    return r / across;
+}
+
+/* Counts, pair by pair of tokens, what each row's queries read of each other row. */
+static void check_ring(const ovlm_sequence_pass *s, const int32_t *start, int64_t segments)
+{
+    int64_t T = start[segments], degree = s->group->degree, across = s->row_ranks, reads = 0;
+    bool read[RING_TOKENS] = {false}, asks[RING_TOKENS] = {false}, gives[RING_TOKENS] = {false};
+    for (int64_t i = 0; i < segments; i++) {
+        for (int64_t q = start[i]; q < start[i + 1]; q++) {
+            for (int64_t k = start[i]; k <= q; k++) {
+                int64_t asking = row_of(q, T, degree, across), far = asking;
+                far -= row_of(k, T, degree, across);
+                reads = far > reads ? far : reads;
+                read[k] |= far > 0 && asking == s->row;
+                asks[q] |= far > 0 && asking == s->row;
+                gives[k] |= far > 0 && asking - far == s->row;
+            }
+        }
+    }
+    CHECK(s->ring.steps == reads, "%lld steps, not %lld", (long long)s->ring.steps,
+          (long long)reads);
+    int64_t taken = 0, queries = 0, given = 0, keys = 0;
+    for (int64_t t = 0; t < T; t++) {
+        taken += read[t];
+        given += gives[t];
+        queries += asks[t];
+        CHECK(!asks[t] || t < s->first + s->ring.queries, "query %lld is left out", (long long)t);
+    }
+    for (int64_t step = 1; step <= s->ring.steps; step++) {
+        keys += s->ring.take[step];
+        CHECK(s->ring.give[step] <= s->ring.most_give && s->ring.give[step] <= s->rows, "gives");
+    }
+    CHECK(keys == taken && queries == s->ring.queries && given == s->ring.most_give,
+          "%lld keys, %lld queries, %lld given; %lld, %lld, %lld", (long long)keys,
+          (long long)s->ring.queries, (long long)s->ring.most_give, (long long)taken,
+          (long long)queries, (long long)given);
+}
+
+static void test_rings(void)
+{
+    for (int i = 0; i < 300; i++) {
+        int32_t start[RING_SEGMENTS + 1] = {0};
+        int64_t segments = ovlm_rng_below(&test_rng, RING_SEGMENTS + 1);
+        for (int64_t k = 0; k < segments; k++) {
+            int64_t most = ovlm_rng_below(&test_rng, 2) ? 3 : RING_TOKENS;
+            int64_t left = RING_TOKENS - start[k] + 1;
+            start[k + 1] = start[k] + (int32_t)ovlm_rng_below(&test_rng, left < most ? left : most);
+        }
+        const int64_t degree = 1 + ovlm_rng_below(&test_rng, 10);
+        const int64_t heads = 1 + ovlm_rng_below(&test_rng, 4);
+        for (int64_t r = 0; r < degree; r++) {
+            const ovlm_sequence group = {.degree = degree, .rank = r};
+            ovlm_arena arena = {0};
+            ovlm_sequence_pass *pass = NULL;
+            ovlm_err err = {0};
+            CHECK(ovlm_sequence_prepare(&group, start, segments, heads, 1, &arena, &pass, &err) ==
+                      OVLM_OK, "%s", err.message);
+            check_ring(pass, start, segments);
+            ovlm_arena_free(&arena);
+        }
+    }
 }
 
 /* ---- exchanges ---- */
@@ -123,7 +200,7 @@ static ovlm_status lay_out_and_walk(ovlm_run *run, trip *t)
     const ovlm_sequence_part *own = ovlm_sequence_own(s);
     t->rows[0] = ovlm_stack_tensor(run->keep, own->rows, s->heads * WIDTH, OVLM_F32);
     t->rows[1] = ovlm_stack_tensor(run->keep, own->rows, s->kv_heads * WIDTH, OVLM_F32);
-    t->own = ovlm_stack_tensor(run->keep, s->T, (own->heads + own->kv_heads) * WIDTH, OVLM_F32);
+    t->own = ovlm_stack_tensor(run->keep, s->rows, (own->heads + own->kv_heads) * WIDTH, OVLM_F32);
     OVLM_TRY(put(run, t->rows[0], 1, own->first));
     OVLM_TRY(put(run, t->rows[1], 2, own->first));
     return walk(run, t);
@@ -151,7 +228,8 @@ static void check_own(rig_rank *self, ovlm_run *run, const trip *t)
             bool kv = c >= own->heads * WIDTH;
             int64_t from = kv ? c - own->heads * WIDTH + own->kv_head * WIDTH
                               : c + own->head * WIDTH;
-            float is = host[row * t->own.cols + c], wanted = number(kv ? 2 : 1, row, from);
+            float is = host[row * t->own.cols + c];
+            float wanted = number(kv ? 2 : 1, t->pass->first + row, from);
             RCHECK(self, is == wanted, "own %lld, %lld: %g, not %g", (long long)row, (long long)c,
                    (double)is, (double)wanted);
         }
@@ -166,7 +244,7 @@ static void check_back(rig_rank *self, ovlm_run *run, const trip *t, bool kv)
     for (int64_t row = 0; row < t->rows[kv].rows; row++) {
         for (int64_t c = 0; c < t->rows[kv].cols; c++) {
             int64_t times = kv ? 0 : 1;
-            for (int64_t p = 0; kv && p < s->group->degree; p++) {
+            for (int64_t p = 0; kv && p < s->row_ranks; p++) { /* as the same place of each row */
                 int64_t head = c / WIDTH - s->part[p].kv_head;
                 times += head >= 0 && head < s->part[p].kv_heads;
             }
@@ -189,10 +267,11 @@ static void exchange_rank(rig_rank *self)
     ovlm_sequence_group group;
     trip t = {0};
     ovlm_stack keep = {0}, work = {0}, stage = {0};
-    ovlm_sequence_group_init(&group, self->comm);
+    const int32_t start[2] = {0, (int32_t)c->T};
+    ovlm_sequence_group_init(&group, self->comm, 0);
     RTRY(self, c->ops->open(&options, &backend, &self->err));
     RTRY(self, c->ops->queue_open(backend, &queue, &self->err));
-    RTRY(self, ovlm_sequence_prepare(&group.table, c->T, c->heads, c->kv_heads, &arena, &t.pass,
+    RTRY(self, ovlm_sequence_prepare(&group.table, start, 1, c->heads, c->kv_heads, &arena, &t.pass,
                                      &self->err));
     ovlm_run run = {.queue = queue, .ops = c->ops, .measuring = true, .keep = &keep, .work = &work,
                     .stage = &stage, .dtype = OVLM_F32, .exact = OVLM_F32, .err = &self->err};
@@ -224,8 +303,7 @@ static void test_exchanges(void)
         trip_case c = {.ops = ops[i % 2], .kv_heads = 1 + ovlm_rng_below(&test_rng, 4)};
         c.heads = c.kv_heads * (1 + ovlm_rng_below(&test_rng, 4));
         c.T = ovlm_rng_below(&test_rng, 20);
-        int64_t most = c.heads < 8 ? c.heads : 8;
-        rig_run("exchange", 1 + ovlm_rng_below(&test_rng, most), NULL, exchange_rank, &c, ranks);
+        rig_run("exchange", 1 + ovlm_rng_below(&test_rng, 8), NULL, exchange_rank, &c, ranks);
     }
 }
 
@@ -233,7 +311,8 @@ int main(int argc, char **argv)
 {
     test_start(argc, argv);
     test_parts();
-    test_too_many_ranks();
+    test_rows();
+    test_rings();
     test_exchanges();
     return test_end("sequence_parallel");
 }

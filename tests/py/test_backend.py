@@ -69,7 +69,7 @@ def build(tmp_path):
 def test_a_backend_is_loaded_and_probed(build):
     path = build("good")
     assert _core.backend_info(path) == {
-        "name": "fake", "abi": 3, "devices": ["fake device 0", "fake device 1"], "problem": None}
+        "name": "fake", "abi": 4, "devices": ["fake device 0", "fake device 1"], "problem": None}
     assert _core.backend_probe(str(path), 1) == "fake device 1"
     with pytest.raises(ValueError, match="the fake says no"):
         _core.backend_probe(path, 7)
@@ -81,7 +81,7 @@ def test_a_backend_without_device_says_why(build):
 
 
 @pytest.mark.parametrize("defines, words", [
-    (dict(ABI_SHIFT=1), "speaks ABI 4, this build needs ABI 3; reinstall"),
+    (dict(ABI_SHIFT=1), "speaks ABI 5, this build needs ABI 4; reinstall"),
     (dict(SIZE_SHIFT=8), "this build needs"),
     (dict(ENTRY="another_entry"), "no symbol ovlm_backend_entry"),
     (dict(TABLE="0"), "offers no operations"),

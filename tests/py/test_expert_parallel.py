@@ -133,7 +133,7 @@ def test_with_groups_that_share_tokens(number):
                "checkpoint": str(rng.choice(["none", "selective", "full"])),
                "rows": int(rng.integers(1, 80)) if rng.random() < 0.5 else None}
     blocks = cut(rng, n)
-    packs = [joined([only_text(one, config) for k, one in enumerate(samples)
+    packs = [joined([only_text(one) for k, one in enumerate(samples)
                      if k % len(blocks) == i]) for i in range(len(blocks))]
     alone, whole = made([SEED, number], config), joined(packs)
     counts = alone.route(whole)

@@ -25,6 +25,11 @@ ovlm_status ovlm_model_cache_open(ovlm_model *model, int64_t sequences, int64_t 
                          "sequences and length must be positive, their product below 2^31; got "
                          "%lld and %lld", (long long)sequences, (long long)length);
     }
+    if (model->spread) { /* prompts of several lengths would not match */
+        return OVLM_FAIL(err, OVLM_E_ARG, "other ranks hold some of this model's experts: it "
+                                          "continues no prompt; undo that first, or open what was "
+                                          "saved");
+    }
     ovlm_model_cache_close(model);
     int64_t rows = sequences * length, cols = c->kv_heads * c->head_dim;
     int64_t plane = rows * cols * ovlm_dtype_bytes(model->dtype);

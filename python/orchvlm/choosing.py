@@ -1,7 +1,6 @@
 """How the steps of a run are planned: costs, limits, and whether the language phase is balanced or
 run by groups of ranks."""
 import logging
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -53,8 +52,17 @@ def group_cost(cost, config, cluster):
     Returns
     -------
     SequenceCost
+
+    Raises
+    ------
+    ValueError
+        A degree above the query heads.
     """
     if isinstance(cost, SequenceCost):
+        heads, widest = config.text["num_attention_heads"], max(cost.comm)
+        if widest > heads:
+            raise ValueError(f"costs['llm'] names groups of {widest}; the model has {heads} query "
+                             "heads, of which each rank of a group needs one: leave it out")
         return cost
     counted = from_model(config.values, cluster, llm="sequence_parallel").costs["llm"]
     comm, n = dict(counted.comm), cluster.n_gpus
@@ -108,7 +116,7 @@ def planned(batch, cluster, costs, limits, language="balance", tokens=None, tell
         groups = _with_groups(batch, cluster, costs, limits, tokens, tell)
         longest = batch.language_lengths.max(initial=0)
         held = min([most for most in (limits.get("llm"), tokens) if most is not None],
-                   default=math.inf)
+                   default=costs["llm"].tokens_per_gpu)
         if groups is not None and (language == "sequence_parallel" or longest > held):
             return groups
     balanced = _without(batch, cluster, costs, limits)

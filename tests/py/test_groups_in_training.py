@@ -68,6 +68,12 @@ def test_only_groups_hold_what_is_longer_than_a_rank(limits, tokens):
     assert not isinstance(plan([99, 20, 20, 20], "auto", limits, tokens, dear).llm, SequencePlan)
 
 
+def test_the_memory_that_a_cost_names_is_a_limit():
+    cost = replace(COST, comm={1: 0.0, 4: 1.0}, memory_per_token=2.0, memory_limit=200.0)
+    assert isinstance(plan([180, 20, 20, 20], "auto", cost=cost).llm, SequencePlan)
+    assert not isinstance(plan([99, 20, 20, 20], "auto", cost=cost).llm, SequencePlan)
+
+
 def test_what_is_longer_than_all_ranks_has_them_all():
     found = plan([1000, 20, 20], "auto", {"llm": 50})
     assert (4, 0) in [(group.degree, group.first_gpu) for micro in found.llm.micro_batches
@@ -239,4 +245,7 @@ def test_refusals():
     def work(comm):
         with pytest.raises(ValueError, match="language must be one of balance, .* got 'auto '"):
             orchvlm.Orchestrator(model, comm, language="auto ")
+        wide = replace(COST, comm={1: 0.0, 7: 0.0}, heads=0)
+        with pytest.raises(ValueError, match="groups of 7; the model has 6 query heads"):
+            orchvlm.Orchestrator(model, comm, language="auto", costs={"llm": wide})
     orchvlm.comm.run_threads(1, work)

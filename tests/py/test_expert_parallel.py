@@ -57,7 +57,7 @@ def test_a_rank_holds_its_own_experts(mode):
         shard = orchvlm.Shard(model, comm, mode, experts=4)
         optimizer = orchvlm.AdamW(model, lr=1e-3)
         model.zero_grad()
-        model.forward(only_text(packs[comm.rank], config), normalizer=9)
+        model.forward(only_text(packs[comm.rank]), normalizer=9)
         model.backward()
         optimizer.step()
         held = shard.memory()

@@ -69,7 +69,9 @@ def test_a_rank_holds_its_own_experts(mode):
         copies = {"ddp": (1, 3), "zero1": (1, 1.5), "fsdp": (0.25, 0.75)}[mode]  # of the others
         for name, share, times in zip(("weights", "training"), copies, (1, 3)):
             expected = share * others + times * mine * per_expert
-            assert abs(held[name] / expected - 1) < 0.1, (mode, rank, name, held, expected)
+            filled = times * 256 * len(whole._list)  # up to where the next one may begin
+            assert 0.99 * expected <= held[name] <= 1.01 * expected + filled, (
+                mode, rank, name, held, expected)
 
 
 def test_activations_are_foretold():

@@ -70,7 +70,7 @@ def test_a_rank_holds_its_own_experts(mode):
         for name, share, times in zip(("weights", "training"), copies, (1, 3)):
             expected = share * others + times * mine * per_expert
             filled = times * 256 * len(whole._list)  # up to where the next one may begin
-            assert 0.99 * expected <= held[name] <= 1.01 * expected + filled, (
+            assert 0.9 * expected <= held[name] <= 1.01 * expected + filled, (
                 mode, rank, name, held, expected)
 
 

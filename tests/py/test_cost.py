@@ -95,6 +95,8 @@ def test_coefficients_of_a_wrong_type(value):
     (dict(comm={d: 0.0 for d in range(1, 66)}), ValueError, "1 to 64 degrees"),
     (dict(comm=[1.0]), TypeError, "must map degrees"),
     (dict(comm={16: 0.0}, heads=12), ValueError, "a head cannot be split"),
+    (dict(ring=-1.0), ValueError, "ring"), (dict(ring="1"), TypeError, "ring"),
+    (dict(heads=2**20 + 1, ring=0.0), ValueError, "at most 2\\^20 with ring"),
     (dict(heads=-1), ValueError, "heads"),
     (dict(heads=1.0), TypeError, "heads must be an integer"),
     (dict(memory_limit=math.nan), ValueError, "memory_limit"),

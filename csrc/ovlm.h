@@ -111,8 +111,8 @@ typedef struct ovlm_sequence_cost {
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost,
                                                     ovlm_err *err);
 
-/* What is the same for all sequences of a group of cost->degree[j]: share(d), and what stands before
- * s/d. */
+/* What is the same for all sequences of a group of cost->degree[j]: share(d), and what stands
+ * before s/d. */
 typedef struct ovlm_sequence_rates {
     double share, per_token;
 } ovlm_sequence_rates;
@@ -145,10 +145,10 @@ OVLM_NODISCARD ovlm_status ovlm_batch_cost_fit(const ovlm_measurements *rows, co
                                                ovlm_batch_cost *cost, double *error,
                                                ovlm_err *err);
 
-/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, rings, degree_n
- * and degree (every measured one) are set; ring becomes 0, comm[D] is filled, cost->comm points to it and
- * memory_limit is left alone.  comm of the smallest degree is 0: the rest of its cost per token
- * is in `linear`.  bytes_error[rows] is needed with bytes only. */
+/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, rings,
+ * degree_n and degree (every measured one) are set; ring becomes 0, comm[D] is filled, cost->comm
+ * points to it and memory_limit is left alone.  comm of the smallest degree is 0: the rest of its
+ * cost per token is in `linear`.  bytes_error[rows] is needed with bytes only. */
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_fit(const ovlm_measurements *rows,
                                                   ovlm_sequence_cost *cost, double *comm,
                                                   double *error, double *bytes_error,

@@ -145,8 +145,8 @@ static void lanes_of(const ovlm_block *block, ovlm_tensor qkv, ovlm_lane lane[3]
     lane[2] = (ovlm_lane){ovlm_tensor_cols(qkv, q_cols + kv_cols, kv_cols), true};
 }
 
-/* The core on this rank's heads of its row's tokens, and around its ring; all->q, k, v and o are of its own tokens and
- * all heads. */
+/* The core on this rank's heads of its row's tokens, and around its ring; all->q, k, v and o are of
+ * its own tokens and all heads. */
 static ovlm_status shared_core_fwd(ovlm_run *run, const ovlm_block *block,
                                    const ovlm_block_context *context, ovlm_stack *stack,
                                    ovlm_attention *all, ovlm_block_saved *s)

@@ -122,10 +122,10 @@ typedef struct ovlm_lane {
     bool kv;                   /* of the key/value heads, else of the query heads              */
 } ovlm_lane;
 
-/* own [rows, this rank's heads of each lane, one lane behind the other]: from the lanes of all ranks
- * of the row (to_heads), or back to them (to_tokens), each in one exchange that waits for run's queue.  A
- * key/value head that comes from several ranks is their sum, in the order of the ranks, made in
- * run->exact and rounded once. */
+/* own [rows, this rank's heads of each lane, one lane behind the other]: from the lanes of all
+ * ranks of the row (to_heads), or back to them (to_tokens), each in one exchange that waits for
+ * run's queue.  A key/value head that comes from several ranks is their sum, in the order of the
+ * ranks, made in run->exact and rounded once. */
 OVLM_NODISCARD ovlm_status ovlm_sequence_to_heads(ovlm_run *run, const ovlm_sequence_pass *pass,
                                                   const ovlm_lane *lane, int64_t lanes,
                                                   ovlm_tensor own);

@@ -1,5 +1,5 @@
-/* test_ring.c - attention around rings of ranks and its backward, against plain loops in double over
- * the group's tokens; on the device that host code cannot read, too. */
+/* test_ring.c - attention around rings of ranks and its backward, against plain loops in double
+ * over the group's tokens; on the device that host code cannot read, too. */
 #include <math.h>
 
 #include "engine/sequence_parallel.h"

@@ -91,11 +91,18 @@ double ovlm_batch_cost_eval(const ovlm_batch_cost *cost, int64_t n, double sum, 
 /* Cost of a set of sequences on a sequence-parallel group of degree d (FlexSP 2.2), seconds:
  *   T(S, d) = fixed + sum_s( quadratic*s^2*share(d) + (linear + comm[d])*s/d )
  * share(d) = 1/d, or ceil(H/d)/H with heads = H.  Memory in bytes per GPU:
- *   memory_fixed + memory_per_token*sum(s)/d <= memory_limit. */
+ *   memory_fixed + memory_per_token*sum(s)/d <= memory_limit.
+ *
+ * With rings, a degree d > H is c = d/h rows of h GPUs, h the largest divisor of d up to H, and
+ *   share(d) = ceil(H/h)/H * (2c - 1)/c^2,  and ring*(c - 1) is added to comm[d]:
+ * of a causal sequence that lies across all rows the last one has 2 - 1/c times the mean, and reads
+ * the keys and values of c - 1 others.  (Where rows hold whole sequences both are less.) */
 typedef struct ovlm_sequence_cost {
     double quadratic, linear, fixed;
     double memory_per_token, memory_fixed, memory_limit;
-    int64_t heads;         /* 0: attention divides perfectly; degrees above heads are refused   */
+    int64_t heads;         /* 0: attention divides perfectly                                    */
+    bool rings;            /* false: degrees above heads are refused                            */
+    double ring;           /* GPU-seconds per token, for its keys and values to one more row    */
     int64_t degree_n;      /* D                                                                 */
     const int64_t *degree; /* [D] ascending, positive                                           */
     const double *comm;    /* [D] GPU-seconds per token at that degree                          */
@@ -103,6 +110,13 @@ typedef struct ovlm_sequence_cost {
 
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost,
                                                     ovlm_err *err);
+
+/* What is the same for all sequences of a group of cost->degree[j]: share(d), and what stands
+ * before s/d. */
+typedef struct ovlm_sequence_rates {
+    double share, per_token;
+} ovlm_sequence_rates;
+ovlm_sequence_rates ovlm_sequence_cost_rates(const ovlm_sequence_cost *cost, int64_t j);
 
 /* f of the items with those lengths; squares (or NULL: l^2) as in ovlm_balance_problem. */
 double ovlm_batch_cost_load(const ovlm_batch_cost *cost, int64_t n, const int64_t *lengths,
@@ -131,10 +145,10 @@ OVLM_NODISCARD ovlm_status ovlm_batch_cost_fit(const ovlm_measurements *rows, co
                                                ovlm_batch_cost *cost, double *error,
                                                ovlm_err *err);
 
-/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, degree_n
- * and degree (every measured one) are set; comm[D] is filled, cost->comm points to it and
- * memory_limit is left alone.  comm of the smallest degree is 0: the rest of its cost per token
- * is in `linear`.  bytes_error[rows] is needed with bytes only. */
+/* The same for T and, where rows->bytes is given, for memory.  On entry cost->heads, rings,
+ * degree_n and degree (every measured one) are set; ring becomes 0, comm[D] is filled, cost->comm
+ * points to it and memory_limit is left alone.  comm of the smallest degree is 0: the rest of its
+ * cost per token is in `linear`.  bytes_error[rows] is needed with bytes only. */
 OVLM_NODISCARD ovlm_status ovlm_sequence_cost_fit(const ovlm_measurements *rows,
                                                   ovlm_sequence_cost *cost, double *comm,
                                                   double *error, double *bytes_error,

@@ -47,25 +47,41 @@ double ovlm_batch_cost_load(const ovlm_batch_cost *cost, int64_t n, const int64_
     return ovlm_batch_cost_eval(cost, n, sum, sum_q, max);
 }
 
+ovlm_sequence_rates ovlm_sequence_cost_rates(const ovlm_sequence_cost *cost, int64_t j)
+{
+    int64_t degree = cost->degree[j], heads = cost->heads;
+    ovlm_sequence_rates rates = {1 / (double)degree, cost->linear + cost->comm[j]};
+    if (heads > 0) {
+        int64_t across = degree < heads ? degree : heads;
+        while (degree % across != 0) {
+            across--;
+        }
+        double rows = (double)(degree / across);
+        rates.share = (double)((heads - 1) / across + 1) / (double)heads;
+        rates.share *= (2 * rows - 1) / (rows * rows); /* 1 for one row */
+        rates.per_token += cost->ring * (rows - 1);
+    }
+    return rates;
+}
+
 double ovlm_sequence_cost_time(const ovlm_sequence_cost *cost, int64_t n, const int64_t *lengths,
                                int64_t j)
 {
     if (n == 0) {
         return 0.0;
     }
-    double d = (double)cost->degree[j], sum = 0, sum_2 = 0, share = 1 / d;
-    if (cost->heads > 0) {
-        int64_t per_gpu = (cost->heads + cost->degree[j] - 1) / cost->degree[j];
-        share = (double)per_gpu / (double)cost->heads;
-    }
+    double d = (double)cost->degree[j], sum = 0, sum_2 = 0;
+    ovlm_sequence_rates rates = ovlm_sequence_cost_rates(cost, j);
     for (int64_t i = 0; i < n; i++) {
         double length = (double)lengths[i];
         sum += length;
         sum_2 += length * length;
     }
     /* FlexSP 2.2, T_comp + T_comm */
-    return cost->fixed + cost->quadratic * sum_2 * share + (cost->linear + cost->comm[j]) * sum / d;
+    return cost->fixed + cost->quadratic * sum_2 * rates.share + rates.per_token * sum / d;
 }
+
+enum { RING_HEADS_MOST = 1 << 20 }; /* divisors up to them are tried one by one */
 
 static ovlm_status check_degrees(const ovlm_sequence_cost *cost, ovlm_err *err)
 {
@@ -79,10 +95,10 @@ static ovlm_status check_degrees(const ovlm_sequence_cost *cost, ovlm_err *err)
                              "degrees must be positive and ascending; got %lld at position %lld",
                              (long long)degree, (long long)i);
         }
-        if (cost->heads > 0 && degree > cost->heads) {
+        if (cost->heads > 0 && degree > cost->heads && !cost->rings) {
             return OVLM_FAIL(err, OVLM_E_ARG,
                              "degree %lld is above heads = %lld: a head cannot be split; "
-                             "leave that degree out",
+                             "leave that degree out, or say what a ring costs",
                              (long long)degree, (long long)cost->heads);
         }
         OVLM_TRY(check_coefficient("comm", cost->comm[i], err));
@@ -95,6 +111,7 @@ ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost, ovlm_err *e
     OVLM_TRY(check_coefficient("quadratic", cost->quadratic, err));
     OVLM_TRY(check_coefficient("linear", cost->linear, err));
     OVLM_TRY(check_coefficient("fixed", cost->fixed, err));
+    OVLM_TRY(check_coefficient("ring", cost->ring, err));
     OVLM_TRY(check_coefficient("memory_per_token", cost->memory_per_token, err));
     OVLM_TRY(check_coefficient("memory_fixed", cost->memory_fixed, err));
     if (isnan(cost->memory_limit) || cost->memory_limit < 0) {
@@ -104,6 +121,10 @@ ovlm_status ovlm_sequence_cost_check(const ovlm_sequence_cost *cost, ovlm_err *e
     if (cost->heads < 0) {
         return OVLM_FAIL(err, OVLM_E_ARG, "cost.heads must be >= 0 (0 = not modelled); got %lld",
                          (long long)cost->heads);
+    }
+    if (cost->rings && cost->heads > RING_HEADS_MOST) {
+        return OVLM_FAIL(err, OVLM_E_ARG, "cost.heads must be at most %d with rings; got %lld",
+                         (int)RING_HEADS_MOST, (long long)cost->heads);
     }
     return check_degrees(cost, err);
 }

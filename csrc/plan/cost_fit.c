@@ -185,7 +185,7 @@ ovlm_status ovlm_sequence_cost_fit(const ovlm_measurements *rows, ovlm_sequence_
     ovlm_arena arena = {0};
     ovlm_status status = OVLM_OK;
     cost->linear = cost->quadratic = cost->fixed = 0;
-    cost->memory_per_token = cost->memory_fixed = 0;
+    cost->memory_per_token = cost->memory_fixed = cost->ring = 0;
     cost->comm = comm;
     OVLM_GOTO(done, check_rows(rows, err));
     memset(comm, 0, (size_t)cost->degree_n * sizeof *comm);

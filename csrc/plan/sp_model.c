@@ -113,14 +113,10 @@ static ovlm_status init_degrees(sp_model *model, const ovlm_sp_problem *p, ovlm_
                              SP_MAX_DEGREES);
         }
         int64_t j = model->D++, d = cost->degree[i];
-        double share = 1 / (double)d;
-        if (cost->heads > 0) {
-            int64_t per_gpu = (cost->heads - 1) / d + 1;
-            share = (double)per_gpu / (double)cost->heads;
-        }
+        ovlm_sequence_rates rates = ovlm_sequence_cost_rates(cost, i);
         model->degree[j] = d;
-        model->quad[j] = cost->quadratic * share;
-        model->lin[j] = (cost->linear + cost->comm[i]) / (double)d;
+        model->quad[j] = cost->quadratic * rates.share;
+        model->lin[j] = rates.per_token / (double)d;
         model->cap[j] = group_tokens(p, d);
     }
     if (model->D == 0) {

@@ -3,8 +3,8 @@
  * Sequences are renamed by descending length: k = 0 is the longest; model->order[k] is the
  * caller's index.  For degree index j (degree d = degree[j]), a group's time and room are
  *   T = fixed + sum_k( quad[j]*s_k^2 + lin[j]*s_k ),       sum_k s_k <= cap[j],
- * quad = quadratic*share(d), lin = (linear + comm[d])/d, so both are already per group.  "Makespan"
- * below means time without `fixed`, which is paid once per non-empty micro-batch. */
+ * quad = quadratic*share(d), lin = (linear + comm[d] + ring)/d, so both are already per group.
+ * "Makespan" below means time without `fixed`, which is paid once per non-empty micro-batch. */
 #ifndef OVLM_PLAN_SP_MODEL_H
 #define OVLM_PLAN_SP_MODEL_H
 

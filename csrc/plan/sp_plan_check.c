@@ -163,6 +163,19 @@ static bool memory_fits(const ovlm_sp_problem *problem, double tokens, int64_t d
            cost->memory_limit * (1 + TIME_TOLERANCE);
 }
 
+/* The fewest equal rows of a group that have no more GPUs than heads. */
+static int64_t count_rows(const ovlm_sequence_cost *cost, int64_t degree)
+{
+    if (cost->heads == 0 || degree <= cost->heads) {
+        return 1;
+    }
+    int64_t row = cost->heads;
+    while (degree % row != 0) {
+        row--;
+    }
+    return degree / row;
+}
+
 static ovlm_status check_group(const checking *c, int64_t g, ovlm_err *err)
 {
     const ovlm_sequence_cost *cost = &c->problem->cost;
@@ -174,11 +187,12 @@ static ovlm_status check_group(const checking *c, int64_t g, ovlm_err *err)
         return OVLM_FAIL(err, OVLM_E_ARG, "plan: group %lld holds %.0f tokens, more than the "
                          "memory of %lld GPUs", (long long)g, sum_s, (long long)d);
     }
-    double degree = (double)d, share = 1 / degree;
+    double degree = (double)d, share = 1 / degree, rows = (double)count_rows(cost, d);
     if (cost->heads > 0) {
-        share = ceil((double)cost->heads / degree) / (double)cost->heads;
+        share = ceil((double)cost->heads * rows / degree) / (double)cost->heads;
+        share *= 1 - (1 - 1 / rows) * (1 - 1 / rows); /* the last row's of all causal pairs */
     }
-    double linear = cost->linear + cost->comm[degree_index(cost, d)];
+    double linear = cost->linear + cost->comm[degree_index(cost, d)] + cost->ring * (rows - 1);
     double time = cost->fixed + cost->quadratic * share * sum_s2 + linear * sum_s / degree;
     if (!close_to(time, c->plan->group_time[g])) {
         return OVLM_FAIL(err, OVLM_E_ARG, "plan: group %lld takes %.17g s, not %.17g",

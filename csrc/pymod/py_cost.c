@@ -21,6 +21,7 @@ int ovlm_arg_sequence_cost(PyObject *object, ovlm_sequence_cost *cost, ovlm_i64_
 {
     PyObject *degrees = NULL, *values = NULL;
     long long heads = 0;
+    int rings = 0;
     *degree = (ovlm_i64_view){NULL, NULL, 0};
     *comm = (ovlm_f64_view){NULL, NULL, 0};
     *cost = (ovlm_sequence_cost){0};
@@ -28,15 +29,17 @@ int ovlm_arg_sequence_cost(PyObject *object, ovlm_sequence_cost *cost, ovlm_i64_
         PyErr_SetString(PyExc_TypeError, "cost must be a SequenceCost");
         return -1;
     }
-    if (!ovlm_arg_tuple(object, "ddddddLOO;cost must be a SequenceCost", &cost->quadratic,
+    if (!ovlm_arg_tuple(object, "ddddddLpdOO;cost must be a SequenceCost", &cost->quadratic,
                         &cost->linear, &cost->fixed, &cost->memory_per_token,
-                        &cost->memory_fixed, &cost->memory_limit, &heads, &degrees, &values) ||
+                        &cost->memory_fixed, &cost->memory_limit, &heads, &rings, &cost->ring,
+                        &degrees, &values) ||
         ovlm_arg_i64(degrees, "cost.comm", -1, false, degree) < 0 ||
         ovlm_arg_f64(values, "cost.comm", degree->n, false, false, comm) < 0) {
         Py_CLEAR(degree->owner);
         return -1;
     }
     cost->heads = heads;
+    cost->rings = rings != 0;
     cost->degree_n = degree->n;
     cost->degree = degree->data;
     cost->comm = comm->data;
@@ -235,7 +238,8 @@ done:
 }
 
 PyDoc_STRVAR(sequence_cost_fit_doc,
-             "sequence_cost_fit(start, lengths, seconds, degree, bytes, heads, degrees, /)\n--\n\n"
+             "sequence_cost_fit(start, lengths, seconds, degree, bytes, heads, degrees, rings, /)\n"
+             "--\n\n"
              "((quadratic, linear, fixed, memory_per_token, memory_fixed), comm, relative error\n"
              "of seconds, of bytes or None).");
 
@@ -245,7 +249,7 @@ static PyObject *sequence_cost_fit(PyObject *module, PyObject *const *args, Py_s
     ovlm_i64_view degrees = {0};
     ovlm_sequence_cost cost = {.memory_limit = INFINITY};
     PyObject *comm = NULL, *error = NULL, *bytes_error = NULL, *result = NULL;
-    if (ovlm_arg_count("sequence_cost_fit", nargs, 7) < 0 ||
+    if (ovlm_arg_count("sequence_cost_fit", nargs, 8) < 0 ||
         ovlm_arg_int(args[5], "heads", &cost.heads) < 0 || row_views_init(&views, args) < 0 ||
         ovlm_arg_i64(args[6], "degrees", -1, false, &degrees) < 0 ||
         (comm = new_f64_empty(degrees.n)) == NULL ||
@@ -257,6 +261,7 @@ static PyObject *sequence_cost_fit(PyObject *module, PyObject *const *args, Py_s
         PyErr_SetString(PyExc_TypeError, "degree must not be None");
         goto done;
     }
+    cost.rings = args[7] == Py_True;
     cost.degree_n = degrees.n;
     cost.degree = degrees.data;
     double *comm_data = f64_data(comm), *error_data = f64_data(error);

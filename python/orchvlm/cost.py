@@ -217,7 +217,13 @@ class SequenceCost:
         memory_fixed + memory_per_token*sum(s)/d <= memory_limit
 
     With ``heads`` = H the attention term is divided by H/ceil(H/d) in place of d: a GPU works on
-    whole heads.
+    whole heads.  With ``ring``, degrees above H are c = d/h rows of h GPUs, h the largest divisor
+    of d up to H, which pass keys and values around; of a sequence that lies across all rows the
+    last row has the most, and sets the time::
+
+        quadratic*s^2 * ceil(H/h)/H * (2c - 1)/c^2 + (linear + comm[d] + ring*(c - 1))*s/d
+
+    Where rows hold whole sequences it is less.
 
     Parameters
     ----------
@@ -237,7 +243,10 @@ class SequenceCost:
     memory_limit : float
         Bytes per GPU that may be used; infinite for no limit.
     heads : int
-        Attention heads H; degrees above H are refused.  0: attention divides evenly.
+        Attention heads H; degrees above H are refused without ``ring``.  0: attention divides
+        evenly.
+    ring : float, optional
+        GPU-seconds per token that its keys and values cost to one more row, forward and backward.
 
     Raises
     ------
@@ -246,11 +255,12 @@ class SequenceCost:
         mapping.
     ValueError
         A coefficient that is negative, NaN or infinite; no degree, more than 64 of them, one below
-        1 or above ``heads``.
+        1 or, without ``ring``, above ``heads``; more than 2^20 heads with ``ring``.
 
     References
     ----------
     FlexSP, arXiv 2412.01523, section 4.1: cost model of memory, computation and communication.
+    Ring Attention, arXiv 2310.01889.
 
     Examples
     --------
@@ -258,6 +268,9 @@ class SequenceCost:
     >>> cost = orchvlm.SequenceCost(quadratic=1e-9, linear=1e-4, comm={1: 0.0, 8: 2e-5})
     >>> round(cost([1000, 3000], degree=8), 6)
     0.06125
+    >>> rings = orchvlm.SequenceCost(1e-9, 1e-4, comm={8: 2e-5}, heads=4, ring=1e-6)
+    >>> round(rings([1000, 3000], degree=8), 6)  # two rows of four
+    0.062375
     """
 
     quadratic: float
@@ -268,22 +281,28 @@ class SequenceCost:
     memory_fixed: float = 0.0
     memory_limit: float = math.inf
     heads: int = 0
+    ring: float = None
 
     def __post_init__(self):
+        if self.ring is not None:
+            self._set("ring", _coefficient("SequenceCost", "ring", self.ring))
         for name in ("quadratic", "linear", "fixed", "memory_per_token", "memory_fixed"):
             self._set(name, _coefficient("SequenceCost", name, getattr(self, name)))
         self._set("memory_limit", _coefficient("SequenceCost", "memory_limit", self.memory_limit,
                                                infinite=True))
         self._set("heads", _count("SequenceCost", "heads", self.heads, least=0))
+        if self.ring is not None and self.heads > 2**20:
+            raise ValueError(f"SequenceCost.heads must be at most 2^20 with ring; got {self.heads}")
         if not hasattr(self.comm, "items"):
             raise TypeError("SequenceCost.comm must map degrees to GPU-seconds per token; got "
                             + type(self.comm).__name__)
         comm = {}
         for degree, value in self.comm.items():
             degree = _count("SequenceCost", "comm degree", degree)
-            if self.heads and degree > self.heads:
+            if self.heads and degree > self.heads and self.ring is None:
                 raise ValueError(f"SequenceCost.comm names degree {degree}, above heads = "
-                                 f"{self.heads}: a head cannot be split; leave it out")
+                                 f"{self.heads}: a head cannot be split; leave it out, or give "
+                                 "ring")
             comm[degree] = _coefficient("SequenceCost", f"comm[{degree}]", value)
         if not 1 <= len(comm) <= _MAX_DEGREES:
             raise ValueError(f"SequenceCost.comm must name 1 to {_MAX_DEGREES} degrees; got "
@@ -329,7 +348,8 @@ class SequenceCost:
     def _astuple(self):
         """What ``ovlm_arg_sequence_cost`` reads."""
         return (self.quadratic, self.linear, self.fixed, self.memory_per_token, self.memory_fixed,
-                self.memory_limit, self.heads, np.array(list(self.comm), np.int64),
+                self.memory_limit, self.heads, self.ring is not None, self.ring or 0.0,
+                np.array(list(self.comm), np.int64),
                 np.array(list(self.comm.values()), np.float64))
 
     @property

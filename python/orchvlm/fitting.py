@@ -30,7 +30,7 @@ class Fit(NamedTuple):
     bytes_error: object
 
 
-def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), heads=0):
+def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), heads=0, rings=False):
     """Fit a cost model to measured times, by non-negative least squares on relative errors.
 
     ::
@@ -55,6 +55,9 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
         of them apart (one item per row: per_item and fixed), one gets the whole.
     heads : int
         As in :class:`SequenceCost`; 0 for the other rows.
+    rings : bool
+        Degrees above ``heads`` may be among the rows: all that their exchanges cost is in their
+        ``comm``, and ``ring`` of the fitted cost is 0.
 
     Returns
     -------
@@ -69,7 +72,7 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
         numbers.
     ValueError
         No row, rows of both forms, bytes in some rows only, an empty row, a value out of range,
-        an unknown term, a degree above ``heads``, more than 64 degrees.
+        an unknown term, a degree above ``heads`` without ``rings``, more than 64 degrees.
 
     Notes
     -----
@@ -115,9 +118,10 @@ def fit(measurements, *, terms=("linear", "quadratic", "per_item", "fixed"), hea
     heads = _count("fit", "heads", heads, least=0)
     (quadratic, linear, fixed, per_token, memory_fixed), comm, error, bytes_error = (
         _core.sequence_cost_fit(start, flat, _column(rows, 2, "seconds"), degree, measured_bytes,
-                                heads, degrees))
+                                heads, degrees, bool(rings)))
     cost = SequenceCost(quadratic, linear, fixed, dict(zip(degrees.tolist(), comm.tolist())),
-                        memory_per_token=per_token, memory_fixed=memory_fixed, heads=heads)
+                        memory_per_token=per_token, memory_fixed=memory_fixed, heads=heads,
+                        ring=0.0 if rings else None)
     return Fit(cost, error, bytes_error)
 
 

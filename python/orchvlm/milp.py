@@ -6,6 +6,7 @@ import numpy as np
 
 from .batch import integers
 from .cost import _coefficient
+from .sequence_parallel import row_ranks
 from .sequences import _integer, _restrict, bucket_lengths
 
 _MOST_VARIABLES = 1 << 22  # gigabytes, and beyond what HiGHS ends with
@@ -144,13 +145,23 @@ def _buckets(lengths, n_buckets):
 
 def _share(cost, degree):
     """What a group of that degree leaves of the attention term (heads are whole)."""
-    return 1 / degree if cost.heads == 0 else math.ceil(cost.heads / degree) / cost.heads
+    if cost.heads == 0:
+        return 1 / degree
+    across = row_ranks(degree, cost.heads)
+    rows = degree // across
+    return math.ceil(cost.heads / across) / cost.heads * (2 * rows - 1) / rows ** 2
+
+
+def _per_token(cost, degree):
+    """Seconds of a token of such a group, times its GPUs."""
+    rows = degree // row_ranks(degree, cost.heads or degree)
+    return cost.linear + cost.comm[degree] + (cost.ring or 0.0) * (rows - 1)
 
 
 def _seconds(cost, lengths, degree):
     s = lengths.astype(float)
     return float(cost.fixed + cost.quadratic * _share(cost, degree) * (s * s).sum()
-                 + (cost.linear + cost.comm[degree]) / degree * s.sum())
+                 + _per_token(cost, degree) / degree * s.sum())
 
 
 def _program(size, count, degree, n_gpus, cost, symmetry):
@@ -163,7 +174,7 @@ def _program(size, count, degree, n_gpus, cost, symmetry):
     every_group = eye_array(n_groups)
     zero_m, zero_c = csr_array((n_groups, n_groups)), csr_array((n_groups, 1))
     share = np.array([_share(cost, int(d)) for d in degree])
-    linear = np.array([(cost.linear + cost.comm[int(d)]) / d for d in degree])
+    linear = np.array([_per_token(cost, int(d)) / d for d in degree])
     time = np.outer(s * s, cost.quadratic * share) + np.outer(s, linear)
     p = np.tile(np.arange(n_groups), n_buckets)
     columns = np.arange(n_buckets * n_groups)

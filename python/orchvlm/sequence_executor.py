@@ -236,8 +236,7 @@ def exchange_bytes(plan, config, dtype="float32", checkpoint="none", head_ranks=
         t (H - h + 2 (G - g)) D + (T - t) h D + 2 u g D              forward
         t (H - h) D + (T - t) (h + 2 g) D + 2 (u + w) g D            backward
 
-    A row reads, once for each later row, what the segment across that one's beginning has before
-    it.
+    Each row reads what the segment across its beginning has in earlier rows.
 
     Parameters
     ----------

@@ -242,6 +242,8 @@ class SequencePlan:
                   "heads": cost.heads, "pad_to": self.pad_to,
                   "micro_batches": self._asked_micro_batches, "policy": self.policy,
                   "status": self.status, "cut_short": self.cut_short, "work": self.work}
+        if cost.ring is not None:
+            header["ring"] = cost.ring
         return _bytes.pack(_KIND, arrays, header)
 
     @classmethod
@@ -362,7 +364,7 @@ def _from_fields(arrays, header):
     floats = [float(value) for value in one["cost"]]
     comm = dict(zip(one["comm_degree"].tolist(), one["comm"].tolist(), strict=True))
     cost = SequenceCost(**dict(zip(_COST_FIELDS, floats, strict=True)), comm=comm,
-                        heads=_integer(header["heads"], "heads", 0))
+                        heads=_integer(header["heads"], "heads", 0), ring=header.get("ring"))
     time, bound = one["time_bound"].tolist()
     if header["policy"] not in _POLICIES or type(header["cut_short"]) is not bool:
         raise ValueError("not valid plan bytes: unknown policy, or cut_short is no bool")

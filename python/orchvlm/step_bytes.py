@@ -59,12 +59,14 @@ def _dump_language(step, fields, arrays, header):
     if fields is None:
         arrays["llm.scalars"] = np.array([*cost._astuple(), *step.memory.get("llm", (-1., -1.))])
         return
-    *scalars, heads, degrees, comm = cost._astuple()
+    *scalars, heads, _, _, degrees, comm = cost._astuple()
     arrays |= {"llm.scalars": np.array(scalars), "llm.degrees": degrees, "llm.comm": comm}
     arrays |= {f"groups.{name}": array for name, array in zip(_SEQUENCES, fields)}
     arrays["groups.scalars"] = np.array(fields[6:8])
     header |= {"heads": int(heads), "groups_status": int(fields[8]),
                "groups_cut_short": bool(fields[9]), "groups_work": int(fields[10])}
+    if cost.ring is not None:
+        header["ring"] = cost.ring
 
 
 class _Reader:
@@ -118,7 +120,7 @@ def _load_language(reader, groups):
     cost = SequenceCost(quadratic=quadratic, linear=linear, fixed=fixed,
                         comm=dict(zip(degrees, comm)), memory_per_token=per_token,
                         memory_fixed=memory_fixed, memory_limit=limit,
-                        heads=reader.value("heads", int))
+                        heads=reader.value("heads", int), ring=reader.header.pop("ring", None))
     arrays = [reader.array(f"groups.{name}", np.float64 if name == "group_time" else np.int64)
               for name in _SEQUENCES]
     time, bound = reader.floats("groups.scalars", 2).tolist()

@@ -27,10 +27,16 @@ static inline double brute_group(const ovlm_sp_problem *p, unsigned set, int64_t
         if (set >> k & 1) {
             double s = (double)p->lengths[k];
             double heads = (double)p->cost.heads;
-            double share = p->cost.heads > 0 ? ceil(heads / d) / heads : 1 / d;
+            double share = 1 / d, rows = 1;
+            while (heads > 0 && (fmod(d, rows) != 0 || d / rows > heads)) {
+                rows++;
+            }
+            if (heads > 0) {
+                share = ceil(heads * rows / d) / heads * (2 * rows - 1) / (rows * rows);
+            }
             tokens += s;
             time += p->cost.quadratic * s * s * share +
-                    (p->cost.linear + p->cost.comm[degree_i]) * s / d;
+                    (p->cost.linear + p->cost.comm[degree_i] + p->cost.ring * (rows - 1)) * s / d;
         }
     }
     double shard = p->pad_to == 1 ? tokens / d

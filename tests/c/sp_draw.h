@@ -61,9 +61,14 @@ static inline void draw(instance *x)
         .memory_per_token = 1,
         .memory_limit = ceil(limit) + (p->pad_to > 1 ? 8 : 0),
         .heads = ovlm_rng_below(&test_rng, 3) ? 0 : wide ? 24 : 8,
+        .ring = 1e-5 * ovlm_rng_uniform(&test_rng),
         .degree_n = degree_n,
         .degree = x->degrees,
         .comm = x->comm};
+    if (ovlm_rng_below(&test_rng, 3) == 0) { /* fewer heads than the degrees have GPUs */
+        p->cost.heads = 1 + ovlm_rng_below(&test_rng, 5);
+        p->cost.rings = true;
+    }
 }
 
 /* A meter for that much work, without a deadline. */

@@ -61,18 +61,25 @@ static void test_sequence_time(void)
     double comm[] = {0, 0.25, 0.5};
     for (int round = 0; round < 500; round++) {
         int64_t n = ovlm_rng_below(&test_rng, LONGEST + 1), j = ovlm_rng_below(&test_rng, 3);
-        int64_t heads = ovlm_rng_below(&test_rng, 2) ? 8 + ovlm_rng_below(&test_rng, 9) : 0;
+        int64_t heads = ovlm_rng_below(&test_rng, 2) ? 1 + ovlm_rng_below(&test_rng, 16) : 0;
         ovlm_sequence_cost cost = {.quadratic = uniform(0, 1), .linear = uniform(0, 1),
                                    .fixed = uniform(0, 1), .memory_limit = HUGE_VAL,
-                                   .heads = heads, .degree_n = 3, .degree = degree, .comm = comm};
+                                   .heads = heads, .rings = true, .ring = uniform(0, 1),
+                                   .degree_n = 3, .degree = degree, .comm = comm};
         long double d = (long double)degree[j], share = 1 / d, want = n > 0 ? cost.fixed : 0;
-        if (heads > 0) {
-            share = ceill((long double)heads / d) / (long double)heads;
+        long double rows = 1;
+        for (int64_t c = degree[j]; c >= 1 && heads > 0; c--) {
+            rows = degree[j] % c == 0 && degree[j] / c <= heads ? (long double)c : rows;
+        }
+        if (heads > 0) { /* the last row reads all c blocks but half of its own, of c^2 / 2 */
+            share = ceill((long double)heads * rows / d) / (long double)heads;
+            share *= (rows - 0.5L) / (rows * rows / 2);
         }
         draw_lengths(lengths, n);
         for (int64_t i = 0; i < n; i++) {
             long double s = (long double)lengths[i];
-            want += cost.quadratic * s * s * share + (cost.linear + comm[j]) * s / d;
+            want += cost.quadratic * s * s * share +
+                    (cost.linear + comm[j] + cost.ring * (rows - 1)) * s / d;
         }
         double got = ovlm_sequence_cost_time(&cost, n, lengths, j);
         CHECK(fabsl((long double)got - want) <= 1e-12L * want, "%g for %Lg", got, want);
@@ -203,8 +210,9 @@ static void test_sequence_fit(void)
         ovlm_sequence_cost want = {.quadratic = uniform(1e-10, 1e-9), .linear = uniform(1e-5, 1e-4),
                                    .fixed = uniform(0, 1), .memory_per_token = uniform(1e5, 1e6),
                                    .memory_fixed = uniform(1e8, 1e9), .memory_limit = HUGE_VAL,
-                                   .heads = round % 2 ? 12 : 0, .degree_n = 3, .degree = degree,
-                                   .comm = comm};
+                                   .heads = round % 3 * 6, .rings = round % 2, .degree_n = 3,
+                                   .degree = degree, .comm = comm};
+        want.heads = want.rings ? want.heads / 3 : want.heads == 6 ? 0 : want.heads;
         draw_sample(&s, degree, 3);
         s.rows.bytes = s.bytes;
         for (int64_t r = 0; r < ROWS; r++) {
@@ -218,8 +226,8 @@ static void test_sequence_fit(void)
                                                  (double)s.degree[r];
         }
         ovlm_err err = {0};
-        ovlm_sequence_cost got = {.memory_limit = HUGE_VAL, .heads = want.heads, .degree_n = 3,
-                                  .degree = degree};
+        ovlm_sequence_cost got = {.memory_limit = HUGE_VAL, .heads = want.heads,
+                                  .rings = want.rings, .degree_n = 3, .degree = degree};
         CHECK(ovlm_sequence_cost_fit(&s.rows, &got, fitted, error, bytes_error, &err) == OVLM_OK,
               "%s", err.message);
         for (int64_t r = 0; r < ROWS; r++) {

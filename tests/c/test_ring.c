@@ -255,8 +255,8 @@ static void ring_rank(rig_rank *self)
     run.measuring = false;
     RTRY(self, walk(&run, &t));
     check_trip(self, &run, &t);
-    RCHECK(self, group.on.exchanges == 3 * t.pass->ring.steps, "%lld exchanges in %lld steps",
-           (long long)group.on.exchanges, (long long)t.pass->ring.steps);
+    RCHECK(self, group.on.count == 3 * t.pass->ring.steps, "%lld exchanges in %lld steps",
+           (long long)group.on.count, (long long)t.pass->ring.steps);
     ovlm_stack_free(&keep, backend, OVLM_STACK_DEVICE);
     ovlm_stack_free(&work, backend, OVLM_STACK_DEVICE);
     ovlm_stack_free(&stage, backend, OVLM_STACK_HOST);

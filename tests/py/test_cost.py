@@ -50,6 +50,23 @@ def test_sequence_cost_is_its_formula(rng, heads):
         assert cost([], degree) == 0.0
 
 
+def test_rings_cost_what_the_last_row_has():
+    """Ten ranks of 6 heads are two rows of five; seven are seven of one."""
+    comm, s = {4: 1e-6, 7: 2e-6, 10: 3e-6}, 1000
+    cost = SequenceCost(1e-9, 2e-5, 0.25, comm, heads=6, ring=5e-6)
+    for degree, share, steps in ((4, 2 / 6, 0), (7, 13 / 49, 6), (10, 2 / 6 * 3 / 4, 1)):
+        want = .25 + 1e-9 * s * s * share + (2e-5 + comm[degree] + 5e-6 * steps) * s / degree
+        assert cost([s], degree) == pytest.approx(want, rel=1e-12)
+    plan = orchvlm.plan_sequences([300, 200, 100], 10, cost)
+    plan.check()
+    again = orchvlm.SequencePlan.from_bytes(plan.to_bytes())
+    assert again.cost == cost and again.digest == plan.digest
+    rows = [([n] * k, d, cost([n] * k, d), None) for n in (10, 1000) for k in (1, 3) for d in comm]
+    fitted, error, _ = fit(rows, heads=6, rings=True)
+    assert abs(error).max() < 1e-8 and fitted.ring == 0.0
+    assert fitted.comm[10] - fitted.comm[4] == pytest.approx(7e-6)  # the ring is in it
+
+
 def test_flexsp_constants():
     cost = SequenceCost.flexsp_gpt7b(n_gpus=64)
     assert int(cost.tokens_per_gpu) == 5992
@@ -95,6 +112,8 @@ def test_coefficients_of_a_wrong_type(value):
     (dict(comm={d: 0.0 for d in range(1, 66)}), ValueError, "1 to 64 degrees"),
     (dict(comm=[1.0]), TypeError, "must map degrees"),
     (dict(comm={16: 0.0}, heads=12), ValueError, "a head cannot be split"),
+    (dict(ring=-1.0), ValueError, "ring"), (dict(ring="1"), TypeError, "ring"),
+    (dict(heads=2**20 + 1, ring=0.0), ValueError, "at most 2\\^20 with ring"),
     (dict(heads=-1), ValueError, "heads"),
     (dict(heads=1.0), TypeError, "heads must be an integer"),
     (dict(memory_limit=math.nan), ValueError, "memory_limit"),

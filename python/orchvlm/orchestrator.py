@@ -133,6 +133,7 @@ class Orchestrator:
     References
     ----------
     OrchMLLM, arXiv 2503.23830: post-balancing per phase, composed all-to-all.
+    FlexSP, arXiv 2412.01523: groups of ranks that change from micro-batch to micro-batch.
 
     Examples
     --------

@@ -76,6 +76,13 @@ class RandomGroups(RandomPlans):
             [(0.0,) * 5] * routes, [], False)
 
 
+class PlannedGroups(Orchestrator):
+    """Groups as they are planned, of at most so few tokens that there are some."""
+
+    def __init__(self, model, comm):
+        super().__init__(model, comm, language="sequence_parallel", max_tokens=15)
+
+
 def blocks(rng, n_ranks, degrees):
     """Random groups side by side, some ranks in none: [(first, degree)]"""
     aligned = degrees[-1] <= 2  # of other degrees not every one divides the next
@@ -223,7 +230,7 @@ def law(comm, seed, family, make=RandomPlans):
     backward, how weights are kept, how many ranks share the experts, and how many of their rows
     come at a time.
     """
-    groups = issubclass(make, RandomGroups)
+    groups = issubclass(make, (RandomGroups, PlannedGroups))
     config, samples = draw_group_case(seed, family, comm.size) if groups else draw_case(
         seed, family)
     rng = np.random.default_rng([*seed, comm.size])

@@ -50,7 +50,7 @@ def test_auto_takes_what_the_cost_says_is_faster():
         alone_s = max(COST(lengths[items], 1) for items in taken)
         assert language_s(whole, COST) == pytest.approx(alone_s)
         shared = any(degree > 1 for _, degree in groups.llm.communicators)
-        wanted = groups if shared and groups.llm.time < alone_s else whole
+        wanted = groups if groups.llm.time < alone_s * (1 if shared else 0.998) else whole
         assert auto.digest == wanted.digest
         chosen.append(wanted is groups)
         assert auto.digest == plan(lengths, "auto").digest  # on every rank and in every run

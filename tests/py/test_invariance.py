@@ -10,7 +10,7 @@ import pytest
 import orchvlm
 from model_cases import SANITIZED
 from orchvlm.orchestrator import Orchestrator
-from rank_cases import FAMILIES, RandomGroups, law, laws
+from rank_cases import FAMILIES, PlannedGroups, RandomGroups, law, laws
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", secrets.randbits(32)))
 DRAWS = int(os.environ.get("ORCHVLM_PLAN_DRAWS", 40))  # of each family; more in rank_cases.py
@@ -37,10 +37,11 @@ def test_random_groups(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("n", [2, 3])
-def test_balanced_plans(family, n):
+@pytest.mark.parametrize("n, make", [(2, Orchestrator), (3, Orchestrator), (3, PlannedGroups),
+                                     (4, PlannedGroups)])
+def test_plans(family, n, make):
     print("seed", SEED)
-    orchvlm.comm.run_threads(n, law, [SEED, n], family, Orchestrator)
+    orchvlm.comm.run_threads(n, law, [SEED, n], family, make)
 
 
 @pytest.mark.skipif(SANITIZED, reason="the launcher's children do not load the sanitizer")

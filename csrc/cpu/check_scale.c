@@ -189,6 +189,9 @@ static attention_row attention_row_of(const ovlm_attention *a, int64_t segment, 
                        .lse = 0, .condition = 1};
     r.seen = i >= nq ? -1 : a->causal ? nk - nq + i + 1 : nk; /* -1: no such row */
     r.seen = i < nq && r.seen < 0 ? 0 : r.seen;
+    if (r.seen < 0) {
+        return r;
+    }
     double most = -INFINITY;
     for (int64_t j = 0; j < r.seen; j++) {
         most = fmax(most, row_score(&r, j, false));

@@ -56,8 +56,9 @@ ovlm_sequence_rates ovlm_sequence_cost_rates(const ovlm_sequence_cost *cost, int
         while (degree % across != 0) {
             across--;
         }
-        double rows = (double)(degree / across);
-        rates.share = (double)((heads - 1) / across + 1) / (double)heads;
+        int64_t row_n = degree / across, per_gpu = (heads - 1) / across + 1;
+        double rows = (double)row_n;
+        rates.share = (double)per_gpu / (double)heads;
         rates.share *= (2 * rows - 1) / (rows * rows); /* 1 for one row */
         rates.per_token += cost->ring * (rows - 1);
     }

@@ -155,8 +155,8 @@ def draw_case(seed, family):
     return config, samples
 
 
-def made_model(seed, config):
-    return fill(orchvlm.Model(config, threads=1), np.random.default_rng(seed))
+def made_model(seed, config, **options):
+    return fill(orchvlm.Model(config, threads=1, **options), np.random.default_rng(seed))
 
 
 def joined(samples):
@@ -193,24 +193,28 @@ def spread_modes(model, mode, experts):
     return mode_of(model, mode)
 
 
-def on_one_rank(seed, config, samples):
+def on_one_rank(seed, config, samples, **options):
     """(loss, gradients) of the whole batch in one call."""
-    model = made_model(seed, config)
+    model = made_model(seed, config, **options)
     passes = OneRank(model, 1)
     model.zero_grad()
     ran = passes.run([joined(samples)], Balance(model, "exact", 0.0), "none")
     return ran.loss, grads_of(model)
 
 
-def compare(got, wanted):
-    """Loss and every gradient: 1e-5 of its norm, or 1e-7 of all."""
+def compare(got, wanted, exact=None):
+    """Loss and every gradient: 1e-5 of its norm, or 1e-7 of all.  One in which large terms cancel is
+    not known better than that in float32: ``exact()`` gives it in double, and twice what one rank
+    is from it is added."""
     (loss, gradients), (loss_wanted, gradients_wanted) = got, wanted
     assert abs(loss - loss_wanted) <= 1e-5 * max(1e-2, abs(loss_wanted))
     whole = np.sqrt(sum((g ** 2).sum() for g in gradients_wanted.values()))
     for name, gradient in gradients_wanted.items():
         error = np.linalg.norm(gradients[name] - gradient)
-        assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-7 * whole, (
-            name, error, np.linalg.norm(gradient), whole)
+        bound = 1e-5 * np.linalg.norm(gradient) + 1e-7 * whole
+        if error > bound and exact is not None:
+            bound += 2 * np.linalg.norm(gradient - exact()[1][name])
+        assert error <= bound, (name, error, np.linalg.norm(gradient), whole)
 
 
 def same_on_all(comm, gradients):
@@ -256,7 +260,8 @@ def law(comm, seed, family, make=RandomPlans):
     try:
         assert same_on_all(comm, gradients), "the ranks' gradients are not the same bits"
         if comm.rank == 0:
-            compare((loss, gradients), on_one_rank(seed, config, samples))
+            compare((loss, gradients), on_one_rank(seed, config, samples),
+                    lambda: on_one_rank(seed, config, samples, device="ref", dtype="float64"))
     except AssertionError as error:
         raise AssertionError(f"seed {seed}, {family}, {comm.size} ranks, {checkpoint}, "
                              f"{mode}, experts over {experts}: {error}") from error

@@ -203,9 +203,9 @@ def on_one_rank(seed, config, samples, **options):
 
 
 def compare(got, wanted, exact=None):
-    """Loss and every gradient: 1e-5 of its norm, or 1e-7 of all.  One in which large terms cancel is
-    not known better than that in float32: ``exact()`` gives it in double, and twice what one rank
-    is from it is added."""
+    """Loss and every gradient: 1e-5 of its norm, or 1e-7 of all.  One in which large terms cancel
+    is not known better than that in float32: ``exact()`` gives it in double, and twice what one
+    rank is from it is added."""
     (loss, gradients), (loss_wanted, gradients_wanted) = got, wanted
     assert abs(loss - loss_wanted) <= 1e-5 * max(1e-2, abs(loss_wanted))
     whole = np.sqrt(sum((g ** 2).sum() for g in gradients_wanted.values()))

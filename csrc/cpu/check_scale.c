@@ -200,8 +200,8 @@ static attention_row attention_row_of(const ovlm_attention *a, int64_t segment, 
     for (int64_t j = 0; j < r.seen; j++) {
         r.lse += exp(row_score(&r, j, false) - most);
     }
-    r.lse = backward && ovlm_tensor_given(&a->lse) ? at(&a->lse, r.query, head)
-                                                   : most + log(r.lse);
+    bool given = backward && r.seen > 0 && ovlm_tensor_given(&a->lse);
+    r.lse = given ? at(&a->lse, r.query, head) : most + log(r.lse);
     return r;
 }
 

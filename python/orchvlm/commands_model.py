@@ -55,6 +55,14 @@ def _given(arguments):
     return ("command line", nested(options)), ("--set", nested(sets))
 
 
+def _resumed(run, path, layers):
+    """What a run goes on with: what it was told, then a file that is given besides, then layers."""
+    own = run / RUN_FILE
+    if path and not os.path.samefile(path, own):
+        layers = (path, read_toml(path)), *layers
+    return RunConfig.load(own, *layers)
+
+
 def told_by(arguments, *first):
     """(configuration of the run, its folder) from file, options and what is stored; a new run's
     ``first`` layers are what all of these win over."""
@@ -67,17 +75,15 @@ def told_by(arguments, *first):
         given = Path(arguments.resume).resolve()
         if not (given / MANIFEST).exists() or not (given.parent / RUN_FILE).exists():
             raise CommandError(f"{arguments.resume}: no checkpoint-N of a run")
-        config = RunConfig.load(given.parent / RUN_FILE, *layers)
-        out = Path(config["output.folder"] if config.origins["output.folder"] in
-                   ("command line", "--set") else given.parent)
+        config = _resumed(given.parent, path, layers)
+        out = Path(given.parent if config.origins["output.folder"] in
+                   ("default", str(given.parent / RUN_FILE)) else config["output.folder"])
         config.set("output.folder", str(out), "command line")
     elif arguments.resume is not None:
         if not (out / RUN_FILE).exists() or not checkpoints(out):
             raise CommandError(f"{out}: no run to resume; leave out --resume, or name its folder "
                                "with --out")
-        if path:
-            layers = (path, read_toml(path)), *layers
-        config = RunConfig.load(out / RUN_FILE, *layers)
+        config = _resumed(out, path, layers)
         config.set("output.folder", str(out), "command line")
     elif checkpoints(out):
         named = config.origins["output.folder"] in ("command line", "--set")

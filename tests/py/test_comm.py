@@ -285,6 +285,20 @@ def test_a_stopped_rank_is_given_up():
     comm_kill.one_kill(random.Random(SEED), signal.SIGSTOP, silent_s=1)
 
 
+def stops(group):
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    group.barrier()
+
+
+@forks
+def test_a_stopped_rank_is_not_blamed_for_the_launchers_kill(monkeypatch):
+    """What the others found is why."""
+    monkeypatch.setattr(_comm_run, "_KILL_S", 0.2)
+    with pytest.raises(CommError, match="rank 1 .*silent.* its process is stopped"):
+        comm.run_processes(2, stops, start="fork", silent_s=0.5)
+
+
 def test_a_slow_rank_is_waited_for(caplog):
     comm._warn_slow("rank 0 has waited")
     assert caplog.messages == ["rank 0 has waited"]

@@ -1,5 +1,6 @@
 """What ``orchvlm train``, ``generate``, ``eval`` and ``inspect`` do."""
 import json
+import math
 import os
 import shlex
 import sys
@@ -99,17 +100,41 @@ def told_by(arguments, *first):
 # ---------------------------------------------------------------- train
 
 
+class _Mean:
+    """Mean of the last losses, of which one of 20 steps ago counts a third of the newest; those
+    that are no number are left out."""
+
+    _SPAN = 20
+
+    def __init__(self):
+        self._sum = self._weight = 0.0
+        self._n = 0
+
+    def add(self, loss):
+        if loss is None or not math.isfinite(loss):
+            return
+        new = 1 / self._SPAN
+        self._sum += new * (loss - self._sum)
+        self._weight += new * (1 - self._weight)  # what the first ones lack, as in Adam
+        self._n += 1
+
+    def __str__(self):
+        if not self._n:
+            return "loss is no number"
+        last = self._n if self._n < self._SPAN else f"~{self._SPAN}"
+        return f"loss {self._sum / self._weight:.3f} (mean of last {last})"
+
+
 class _Line:
     """Progress of a run: on a terminal one line that is rewritten, in a log a line now and then."""
 
     def __init__(self, trainer, wait_s=30.0):
         self._trainer, self._terminal = trainer, sys.stderr.isatty()
         self._wait_s = 0.2 if self._terminal else wait_s
-        self._next, self._loss = 0.0, None
+        self._next, self._loss = 0.0, _Mean()
 
     def show(self, row):
-        loss = row["loss"]
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._loss.add(row["loss"])
         done, now = self._trainer.done, time.monotonic()
         if "eval_loss" in row:
             print(f"step {row['step']:,}  held out: " + "  ".join(
@@ -119,7 +144,7 @@ class _Line:
             return
         self._next = now + self._wait_s
         left_s = row["elapsed_s"] * (1 - done) / done
-        text = (f"step {row['step']:,}  {100 * done:3.0f} %  loss {self._loss:.3f}  "
+        text = (f"step {row['step']:,}  {100 * done:3.0f} %  {self._loss}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  {1e3 * row['tflops']:.0f} GFLOP/s  "
                 f"MFU {100 * row['mfu']:.0f} %  {left_s // 60:.0f}:{left_s % 60:02.0f} left")
         print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n",

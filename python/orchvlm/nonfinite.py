@@ -186,7 +186,8 @@ def replay(folder, *, device="cpu", threads=None):
     folder = Path(folder)
     verify(folder)
     facts = read_object(folder / _STEP, CheckpointError)
-    model = open_model(folder, kind=_Dumped, device=device, dtype=facts["dtype"], threads=threads)
+    model = open_model(folder, kind=_Dumped, device=device, dtype=facts["dtype"],
+                       threads=threads)
     inputs, checkpoint = _read_inputs(folder, facts["ranks"]), facts["checkpoint"]
     normalizer = float(label_weights(inputs).sum(dtype=np.float64))
     loss, odd = _taken(model, inputs, checkpoint, normalizer)

@@ -251,9 +251,8 @@ def test_resumed_with_a_file_besides(ran, tmp_path, how):
     resume = ["--resume", str(checkpoint)] if how == "DIR" else ["--resume", how, "--out", str(run)]
     (tmp_path / "more.toml").write_text("[training]\nlr = 1e-4\nema = 0.7\n")
     for file, told in ((tmp_path / "more.toml", (1e-4, 0.8)), (run / RUN_FILE, (2e-3, 0.8))):
-        arguments = make_parser().parse_args(["train", str(file), *[word for word in resume if word],
-                                              "--set", "training.ema=0.8"])
-        config, out = told_by(arguments)
+        config, out = told_by(make_parser().parse_args(
+            ["train", str(file), *filter(None, resume), "--set", "training.ema=0.8"]))
         assert (config["training.lr"], config["training.ema"]) == told
         assert config["data.tokens"] == 150 and out == run
     (tmp_path / "more.toml").write_text(f'[output]\nfolder = "{tmp_path / "other"}"\n')

@@ -7,6 +7,7 @@ import weakref
 
 from . import _core
 from ._comm_run import local_options, shared_folder
+from .endings import of_all_ranks
 
 #: Set by mpirun and srun for the processes that they start; the first ones say how many these are.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -68,7 +69,7 @@ def _tell_others(comm):
     def hook(kind, error, trace):
         before(kind, error, trace)
         alive = known()
-        if alive is not None:
+        if alive is not None and not of_all_ranks(error):
             try:
                 alive.abort(f"{kind.__name__}: {error}")
             except ValueError:  # closed

@@ -165,7 +165,7 @@ class _Ranks:
     def __init__(self, n, start, path, options, fn, args):
         context = multiprocessing.get_context(start)
         self.results, self.errors, self.processes, self.pipes = {}, {}, [], {}
-        self.signals, self.deadline, self.joined = [], None, 0
+        self.signals, self.deadline, self.joined, self.killed = [], None, 0, False
         for rank in range(n):
             pipe, end = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, name=f"rank {rank}",
@@ -179,6 +179,7 @@ class _Ranks:
 
     def send(self, number):
         """A signal for every rank that still runs."""
+        self.killed |= number == signal.SIGKILL
         for process in self.processes:
             if process.is_alive():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -208,11 +209,10 @@ class _Ranks:
                 return
         except EOFError:
             process.join()
-            code = process.exitcode
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            if code == 1 and not self.joined:
-                how += "; can it import the function?"
-            message = ("failed", False, "", f"its process died ({how})", None)
+            if self.killed and process.exitcode == -signal.SIGKILL:  # for what failed before
+                message = ("killed",)
+            else:
+                message = ("failed", False, "", self._death(process.exitcode), None)
         except Exception as error:  # a result that cannot be unpickled here
             message = ("failed", False, type(error).__name__, str(error), None)
         del self.pipes[pipe]
@@ -220,12 +220,21 @@ class _Ranks:
         if message[0] == "done":
             self.results[rank] = message[1]
             return
+        if message[0] == "killed":
+            return
         _, heard, kind, text, trace = message
         if not heard:
             text = f"rank {rank} failed: {kind}{': ' if kind else ''}{text}"
         error = _core.CommError(text)
         error.__cause__ = RankTraceback(trace) if trace else None
         self.errors[rank] = (not heard, error)
+
+    def _death(self, code):
+        """How a process ended that said nothing."""
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if code == 1 and not self.joined:
+            how += "; can it import the function?"
+        return f"its process died ({how})"
 
     def wait(self, silent_s):
         """Until all have ended; after the first failure the others have silent_s."""

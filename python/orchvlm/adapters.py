@@ -260,8 +260,10 @@ class Adapters:
             if values[name].shape != wanted:
                 raise CheckpointError(f"{folder}: {name} has shape {values[name].shape}; needed "
                                       f"{wanted}")
-            if values[name].dtype.kind != "f" or not np.isfinite(values[name]).all():
-                raise CheckpointError(f"{folder}: {name} is not finite")
+            if values[name].dtype.kind != "f":
+                raise CheckpointError(f"{folder}: {name} holds no numbers, but "
+                                      f"{values[name].dtype}")
+            self._check_finite(name, values[name], folder)
         return (r, alpha, rslora), values
 
 

@@ -31,10 +31,10 @@ def picture_rule(most):
     return {} if most is None else {"max_pixels": most, "min_pixels": min(most, _LEAST_PIXELS)}
 
 
-def open_model(folder, average=False, **options):
+def open_model(folder, average=False, kind=Model, **options):
     """The model of a folder with ``config.json``, its adapter with it; of a checkpoint that holds
     an average of the weights, that or what was trained."""
-    model = Model.from_pretrained(folder, **options)
+    model = kind.from_pretrained(folder, **options)
     if (Path(folder) / "adapter_config.json").exists():
         model.load_adapter(folder)
     if average:

@@ -14,6 +14,7 @@ from ._comm_init import init
 from ._comm_mpi import from_mpi4py
 from ._comm_run import run_processes, run_threads
 from ._comm_torch import from_torch
+from .endings import of_all_ranks
 
 __all__ = ["Comm", "Pending", "init", "run_threads", "run_processes", "from_torch", "from_mpi4py"]
 
@@ -103,7 +104,8 @@ class Comm:
 
     A rank that fails makes all others fail with :class:`orchvlm.CommError`, which names it; after
     that the communicator is of no use any more.  As a context manager it is closed at the end, and
-    an exception is told to the other ranks.
+    an exception is told to the other ranks, unless all end with it behind the same step, as
+    :meth:`Trainer.run` does after a signal.
 
     Made by :func:`init`, :func:`run_threads`, :func:`run_processes` and the adapters.
 
@@ -142,7 +144,7 @@ class Comm:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None:
+        if error is not None and not of_all_ranks(error):
             if self.engine == "mpi":  # its abort ends this process before Python says why
                 traceback.print_exception(kind, error, trace)
             self.abort(f"{kind.__name__}: {error}")

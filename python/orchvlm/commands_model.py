@@ -1,5 +1,6 @@
 """What ``orchvlm train``, ``generate``, ``eval`` and ``inspect`` do."""
 import json
+import math
 import os
 import shlex
 import sys
@@ -55,6 +56,14 @@ def _given(arguments):
     return ("command line", nested(options)), ("--set", nested(sets))
 
 
+def _resumed(run, path, layers):
+    """What a run goes on with: what it was told, then a file that is given besides, then layers."""
+    own = run / RUN_FILE
+    if path and not os.path.samefile(path, own):
+        layers = (path, read_toml(path)), *layers
+    return RunConfig.load(own, *layers)
+
+
 def told_by(arguments, *first):
     """(configuration of the run, its folder) from file, options and what is stored; a new run's
     ``first`` layers are what all of these win over."""
@@ -67,17 +76,15 @@ def told_by(arguments, *first):
         given = Path(arguments.resume).resolve()
         if not (given / MANIFEST).exists() or not (given.parent / RUN_FILE).exists():
             raise CommandError(f"{arguments.resume}: no checkpoint-N of a run")
-        config = RunConfig.load(given.parent / RUN_FILE, *layers)
-        out = Path(config["output.folder"] if config.origins["output.folder"] in
-                   ("command line", "--set") else given.parent)
+        config = _resumed(given.parent, path, layers)
+        out = Path(given.parent if config.origins["output.folder"] in
+                   ("default", str(given.parent / RUN_FILE)) else config["output.folder"])
         config.set("output.folder", str(out), "command line")
     elif arguments.resume is not None:
         if not (out / RUN_FILE).exists() or not checkpoints(out):
             raise CommandError(f"{out}: no run to resume; leave out --resume, or name its folder "
                                "with --out")
-        if path:
-            layers = (path, read_toml(path)), *layers
-        config = RunConfig.load(out / RUN_FILE, *layers)
+        config = _resumed(out, path, layers)
         config.set("output.folder", str(out), "command line")
     elif checkpoints(out):
         named = config.origins["output.folder"] in ("command line", "--set")
@@ -93,17 +100,41 @@ def told_by(arguments, *first):
 # ---------------------------------------------------------------- train
 
 
+class _Mean:
+    """Mean of the last losses, of which one of 20 steps ago counts a third of the newest; those
+    that are no number are left out."""
+
+    _SPAN = 20
+
+    def __init__(self):
+        self._sum = self._weight = 0.0
+        self._n = 0
+
+    def add(self, loss):
+        if loss is None or not math.isfinite(loss):
+            return
+        new = 1 / self._SPAN
+        self._sum += new * (loss - self._sum)
+        self._weight += new * (1 - self._weight)  # what the first ones lack, as in Adam
+        self._n += 1
+
+    def __str__(self):
+        if not self._n:
+            return "loss is no number"
+        last = self._n if self._n < self._SPAN else f"~{self._SPAN}"
+        return f"loss {self._sum / self._weight:.3f} (mean of last {last})"
+
+
 class _Line:
     """Progress of a run: on a terminal one line that is rewritten, in a log a line now and then."""
 
     def __init__(self, trainer, wait_s=30.0):
         self._trainer, self._terminal = trainer, sys.stderr.isatty()
         self._wait_s = 0.2 if self._terminal else wait_s
-        self._next, self._loss = 0.0, None
+        self._next, self._loss = 0.0, _Mean()
 
     def show(self, row):
-        loss = row["loss"]
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._loss.add(row["loss"])
         done, now = self._trainer.done, time.monotonic()
         if "eval_loss" in row:
             print(f"step {row['step']:,}  held out: " + "  ".join(
@@ -113,7 +144,7 @@ class _Line:
             return
         self._next = now + self._wait_s
         left_s = row["elapsed_s"] * (1 - done) / done
-        text = (f"step {row['step']:,}  {100 * done:3.0f} %  loss {self._loss:.3f}  "
+        text = (f"step {row['step']:,}  {100 * done:3.0f} %  {self._loss}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  {1e3 * row['tflops']:.0f} GFLOP/s  "
                 f"MFU {100 * row['mfu']:.0f} %  {left_s // 60:.0f}:{left_s % 60:02.0f} left")
         print(f"\r{text}\x1b[K" if self._terminal else text, end="" if self._terminal else "\n",

@@ -89,7 +89,21 @@ class Endings:
             After Ctrl-C.
         """
         self.obeyed = bool(interrupted or terminated)
-        if terminated:
-            raise SystemExit(143)
-        if interrupted:
-            raise KeyboardInterrupt
+        if self.obeyed:
+            error = SystemExit(143) if terminated else KeyboardInterrupt()
+            error.of_all_ranks = True
+            raise error
+
+
+def of_all_ranks(error):
+    """Whether all ranks end with this, behind the same step: there is nobody to tell of it.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    bool
+    """
+    return getattr(error, "of_all_ranks", False) is True

@@ -9,6 +9,7 @@ import numpy as np
 from ._files import read_object, write_whole
 from .checkpoint import CheckpointError
 from .inputs import Inputs
+from .model import Model
 from .run_folder import verify
 from .shares import label_weights
 
@@ -127,6 +128,16 @@ def _names(facts, n):
     return [names[k] for k in order]
 
 
+class _Dumped(Model):
+    """Takes weights as they are: those that are not finite may be why the step has no number."""
+
+    odd = ()
+
+    def _check_finite(self, name, values, where):
+        if not np.isfinite(values).all():
+            self.odd = (*self.odd, name)
+
+
 def _taken(model, inputs, checkpoint, normalizer):
     """(loss, names of parameters whose gradient is no number)"""
     model.zero_grad()
@@ -150,8 +161,9 @@ def replay(folder, *, device="cpu", threads=None):
     Returns
     -------
     dict
-        ``step``; ``loss`` of the whole batch and ``gradients``: names of parameters whose gradient
-        is no number; ``samples``: for each sample that alone gives no number, a dict of ``place``
+        ``step``; ``weights``: names of parameters that are not finite themselves, for which no
+        sample is to blame; ``loss`` of the whole batch and ``gradients``: names of parameters whose
+        gradient is no number; ``samples``: for each sample that alone gives no number, a dict of ``place``
         in the batch, ``name``, ``loss`` and ``gradients``.
 
     Raises
@@ -174,11 +186,13 @@ def replay(folder, *, device="cpu", threads=None):
     folder = Path(folder)
     verify(folder)
     facts = read_object(folder / _STEP, CheckpointError)
-    model = open_model(folder, device=device, dtype=facts["dtype"], threads=threads)
+    model = open_model(folder, kind=_Dumped, device=device, dtype=facts["dtype"],
+                       threads=threads)
     inputs, checkpoint = _read_inputs(folder, facts["ranks"]), facts["checkpoint"]
     normalizer = float(label_weights(inputs).sum(dtype=np.float64))
     loss, odd = _taken(model, inputs, checkpoint, normalizer)
-    found = {"step": facts["step"], "loss": loss, "gradients": odd, "samples": []}
+    found = {"step": facts["step"], "weights": list(model.odd), "loss": loss, "gradients": odd,
+             "samples": []}
     for place, name in enumerate(_names(facts, len(inputs))):
         alone, odd = _taken(model, inputs[place], checkpoint, normalizer)
         if odd or not math.isfinite(alone):

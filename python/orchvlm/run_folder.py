@@ -11,8 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from ._files import read_object, write_whole
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, SafeTensors
 
 MANIFEST = "manifest.json"
 _FORMAT = "orchvlm checkpoint 1"
@@ -207,8 +209,19 @@ def _compare(path, count, total):
         raise CheckpointError(f"{path} is missing") from None
 
 
+def _check_finite(checkpoint, files):
+    """ValueError where a weight or an average is no number: nothing can be trained with it."""
+    for file in sorted(files):
+        if not file.endswith(".safetensors") or file.startswith("optimizer-"):
+            continue
+        tensors = SafeTensors(checkpoint / file)
+        for name in tensors.tensors:
+            if not np.isfinite(tensors.read(name)).all():
+                raise CheckpointError(f"{checkpoint / file}: {name} is not finite")
+
+
 def last_good(folder):
-    """The latest checkpoint that is as it was written.
+    """The latest checkpoint that is as it was written, with weights that are finite.
 
     Parameters
     ----------
@@ -229,7 +242,7 @@ def last_good(folder):
     passed = []
     for _, path in reversed(checkpoints(folder)):
         try:
-            verify(path)
+            _check_finite(path, verify(path)["files"])
             return path, passed
         except (ValueError, OSError) as error:
             passed.append(str(error))

@@ -260,6 +260,8 @@ class Saver:
         Of the ranks of the run.
     together : bool
         All ranks write; else rank 0 has all that there is.
+    skipped : Skipped
+        Behind a step that was skipped no checkpoint goes: a later one may be of ruined weights.
 
     Attributes
     ----------
@@ -267,8 +269,8 @@ class Saver:
         Step of the last checkpoint that is whole.
     """
 
-    def __init__(self, folder, keep, comm, together):
-        self._folder, self._keep, self._comm = Path(folder), keep, comm
+    def __init__(self, folder, keep, comm, together, skipped):
+        self._folder, self._keep, self._comm, self._skipped = Path(folder), keep, comm, skipped
         self.together = together
         self._rank = 0 if comm is None else comm.rank
         self.writers = comm.size if together else 1
@@ -378,7 +380,8 @@ class Saver:
             for step, path in self._later:
                 if step != self.saved:
                     remove(path)
-            prune(self._folder, self._keep)
+            if not self._skipped.in_a_row:
+                prune(self._folder, self._keep)
         self._later = []
 
     def _failure(self, error):

@@ -86,7 +86,8 @@ class TrainingConfig:
         Steps between checkpoints; 0: at the end only.
     keep : int
         Checkpoints of this run that stay, the latest ones, and the best besides, see
-        :meth:`Trainer.judge`; 0: all.
+        :meth:`Trainer.judge`; 0: all.  Behind a step that was skipped none goes, and none is
+        written but at the run's end.
     most_skipped : int
         Steps in a row whose loss or gradient is no number; so many end the run.
 
@@ -250,9 +251,9 @@ class Trainer:
         self._loader_state = None
         self._left = []       # packs that were made and not used
         shard = model.shard
-        self._saver = Saver(self.folder, config.keep, None if shard is None else shard.comm,
-                            shard is not None and shard.holds_state)
         self._skipped = Skipped(self.folder, config.most_skipped)
+        self._saver = Saver(self.folder, config.keep, None if shard is None else shard.comm,
+                            shard is not None and shard.holds_state, self._skipped)
 
     @classmethod
     def from_config(cls, config, comm=None, callbacks=()):
@@ -467,7 +468,8 @@ class Trainer:
         if self._skipped.too_many:
             raise NonFiniteError(self._dump(batch))
         best = self.watch is not None and self.watch.best_step == self.step
-        if best or self.config.save_every and self.step % self.config.save_every == 0:
+        due = self.config.save_every and self.step % self.config.save_every == 0
+        if best or due and not self._skipped.in_a_row:  # weights that are ruined are not worth it
             self._saver.finish()
             self._saver.start(self)
         self._endings.obey(*signs[2:])
@@ -562,8 +564,8 @@ class Trainer:
         Parameters
         ----------
         checkpoint : path-like, optional
-            By default the run's latest that is as it was written; of later ones a warning says what
-            is wrong.
+            By default the run's latest that is as it was written, with weights that are finite; of
+            later ones a warning says what is wrong.
 
         Returns
         -------

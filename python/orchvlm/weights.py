@@ -357,6 +357,9 @@ class Weights(Adapters):
         if values.shape != shape:
             raise CheckpointError(f"{where}: {name} has shape {values.shape}; the configuration "
                                   f"says {shape}")
+        self._check_finite(name, values, where)
+
+    def _check_finite(self, name, values, where):
         if not np.isfinite(values).all():
             raise CheckpointError(f"{where}: {name} is not finite")
 

@@ -20,7 +20,7 @@ import orchvlm
 from orchvlm import data
 from orchvlm.building import open_model
 from orchvlm.cli import main
-from orchvlm.commands_model import take_steps
+from orchvlm.commands_model import _Line, take_steps
 from orchvlm.parts import count_parameters, sample_flops
 from orchvlm.training import checkpoints, read_metrics
 from orchvlm.training_report import smoothed, svg_curve, write_report
@@ -107,13 +107,36 @@ def test_resume(trained, capsys):
     assert main(["train", "--resume", "--out", str(trained), "--steps", "5", *FEW[2:]]) == 0
     out, err = capsys.readouterr()
     assert "5 steps" in out and re.search(
-        r"^step 5 +100 %  loss [\d.]+  [\d,]+ tokens/s  [\d,]+ GFLOP/s  MFU \d+ %  0:00 left", err,
+        r"^step 5 +100 %  loss [\d.]+ \(mean of last 2\)  [\d,]+ tokens/s  [\d,]+ GFLOP/s  "
+        r"MFU \d+ %  0:00 left", err,
         re.MULTILINE)
     rows = read_metrics(trained / "metrics.jsonl")
     for row in rows:
         assert row["mfu"] == pytest.approx(row["tflops"] * rows[0]["mfu"] / rows[0]["tflops"])
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert all(row["tokens"] <= 200 for row in rows)  # as the run began
+
+
+def test_the_line_shows_the_losses_of_late(capsys):
+    """The mean with the weights written out; what is no number does not stay."""
+    seed = np.random.SeedSequence().entropy % 2**32
+    print("seed", seed)
+    rng, losses = np.random.default_rng(seed), []
+    trainer = types.SimpleNamespace(done=0.5)
+    row = {"elapsed_s": 1.0, "tokens_per_s": 1.0, "tflops": 0.0, "mfu": 0.0}
+    line = _Line(trainer, wait_s=0.0)
+    for step in range(1, 60):
+        loss = rng.choice([rng.uniform(0, 9), np.nan, np.inf], p=[0.8, 0.1, 0.1])
+        losses += [loss] if np.isfinite(loss) else []
+        line.show({**row, "step": step, "loss": loss})
+        said = capsys.readouterr().err
+        if not losses:
+            assert "  loss is no number  " in said
+            continue
+        mean = np.average(losses, weights=0.95 ** np.arange(len(losses))[::-1])
+        shown, n = re.search(r"  loss ([\d.]+) \(mean of last (\S+)\)  ", said).groups()
+        assert float(shown) == pytest.approx(mean, abs=6e-4)
+        assert n == (str(len(losses)) if len(losses) < 20 else "~20")
 
 
 def test_what_stops_before_the_first_step_promises_nothing(tmp_path, trained, capsys):

@@ -16,6 +16,7 @@ import pytest
 import orchvlm
 from conftest import forks
 from orchvlm import CommError, _comm_init, _comm_run, _core, comm
+from orchvlm.endings import Endings
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
 HERE = Path(__file__).parent
@@ -284,6 +285,20 @@ def test_a_stopped_rank_is_given_up():
     comm_kill.one_kill(random.Random(SEED), signal.SIGSTOP, silent_s=1)
 
 
+def stops(group):
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    group.barrier()
+
+
+@forks
+def test_a_stopped_rank_is_not_blamed_for_the_launchers_kill(monkeypatch):
+    """What the others found is why."""
+    monkeypatch.setattr(_comm_run, "_KILL_S", 0.2)
+    with pytest.raises(CommError, match="rank 1 .*silent.* its process is stopped"):
+        comm.run_processes(2, stops, start="fork", silent_s=0.5)
+
+
 def test_a_slow_rank_is_waited_for(caplog):
     comm._warn_slow("rank 0 has waited")
     assert caplog.messages == ["rank 0 has waited"]
@@ -458,6 +473,20 @@ def test_an_engine_in_python():
     with pytest.raises(ValueError, match="rank must be"):
         _core.comm_python(Copy(), 1, 1)
     assert orchvlm.comm is comm
+
+
+@pytest.mark.parametrize("signs, kind", [((0, 2), SystemExit), ((1, 0), KeyboardInterrupt)])
+def test_an_end_of_all_ranks_is_no_failure(signs, kind):
+    """Behind the same step; MPI's abort would put a status of its own in place of theirs.  What one
+    rank alone ends with, the others must hear."""
+    for ending, told in ((lambda: Endings(2).obey(*signs), ["closed"]),
+                         (lambda: sys.exit(143), ["SystemExit: 143", "closed"])):
+        engine = Copy()
+        engine.told = []
+        with pytest.raises((kind, SystemExit)):
+            with comm.Comm(_core.comm_python(engine, 0, 1)):
+                ending()
+        assert [message.removeprefix("rank 0 failed: ") for message in engine.told] == told
 
 
 @pytest.mark.parametrize("answer, words", [

@@ -1,13 +1,18 @@
 """Ranks under mpirun, where an MPI library is installed."""
 import importlib.util
+import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_restarts import CHATS, wait
+
+from orchvlm.training import checkpoints, read_metrics
 
 SEED = int(os.environ.get("ORCHVLM_TEST_SEED", random.randrange(2**31)))
 HERE = Path(__file__).parent
@@ -29,14 +34,18 @@ def run(n, *what, limit_s=120):
 
 def launch(n, script, *arguments, limit_s=120):
     """A script of this folder on n ranks."""
+    command, environment = launched(n, sys.executable, str(HERE / script), *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+
+
+def launched(n, *command):
+    """(command line, environment) of a command on n ranks."""
     version = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout
     options = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version else []
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI"))}
     environment["PYTHONPATH"] = ":".join(p for p in sys.path if p)
     print("seed", SEED)
-    return subprocess.run([MPIRUN, *options, "-n", str(n), sys.executable,
-                           str(HERE / script), *arguments],
-                          capture_output=True, text=True, timeout=limit_s, env=environment)
+    return [MPIRUN, *options, "-n", str(n), *command], environment
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -83,3 +92,26 @@ def test_a_rank_that_raises_ends_the_job():
     assert out.returncode != 0 and "fine" not in out.stdout
     assert "rank 3 failed: ValueError: the sea is too wet" in out.stderr, out.stderr
     assert "raise ValueError" in out.stderr
+
+
+def test_a_signal_to_a_rank_ends_all_with_its_status(tmp_path):
+    """As Slurm gives it; whoever started the job sees 143, and puts it into the queue again."""
+    pytest.importorskip("PIL")
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    run = tmp_path / "run"
+    lines = run / "metrics.jsonl"
+    rank = (f'echo $$ > {tmp_path}/task.$$; exec "{sys.executable}" -m orchvlm train --preset tiny '
+            f"--data {tmp_path}/chats.jsonl --tokens 40 --steps 9999 --threads 1 --samples 1 "
+            f"--out {run}")
+    command, environment = launched(2, "sh", "-c", rank)
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait(lambda: lines.exists() and lines.read_text().count("\n") > 5, job)
+        tasks = [int(path.read_text()) for path in tmp_path.glob("task.*")]
+        os.kill(random.choice(tasks), signal.SIGTERM)
+        said = job.communicate(timeout=60)[1]
+    finally:
+        job.kill()
+    assert job.returncode == 143 and "MPI_ABORT" not in said, said
+    (step, _), = checkpoints(run)
+    assert len(tasks) == 2 and len(read_metrics(lines)) == step > 5

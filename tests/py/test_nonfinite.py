@@ -151,6 +151,53 @@ def test_a_gradient_alone(tmp_path, monkeypatch):
     assert again["gradients"] == [] and again["samples"] == []
 
 
+def ruined(comm, folder, at, **settings):
+    """A trainer whose norm is no number from a step on, and how its run ends."""
+    trainer = made(comm, folder, steps=9, save_every=1, keep=2, most_skipped=3, **settings)
+    weights = trainer.model.state_dict()
+    weights["model.language_model.norm.weight"][1] = np.nan
+    with pytest.raises(orchvlm.NonFiniteError):
+        for row in trainer.run():
+            if row["step"] == at:
+                trainer.model._check_finite = lambda *_: None
+                trainer.model.load_state_dict(weights)
+    return trainer
+
+
+@pytest.mark.parametrize("dtype, mode, n", [("float32", "ddp", None), ("bfloat16", "zero1", 2)])
+def test_weights_that_are_ruined(dtype, mode, n, tmp_path):
+    """The step before it is what the run goes on from, and the dump says which weights they are."""
+    with pytest.warns(RuntimeWarning, match="changes nothing"):
+        over(n, lambda comm: ruined(comm, tmp_path, 3, dtype=dtype, shard=mode) and None)
+    # Step 3's weights were ruined before they were written, which was done behind a step that was
+    # skipped, so that none went; two steps wrote nothing, and the end wrote one.
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2, 3, 6]
+    seen = orchvlm.replay(tmp_path / "nonfinite-6", threads=1)
+    assert seen["weights"] == ["model.language_model.norm.weight"]
+    assert not math.isfinite(seen["loss"]) and seen["gradients"]
+    trainer = made(None, tmp_path, dtype=dtype, keep=2)
+    with pytest.warns(RuntimeWarning, match=r"checkpoint-\d/model.safetensors: "
+                                            r"model.language_model.norm.weight is not finite; "
+                                            "going on from .*checkpoint-2"):
+        assert trainer.resume() == 2
+    assert all(math.isfinite(row["loss"]) for row in trainer.run())
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 6]
+
+
+def test_an_adapter_that_is_ruined(tmp_path):
+    trainer = made(None, tmp_path, most_skipped=1)
+    trainer.model.add_lora(2)
+    odd = next(name for name in trainer.model.parameters if ".lora_A" in name)
+    trainer = orchvlm.Trainer(trainer.model, trainer.loader, trainer.config, tmp_path)
+    weights = trainer.model.state_dict()
+    weights[odd][0] = np.inf
+    trainer.model._check_finite = lambda *_: None
+    trainer.model.load_state_dict(weights)
+    with pytest.warns(RuntimeWarning), pytest.raises(orchvlm.NonFiniteError):
+        list(trainer.run())
+    assert orchvlm.replay(tmp_path / "nonfinite-1", threads=1)["weights"] == [odd]
+
+
 def test_what_is_refused(tmp_path):
     for most in (0, 1.5, True):
         with pytest.raises(ValueError, match="most_skipped"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sys
 import types
 from dataclasses import fields
@@ -14,7 +15,8 @@ import pytest
 from test_cli_model import FEW, refuse  # noqa: F401 (a fixture)
 
 import orchvlm
-from orchvlm.cli import main
+from orchvlm.cli import main, make_parser
+from orchvlm.commands_model import told_by
 from orchvlm.run_config import RUN_FILE, RunConfig, nested, override, read_toml
 from orchvlm.run_keys import BY_NAME, KEYS, SECTIONS, reference, toml, tomllib
 from orchvlm.training import checkpoints, read_metrics
@@ -236,6 +238,27 @@ def test_resumed_as_it_was_told(ran):
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
     config = RunConfig.load(run / RUN_FILE)
     assert config["training.steps"] == 3 and config["training.betas"] == [0.8, 0.9]
+
+
+@pytest.mark.parametrize("how", ["auto", "", "DIR"])
+def test_resumed_with_a_file_besides(ran, tmp_path, how):
+    """It wins over what the run was told, options over it; the file of a run that was moved says
+    nothing new."""
+    _, run = ran
+    shutil.copytree(run, tmp_path / "run")
+    run = tmp_path / "run"
+    checkpoint = checkpoints(run)[-1][1]
+    resume = ["--resume", str(checkpoint)] if how == "DIR" else ["--resume", how, "--out", str(run)]
+    (tmp_path / "more.toml").write_text("[training]\nlr = 1e-4\nema = 0.7\n")
+    for file, told in ((tmp_path / "more.toml", (1e-4, 0.8)), (run / RUN_FILE, (2e-3, 0.8))):
+        config, out = told_by(make_parser().parse_args(
+            ["train", str(file), *filter(None, resume), "--set", "training.ema=0.8"]))
+        assert (config["training.lr"], config["training.ema"]) == told
+        assert config["data.tokens"] == 150 and out == run
+    (tmp_path / "more.toml").write_text(f'[output]\nfolder = "{tmp_path / "other"}"\n')
+    if how == "DIR":  # a run that branches off
+        assert told_by(make_parser().parse_args(
+            ["train", str(tmp_path / "more.toml"), *resume]))[1] == tmp_path / "other"
 
 
 def test_the_command_refuses_in_one_line(refuse, tmp_path):  # noqa: F811

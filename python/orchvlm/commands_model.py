@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ._files import write_whole
+from ._files import read_object, write_whole
 from .averaging import averaged, has_average
 from .building import model_folder, open_model
 from .cli import CommandError
@@ -21,7 +21,7 @@ from .sources import framed, held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, checkpoints, read_metrics
 
-_TIMELINE = "timeline.json"
+_TIMELINE, _SHOWN = "timeline.json", "answers.json"  # for a report that is written again
 
 
 # ---------------------------------------------------------------- models and what runs were told
@@ -264,47 +264,60 @@ def _counted(done, whole):
 def _reports(trainer, seen, config, out):
     """Writes them; their paths, one by one."""
     from .ranks_report import trace_of
-    from .training_report import plot_training, write_report
-    rows = read_metrics(out / "metrics.jsonl")
-    model, tokens = trainer.model, sum(row["tokens"] for row in rows)
-    facts = [("model", repr(model).strip("<>")), ("steps taken", f"{trainer.step:,}"),
-             ("time in steps", f"{trainer.elapsed_s / 60:.1f} minutes"),
-             ("tokens in all", f"{tokens:,}"),
-             ("mean speed", f"{tokens / trainer.elapsed_s:,.0f} tokens/s"
-              if trainer.elapsed_s else "")]
-    facts += _facts(config)
-    title = f"Training {config['model.preset'] or config['model.folder']}"
+    from .training_report import plot_training, shown
     timeline = trainer.passes.timeline
+    kept = {_SHOWN: {"model": repr(trainer.model).strip("<>"), "step": trainer.step,
+                     **(shown(seen) if seen else {})}}
     if timeline:
-        trace = json.dumps(trace_of(timeline)).encode()
-        write_whole(out / _TIMELINE, lambda stream: stream.write(trace))
-        yield out / _TIMELINE
-    write_report(out / "report.html", rows, seen, title=title, facts=facts,
-                 command=_repeated(out), timeline=timeline)
-    yield out / "report.html"
+        kept[_TIMELINE] = trace_of(timeline)
+    for name, what in kept.items():
+        text = json.dumps(what).encode()
+        write_whole(out / name, lambda stream, text=text: stream.write(text))
+        yield out / name
+    yield _report(out, out / "report.html", config)
     try:
-        plot_training(rows, out / "curves.png", seen)
+        plot_training(read_metrics(out / "metrics.jsonl"), out / "curves.png", seen)
         yield out / "curves.png"
     except ImportError:  # the report has the curves too
         return
 
 
-def report(arguments):
-    """``orchvlm report``"""
+def _report(run, path, config):
+    """Writes a report of what a run's folder holds; its path."""
     from .ranks_report import timeline_of
     from .training_report import write_report
+    rows, seen = read_metrics(run / "metrics.jsonl"), _kept(run / _SHOWN)
+    facts = [("model", seen["model"])] if "model" in seen else []
+    if rows:
+        tokens, elapsed_s = sum(row["tokens"] for row in rows), rows[-1]["elapsed_s"]
+        facts += [("steps taken", f"{rows[-1]['step']:,}"),
+                  ("time in steps", f"{elapsed_s / 60:.1f} minutes"),
+                  ("tokens in all", f"{tokens:,}"), ("mean speed", f"{tokens / elapsed_s:,.0f} "
+                                                                   "tokens/s")]
+    if "table" in seen:
+        facts.append(("held-out samples", f"after step {seen['step']:,}"))
+    title = f"Run {run.name}"
+    if config:
+        facts += _facts(config)
+        title = f"Training {config['model.preset'] or config['model.folder']}"
+    timeline = _kept(run / _TIMELINE)
+    write_report(path, rows, seen if "table" in seen else None, title=title, facts=facts,
+                 command=_repeated(run) if config else "",
+                 timeline=timeline_of(timeline) if timeline else ())
+    return path
+
+
+def _kept(path):
+    """The object in a file of a run; empty where there is none."""
+    return read_object(path, CommandError) if path.exists() else {}
+
+
+def report(arguments):
+    """``orchvlm report``"""
     run = Path(arguments.run)
     if not (run / "metrics.jsonl").exists():
         raise CommandError(f"{run}: no run (metrics.jsonl) in this folder")
-    timeline = ()
-    if (run / _TIMELINE).exists():
-        timeline = timeline_of(json.loads((run / _TIMELINE).read_text(encoding="utf-8")))
-    path = Path(arguments.out or run / "report.html")
-    told = _stored(run)
-    write_report(path, read_metrics(run / "metrics.jsonl"), title=f"Run {run.name}",
-                 facts=_facts(told) if told else (), command=_repeated(run) if told else "",
-                 timeline=timeline)
-    print(f"wrote {path}")
+    print(f"wrote {_report(run, Path(arguments.out or run / 'report.html'), _stored(run))}")
     return 0
 
 

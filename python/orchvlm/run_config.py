@@ -15,7 +15,7 @@ _ENDLESS = 1_000_000  # steps of a run that the clock ends
 # What a layer says takes back what lower ones say of these, unless it says that itself.
 _INSTEAD = {"model.preset": ("model.folder",), "model.folder": ("model.preset", "model.std"),
             "training.steps": ("training.minutes",),
-            "data.files": ("data.kinds", "data.difficulty", "data.max_side")}
+            "data.files": ("data.kinds", "data.difficulty", "data.max_side", "data.held_out")}
 _OF_TASKS = {"data.kinds": "kinds", "data.difficulty": "difficulty", "data.max_side": "max_side"}
 
 

@@ -1,5 +1,6 @@
 """Files and embedded tasks as training data and held-out samples, as the command line names them.
 """
+from itertools import islice
 from pathlib import Path
 
 from .cli import CommandError
@@ -194,22 +195,46 @@ def framed(sample, side):
         for message in sample["messages"]]})
 
 
+def answered(samples):
+    """Those of which a model's answers can be scored."""
+    return [sample for sample in samples if "answer" in sample and "check" in sample]
+
+
+def _named_held_out(said, split, samples):
+    """The first samples of the files that are named for it, with answers or without."""
+    from .data import NoRecordsError, TarShards
+    for path in _files(said["held_out"]):
+        if path.suffix == ".zip":
+            try:
+                packs = _packs(path, split, said["kinds"] if said["files"] else None)
+            except NoRecordsError:
+                continue
+            for kind, pack in packs:
+                yield from (framed(pack[i], said["frame"] if kind in _NAMED else None)
+                            for i in range(min(samples, len(pack))))
+        elif path.suffix == ".tar":
+            yield from islice(TarShards([path]), samples)
+        else:
+            rows = _chats(path)
+            yield from (rows[i] for i in range(min(samples, len(rows))))
+
+
 def held_out(said, split, samples):
-    """Samples with answers that were not trained on.
+    """Samples that were not trained on.
 
     Parameters
     ----------
     said : dict
-        As for :func:`training_source`.
+        As for :func:`training_source`; ``held_out`` names files like ``files``.
     split : str
-        ``val`` or ``test``.
+        ``val`` or ``test``, of tasks and packs.
     samples : int
-        Of each kind of task, or of each pack, at most.
+        Of each kind of task, of each pack, or of each file that is named, at most.
 
     Returns
     -------
     list of dict
-        Empty where the data have no such split.
+        Of files that are named all, else those with answers; empty where there are none.
 
     Raises
     ------
@@ -217,6 +242,8 @@ def held_out(said, split, samples):
         A path that holds no data, a file that is broken.
     """
     from .data import NoRecordsError
+    if said.get("held_out"):
+        return list(_named_held_out(said, split, samples))
     if not said["files"]:
         tasks = [_tasks(said, split, _HELD_SEED, [kind]) for kind in said["kinds"]]
         return [some[i] for some in tasks for i in range(samples)]
@@ -229,5 +256,5 @@ def held_out(said, split, samples):
                 continue
             rows = [framed(pack[i], said["frame"] if kind in _NAMED else None)
                     for kind, pack in packs for i in range(min(samples, len(pack)))]
-            found += [row for row in rows if "answer" in row and "check" in row]
+            found += answered(rows)
     return found

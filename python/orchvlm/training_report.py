@@ -12,6 +12,7 @@ from .tables import html_table
 _INK, _PALE, _RIGHT, _WRONG = "#0072B2", "#B8D4E8", "#1E7F45", "#C62828"
 _CURVES = (("loss", "loss", True), ("tokens_per_s", "tokens per second", False),
            ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False),
+           ("eval_loss", "loss of held-out samples", False),
            ("patches_per_s", "patches per second", False),
            ("exposed_comm_share", "exposed communication, share of the step", True),
            ("expert_load", "slots of the fullest expert over the mean", True),

@@ -169,6 +169,9 @@ _DECAY = _real(">= 0 and below 1", lambda v: 0 <= v < 1)
 _BETAS = Kind("two numbers >= 0 and below 1", lambda value: isinstance(
     value, (list, tuple)) and len(value) == 2 and all(map(_DECAY.holds, value)),
     lambda value: [float(v) for v in value])
+_WEIGHTS = Kind("a list of numbers above 0", lambda value: isinstance(
+    value, (list, tuple)) and len(value) > 0 and all(map(_ABOVE_0.holds, value)),
+    lambda value: [float(v) for v in value])
 _GROUPS = Kind('a list of tables {match = "...", lr = ..., weight_decay = ...}',
                lambda value: isinstance(value, (list, tuple)) and all(map(_is_group, value)),
                lambda value: [dict(v) for v in value])
@@ -205,6 +208,8 @@ KEYS = (
     Key("lora.rslora", _FLAG, "alpha / sqrt(r) instead", False),
     Key("data.files", _TEXTS, ".jsonl, .json, .tar or .zip files, or folders of them (but .json), "
         "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
+    Key("data.weights", _WEIGHTS, "how often samples of each entry of files are drawn, relative to "
+        "the others", None, "how many samples each has; headers of a .tar are read for that"),
     Key("data.held_out", _TEXTS, "files like those, which are not trained on: looks watch their "
         "loss, and answers are scored of samples with `answer` and `check`", [], "those of drawn "
         "tasks, and of packs in a .zip with a split"),

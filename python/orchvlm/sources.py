@@ -76,7 +76,8 @@ def training_source(said, seed):
     Parameters
     ----------
     said : dict
-        ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
+        ``files`` (paths), their ``weights`` and ``kinds`` (packs of zip files that hold several),
+        or, without files,
         ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, ``max_pixels`` and
         ``frame``: the section ``data`` of a :class:`orchvlm.RunConfig`.
     seed : int
@@ -90,17 +91,38 @@ def training_source(said, seed):
     CommandError
         A path that holds no data, kinds of files that have none.
     """
-    from .data import Mixture, TarShards
+    from .data import Mixture
     if not said["files"]:
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"], said["kinds"])
+    if said.get("weights"):
+        return Mixture(*_weighted(said, seed), seed=seed)
+    return Mixture(_sets(files, said, seed), seed=seed)
+
+
+def _weighted(said, seed):
+    """(data sets, weights) of paths with a weight each, which the data sets of a path share by
+    their lengths."""
+    from .data.mixture import count_samples
+    sets, weights = [], []
+    for path, weight in zip(said["files"], said["weights"]):
+        own = _sets(_files([path]), said, seed)
+        counts = [1] if len(own) == 1 else [max(1, count_samples(data)) for data in own]
+        sets += own
+        weights += [weight * count / sum(counts) for count in counts]
+    return sets, weights
+
+
+def _sets(files, said, seed):
+    """The data sets of files; all shards are one."""
+    from .data import TarShards
     sets = [_chats(p) for p in files if p.suffix.startswith(".json")]
     sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
-    return Mixture(sets, seed=seed)
+    return sets
 
 
 def _chats(path):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from .averaging import take_average
 from .cli import CommandError
-from .configs import preset
+from .configs import ModelConfig, preset
 from .data import Loader, Processor, RankLoader
 from .model import Model
 from .run_config import RunConfig, cores
-from .sources import held_out, training_source
+from .sources import answered, held_out, training_source
 from .training import checkpoints, latest_checkpoint
 from .watch import Watch
 
@@ -67,6 +67,12 @@ def threads_of(config):
     return config["ranks.threads"] or (None if ranks == 1 else max(1, cores() // ranks))
 
 
+def model_config_of(config):
+    """The ModelConfig of what is trained."""
+    folder = config["model.folder"]
+    return ModelConfig.load(model_folder(folder)) if folder else preset(config["model.preset"])
+
+
 def processor_of(config, model_config):
     """What makes inputs of the run's samples."""
     rule, folder = picture_rule(config["data.max_pixels"]), config["model.folder"]
@@ -100,14 +106,26 @@ def build(config):
 
 def watch_of(config, processor):
     """What looks at held-out samples, or None."""
-    if not config["evaluation.every"]:
+    every, figure = config["evaluation.every"], config["evaluation.figure"]
+    named = config["data.held_out"]
+    if not every and not named:
         return None
     samples = held_out(config.section("data"), "val", config["evaluation.samples"])
+    if named:  # what cannot be used is found before the first step, not at the first look
+        for sample in samples:
+            processor.one(sample, encoded=True)
     if not samples:
-        raise CommandError("evaluation.every: these data have no held-out samples with answers; "
-                           "leave it out")
-    return Watch(samples, processor, config["evaluation.every"], config["evaluation.figure"],
-                 config["evaluation.patience"])
+        raise CommandError("data.held_out: no samples in these files" if named else
+                           "evaluation.every: these data have no held-out samples with answers; "
+                           "name files with some as data.held_out, or leave it out")
+    if not every and not answered(samples):
+        raise CommandError("data.held_out: no sample has an answer and a check, so that only a "
+                           "loss can be looked at: set evaluation.every")
+    if figure != "loss" and not answered(samples):
+        raise CommandError(f"evaluation.figure = {figure}: no sample of data.held_out has an "
+                           "answer and a check; leave it at loss")
+    return Watch(samples, processor, every, figure, config["evaluation.patience"]) \
+        if every else None
 
 
 def loader_of(config, processor, comm=None):

@@ -14,7 +14,7 @@ _TRAIN_EXAMPLES = """examples:
 
 Data are .jsonl and .json files with messages, .tar shards, .zip packs with a records.jsonl, or
 folders of these (but .json); without --data, pictures with questions are drawn as they are needed.
-Files are mixed by their lengths; packs with a split are trained on "train" and evaluated on the
+Files are mixed by their lengths, or by data.weights; packs with a split are trained on "train" and evaluated on the
 other.
 """
 _GENERATE_EXAMPLES = """examples:

@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ._files import write_whole
+from ._files import read_object, write_whole
 from .averaging import averaged, has_average
-from .building import model_folder, open_model
+from .building import model_config_of, model_folder, open_model, processor_of, watch_of
 from .cli import CommandError
 from .configs import ModelConfig, preset
 from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
 from .run_keys import BY_NAME, KEYS, reference, toml
-from .run_folder import MANIFEST
-from .sources import framed, held_out, training_source
+from .run_folder import MANIFEST, best_checkpoint, latest_checkpoint
+from .sources import answered, framed, held_out, training_source
 from .tables import format_bytes, text_table
 from .training import Trainer, checkpoints, read_metrics
 
-_TIMELINE = "timeline.json"
+_TIMELINE, _SHOWN = "timeline.json", "answers.json"  # for a report that is written again
 
 
 # ---------------------------------------------------------------- models and what runs were told
@@ -41,9 +41,15 @@ def _open(path, threads, weights=None):
     is kept, or what is named."""
     from .data import Processor
     folder = model_folder(path)
+    of_run, best = folder != Path(path), best_checkpoint(path)
+    folder = best if of_run and best else folder
     kept = has_average(folder)
     if weights == "average" and not kept:
         raise CommandError(f"{folder}: no average of the weights; runs with training.ema keep one")
+    if of_run:
+        print(f"orchvlm: takes {folder}, "
+              f"{'the best on held-out samples' if best else 'the latest'}; the folder of another "
+              "checkpoint names that one", file=sys.stderr)
     return (open_model(folder, kept and weights != "trained", threads=threads),
             Processor.from_pretrained(folder), _stored(folder))
 
@@ -192,6 +198,7 @@ def train(arguments):
         return _explain(config)
     # What is wrong with the data, this process says.
     training_source(config.section("data"), config["training.seed"])
+    watch_of(config, processor_of(config, model_config_of(config)))
     ranks = config["ranks.n"]
     if ranks == 1:
         return _train_rank(None, arguments, out, config)
@@ -257,22 +264,42 @@ def take_steps(trainer, out):
 
 def _finish(trainer, config, out):
     """Evaluation and report."""
-    from .evaluation import evaluate
+    best = _best(trainer, out)
     samples, seen = held_out(config.section("data"), "val", config["evaluation.samples"]), None
-    model, shard = trainer.model, trainer.model.shard
-    if samples:
-        if shard is not None and shard.holds:  # this rank has a part: what it wrote is whole
-            model = open_model(model_folder(out), threads=model.threads)
-        with averaged(trainer.ema):
-            seen = evaluate(model, samples, trainer.processor, progress=_counted)
+    if samples := answered(samples):
+        seen = _asked(trainer, samples, out, best)
         print(seen)
         table = {kind: {"score": mean, "exact": exact, "samples": n}
                  for kind, (mean, exact, n) in seen.by_kind().items()}
         write_whole(out / "evaluation.json",
                     lambda stream: stream.write((json.dumps(table, indent=1) + "\n").encode()))
-    for path in _reports(trainer, seen, config, out):
+    step = int(best.name.rpartition("-")[2]) if best else trainer.step
+    for path in _reports(trainer, seen, step, config, out):
         print(f"wrote {path}")
     return 0
+
+
+def _best(trainer, out):
+    """The checkpoint that the watch liked best, where it is not the last; says so."""
+    watch, step = trainer.watch, trainer.step
+    best = best_checkpoint(out) if watch and watch.best_step not in (None, step) else None
+    if best:
+        early = f"stopped early, at step {step:,}: " if watch.over else ""
+        print(f"{early}the best {watch.figure} of held-out samples, {watch.best:.4g}, is of step "
+              f"{watch.best_step:,}, {best}, which `orchvlm eval {out}` and `generate` take")
+    return best
+
+
+def _asked(trainer, samples, out, best):
+    """The Evaluation of the best weights, else of the last ones."""
+    from .evaluation import evaluate
+    model, processor = trainer.model, trainer.processor
+    if best or model.shard is not None and model.shard.holds:  # of a part, what is written is whole
+        folder = best or latest_checkpoint(out)
+        model = open_model(folder, has_average(folder), dtype=model.dtype, threads=model.threads)
+        return evaluate(model, samples, processor, progress=_counted)
+    with averaged(trainer.ema):
+        return evaluate(model, samples, processor, progress=_counted)
 
 
 def _repeated(run):
@@ -292,50 +319,63 @@ def _counted(done, whole):
               if done < whole else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _reports(trainer, seen, config, out):
+def _reports(trainer, seen, step, config, out):
     """Writes them; their paths, one by one."""
     from .ranks_report import trace_of
-    from .training_report import plot_training, write_report
-    rows = read_metrics(out / "metrics.jsonl")
-    model, tokens = trainer.model, sum(row["tokens"] for row in rows)
-    facts = [("model", repr(model).strip("<>")), ("steps taken", f"{trainer.step:,}"),
-             ("time in steps", f"{trainer.elapsed_s / 60:.1f} minutes"),
-             ("tokens in all", f"{tokens:,}"),
-             ("mean speed", f"{tokens / trainer.elapsed_s:,.0f} tokens/s"
-              if trainer.elapsed_s else "")]
-    facts += _facts(config)
-    title = f"Training {config['model.preset'] or config['model.folder']}"
+    from .training_report import plot_training, shown
     timeline = trainer.passes.timeline
+    kept = {_SHOWN: {"model": repr(trainer.model).strip("<>"), "step": step,
+                     **(shown(seen) if seen else {})}}
     if timeline:
-        trace = json.dumps(trace_of(timeline)).encode()
-        write_whole(out / _TIMELINE, lambda stream: stream.write(trace))
-        yield out / _TIMELINE
-    write_report(out / "report.html", rows, seen, title=title, facts=facts,
-                 command=_repeated(out), timeline=timeline)
-    yield out / "report.html"
+        kept[_TIMELINE] = trace_of(timeline)
+    for name, what in kept.items():
+        text = json.dumps(what).encode()
+        write_whole(out / name, lambda stream, text=text: stream.write(text))
+        yield out / name
+    yield _report(out, out / "report.html", config)
     try:
-        plot_training(rows, out / "curves.png", seen)
+        plot_training(read_metrics(out / "metrics.jsonl"), out / "curves.png", seen)
         yield out / "curves.png"
     except ImportError:  # the report has the curves too
         return
 
 
-def report(arguments):
-    """``orchvlm report``"""
+def _report(run, path, config):
+    """Writes a report of what a run's folder holds; its path."""
     from .ranks_report import timeline_of
     from .training_report import write_report
+    rows, seen = read_metrics(run / "metrics.jsonl"), _kept(run / _SHOWN)
+    facts = [("model", seen["model"])] if "model" in seen else []
+    if rows:
+        tokens, elapsed_s = sum(row["tokens"] for row in rows), rows[-1]["elapsed_s"]
+        facts += [("steps taken", f"{rows[-1]['step']:,}"),
+                  ("time in steps", f"{elapsed_s / 60:.1f} minutes"),
+                  ("tokens in all", f"{tokens:,}"), ("mean speed", f"{tokens / elapsed_s:,.0f} "
+                                                                   "tokens/s")]
+    if "table" in seen:
+        facts.append(("held-out samples", f"after step {seen['step']:,}"))
+    title = f"Run {run.name}"
+    if config:
+        facts += _facts(config)
+        title = f"Training {config['model.preset'] or config['model.folder']}"
+    timeline = _kept(run / _TIMELINE)
+    write_report(path, rows, seen if "table" in seen else None, title=title, facts=facts,
+                 command=_repeated(run) if config else "",
+                 timeline=timeline_of(timeline) if timeline else ())
+    return path
+
+
+def _kept(path):
+    """The object in a file of a run; empty where there is none."""
+    return read_object(path, CommandError) if path.exists() else {}
+
+
+def report(arguments):
+    """``orchvlm report``"""
     run = Path(arguments.run)
     if not (run / "metrics.jsonl").exists():
         raise CommandError(f"{run}: no run (metrics.jsonl) in this folder")
-    timeline = ()
-    if (run / _TIMELINE).exists():
-        timeline = timeline_of(json.loads((run / _TIMELINE).read_text(encoding="utf-8")))
-    path = Path(arguments.out or run / "report.html")
-    told = _stored(run)
-    write_report(path, read_metrics(run / "metrics.jsonl"), title=f"Run {run.name}",
-                 facts=_facts(told) if told else (), command=_repeated(run) if told else "",
-                 timeline=timeline)
-    print(f"wrote {path}")
+    print(f"wrote {_report(run, Path(arguments.out or run / 'report.html'), _stored(run))}")
     return 0
 
 
@@ -344,12 +384,12 @@ def report(arguments):
 
 def generate(arguments):
     """``orchvlm generate``"""
-    model, processor, told = _open(arguments.model, arguments.threads, arguments.weights)
-    parts = [{"type": "image", "image": str(path)} for path in arguments.image]
-    parts += [{"type": "audio", "audio": str(path)} for path in arguments.audio]
     for path in (*arguments.image, *arguments.audio):
         if not Path(path).exists():
             raise CommandError(f"{path}: no such file")
+    model, processor, told = _open(arguments.model, arguments.threads, arguments.weights)
+    parts = [{"type": "image", "image": str(path)} for path in arguments.image]
+    parts += [{"type": "audio", "audio": str(path)} for path in arguments.audio]
     parts.append({"type": "text", "text": arguments.question})
     sample = framed({"messages": [{"role": "user", "content": parts}]}, told and told["data.frame"])
     inputs = processor(sample, prompt=True)
@@ -365,7 +405,7 @@ def evaluate(arguments):
     model, processor, told = _open(arguments.model, arguments.threads, arguments.weights)
     layers = [("run", nested(told.values))] if told else []
     config = RunConfig(*layers, *_given(arguments))
-    samples = held_out(config.section("data"), arguments.split, arguments.samples)
+    samples = answered(held_out(config.section("data"), arguments.split, arguments.samples))
     if not samples:
         raise CommandError("these data have no held-out samples with answers")
     seen = ask(model, samples, processor, progress=_counted)

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core
 from .arenas import SIZES, of_model
-from .building import check_frozen, loader_of, model_folder, processor_of, threads_of
+from .building import check_frozen, loader_of, model_config_of, processor_of, threads_of
 from .choosing import counted_costs, language_s, media_of, one_node, planned
 from .cli import CommandError
 from .comm import run_threads
@@ -92,7 +92,7 @@ def foretell(run):
     there are cores, they take turns.  With frozen parts or adapters it falls as the FLOPs do, and
     gradients and optimizer state are a rank's share of those of the whole model.
     """
-    config = _model_config(run)
+    config = model_config_of(run)
     rows, batch = _rows(run, config), _first_batch(run, config)
     ranks, threads = run["ranks.n"], threads_of(run) or cores()
     flops = flops_of(config, batch, True, rows)
@@ -128,11 +128,6 @@ def _language(plans, config, cluster):
     share = sum(language_s(plan, costs["llm"]) for plan in plans) / alone_s
     return (f"groups of {degrees_of(groups)} ranks by micro-batch, foretold to take "
             f"{100 * share:.0f} % of the time of whole samples on ranks without a limit of tokens")
-
-
-def _model_config(run):
-    folder = run["model.folder"]
-    return ModelConfig.load(model_folder(folder)) if folder else preset(run["model.preset"])
 
 
 def _rows(run, config):

@@ -15,7 +15,8 @@ _ENDLESS = 1_000_000  # steps of a run that the clock ends
 # What a layer says takes back what lower ones say of these, unless it says that itself.
 _INSTEAD = {"model.preset": ("model.folder",), "model.folder": ("model.preset", "model.std"),
             "training.steps": ("training.minutes",),
-            "data.files": ("data.kinds", "data.difficulty", "data.max_side")}
+            "data.files": ("data.kinds", "data.difficulty", "data.max_side", "data.weights",
+                           "data.held_out")}
 _OF_TASKS = {"data.kinds": "kinds", "data.difficulty": "difficulty", "data.max_side": "max_side"}
 
 
@@ -218,6 +219,10 @@ class RunConfig:
             if self["data.files"] and self[name] is not None:
                 raise ValueError(f"{self.origins[name]}: {name} = {self[name]} is of drawn tasks, "
                                  "but data.files brings other data: leave one of them out")
+        weights, files = self["data.weights"], self["data.files"]
+        if weights and len(weights) != len(files):
+            raise ValueError(f"{self.origins['data.weights']}: data.weights has {len(weights)} "
+                             f"numbers for {len(files)} entries of data.files")
         if self["evaluation.patience"] and not self["evaluation.every"]:
             raise ValueError(f"{self.origins['evaluation.patience']}: evaluation.patience = "
                              f"{self['evaluation.patience']} counts looks, of which there are "

@@ -169,6 +169,9 @@ _DECAY = _real(">= 0 and below 1", lambda v: 0 <= v < 1)
 _BETAS = Kind("two numbers >= 0 and below 1", lambda value: isinstance(
     value, (list, tuple)) and len(value) == 2 and all(map(_DECAY.holds, value)),
     lambda value: [float(v) for v in value])
+_WEIGHTS = Kind("a list of numbers above 0", lambda value: isinstance(
+    value, (list, tuple)) and len(value) > 0 and all(map(_ABOVE_0.holds, value)),
+    lambda value: [float(v) for v in value])
 _GROUPS = Kind('a list of tables {match = "...", lr = ..., weight_decay = ...}',
                lambda value: isinstance(value, (list, tuple)) and all(map(_is_group, value)),
                lambda value: [dict(v) for v in value])
@@ -205,6 +208,11 @@ KEYS = (
     Key("lora.rslora", _FLAG, "alpha / sqrt(r) instead", False),
     Key("data.files", _TEXTS, ".jsonl, .json, .tar or .zip files, or folders of them (but .json), "
         "mixed by their lengths; none: pictures with questions are drawn", [], "", "--data"),
+    Key("data.weights", _WEIGHTS, "how often samples of each entry of files are drawn, relative to "
+        "the others", None, "how many samples each has; headers of a .tar are read for that"),
+    Key("data.held_out", _TEXTS, "files like those, which are not trained on: looks watch their "
+        "loss, and answers are scored of samples with `answer` and `check`", [], "those of drawn "
+        "tasks, and of packs in a .zip with a split"),
     Key("data.kinds", _TEXTS, "of drawn tasks: read, colour, shape, describe, count, point, box, "
         "chart, puzzle, screen, and, of very different lengths, album, frames, story; of packs in "
         "a .zip: captions, emoji, screens, nlvr, nlvr_captions, digits", None,
@@ -269,7 +277,7 @@ KEYS = (
            "be faster", "", "", "rank_language"),
     _field("ranks.refit", _COUNT, "steps from one fit of the plan's costs to what phases took to "
            "the next; 0: never", "", "", "rank_refit"),
-    Key("evaluation.samples", _SIZE, "held-out samples of each kind, at most", 100, "",
+    Key("evaluation.samples", _SIZE, "held-out samples of each kind, or the first of each file, at most", 100, "",
         "--samples"),
     Key("evaluation.every", _COUNT, "steps from one look at them to the next; 0: at the end only",
         0),

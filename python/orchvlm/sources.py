@@ -1,5 +1,6 @@
 """Files and embedded tasks as training data and held-out samples, as the command line names them.
 """
+from itertools import islice
 from pathlib import Path
 
 from .cli import CommandError
@@ -75,7 +76,8 @@ def training_source(said, seed):
     Parameters
     ----------
     said : dict
-        ``files`` (paths) and ``kinds`` (packs of zip files that hold several), or, without files,
+        ``files`` (paths), their ``weights`` and ``kinds`` (packs of zip files that hold several),
+        or, without files,
         ``kinds``, ``difficulty`` and ``max_side`` of the embedded tasks, ``max_pixels`` and
         ``frame``: the section ``data`` of a :class:`orchvlm.RunConfig`.
     seed : int
@@ -89,17 +91,38 @@ def training_source(said, seed):
     CommandError
         A path that holds no data, kinds of files that have none.
     """
-    from .data import Mixture, TarShards
+    from .data import Mixture
     if not said["files"]:
         return Mixture([_tasks(said, "train", seed, said["kinds"])], seed=seed)
     files = _files(said["files"], said["kinds"])
+    if said.get("weights"):
+        return Mixture(*_weighted(said, seed), seed=seed)
+    return Mixture(_sets(files, said, seed), seed=seed)
+
+
+def _weighted(said, seed):
+    """(data sets, weights) of paths with a weight each, which the data sets of a path share by
+    their lengths."""
+    from .data.mixture import count_samples
+    sets, weights = [], []
+    for path, weight in zip(said["files"], said["weights"]):
+        own = _sets(_files([path]), said, seed)
+        counts = [1] if len(own) == 1 else [max(1, count_samples(data)) for data in own]
+        sets += own
+        weights += [weight * count / sum(counts) for count in counts]
+    return sets, weights
+
+
+def _sets(files, said, seed):
+    """The data sets of files; all shards are one."""
+    from .data import TarShards
     sets = [_chats(p) for p in files if p.suffix.startswith(".json")]
     sets += [_varied(kind, pack, seed, said) for p in files if p.suffix == ".zip"
              for kind, pack in _packs(p, "train", said["kinds"])]
     shards = [p for p in files if p.suffix == ".tar"]
     if shards:
         sets.append(TarShards(shards))
-    return Mixture(sets, seed=seed)
+    return sets
 
 
 def _chats(path):
@@ -194,22 +217,46 @@ def framed(sample, side):
         for message in sample["messages"]]})
 
 
+def answered(samples):
+    """Those of which a model's answers can be scored."""
+    return [sample for sample in samples if "answer" in sample and "check" in sample]
+
+
+def _named_held_out(said, split, samples):
+    """The first samples of the files that are named for it, with answers or without."""
+    from .data import NoRecordsError, TarShards
+    for path in _files(said["held_out"]):
+        if path.suffix == ".zip":
+            try:
+                packs = _packs(path, split, said["kinds"] if said["files"] else None)
+            except NoRecordsError:
+                continue
+            for kind, pack in packs:
+                yield from (framed(pack[i], said["frame"] if kind in _NAMED else None)
+                            for i in range(min(samples, len(pack))))
+        elif path.suffix == ".tar":
+            yield from islice(TarShards([path]), samples)
+        else:
+            rows = _chats(path)
+            yield from (rows[i] for i in range(min(samples, len(rows))))
+
+
 def held_out(said, split, samples):
-    """Samples with answers that were not trained on.
+    """Samples that were not trained on.
 
     Parameters
     ----------
     said : dict
-        As for :func:`training_source`.
+        As for :func:`training_source`; ``held_out`` names files like ``files``.
     split : str
-        ``val`` or ``test``.
+        ``val`` or ``test``, of tasks and packs.
     samples : int
-        Of each kind of task, or of each pack, at most.
+        Of each kind of task, of each pack, or of each file that is named, at most.
 
     Returns
     -------
     list of dict
-        Empty where the data have no such split.
+        Of files that are named all, else those with answers; empty where there are none.
 
     Raises
     ------
@@ -217,6 +264,8 @@ def held_out(said, split, samples):
         A path that holds no data, a file that is broken.
     """
     from .data import NoRecordsError
+    if said.get("held_out"):
+        return list(_named_held_out(said, split, samples))
     if not said["files"]:
         tasks = [_tasks(said, split, _HELD_SEED, [kind]) for kind in said["kinds"]]
         return [some[i] for some in tasks for i in range(samples)]
@@ -229,5 +278,5 @@ def held_out(said, split, samples):
                 continue
             rows = [framed(pack[i], said["frame"] if kind in _NAMED else None)
                     for kind, pack in packs for i in range(min(samples, len(pack)))]
-            found += [row for row in rows if "answer" in row and "check" in row]
+            found += answered(rows)
     return found

@@ -12,6 +12,7 @@ from .tables import html_table
 _INK, _PALE, _RIGHT, _WRONG = "#0072B2", "#B8D4E8", "#1E7F45", "#C62828"
 _CURVES = (("loss", "loss", True), ("tokens_per_s", "tokens per second", False),
            ("grad_norm", "norm of the gradient", True), ("lr", "learning rate", False),
+           ("eval_loss", "loss of held-out samples", False),
            ("patches_per_s", "patches per second", False),
            ("exposed_comm_share", "exposed communication, share of the step", True),
            ("expert_load", "slots of the fullest expert over the mean", True),
@@ -210,23 +211,47 @@ def _question(sample):
 
 
 def _example(sample, said, value):
-    picture = _picture(sample, said)
-    kind = "right" if value >= 1 or (sample.get("check") == "box" and value >= 0.5) else "wrong"
-    image = f'<img alt="" src="{picture}">' if picture else ""
-    return (f"<figure>{image}<figcaption>{html.escape(_question(sample)[:200])}<br>"
-            f'<b class="{kind}">{html.escape(said[:120]) or "(nothing)"}</b>'
-            + ("" if kind == "right" else f" &nbsp; {html.escape(sample['answer'][:120])}")
-            + "</figcaption></figure>")
+    return {"picture": _picture(sample, said), "question": _question(sample)[:200],
+            "said": said[:120], "answer": sample["answer"][:120],
+            "right": value >= 1 or (sample.get("check") == "box" and value >= 0.5)}
 
 
-def _examples(evaluation, each):
-    """Of each kind some samples in the order they came in: none is picked by its outcome."""
+def shown(evaluation, examples=6):
+    """What a report shows of an evaluation, as JSON takes it.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    examples : int
+        Samples of each kind, in the order they came in: none is picked by its outcome.
+
+    Returns
+    -------
+    dict
+        ``table`` (header and rows) and ``examples`` (by kind), pictures among them.
+    """
     kinds = {}
     for row in evaluation.rows:
-        kinds.setdefault(row[0].get("kind", "sample"), []).append(row)
-    for kind, rows in sorted(kinds.items()):
-        yield f"<h3>{html.escape(str(kind))}</h3><div class=examples>"
-        yield from (_example(*row) for row in rows[:each])
+        kinds.setdefault(str(row[0].get("kind", "sample")), []).append(row)
+    return {"table": list(evaluation.table()),
+            "examples": {kind: [_example(*row) for row in rows[:examples]]
+                         for kind, rows in sorted(kinds.items())}}
+
+
+def _figure(example):
+    """An example as HTML; whoever reads it from a file may read anything."""
+    kind = "right" if example["right"] else "wrong"
+    picture, (question, said, answer) = example["picture"], (
+        html.escape(str(example[key])) for key in ("question", "said", "answer"))
+    image = f'<img alt="" src="{html.escape(str(picture))}">' if picture else ""
+    return (f'<figure>{image}<figcaption>{question}<br><b class="{kind}">{said or "(nothing)"}</b>'
+            + ("" if kind == "right" else f" &nbsp; {answer}") + "</figcaption></figure>")
+
+
+def _examples(kinds):
+    for kind, examples in kinds.items():
+        yield f"<h3>{html.escape(kind)}</h3><div class=examples>"
+        yield from map(_figure, examples)
         yield "</div>"
 
 
@@ -240,8 +265,8 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
         Of the file.
     rows : list of dict
         Of ``metrics.jsonl``.
-    evaluation : Evaluation, optional
-        Adds the table per task and example pictures.
+    evaluation : Evaluation or dict, optional
+        Adds the table per task and example pictures; the dict is what :func:`shown` gave.
     title : str
         Heading.
     facts : sequence of (str, str)
@@ -270,16 +295,17 @@ def write_report(path, rows, evaluation=None, *, title="Training run", facts=(),
         parts.append(f"<pre>{html.escape(command)}</pre>")
     if facts:
         parts.append(html_table(["", ""], facts))
-    if evaluation is not None:
-        parts += ["<h2>Held-out samples</h2>", html_table(*evaluation.table()),
+    seen = shown(evaluation, examples) if hasattr(evaluation, "rows") else evaluation
+    if seen:
+        parts += ["<h2>Held-out samples</h2>", html_table(*seen["table"]),
                   "<p class=small>Blind: the commonest answer, or the middle, every time.</p>"]
     curves = [svg_curve(rows, *curve) for curve in _CURVES]
     if any(curves):
         parts += ["<h2>Curves</h2><div class=curves>", *curves, "</div>"]
     parts += ranks_section(rows, timeline)
-    if evaluation is not None and evaluation.rows:
+    if seen and seen["examples"]:
         parts += ['<h2>What it says</h2><p class=small>The first held-out samples of each task. '
                   '<span class=right>Green</span> is right; <span class=wrong>red</span> is wrong '
                   "and followed by the answer. Green boxes mark where a place counts, crosses "
-                  "the place that was said.</p>", *_examples(evaluation, examples)]
+                  "the place that was said.</p>", *_examples(seen["examples"])]
     write_whole(path, lambda stream: stream.write("\n".join(parts).encode()))

@@ -13,6 +13,7 @@ from ._numbers import whole_number
 from .evaluation import evaluate
 from .inputs import Inputs
 from .shares import MEDIA, label_weights, medium
+from .sources import answered
 
 FIGURES = {"loss": -1, "exact": 1, "score": 1}  # and which way is better
 _AT_ONCE = 8  # samples of a forward: ranks run equally many
@@ -25,7 +26,8 @@ class Watch:
     Parameters
     ----------
     samples : sequence of dict
-        As :class:`Processor` takes them; for answers with ``answer`` and ``check``.
+        As :class:`Processor` takes them; answers are asked for of those with ``answer`` and
+        ``check``.
     processor : Processor
         Of the model's configuration.
     every : int
@@ -48,7 +50,8 @@ class Watch:
     TypeError
         Something else than a Processor.
     ValueError
-        No samples, a figure that is unknown, a count out of range.
+        No samples, none with answers where the figure needs some, a figure that is unknown, a
+        count out of range.
 
     Notes
     -----
@@ -80,6 +83,9 @@ class Watch:
         self.samples, self.processor = list(samples), processor
         if not self.samples:
             raise ValueError("samples are empty: there is nothing to look at")
+        if figure != "loss" and not answered(self.samples):
+            raise ValueError(f"figure = {figure!r} needs samples with answer and check; of these "
+                             f"{len(self.samples)} none has both")
         self.every, self.figure = whole_number(every, "every", 1), figure
         self.patience = whole_number(patience, "patience", 0)
         self.best = self.best_step = None
@@ -115,7 +121,8 @@ class Watch:
             weights = label_weights(pack).astype(np.float64)
             sums[:2] += -(weights * logp).sum(), weights.sum()
         if self.figure != "loss":
-            scores = [score for _, _, score in evaluate(model, mine, self.processor).rows]
+            scores = [score for _, _, score in evaluate(
+                model, answered(mine), self.processor).rows]
             sums[2:] = sum(score >= 1 for score in scores), sum(scores), len(scores)
         loss, weight, exact, score, asked = passes.total(sums).tolist()
         row = {"eval_loss": loss / weight if weight else math.nan}

@@ -364,3 +364,66 @@ def test_the_real_packs(file, kind, sizes):
             else:
                 want = processor.images.size(record["h"], record["w"])
                 assert inputs.grid_thw.tolist() == [[1, want[0] // 14, want[1] // 14]]
+
+
+# ---------------------------------------------------------------- together
+
+
+@pytest.fixture
+def four(tmp_path):
+    """40 lines, a shard of 5 samples of which one is broken, a pack of 10: paths."""
+    shard = [(f"{k}.txt" if k != 3 else f"{k}.png", b"a cat") for k in range(5)]
+    words = {"messages": [{"role": "assistant", "content": "yes"}]}
+    text = json.dumps(words) + "\n"
+    (tmp_path / "a.jsonl").write_text("\n" + text * 40)
+    return [str(path) for path in (tmp_path / "a.jsonl", write_tar(tmp_path / "b.tar", shard),
+                                   write_zip(tmp_path / "c.zip", [("records.jsonl", text * 10)]))]
+
+
+@pytest.mark.parametrize("weights, wanted", [(None, [40, 10, 5]), ([2, 1, 4], [2, 4, 1])])
+def test_a_shard_counts_as_what_it_holds(four, weights, wanted):
+    """Lines, packs, shards; given weights go by the entries of files."""
+    from orchvlm.sources import training_source
+    said = {"files": four, "kinds": None, "weights": weights, "max_pixels": None, "frame": None}
+    mixture = training_source(said, 0)
+    named = {name: weight for name, weight in zip("a.jsonl c.zip b.tar".split(), wanted)}
+    sets = {name: weight for part, weight in zip(mixture._parts, mixture.weights)
+            for name in named if name in repr(vars(part.data))}
+    assert sets == named
+
+
+def test_weights_of_a_folder_are_shared(four, tmp_path):
+    from orchvlm.sources import training_source
+    said = {"files": [four[0], str(tmp_path)], "kinds": None, "weights": [11, 55],
+            "max_pixels": None, "frame": None}
+    assert training_source(said, 0).weights == pytest.approx([11, 40, 10, 5])
+
+
+def test_lengths_that_nobody_knows_are_told():
+    class Unknown:
+        def __iter__(self):
+            return iter("x")
+    with pytest.warns(UserWarning, match=r"how many samples datasets\[1\] has: all 2 data sets"):
+        assert data.Mixture([["a"] * 9, Unknown()]).weights == [1, 1]
+
+
+def test_samples_are_named_by_where_they_stand(four):
+    """As errors name them: what was read says so itself."""
+    sets = [data.JsonLines(four[0]), data.TarShards(four[1]),
+            data.Varied(data.ZipPack(four[2]), 3), ["x"] * 7]
+    mixture = data.Mixture(sets, weights=[1, 1, 1, 1], seed=SEED % 2**20)
+    print("seed", SEED)
+    before, wanted = mixture.state_dict(), []
+    for k in range(60):
+        try:
+            sample = next(mixture)
+            wanted.append(getattr(sample, "where", sample))
+        except data.DataError as error:
+            wanted.append(str(error).partition(":")[0])
+    found = mixture.names(before, mixture.state_dict())
+    for name, want in zip(found, wanted, strict=True):
+        if isinstance(want, dict):  # of a caption
+            assert name == f"{four[1]}, {want['id']}"
+        else:
+            assert name == want or want == "x" and name.startswith("datasets[3][")
+    assert f"{four[1]}, 3" in found and any(", line 4" in name for name in found)

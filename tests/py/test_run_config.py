@@ -62,6 +62,8 @@ def test_what_is_written_reads_the_same():
         said["evaluation.every"] = 7  # what patience counts
         if "model.folder" in said:
             said.pop("model.std", None)
+        if "data.weights" in said:  # one for each
+            said["data.files"] = [letters(rng) for _ in said["data.weights"]]
         if said.get("data.files"):  # nothing is drawn
             said.pop("data.difficulty", None), said.pop("data.max_side", None)
         config = RunConfig(nested(said))
@@ -76,7 +78,7 @@ def test_what_is_written_reads_the_same():
 def test_every_key_refuses_junk_by_name():
     for key in KEYS:
         for value in JUNK:
-            if key.name == "training.groups" and value == "":
+            if (key.name, value) in (("training.groups", ""), ("data.weights", [1])):
                 continue
             with pytest.raises(ValueError, match=rf"a\.toml: {key.name} must be .*; got "):
                 RunConfig(("a.toml", nested({key.name: value or {}})) if value is None
@@ -94,6 +96,8 @@ def test_every_key_refuses_junk_by_name():
     ({"model": {"folder": "x", "std": 0.1}}, "leave one of them out"),
     ({"data": {"files": ["a.jsonl"], "difficulty": 0.5}}, "data.difficulty = 0.5 is of drawn"),
     ({"data": {"files": ["a.jsonl"], "max_side": 99}}, "data.max_side = 99 is of drawn tasks"),
+    ({"data": {"files": ["a.jsonl"], "weights": [1, 2]}}, "2 numbers for 1 entries of data.files"),
+    ({"data": {"weights": [1, 0]}}, r"data.weights must be a list of numbers above 0; got \[1, 0"),
     ({"evaluation": {"patience": 2}}, "set evaluation.every"),
     ({"training": {"groups": [{"lr": 1.0}]}}, "training.groups must be a list of tables"),
     ({"training": {"schedule": "cubic"}}, "one of cosine, linear, constant; got 'cubic'")])

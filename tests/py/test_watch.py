@@ -1,5 +1,6 @@
 """Held-out samples while a run trains: the same figures on all ranks, the best remembered, the end
 in time; callbacks that fail end the run everywhere."""
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from test_training import CONFIG
 
 import orchvlm
 from orchvlm import data
+from orchvlm.cli import main
 from orchvlm.orchestrator import Orchestrator
 from orchvlm.passes import OneRank
 from orchvlm.training import checkpoints, read_metrics
@@ -214,3 +216,58 @@ def test_the_average_is_looked_at(tmp_path):
     with trainer.ema.swap():
         average = trainer.watch.look(trainer.model, trainer.passes, 6)["eval_loss"]
     assert rows[-1]["eval_loss"] == average != own
+
+
+# ---------------------------------------------------------------- files that are named for it
+
+
+def chat(said, **more):
+    return {"messages": [{"role": "user", "content": "1 + 1?"},
+                         {"role": "assistant", "content": said}], **more}
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """``run(valid, *more)`` trains on lines of one's own; exit status."""
+    def run(valid, *more):
+        return main(["train", "--data", lines(tmp_path / "a.jsonl", *[chat("2")] * 9), "--tokens",
+                     "64", "--steps", "6", "--ranks", "1", "--threads", "1", "--out",
+                     str(tmp_path / "run"), "--set", f"data.held_out=[{valid!r}]", *more])
+    return run
+
+
+def test_the_loss_of_ones_own_lines(tmp_path, own, capsys, monkeypatch):
+    """Watched to an early end, which is said; the best is what is asked afterwards."""
+    never_better(monkeypatch)
+    valid = lines(tmp_path / "valid.jsonl", chat("3"), chat("2", answer="2", check="exact"))
+    assert own(valid, "--set", "evaluation.every=1", "--set", "evaluation.patience=2") == 0
+    run = tmp_path / "run"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["eval_loss"] > 0] == [1, 2, 3, 4]
+    out = capsys.readouterr().out
+    assert f"stopped early, at step 4: the best loss of held-out samples, 1, is of step 2, " \
+        f"{run / 'checkpoint-2'}, which" in out
+    assert json.loads((run / "evaluation.json").read_text())["all"]["samples"] == 1
+    assert json.loads((run / "answers.json").read_text())["step"] == 2
+    assert "loss of held-out samples" in (run / "report.html").read_text()
+    for folder, words in ((run, f"takes {run / 'checkpoint-2'}, the best"),
+                          (run / "checkpoint-4", "")):
+        assert main(["generate", str(folder), "1 + 1?", "--max-new-tokens", "1"]) == 0
+        err = capsys.readouterr().err
+        assert words in err and ("takes" in err) == bool(words)
+
+
+@pytest.mark.parametrize("rows, more, words", [
+    ([chat("3")], [], "set evaluation.every"),
+    ([chat("3")], ["--set", "evaluation.every=1", "--set", "evaluation.figure=exact"],
+     "evaluation.figure = exact: no sample of data.held_out has an answer and a check"),
+    ([chat("3"), {"messages": 7}], ["--set", "evaluation.every=1"], "valid.jsonl, line 2"),
+    ([], ["--set", "evaluation.every=1"], "no samples in these files")])
+def test_held_out_lines_that_do_not_serve(tmp_path, own, capsys, rows, more, words):
+    assert own(lines(tmp_path / "valid.jsonl", *rows), *more) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()

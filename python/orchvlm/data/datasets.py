@@ -148,14 +148,28 @@ class JsonLines:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        text, where = self._read(*self._starts[index].tolist())
+        text, where = self._read(*self._starts[index].tolist()), self.where_of(index)
         return resolved(parse_record(text.removeprefix(b"\xef\xbb\xbf"), where), self._find, where)
 
+    def where_of(self, index):
+        """What messages call a sample.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        str
+            File and line, the first being 1.
+        """
+        return f"{self.path}, line {self._starts[index][1]}"
+
     def _read(self, place, number):
-        """The text of a sample, and what messages call it."""
+        """The text of a sample."""
         with open(self.path, "rb") as stream:
             stream.seek(place, os.SEEK_SET)
-            return stream.readline(MOST_LINE), f"{self.path}, line {number}"
+            return stream.readline(MOST_LINE)
 
     def _find(self, name, where):
         return inside(self.root, name, where)
@@ -201,10 +215,24 @@ class JsonArray(JsonLines):
             raise DataError(f"{self.path}: {getattr(error, 'strerror', None) or error}") from None
         return np.array(list(_entries(text, self.path)), np.int64).reshape(-1, 2)
 
+    def where_of(self, index):
+        """What messages call a sample.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        str
+            File and byte.
+        """
+        return f"{self.path}, byte {self._starts[index][0]}"
+
     def _read(self, place, size):
         with open(self.path, "rb") as stream:
             stream.seek(place, os.SEEK_SET)
-            return stream.read(size), f"{self.path}, byte {place}"
+            return stream.read(size)
 
 
 _SPACE = re.compile(r"[ \t\n\r\ufeff]*")

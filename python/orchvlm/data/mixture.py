@@ -12,6 +12,7 @@ from ..inputs import Inputs
 from .assets import DataError
 
 MASK = 2**64 - 1
+_MOST_RECENT = 1 << 16  # more than any step and what is read ahead of it
 MOST_SKIPPED = 1000  # samples in a row: so many are no accident, but a wrong folder or format
 
 
@@ -25,6 +26,15 @@ def shuffled(n, *key):
     """A permutation of 0 .. n - 1 that depends on the key alone."""
     words = np.random.PCG64(np.random.SeedSequence([k & MASK for k in key])).random_raw(n)
     return np.argsort(words, kind="stable")
+
+
+def count_samples(data):
+    """How many different samples a data set has: its length, or what its ``n_samples()`` says;
+    None where nobody knows."""
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, dict):
+        return len(data)
+    count = getattr(data, "n_samples", None)
+    return count() if callable(count) else None
 
 
 class _Part:
@@ -42,6 +52,7 @@ class _Part:
         if self.size == 0:
             raise DataError(f"datasets[{number}] is empty: {data!r:.200}")
         self._epoch, self._order, self._stream = None, None, None
+        self._recent = {}  # of a stream: where the k-th sample drawn of it stands
 
     def next(self, read=True):
         k, self.drawn = self.drawn, self.drawn + 1
@@ -70,7 +81,21 @@ class _Part:
             orders[self.number, epoch] = shuffled(self.size, self.seed, self.number, epoch)
         return int(orders[self.number, epoch][place])
 
+    def name(self, k, orders):
+        """Of the k-th sample drawn of it: file and line where the data set tells, else a number."""
+        place = self.place(k, orders)
+        tell = getattr(self.data, "where_of", None) if self.indexed else None
+        where = tell(place) if callable(tell) else self._recent.get(k)
+        return where or f"datasets[{self.number}][{place}]"
+
     def _streamed(self, k):
+        try:
+            return self._drawn(k)
+        finally:
+            self._recent[k] = getattr(self._stream, "where", None)
+            self._recent.pop(k - _MOST_RECENT, None)
+
+    def _drawn(self, k):
         if self._stream is None:  # from the start, or from where an earlier run stopped
             self._stream = self._opened(k)
         for again in range(2):
@@ -116,7 +141,8 @@ class Mixture:
         Sequences (shuffled anew in every pass), sequences without end (``tasks``: taken in order),
         or iterables that can be read again (tar shards: in order).
     weights : list of float, optional
-        Relative frequencies, above 0; by default the data sets' lengths where all have one, else
+        Relative frequencies, above 0; by default how many samples the data sets have (their
+        lengths, or what a method ``n_samples`` of theirs says) where that is known of all, else
         equal.
     seed : int
         Every seed is another order.
@@ -157,8 +183,7 @@ class Mixture:
         self.seed = int(seed)
         self._parts = [_Part(data, k, self.seed, bool(shuffle)) for k, data in enumerate(datasets)]
         if weights is None:
-            sizes = [part.size for part in self._parts]
-            weights = [1] * len(sizes) if None in sizes else sizes
+            weights = self._by_length()
         try:
             self.weights = [real(weight, "weights") for weight in weights]
         except TypeError:
@@ -172,6 +197,21 @@ class Mixture:
             raise ValueError("the weights' sum must be finite")
         self._ends = np.cumsum(self.weights) / whole
         self.drawn = 0
+
+    def _by_length(self):
+        """Weights where none are given; of a single data set nobody counts."""
+        sizes = [1] if len(self._parts) == 1 else [count_samples(p.data) for p in self._parts]
+        if 0 in sizes:
+            number = sizes.index(0)
+            raise DataError(f"datasets[{number}] is empty: {self._parts[number].data!r:.200}")
+        if None not in sizes:
+            return sizes
+        if any(sizes):
+            number = sizes.index(None)
+            warnings.warn(f"nobody knows how many samples datasets[{number}] has: all "
+                          f"{len(sizes)} data sets are drawn equally often; weights say otherwise",
+                          stacklevel=3)
+        return [1] * len(sizes)
 
     def __iter__(self):
         return self
@@ -209,14 +249,14 @@ class Mixture:
         Returns
         -------
         list of str
-            As ``datasets[1][7]``, in the order in which they were drawn; of what is read in one
-            stream, the place in it.
+            In the order in which they were drawn: file and line, or member, where the data set
+            tells by a method ``where_of(index)``, or its stream by ``where``; of others
+            ``datasets[1][7]``, and of what is read in one stream, the place in it.
         """
         drawn, names, orders = list(before["parts"]), [], {}
         for k in range(before["drawn"], after["drawn"]):
             part = self._part(k)
-            place = self._parts[part].place(drawn[part], orders)
-            names.append(f"datasets[{part}][{place}]")
+            names.append(self._parts[part].name(drawn[part], orders))
             drawn[part] += 1
         return names
 

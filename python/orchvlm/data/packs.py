@@ -99,10 +99,22 @@ class ZipPack:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        number, record = self._records[index]
-        where = f"{self.path}, record {number}"
-        record = resolved(record, self._find, where)
+        record = resolved(self._records[index][1], self._find, self.where_of(index))
         return record if self._convert is None else self._convert(record)
+
+    def where_of(self, index):
+        """What messages call a sample.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        str
+            File and line of its records, the first being 1.
+        """
+        return f"{self.path}, record {self._records[index][0]}"
 
     def record(self, index):
         """A record as it is written.

@@ -67,7 +67,7 @@ class TarShards:
                             f"{type(paths).__name__}") from None
         if not isinstance(question, str):
             raise TypeError(f"question must be a string; got {type(question).__name__}")
-        self.question = question
+        self.question, self._count = question, None
         for path in self.paths:
             if "\0" in str(path) or not path.is_file():
                 raise DataError(f"{str(path)[:200]!r}: no such shard")
@@ -90,6 +90,18 @@ class TarShards:
             the next one stands behind that.
         """
         return _Samples(self, skip)
+
+    def n_samples(self):
+        """How many samples a pass gives, those that cannot be used among them.
+
+        Returns
+        -------
+        int
+            Headers are read for it, once.
+        """
+        if self._count is None:
+            self._count = sum(1 for path in self.paths for _ in self._groups(path))
+        return self._count
 
     def _groups(self, path):
         """(key, {suffix: reader}) of neighbours, or (key, DataError); a reader works until the next
@@ -184,6 +196,7 @@ class _Samples:
 
     def __init__(self, shards, skip):
         self._shards, self._skip = shards, skip
+        self.where = None  # the last one stands
         self._groups = ((path, *group) for path in shards.paths for group in shards._groups(path))
 
     def __iter__(self):
@@ -194,6 +207,7 @@ class _Samples:
             if self._skip > 0:
                 self._skip -= 1
                 continue
+            self.where = f"{path}, {key}" if key else str(path)
             if isinstance(members, DataError):
                 raise members
             try:
@@ -202,7 +216,7 @@ class _Samples:
                 raise
             except _BROKEN as error:
                 raise _broken(path, error) from None
-            return self._shards._sample(key, files, f"{path}, {key}")
+            return self._shards._sample(key, files, self.where)
         raise StopIteration
 
 

@@ -36,10 +36,7 @@ class Endless:
             raise TypeError(f"a sample's number must be an integer; got {type(index).__name__}")
         if index < 0:
             raise IndexError(f"samples are numbered from 0; got {index}")
-        turn, place = divmod(int(index), len(self._data))
-        if self._order[0] != turn:
-            self._order = turn, shuffled(len(self._data), self.seed, turn)
-        number = int(self._order[1][place])
+        number = self._number(int(index))
         sample = self._data[number]
         rng = np.random.default_rng([self.seed, int(index)])
         if not isinstance(sample.get("messages"), list):  # whoever reads it says so
@@ -47,6 +44,39 @@ class Endless:
         return Record.like(sample, {**sample, "messages": [
             self._message(rng, message, (number, k))
             for k, message in enumerate(sample["messages"])]})
+
+    def _number(self, index):
+        """Which sample of the data set."""
+        turn, place = divmod(index, len(self._data))
+        kept, order = self._order  # of one moment: names are asked for beside the drawing
+        if kept != turn:
+            order = shuffled(len(self._data), self.seed, turn)
+            self._order = turn, order
+        return int(order[place])
+
+    def n_samples(self):
+        """How many different samples there are.
+
+        Returns
+        -------
+        int
+        """
+        return len(self._data)
+
+    def where_of(self, index):
+        """What messages call a sample.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        str or None
+            As the data set has it.
+        """
+        tell = getattr(self._data, "where_of", None)
+        return tell(self._number(index)) if callable(tell) else None
 
     def _message(self, rng, message, where):
         medium = self.medium

@@ -14,8 +14,8 @@ _TRAIN_EXAMPLES = """examples:
 
 Data are .jsonl and .json files with messages, .tar shards, .zip packs with a records.jsonl, or
 folders of these (but .json); without --data, pictures with questions are drawn as they are needed.
-Files are mixed by their lengths, or by data.weights; packs with a split are trained on "train" and evaluated on the
-other.
+Files are mixed by their lengths, or by data.weights; packs with a split are trained on "train" and
+evaluated on the other, and --set data.held_out=valid.jsonl names a file to look at.
 """
 _GENERATE_EXAMPLES = """examples:
   orchvlm generate run-tiny --image shapes.png "How many shapes?"

@@ -283,10 +283,12 @@ def _best(trainer, out):
     """The checkpoint that the watch liked best, where it is not the last; says so."""
     watch, step = trainer.watch, trainer.step
     best = best_checkpoint(out) if watch and watch.best_step not in (None, step) else None
+    words = [f"stopped early, at step {step:,}"] if watch and watch.over else []
     if best:
-        early = f"stopped early, at step {step:,}: " if watch.over else ""
-        print(f"{early}the best {watch.figure} of held-out samples, {watch.best:.4g}, is of step "
-              f"{watch.best_step:,}, {best}, which `orchvlm eval {out}` and `generate` take")
+        words.append(f"the best {watch.figure} of held-out samples, {watch.best:.4g}, is of step "
+                     f"{watch.best_step:,}, {best}, which `orchvlm eval {out}` and `generate` take")
+    if words:
+        print(": ".join(words))
     return best
 
 

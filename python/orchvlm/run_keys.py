@@ -277,8 +277,8 @@ KEYS = (
            "be faster", "", "", "rank_language"),
     _field("ranks.refit", _COUNT, "steps from one fit of the plan's costs to what phases took to "
            "the next; 0: never", "", "", "rank_refit"),
-    Key("evaluation.samples", _SIZE, "held-out samples of each kind, or the first of each file, at most", 100, "",
-        "--samples"),
+    Key("evaluation.samples", _SIZE, "held-out samples of each kind, or the first of each file, at "
+        "most", 100, "", "--samples"),
     Key("evaluation.every", _COUNT, "steps from one look at them to the next; 0: at the end only",
         0),
     Key("evaluation.figure", _choice(*FIGURES), "which one says what is best; answers are asked "

@@ -544,4 +544,4 @@ def test_what_only_says_that_it_is_of_the_core():
 
     assert isinstance(Liar(), _core.Comm)
     with pytest.raises(TypeError, match="expected a Comm of the core; got Liar"):
-        _core.SequenceGroup(Liar())
+        _core.SequenceGroup(Liar(), 0)

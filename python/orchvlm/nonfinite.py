@@ -163,8 +163,8 @@ def replay(folder, *, device="cpu", threads=None):
     dict
         ``step``; ``weights``: names of parameters that are not finite themselves, for which no
         sample is to blame; ``loss`` of the whole batch and ``gradients``: names of parameters whose
-        gradient is no number; ``samples``: for each sample that alone gives no number, a dict of ``place``
-        in the batch, ``name``, ``loss`` and ``gradients``.
+        gradient is no number; ``samples``: for each sample that alone gives no number, a dict of
+        ``place`` in the batch, ``name``, ``loss`` and ``gradients``.
 
     Raises
     ------

@@ -93,7 +93,12 @@ def publish(folder, name, step, ranks, files):
     if target.exists():  # of an earlier run that got as far
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     _sync_folder(folder)
     shutil.rmtree(old, ignore_errors=True)
     return target

@@ -249,8 +249,9 @@ def test_a_row_is_written_to_its_end_or_not_at_all(at_once):
     assert log.getvalue() == b"".join(wanted[:21])
 
 
-@pytest.mark.parametrize("bad", [b'{"step": 2, "lo', b'{"step": 2, "lo{"step": 3}', b"",
-                                 b"\xff\xfe", b"\0\0\0", b"3", b"[1]", b"{}", b'{"step": null}', b"[" * 99999])
+@pytest.mark.parametrize("bad", [
+    b'{"step": 2, "lo', b'{"step": 2, "lo{"step": 3}', b"", b"\xff\xfe", b"\0\0\0", b"3", b"[1]",
+    b"{}", b'{"step": null}', b"[" * 99999])
 def test_rows_behind_a_damaged_line_are_read(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 4}\n{"step": 5}\n' + bad)

@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 _FORMAT = "orchvlm checkpoint 1"
 _FIGURES = "figures.json"
 _HIDDEN = ".checkpoint-"   # begins what is not whole yet, or about to go
+_OLD = ".old-"             # begins what another takes the place of
+_LATER = ".later-"         # begins what is behind the step that a run has gone back to
 _CHUNK = 1 << 24
 
 
@@ -74,18 +76,48 @@ def publish(folder, name, step, ranks, files):
     Returns
     -------
     pathlib.Path
+
+    Raises
+    ------
+    OSError
+        A file is not in the folder as this rank sees it; what bears the name stays.
     """
     source, target = hidden(folder, step), folder / name
+    for file, (count, _) in files.items():
+        _see(source / file, count)
     table = {"format": _FORMAT, "step": step, "ranks": ranks, "files": {
         file: {"bytes": count, "sha256": total} for file, (count, total) in sorted(files.items())}}
     text = json.dumps(table, indent=1).encode()
     write_whole(source / MANIFEST, lambda stream: stream.write(text))
     sealed(source / MANIFEST)
     _sync_folder(source)
-    remove(target)  # of an earlier run that got as far
-    os.replace(source, target)
+    old = folder / f"{_OLD}{name}"
+    if target.exists():  # of an earlier run that got as far
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     _sync_folder(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _see(path, count):
+    """OSError where a file that some rank wrote is not here.  It is opened: only that makes a
+    network's file system ask its server."""
+    try:
+        with open(path, "rb") as stream:
+            found = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        found = error.strerror
+    if found != count:
+        raise OSError(f"{path.name} was written with {count} bytes, and rank 0 finds "
+                      f"{f'{found} bytes' if isinstance(found, int) else found!r}: all ranks must "
+                      "write to one folder that they share")
 
 
 def remove(path):
@@ -98,8 +130,37 @@ def remove(path):
 
 
 def clean(folder):
-    """Takes away what a run that was killed left half done."""
-    for path in Path(folder).glob(f"{_HIDDEN}*"):
+    """Takes away what a run that was killed left half done; what was about to be replaced, and was
+    not, is there again."""
+    for path in Path(folder).glob(f"{_OLD}*"):
+        name = path.with_name(path.name.removeprefix(_OLD))
+        if not name.exists():
+            os.replace(path, name)
+    for start in (_HIDDEN, _OLD):
+        for path in Path(folder).glob(f"{start}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def go_back(folder, step):
+    """Sets checkpoints behind a step aside: who looks for the latest one finds that step's.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    step : int
+    """
+    later = [path for at, path in checkpoints(folder) if at > step]
+    for path in later:
+        aside = path.with_name(f"{_LATER}{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    if later:
+        _sync_folder(folder)
+
+
+def forget_later(folder):
+    """Takes away what :func:`go_back` set aside: the run has got on from there."""
+    for path in folder.glob(f"{_LATER}checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

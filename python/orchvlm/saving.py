@@ -12,11 +12,13 @@ from .adapters import ADAPTER, ADAPTER_CONFIG
 from .averaging import AVERAGES
 from .checkpoint import INDEX, CheckpointError, SafeTensors, in_files, stored, write_file
 from .endings import held_back
-from .run_folder import checkpoints, hidden, last_good, prune, publish, remove, sealed, verify
+from .run_folder import (clean, forget_later, go_back, hidden, last_good, prune, publish, sealed,
+                         verify)
 from .shares import gathered
 
 TRAINER = "trainer.json"
 _PIECES = "pieces"
+_TOLD = 1000  # bytes of a message
 
 
 class SaveError(OSError):
@@ -168,12 +170,13 @@ def chosen(checkpoint, folder, passes):
             error = reason
         for why in passed if error is None else ():
             warnings.warn(f"{why}; going on from {checkpoint}", RuntimeWarning, stacklevel=3)
-    step = int(passes.total(np.array([step]))[0]) - 1
-    if error is not None:
-        raise error
-    if step < 0:
-        raise CheckpointError("rank 0 can go on from no checkpoint; its own message says why")
-    return Path(checkpoint or folder / f"checkpoint-{step}")
+    text = np.frombuffer(str(error or "").encode()[:_TOLD], np.uint8).astype(np.float64)
+    step, length = passes.total(np.array([step, len(text)], np.float64)).astype(int).tolist()
+    if length:
+        text = passes.total(text if passes.rank == 0 else np.zeros(length))
+        raise error or CheckpointError(
+            f"rank 0: {text.astype(np.uint8).tobytes().decode(errors='replace')}")
+    return Path(checkpoint or folder / f"checkpoint-{step - 1}")
 
 
 def read_checkpoint(checkpoint):
@@ -274,19 +277,47 @@ class Saver:
         self.together = together
         self._rank = 0 if comm is None else comm.rank
         self.writers = comm.size if together else 1
-        self._pending, self._error, self._later = None, None, []
+        self._pending, self._error, self._back = None, None, None
         self.saved = None
 
     def go_on(self, step):
-        """The run goes on from this step's checkpoint: later ones, whose steps are taken again, go
-        when the next one is there.
+        """The run goes on from this step's checkpoint: later ones, whose steps are taken again, are
+        set aside when it begins, and go when the next one is there.
 
         Parameters
         ----------
         step : int
         """
-        self.saved = step
-        self._later = [(at, path) for at, path in checkpoints(self._folder) if at > step]
+        self.saved = self._back = step
+
+    def begin(self):
+        """Makes the folder of the run what it is to go on from; for rank 0."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        clean(self._folder)
+        if self._back is not None:
+            go_back(self._folder, self._back)
+        self._back = None
+
+    def has(self, step):
+        """Whether the checkpoint of a step is this run's, and whole; all ranks ask.
+
+        Parameters
+        ----------
+        step : int
+
+        Returns
+        -------
+        bool
+        """
+        if self.saved != step:
+            return False
+        good = True
+        if self._rank == 0:
+            try:
+                verify(self._folder / f"checkpoint-{step}")
+            except (OSError, ValueError):
+                good = False
+        return good if self._comm is None else self._tell(good)[0]
 
     def start(self, trainer, name=None, extra=None):
         """Copies the present state and begins to write it; nothing else is being written.
@@ -356,12 +387,16 @@ class Saver:
 
     def _finish(self, alone, failed):
         writing, self._pending = self._pending, None
-        if writing is None:
-            if not failed:
-                return
-            writing = _Writing(self._folder, 0, "", {})
+        error = None if writing is None else self._end(writing, alone)
+        if failed:  # another file: what was begun may be a checkpoint all the same
+            error, self._error = error or self._first(self._error, alone), None
+        if error is not None:
+            raise self._failure(error)
+
+    def _end(self, writing, alone):
+        """Makes a checkpoint of what was written; the first error, the same on all ranks."""
         writing.join()
-        files, error = self._told(writing, alone, failed)
+        files, error = self._told(writing, alone)
         if self._rank == 0 and error is None:
             try:
                 publish(self._folder, writing.name, writing.step, self.writers, files)
@@ -372,27 +407,35 @@ class Saver:
         if error is not None:
             if self._rank == 0:
                 shutil.rmtree(hidden(self._folder, writing.step), ignore_errors=True)
-            raise self._failure(error)
-        if writing.name != f"checkpoint-{writing.step}":
-            return
-        self.saved = writing.step
-        if self._rank == 0:
-            for step, path in self._later:
-                if step != self.saved:
-                    remove(path)
-            if not self._skipped.in_a_row:
-                prune(self._folder, self._keep)
-        self._later = []
+        elif writing.name == f"checkpoint-{writing.step}":
+            self.saved = writing.step
+            if self._rank == 0:
+                forget_later(self._folder)
+                if not self._skipped.in_a_row:
+                    prune(self._folder, self._keep)
+        return error
 
     def _failure(self, error):
         return SaveError(f"{error}; " + (
             "no checkpoint was written before" if self.saved is None else
             f"the checkpoint of step {self.saved} is whole"))
 
-    def complain(self):
-        """Raises what was noted and nobody has heard of: at the end of a run."""
-        if self._error is not None:
-            raise self._failure(f"rank {self._rank}: {self._error}")
+    def complain(self, alone=False):
+        """Raises what was noted and nobody has heard of: at the end of a run.
+
+        Parameters
+        ----------
+        alone : bool
+            As of :meth:`finish`.
+
+        Raises
+        ------
+        SaveError
+            As :meth:`finish`.
+        """
+        error, self._error = self._first(self._error, alone), None
+        if error is not None:
+            raise self._failure(error)
 
     def drop(self):
         """Gives up what is not whole yet, for the ranks can agree on nothing any more."""
@@ -402,16 +445,25 @@ class Saver:
             if self._rank == 0:
                 shutil.rmtree(hidden(self._folder, writing.step), ignore_errors=True)
 
-    def _told(self, writing, alone, failed):
+    def _told(self, writing, alone):
         """(files of all ranks, the first error)"""
-        mine = [writing.files, writing.error or (self._error if failed else None)]
         files = {}
-        for rank, (some, error) in enumerate(
-                [mine] if self._comm is None or alone else self._tell(mine)):
+        for rank, (some, error) in self._heard([writing.files, writing.error], alone):
             if error is not None:
                 return {}, f"rank {rank}: {error}"
             files |= some
         return files, None
+
+    def _first(self, error, alone):
+        """The first rank's error, with its number; None where no rank has one."""
+        return next((f"rank {rank}: {told}" for rank, told in self._heard(error, alone) if told),
+                    None)
+
+    def _heard(self, value, alone):
+        """[(rank, what it says)]"""
+        if self._comm is None or alone:
+            return [(self._rank, value)]
+        return list(enumerate(self._tell(value)))
 
     def _tell(self, value):
         """What every rank says."""

@@ -18,7 +18,7 @@ from .optim import AdamW, schedule
 from .passes import passes_of
 from .peak import gemm_peak
 from .routing import MODES, Balance
-from .run_folder import checkpoints, clean, latest_checkpoint, note_figure
+from .run_folder import checkpoints, latest_checkpoint, note_figure
 from .saving import Saver, SaveError, chosen, read_checkpoint
 from .watch import FIGURES, Watch, cut_rows, read_metrics, tell, write_row
 
@@ -341,8 +341,7 @@ class Trainer:
         self._peak = gemm_peak(self.model.device, self.model.dtype, self.model.threads)
         self._endings = Endings(passes.size)
         if passes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            clean(self.folder)
+            self._saver.begin()
             for name in ("metrics.jsonl", LOG):
                 cut_rows(self.folder / name, self.step)
         if self._loader_state is None:
@@ -400,7 +399,7 @@ class Trainer:
         if how == "all" or how == "rank 0" and self.passes.rank == 0:
             if self.step:
                 self._save(alone=how != "all")
-            self._saver.complain()
+            self._saver.complain(alone=how != "all")
             return
         self._saver.drop()
         if how == "rank 0":
@@ -506,7 +505,8 @@ class Trainer:
                             FIGURES[self.watch.figure] * self.watch.best)
 
     def save(self):
-        """Writes a checkpoint of the present step; whole or not at all.  All ranks call it.
+        """Writes a checkpoint of the present step; whole or not at all.  All ranks call it.  Where
+        this run has written that, or gone on from it, it stays as it is.
 
         It holds the model as :meth:`Model.from_pretrained` reads it, the optimizer's state by rank
         (``optimizer-R-of-N.safetensors``: flat, with offset and full shape in the file's metadata),
@@ -523,8 +523,9 @@ class Trainer:
             On all ranks: it cannot be written; checkpoints from before are untouched.
         """
         self._saver.finish()
-        self._saver.start(self)
-        self._saver.finish()
+        if not self._saver.has(self.step):
+            self._saver.start(self)
+            self._saver.finish()
         return self.folder / f"checkpoint-{self.step}"
 
     def _save(self, alone):
@@ -559,7 +560,8 @@ class Trainer:
 
     def resume(self, checkpoint=None):
         """Goes on from a checkpoint, on any number of ranks; metrics of later steps are dropped,
-        and their checkpoints when the next one is written.  All ranks call it.
+        their checkpoints set aside when the run begins, and gone when the next one is written.
+        All ranks call it.
 
         Parameters
         ----------
@@ -591,6 +593,6 @@ class Trainer:
         self._skipped.load_state_dict(facts["skipped"])
         self.step, self.elapsed_s = facts["step"], facts["elapsed_s"]
         self._loader_state, self._left = facts["loader"], []
-        if checkpoint.parent == self.folder:
+        if checkpoint.resolve().parent == self.folder.resolve():
             self._saver.go_on(self.step)
         return self.step

@@ -1,7 +1,10 @@
 """Held-out samples, looked at while a model trains: what is best, and when to stop."""
+import errno
 import json
 import math
+import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,19 +191,45 @@ def tell(callbacks, row):
 
 
 def write_row(log, row):
-    """A line of metrics, to a file of bytes; what is no number is null."""
-    log.write((json.dumps({key: value if isinstance(value, str) or math.isfinite(value) else None
-                           for key, value in row.items()}) + "\n").encode())
+    """A line of metrics, to a file of bytes without a buffer; what is no number is null.
+
+    Parameters
+    ----------
+    log : io.RawIOBase
+        May take fewer bytes than it is given.
+    row : dict
+
+    Raises
+    ------
+    OSError
+        The line does not fit; nothing of it is there.
+    """
+    line = (json.dumps({key: value if isinstance(value, str) or math.isfinite(value) else None
+                        for key, value in row.items()}) + "\n").encode()
+    place, left = log.tell(), line
+    try:
+        while left:
+            count = log.write(left)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left = left[count:]
+    except OSError:
+        with suppress(OSError):  # half a line would spoil the next one, too
+            log.truncate(place)
+            log.seek(place)
+        raise
 
 
 def read_metrics(path):
-    """Rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    """Rows of a ``metrics.jsonl``; lines that were cut off or damaged are left out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

@@ -198,16 +198,20 @@ def test_old_checkpoints_go(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
-    trainer = made(tmp_path, 2)
-    list(trainer.run())
+    trainer = made(tmp_path, 3)
 
     def full(*_, **__):
         raise OSError("no space left")
-    monkeypatch.setattr(orchvlm.saving, "sealed", full)
-    with pytest.raises(OSError, match=r"model.safetensors: no space left; .*2 is whole"):
-        trainer.save()
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["checkpoint-2"]
-    made(tmp_path, 2).resume()
+    for row in trainer.run():
+        if row["step"] == 2:
+            trainer.save()
+        if row["step"] == 3:
+            with monkeypatch.context() as patch:
+                patch.setattr(orchvlm.saving, "sealed", full)
+                with pytest.raises(OSError, match=r"model.safetensors: no space left; .*2 is w"):
+                    trainer.save()
+            assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["checkpoint-2"]
+    assert made(tmp_path, 3).resume() == 3
 
 
 def test_a_loss_that_is_no_number(tmp_path):

@@ -1,5 +1,7 @@
 """Held-out samples while a run trains: the same figures on all ranks, the best remembered, the end
 in time; callbacks that fail end the run everywhere."""
+import errno
+import io
 import json
 import math
 
@@ -14,6 +16,7 @@ from orchvlm.cli import main
 from orchvlm.orchestrator import Orchestrator
 from orchvlm.passes import OneRank
 from orchvlm.training import checkpoints, read_metrics
+from orchvlm.watch import cut_rows, write_row
 
 pytest.importorskip("PIL")
 KINDS = {"kinds": ["colour", "count"], "max_side": 112}
@@ -271,3 +274,43 @@ def test_the_loss_of_ones_own_lines(tmp_path, own, capsys, monkeypatch):
 def test_held_out_lines_that_do_not_serve(tmp_path, own, capsys, rows, more, words):
     assert own(lines(tmp_path / "valid.jsonl", *rows), *more) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- rows that are written down
+
+
+class Narrow(io.BytesIO):
+    """Takes so many bytes at a time, until it is full."""
+
+    def __init__(self, at_once, most):
+        super().__init__()
+        self.at_once, self.most = at_once, most
+
+    def write(self, line):
+        return super().write(line[:min(self.at_once, self.most - self.tell())])
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_a_row_is_written_to_its_end_or_not_at_all(at_once):
+    rows = [{"step": k, "loss": 1 / k, "of": "x" * k} for k in range(1, 30)]
+    wanted = [(json.dumps(row) + "\n").encode() for row in rows]
+    log = Narrow(at_once, sum(map(len, wanted[:20])) + 5)
+    for row in rows[:20]:
+        write_row(log, row)
+    with pytest.raises(OSError) as error:
+        write_row(log, rows[20])
+    assert error.value.errno == errno.ENOSPC and log.getvalue() == b"".join(wanted[:20])
+    log.most += 1000  # there is room again
+    write_row(log, rows[20])
+    assert log.getvalue() == b"".join(wanted[:21])
+
+
+@pytest.mark.parametrize("bad", [
+    b'{"step": 2, "lo', b'{"step": 2, "lo{"step": 3}', b"", b"\xff\xfe", b"\0\0\0", b"3", b"[1]",
+    b"{}", b'{"step": null}', b"[" * 99999])
+def test_rows_behind_a_damaged_line_are_read(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 4}\n{"step": 5}\n' + bad)
+    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5]
+    cut_rows(path, 4)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 4}\n'

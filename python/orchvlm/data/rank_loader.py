@@ -3,10 +3,12 @@ lengths of the others."""
 import numpy as np
 
 from ..inputs import Inputs
+from ..shares import gathered
 from .assets import DataError
 from .mixture import MOST_SKIPPED, Loader, sample_extent
 
 _AT_ONCE = 8              # samples that a rank reads before lengths are told
+_TOLD = 1000              # bytes of a message
 _SKIP, _FAILED, _END = -1, -2, -3  # in the place of a length
 
 
@@ -176,8 +178,11 @@ class RankLoader(Loader):
         """On all ranks when a sample failed on one."""
         failed = np.flatnonzero(extents[:, 0] == _FAILED)
         if len(failed):
-            raise error or DataError(f"rank {failed[0] // _AT_ONCE} met a sample that cannot be "
-                                     "used; its own message says why")
+            first = failed[0] // _AT_ONCE
+            text = np.frombuffer(str(error or "").encode()[:_TOLD], np.uint8)
+            told, ranks = gathered(self._comm, text)
+            raise error or DataError(
+                f"rank {first}: {told[ranks == first].tobytes().decode(errors='replace')}")
 
     def state_dict(self):
         """What a later run, on any number of ranks, needs to go on with the next batch.

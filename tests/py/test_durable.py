@@ -329,3 +329,41 @@ def test_sigterm_on_one_rank(tmp_path):
                 signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143 and [step for step, _ in checkpoints(tmp_path)] == [3]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ---------------------------------------------------------------- loops that are left
+
+
+def left_by(comm, folder, mode, ranks):
+    """Steps taken; some ranks leave behind the second one."""
+    trainer = made(comm, folder, steps=50, shard=mode)
+    steps = trainer.run()
+    for row in steps:
+        if row["step"] == 2 and comm.rank in ranks:
+            steps.close()
+            break
+    return trainer.step
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_leaves_alone_ends_the_others(mode, rank, tmp_path):
+    with pytest.raises(orchvlm.CommError, match="1 of 2 ranks left their loops .* behind step 2"):
+        orchvlm.comm.run_threads(2, left_by, tmp_path, mode, [rank], silent_s=5)
+    assert [step for step, _ in checkpoints(tmp_path)] == ([2] if mode == "ddp" else [])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "fsdp"])
+def test_ranks_that_leave_together_write_together(mode, tmp_path):
+    assert orchvlm.comm.run_threads(2, left_by, tmp_path, mode, [0, 1]) == [2, 2]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+
+
+def test_a_loop_that_fails_on_one_rank_ends_all(tmp_path):
+    def work(comm):
+        for row in made(comm, tmp_path, steps=50, shard="fsdp").run():
+            if row["step"] == 3 and comm.rank == 0:
+                raise BrokenPipeError("nobody reads this")
+
+    with pytest.raises(orchvlm.CommError, match="rank 0 failed: BrokenPipeError: nobody reads"):
+        orchvlm.comm.run_threads(2, work, silent_s=5)

@@ -307,7 +307,8 @@ class Trainer:
         Checkpoints are copied between two steps and written while the next ones run.  Ctrl-C, an
         error and a loop that is left early all leave one of the last whole step; so does SIGTERM,
         which ends the run behind the step, with several ranks behind the same one on all (Ctrl-C
-        likewise).  All ranks leave their loops behind the same step, or none does.  The run ends early where the data end, and where the watch is over.
+        likewise).  All ranks leave their loops behind the same step, or none does.  The run ends
+        early where the data end, and where the watch is over.
 
         Yields
         ------

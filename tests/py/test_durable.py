@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from comm_kill import wait_for
 from durable_cases import losses, made, over
 from orchvlm import saving
 from orchvlm._comm_run import shared_folder
+from orchvlm._unread import unread
 from orchvlm.run_folder import best_checkpoint, checkpoints, last_good, verify
 from orchvlm.saving import SaveError
 from orchvlm.training import read_metrics
@@ -367,3 +369,16 @@ def test_a_loop_that_fails_on_one_rank_ends_all(tmp_path):
 
     with pytest.raises(orchvlm.CommError, match="rank 0 failed: BrokenPipeError: nobody reads"):
         orchvlm.comm.run_threads(2, work, silent_s=5)
+
+
+def test_a_run_whose_output_nobody_reads_ends_well(monkeypatch):
+    ends = os.pipe()
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with unread():
+            print("gone", flush=True)
+            print("x" * 100_000, end="")
+        assert sys.stdout is stream
+        with open(os.devnull, "wb") as null:
+            assert os.path.samestat(os.fstat(stream.fileno()), os.fstat(null.fileno()))

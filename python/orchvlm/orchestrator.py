@@ -89,8 +89,9 @@ class Orchestrator:
         balanced and a warning says why.
     max_tokens, max_patches, max_frames : int, optional
         Of a micro-batch on one rank in the language phase; of a round on one rank in the vision and
-        audio phase.  What is longer has one to itself: an item a rank's, a sample a round, in which
-        its items are spread evenly; a sequence that is longer than a group holds the widest group.
+        audio phase.  What is longer is taken too, and micro-batches of its round hold as much as
+        it; with too many patches or frames a sample has a round to itself, in which its items are
+        spread evenly, and a sequence that is longer than a group holds has the widest group.
     micro_batches : int
         Packs of the loader that make a global batch.
     memory_bytes : int, optional
@@ -116,8 +117,8 @@ class Orchestrator:
     TypeError
         An argument of another kind.
     ValueError
-        A limit below 1; less memory than weights and state take; what the planner refuses, and a
-        sample that does not fit into the memory, when a batch is prepared.
+        An MPI for one thread; a limit below 1; less memory than weights and state take; what the
+        planner refuses, and a sample that does not fit into the memory, when a batch is prepared.
 
     Notes
     -----
@@ -162,6 +163,9 @@ class Orchestrator:
         for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+        if comm.engine == "mpi" and not comm._any_thread:
+            raise ValueError("comm: this MPI was started for calls from one thread at a time, but "
+                             "data move beside the steps; start it with MPI.THREAD_MULTIPLE")
         if not isinstance(cluster, (Cluster, type(None))):
             raise TypeError(f"cluster must be a Cluster; got {type(cluster).__name__}")
         if not isinstance(costs, (dict, type(None))):

@@ -73,6 +73,11 @@ const char *ovlm_comm_engine_name(const ovlm_comm *comm)
     return comm->engine->name;
 }
 
+bool ovlm_comm_any_thread(const ovlm_comm *comm)
+{
+    return comm->engine->any_thread;
+}
+
 /* ---------------------------------------------------------------- use and failure */
 
 ovlm_status ovlm_comm_enter(ovlm_comm *comm, ovlm_err *err)

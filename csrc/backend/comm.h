@@ -93,6 +93,9 @@ int64_t ovlm_comm_rank(const ovlm_comm *comm);
 int64_t ovlm_comm_size(const ovlm_comm *comm);
 /* "local", "mpi", ... */
 const char *ovlm_comm_engine_name(const ovlm_comm *comm);
+/* Whether its engine may be called from a thread other than the one that opened it, and from two
+ * at once over two communicators. */
+bool ovlm_comm_any_thread(const ovlm_comm *comm);
 
 /* Ranks of one color (>= 0) make a new communicator, ordered by key and then by their rank here;
  * with a negative color *out is NULL.  All ranks call it.  The new one lives by itself: it may be

@@ -172,7 +172,7 @@ static OVLM_COMM_METHOD(comm_set_debug)
     return ovlm_comm_object_leave(self, type, OVLM_OK, NULL);
 }
 
-/* (rank, size, engine) */
+/* (rank, size, engine, whether any thread may call it) */
 static PyObject *comm_describe(PyObject *object, PyObject *ignored)
 {
     (void)ignored;
@@ -181,8 +181,9 @@ static PyObject *comm_describe(PyObject *object, PyObject *ignored)
         PyErr_SetString(PyExc_ValueError, "the communicator is closed");
         return NULL;
     }
-    return Py_BuildValue("(LLs)", (long long)ovlm_comm_rank(comm),
-                         (long long)ovlm_comm_size(comm), ovlm_comm_engine_name(comm));
+    return Py_BuildValue("(LLsN)", (long long)ovlm_comm_rank(comm),
+                         (long long)ovlm_comm_size(comm), ovlm_comm_engine_name(comm),
+                         PyBool_FromLong(ovlm_comm_any_thread(comm)));
 }
 
 /* ---------------------------------------------------------------- how they are opened */

@@ -89,7 +89,7 @@ def warn(text):
 
 def planned(batch, cluster, costs, limits, language="balance", tokens=None, tell=warn):
     """The plan of a batch; of ``limits`` by phase (tokens, patches, frames) a micro-batch has at
-    most so many, and what is longer one to itself.
+    most so many, or as many as the longest item of the batch where that is longer.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def planned(batch, cluster, costs, limits, language="balance", tokens=None, tell
 
 
 def _memory(batch, cluster, limits):
-    """What micro-batches take of a rank, so that the longest item has one to itself."""
+    """What micro-batches take of a rank, so that there is one for the longest item."""
     lengths = {"llm": batch.language_lengths,
                **{name: items.length for name, items in batch.phases.items()}}
     return {name: (cluster.memory_bytes / max(most, lengths[name].max(initial=1)), 0.0)
@@ -144,7 +144,7 @@ def _without(batch, cluster, costs, limits):
 def _with_groups(batch, cluster, costs, limits, tokens, tell):
     """The plan with groups; None, and a message, where there is none."""
     cost, most = costs["llm"], [n for n in (limits.get("llm"), tokens) if n is not None]
-    if most:  # a sequence too long for the widest group has that one to itself
+    if most:  # there is one for a sequence too long for the widest group
         widest = max(degree for degree in cost.comm if degree <= cluster.n_gpus)
         longest = -(-int(batch.language_lengths.max(initial=1)) // widest)
         cost = replace(cost, memory_per_token=1.0, memory_fixed=0.0,

@@ -135,7 +135,7 @@ class Comm:
             raise TypeError(f"core must be an orchvlm._core.Comm; got {type(core).__name__}; init, "
                             "run_threads and run_processes make a Comm")
         self._core = core
-        self.rank, self.size, self.engine = core.describe()
+        self.rank, self.size, self.engine, self._any_thread = core.describe()
 
     def __repr__(self):
         return f"<rank {self.rank} of {self.size} over {self.engine}>"

@@ -11,10 +11,12 @@ from itertools import count
 from pathlib import Path
 
 from ._files import read_object, write_whole
+from ._unread import unread
 from .averaging import averaged, has_average
 from .building import model_config_of, model_folder, open_model, processor_of, watch_of
 from .cli import CommandError
 from .configs import ModelConfig, preset
+from .first_rank import first_rank_says
 from .run_config import RUN_FILE, RunConfig, nested, override, read_toml
 from .run_keys import BY_NAME, KEYS, reference, toml
 from .run_folder import MANIFEST, best_checkpoint, latest_checkpoint
@@ -185,15 +187,25 @@ def train(arguments):
     if arguments.keys:
         print(reference(), end="")
         return 0
-    config, out = told_by(arguments)
-    if not config["data.files"]:
-        need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left behind without it
+
+    def told():
+        config, out = told_by(arguments)
+        if not config["data.files"]:
+            need("PIL", "pillow")  # the embedded tasks are drawn; nothing is left without it
+        return config, out, arguments.resume
+
     with init() as launched:
-        if launched.size > 1:  # torchrun, mpirun or srun started the ranks
+        # A rank's own look at the folder may be at another disk, or come too early or too late.
+        said, error = first_rank_says(launched, told, _given(arguments), arguments.config)
+        if error is None:
+            config, out, arguments.resume = said
+        if launched.size > 1 and error is None:  # torchrun, mpirun or srun started the ranks
             config.set("ranks.n", launched.size, "launcher")
             if arguments.explain:
                 return _explain(config) if launched.rank == 0 else 0
             return _train_rank(launched, arguments, out, config)
+    if error is not None:
+        raise error
     if arguments.explain:
         return _explain(config)
     # What is wrong with the data, this process says.
@@ -219,6 +231,7 @@ def _plain_warnings():
         yield
 
 
+@unread()
 @_plain_warnings()
 def _train_rank(comm, arguments, out, config):
     """What one rank does; the first one talks and writes."""
@@ -226,7 +239,8 @@ def _train_rank(comm, arguments, out, config):
     if arguments.resume is not None:
         trainer.resume(None if arguments.resume in ("", "auto") else arguments.resume)
     if trainer.passes.rank:
-        trainer.fit()
+        for _ in trainer.run():  # rows are rank 0's to keep
+            pass
         return 0
     ranks = trainer.passes.size
     print(f"{trainer.model!r}; {config['data.tokens']:,} tokens a step; "

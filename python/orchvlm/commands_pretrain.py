@@ -1,6 +1,7 @@
 """What ``orchvlm pretrain`` does."""
 from pathlib import Path
 
+from ._unread import unread
 from .building import build, processor_of, resolved
 from .cli import CommandError
 from .commands_model import length_of, take_steps, told_by
@@ -34,6 +35,7 @@ def _samples(config, split):
     return found
 
 
+@unread()
 def pretrain(arguments):
     """``orchvlm pretrain``"""
     from .data.assets import need

@@ -1,8 +1,13 @@
 """Signals that end a run: never in the middle of a step, and on all ranks behind the same one."""
+import logging
 import signal
 import threading
 import time
 from contextlib import contextmanager
+
+import numpy as np
+
+from ._core import CommError
 
 _SAME_S = 2.0  # launchers send on what the terminal has sent already: that is one signal
 
@@ -39,12 +44,14 @@ class Endings:
     ----------
     obeyed : bool
         The run ends for a signal, on all ranks.
+    apart : bool
+        The run ends because some ranks left it, of which all ranks know.
     """
 
     def __init__(self, ranks):
         self._numbers = [signal.SIGTERM] + ([signal.SIGINT] if ranks > 1 else [])
         self._seen, self._before, self._first_s = [], {}, 0.0
-        self.obeyed = False
+        self.obeyed = self.apart = False
 
     def begin(self):
         """Listens from now on; only in the main thread, and to what is not ignored."""
@@ -93,6 +100,45 @@ class Endings:
             error = SystemExit(143) if terminated else KeyboardInterrupt()
             error.of_all_ranks = True
             raise error
+
+    @contextmanager
+    def agreed(self, passes, step):
+        """Around what a loop over the steps does behind one: all ranks go on, or all leave.
+
+        A rank that left by itself would write the last checkpoint, with others that gather weights
+        for the next step: each would wait for the other.
+
+        Parameters
+        ----------
+        passes : OneRank or Orchestrator
+        step : int
+            The last one that was taken.
+
+        Raises
+        ------
+        CommError
+            Other ranks leave, and this one does not.
+        """
+        try:
+            yield
+        except GeneratorExit:
+            try:
+                self._compare(passes, step, 1.0)
+            except ValueError:  # the communicator is closed: there is nobody to ask
+                self.apart = True
+            except CommError as error:  # the loop has an error of its own, or wants none
+                self.apart = True
+                logging.getLogger("orchvlm.training").warning("%s", error)
+            raise
+        self._compare(passes, step, 0.0)
+
+    def _compare(self, passes, step, leaves):
+        leaving = int(passes.total(np.array([leaves]))[0])
+        self.apart = 0 < leaving < passes.size
+        if self.apart:
+            raise CommError(f"{leaving} of {passes.size} ranks left their loops over the steps "
+                            f"behind step {step}, and the others did not: all leave behind the "
+                            "same step, or none")
 
 
 def of_all_ranks(error):

@@ -1,5 +1,6 @@
 """One global batch over ranks: every phase evenly, and a gradient that does not depend on how."""
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from .sharding import Shard
 from .shares import first_error, gathered, gathered_batch, medium, unpacked
 
 _MOST_REFUSED = 100  # global batches in a row of which nothing is left
+_MOST_BYTES = 2**62
 
 
 @dataclass
@@ -87,8 +89,9 @@ class Orchestrator:
         balanced and a warning says why.
     max_tokens, max_patches, max_frames : int, optional
         Of a micro-batch on one rank in the language phase; of a round on one rank in the vision and
-        audio phase.  What is longer has one to itself: an item a rank's, a sample a round, in which
-        its items are spread evenly; a sequence that is longer than a group holds the widest group.
+        audio phase.  What is longer is taken too, and micro-batches of its round hold as much as
+        it; with too many patches or frames a sample has a round to itself, in which its items are
+        spread evenly, and a sequence that is longer than a group holds has the widest group.
     micro_batches : int
         Packs of the loader that make a global batch.
     memory_bytes : int, optional
@@ -114,8 +117,8 @@ class Orchestrator:
     TypeError
         An argument of another kind.
     ValueError
-        A limit below 1; less memory than weights and state take; what the planner refuses, and a
-        sample that does not fit into the memory, when a batch is prepared.
+        An MPI for one thread; a limit below 1; less memory than weights and state take; what the
+        planner refuses, and a sample that does not fit into the memory, when a batch is prepared.
 
     Notes
     -----
@@ -160,6 +163,9 @@ class Orchestrator:
         for value, kind, name in ((model, Model, "model"), (comm, Comm, "comm")):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+        if comm.engine == "mpi" and not comm._any_thread:
+            raise ValueError("comm: this MPI was started for calls from one thread at a time, but "
+                             "data move beside the steps; start it with MPI.THREAD_MULTIPLE")
         if not isinstance(cluster, (Cluster, type(None))):
             raise TypeError(f"cluster must be a Cluster; got {type(cluster).__name__}")
         if not isinstance(costs, (dict, type(None))):
@@ -186,7 +192,7 @@ class Orchestrator:
         self._refit_every = _count("Orchestrator", "refit", refit, least=0)
         self._refit = Refit(self.costs) if self._refit_every else None
         self._made, self._coming = 0, [(0, self.costs)]  # batches begun; costs from one of them on
-        memory_bytes = _limit(memory_bytes, "memory_bytes")
+        memory_bytes = _limit(memory_bytes, "memory_bytes", _MOST_BYTES)
         self._rounds = None if memory_bytes is None else Rounds.of_model(
             model, memory_bytes, checkpoint)
         self._limits = {name: most for name, most in limits.items()
@@ -436,9 +442,10 @@ class Orchestrator:
         return sum(counts for counts, _ in seen), sum(rows for _, rows in seen)
 
     def _encode(self, name, round, checkpoint, ran, training):
-        """(features, extra) of this rank's tokens."""
+        """(features, extra) of this rank's tokens; what is not trained on is no time of the phase,
+        to which costs are fitted."""
         rows, sizes = round.items[name]
-        with ran.timed(name):
+        with ran.timed(name) if training else nullcontext():
             features, extra = self.model.encode(name, rows, sizes if name == "vision"
                                                 else sizes[:, 0], training=training,
                                                 checkpoint=checkpoint)
@@ -564,7 +571,8 @@ class Orchestrator:
             row[f"{name}_cost_error_before"], row[f"{name}_cost_error"] = errors
         self.costs = dict(self._refit.costs)
         # The next batch may be under way on some ranks; the one behind it is on none.
-        self._coming.append((number + 2, self.costs))
+        first = max(k for k, (at, _) in enumerate(self._coming) if at <= number + 1)
+        self._coming = [*self._coming[first:], (number + 2, self.costs)]
         return row
 
     def _exposed_s(self, ran):
@@ -586,5 +594,5 @@ class Orchestrator:
                          for r in range(self.size)]
 
 
-def _limit(value, name):
-    return value if value is None else _count("Orchestrator", name, value, least=1)
+def _limit(value, name, most=2**31 - 1):
+    return value if value is None else _count("Orchestrator", name, value, 1, most)

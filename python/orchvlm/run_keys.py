@@ -266,8 +266,9 @@ KEYS = (
     _field("ranks.node_size", _SIZE, "ranks of a node, of hybrid", "no nodes"),
     _field("ranks.experts", _SIZE, "ranks that share the experts of a mixture, each with its part; "
            "divides `ranks.n`", "", "", "rank_experts"),
-    _field("ranks.tokens", _SIZE, "that a rank takes at a time; more are done in micro-batches",
-           "no limit", "", "rank_tokens"),
+    _field("ranks.tokens", _SIZE, "that a rank takes at a time; more are done in micro-batches, "
+           "which are as long as the longest sample where that is longer", "no limit", "",
+           "rank_tokens"),
     _field("ranks.patches", _SIZE, "of pictures that a rank encodes at a time; a step with more is "
            "taken in several rounds", "no limit", "", "rank_patches"),
     _field("ranks.memory_bytes", _SIZE, "that the model of a rank holds at most; a step is taken "

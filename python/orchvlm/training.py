@@ -308,7 +308,8 @@ class Trainer:
         Checkpoints are copied between two steps and written while the next ones run.  Ctrl-C, an
         error and a loop that is left early all leave one of the last whole step; so does SIGTERM,
         which ends the run behind the step, with several ranks behind the same one on all (Ctrl-C
-        likewise).  The run ends early where the data end, and where the watch is over.
+        likewise).  All ranks leave their loops behind the same step, or none does.  The run ends
+        early where the data end, and where the watch is over.
 
         Yields
         ------
@@ -328,7 +329,7 @@ class Trainer:
         Error
             A callback failed; the other ranks get a CommError that says so.
         CommError
-            Another rank failed.
+            Another rank failed, or left its loop while this one did not.
         OSError
             On all ranks: a checkpoint cannot be written; those from before are whole.
         NonFiniteError
@@ -367,12 +368,13 @@ class Trainer:
                     self._look(row, log, place)
                 if passes.rank == 0:
                     tell(self.callbacks, row)
-                yield row
+                with self._endings.agreed(passes, self.step):
+                    yield row
                 self._between(batch, signs)
-            passes.total(np.zeros(1))  # no rank ends well where the last callback failed
         except BaseException as error:
             how = self._how(error)
-            if isinstance(error, Exception) and not isinstance(error, SaveError) and how != "all":
+            told = isinstance(error, SaveError) or self._endings.apart
+            if isinstance(error, Exception) and not told and how != "all":
                 passes.abort(f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -389,8 +391,8 @@ class Trainer:
         rank 0, which has all that there is, or nobody."""
         if isinstance(error, SaveError) or self._torn:
             return "none"
-        if isinstance(error, NonFiniteError) or self._endings.obeyed or (
-                isinstance(error, GeneratorExit) and self._saver.together):
+        left = isinstance(error, GeneratorExit) and not self._endings.apart
+        if left or isinstance(error, NonFiniteError) or self._endings.obeyed:
             return "all"
         return "none" if self._saver.together else "rank 0"
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from comm_kill import wait_for
 from durable_cases import losses, made, over
 from orchvlm import saving
 from orchvlm._comm_run import shared_folder
+from orchvlm._unread import unread
 from orchvlm.run_folder import best_checkpoint, checkpoints, last_good, verify
 from orchvlm.saving import SaveError
 from orchvlm.training import read_metrics
@@ -329,3 +331,54 @@ def test_sigterm_on_one_rank(tmp_path):
                 signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143 and [step for step, _ in checkpoints(tmp_path)] == [3]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ---------------------------------------------------------------- loops that are left
+
+
+def left_by(comm, folder, mode, ranks):
+    """Steps taken; some ranks leave behind the second one."""
+    trainer = made(comm, folder, steps=50, shard=mode)
+    steps = trainer.run()
+    for row in steps:
+        if row["step"] == 2 and comm.rank in ranks:
+            steps.close()
+            break
+    return trainer.step
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_leaves_alone_ends_the_others(mode, rank, tmp_path):
+    with pytest.raises(orchvlm.CommError, match="1 of 2 ranks left their loops .* behind step 2"):
+        orchvlm.comm.run_threads(2, left_by, tmp_path, mode, [rank], silent_s=5)
+    assert [step for step, _ in checkpoints(tmp_path)] == ([2] if mode == "ddp" else [])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "fsdp"])
+def test_ranks_that_leave_together_write_together(mode, tmp_path):
+    assert orchvlm.comm.run_threads(2, left_by, tmp_path, mode, [0, 1]) == [2, 2]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+
+
+def test_a_loop_that_fails_on_one_rank_ends_all(tmp_path):
+    def work(comm):
+        for row in made(comm, tmp_path, steps=50, shard="fsdp").run():
+            if row["step"] == 3 and comm.rank == 0:
+                raise BrokenPipeError("nobody reads this")
+
+    with pytest.raises(orchvlm.CommError, match="rank 0 failed: BrokenPipeError: nobody reads"):
+        orchvlm.comm.run_threads(2, work, silent_s=5)
+
+
+def test_a_run_whose_output_nobody_reads_ends_well(monkeypatch):
+    ends = os.pipe()
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with unread():
+            print("gone", flush=True)
+            print("x" * 100_000, end="")
+        assert sys.stdout is stream
+        with open(os.devnull, "wb") as null:
+            assert os.path.samestat(os.fstat(stream.fileno()), os.fstat(null.fileno()))

@@ -76,6 +76,7 @@ def test_a_run_over_ranks_plans_by_what_it_saw(tmp_path):
         config = orchvlm.TrainingConfig(steps=13, lr=1e-4, rank_refit=refit)
         run = orchvlm.Trainer(model, loader, config, tmp_path / f"run-{refit}", comm)
         rows = list(run.run())
+        assert len(run.passes._coming) <= 2  # of what is behind nothing is kept
         return rows, run.passes.costs
     fitted = orchvlm.comm.run_threads(3, lambda comm: work(comm, 4))
     plain = orchvlm.comm.run_threads(3, work)

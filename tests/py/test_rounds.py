@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import orchvlm
+from durable_cases import made
 from orchvlm.arenas import numbers, of_model
 from orchvlm.choosing import counted_costs, media_of, one_node, planned
 from orchvlm.explain import foretell
@@ -296,3 +297,42 @@ def test_a_run_in_rounds(tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert [row["rounds"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [1, 1]
+
+
+def test_memory_of_a_whole_machine_is_a_limit(tmp_path):
+    """What a file may say, and docs/training.md does, a trainer takes."""
+    told = orchvlm.RunConfig({"model": {"preset": "tiny"},
+                              "ranks": {"memory_bytes": 8_000_000_000}})
+
+    def work(comm):
+        trainer = made(comm, tmp_path, rank_memory_bytes=told.training().rank_memory_bytes)
+        return trainer.passes._rounds is not None
+
+    assert orchvlm.comm.run_threads(2, work) == [True, True]
+
+
+def test_micro_batches_hold_their_limit_or_the_longest_sample():
+    print("seed", SEED)
+    rng, costs = np.random.default_rng([SEED, 77]), counted_costs(orchvlm.preset("tiny"),
+                                                                  one_node(2))
+    for _ in range(10):
+        most, n = int(rng.integers(20, 60)), int(rng.integers(1, 30))
+        lengths = rng.integers(1, 100, n)
+        batch = orchvlm.Batch(lengths, lengths, rng.integers(0, 2, n), {})
+        plan = planned(batch, one_node(2), {"llm": costs["llm"]}, {"llm": most})
+        held = np.zeros((plan.llm.micro_batches, 2))
+        np.add.at(held, (plan.llm.micro_batch, plan.llm.rank), lengths)
+        assert held.max() <= max(most, lengths.max())
+
+
+def test_an_mpi_for_one_thread_is_refused():
+    """Batches are moved by a thread of their own."""
+    def work(comm):
+        assert comm._any_thread and comm.dup()._any_thread
+        comm.engine, comm._any_thread = "mpi", False
+        model = orchvlm.Model.from_config(orchvlm.preset("tiny"), seed=0, threads=1)
+        with pytest.raises(ValueError, match="one thread at a time.* MPI.THREAD_MULTIPLE"):
+            Orchestrator(model, comm)
+        comm.engine = "local"
+
+    orchvlm.comm.run_threads(2, work)

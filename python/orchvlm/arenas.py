@@ -1,106 +1,17 @@
 """Bytes of a model's arenas on a batch, before anything runs: the core's walks over its layers
 (csrc/model), with sizes in the place of tensors."""
 from bisect import bisect_left
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
+from ._walk import Run, Stream
 from .sounds import CONVOLUTIONS, halved, sound_chunks, sound_tokens
 
 SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_ROUNDED = 512  # small sizes that are taken together here, and apart in the core
 _HEAD_CHUNK, _HEAD_ROWS = 1 << 22, 192  # logits at a time, and the least rows (cpu_loss.c)
-
-
-class _Stack:
-    """Taken bytes, in multiples of 64, and the most of them at a time."""
-
-    def __init__(self):
-        self.used = self.most = 0
-
-    def take(self, *sizes):
-        self.used += sum(-(-int(size) // 64) * 64 for size in sizes)
-        self.most = max(self.most, self.used)
-
-    @contextmanager
-    def rewound(self, *sizes):
-        mark = self.used
-        self.take(*sizes)
-        yield
-        self.used = mark
-
-    def touch(self, *sizes):
-        """For one operation."""
-        with self.rewound(*sizes):
-            pass
-
-    def add(self, other):
-        """All that another one took, on top of this one."""
-        self.most = max(self.most, self.used + other.most)
-        self.used += other.used
-
-
-@dataclass
-class _Run:
-    """What a walk adds up; ``checkpoint`` is None where no backward follows."""
-
-    size: int         # of an activation
-    exact: int        # of a gradient
-    checkpoint: str
-    chunk: int = 0    # bound of the experts' rows at a time, 0: none
-    spread: int = 1   # ranks that share the experts, each with as many tokens
-    keep: _Stack = field(default_factory=_Stack)
-    work: _Stack = field(default_factory=_Stack)
-    seen: dict = field(default_factory=dict)  # what blocks took: most of a tower's are alike
-
-    def tower(self, trained):
-        """The same workspace, and activations of an encoder."""
-        return replace(self, checkpoint=self.checkpoint if trained else None, keep=_Stack())
-
-    def alone(self):
-        """Of the same kind, with nothing taken yet."""
-        return replace(self, keep=_Stack(), work=_Stack())
-
-    def at(self, reached):
-        """The same memory; where no backward comes, nothing is kept."""
-        return self if reached else replace(self, checkpoint=None)
-
-    @property
-    def stack(self):
-        return self.work if self.checkpoint is None else self.keep
-
-    def chunked(self, block, rows):
-        """Rows of a chunk of the block's experts; 0: they run at once."""
-        return self.chunk if 0 < self.chunk < rows * block.k else 0
-
-    def arriving(self, block, rows):
-        """(rows of the block's experts that come at a time from the ranks that share them, rows
-        that go); 0, 0: nobody does."""
-        own = rows * block.k
-        if self.spread == 1:
-            return 0, 0
-        most = min(own * self.spread, self.chunk or own + own // 4)
-        return most, min(own, most * self.spread)
-
-    def sums(self, values):
-        """Bytes of what chunks add up in, where activations are narrower."""
-        return values * self.exact if self.exact > self.size else 0
-
-
-class _Stream:
-    """Of a tower, after each block: kept where a backward reads it, else in two places that take
-    turns."""
-
-    def __init__(self, row):
-        self.row, self.free = row, 2
-
-    def next(self, run, keep):
-        if keep:
-            run.keep.take(self.row)
-        elif self.free:
-            self.free -= 1
-            run.work.take(self.row)
 
 
 @dataclass(frozen=True)
@@ -136,6 +47,11 @@ def _sums(rows, cols):
     return _chunks(rows) * 8 * cols
 
 
+def _listed(b):
+    """Of products of the experts: where the tiles of each begin."""
+    return 8 * (b.experts + 1)
+
+
 def _kept(b, rows, run):
     """(bytes, whether it is cheap to compute again) of all that a block's backward reads."""
     row, (q, kv) = rows * run.size, b.cols
@@ -146,23 +62,29 @@ def _kept(b, rows, run):
     yield row * (q + 2 * kv), False
     if b.qk_norm:
         yield row * (q + kv), False
-        yield 4 * rows * (b.heads + b.kv_heads), False
+        yield 4 * rows * b.heads, False
+        yield 4 * rows * b.kv_heads, False
     yield row * q, False
     yield 4 * rows * b.heads, False
     yield row * b.ranks, False
     if b.experts:
-        yield rows * (b.experts + b.k) * run.exact + 8 * rows * b.k + 4 * b.experts, False
+        for size in (run.exact * b.experts, run.exact * b.k, 4 * b.k, 4 * b.k):
+            yield rows * size, False
+        yield 4 * (b.experts + 1), False
         yield 2 * row * b.shared, False
         yield row * b.shared, True
         come, _ = run.arriving(b, rows)
         if come and run.checkpoint in ("none", "selective"):
-            yield come * run.size * (2 * b.hidden + 2 * b.width), False
+            yield 2 * come * run.size * b.hidden, False
+            yield 2 * come * run.size * b.width, False
             yield come * run.size * b.hidden, True
         elif run.spread == 1 and not run.chunked(b, rows):
-            yield row * b.k * (2 * b.hidden + b.width), False
+            yield 2 * row * b.k * b.hidden, False
+            yield row * b.k * b.width, False
             yield row * b.k * b.hidden, True
     else:
-        yield 2 * row * b.hidden, False
+        for n in (2,) if b.gated else (1, 1):
+            yield n * row * b.hidden, False
         if b.gated:
             yield row * b.hidden, True
 
@@ -185,6 +107,8 @@ def _walk(b, rows, run):
             redo = run.checkpoint in (None, "full") or again and run.checkpoint == "selective"
             (run.work if redo else run.keep).take(size)
         come, go = run.arriving(b, rows)
+        if b.experts:  # the router's sums, and where each expert's tiles begin
+            run.work.touch(max(12 * _chunks(rows) * b.experts, _listed(b)))
         if come:
             run.work.touch(8 * come, run.size * (
                 b.width * (rows * b.k + go + 3 * come) + 3 * come * b.hidden))
@@ -203,7 +127,8 @@ def _experts_backward(b, rows, run):
         work.take(run.sums(rows * b.width))
         work.touch(chunk * run.size * (6 * b.hidden + 2 * b.width))
     else:
-        work.touch(rows * b.k * run.size * (b.width + b.hidden * (3 + again)))
+        work.touch(rows * b.k * run.size * b.width, rows * b.k * run.size * b.hidden * (3 + again),
+                   _listed(b))
     work.take(rows * b.experts * run.exact, rows * run.size * b.shared * (3 + again))
 
 
@@ -239,9 +164,14 @@ def _backward_all(blocks, rows, segments, run, lowest):
         _backward(block, rows, segments, run)
 
 
-def _merger_kept(run, rows, cols, hidden, pooled):
-    """(rows of the merged, cols); what a merger keeps of them and reads first."""
-    first = (4 * pooled, 4 * pooled) if pooled else (8 * rows,)
+def _rope(rows, axes, turned):
+    """Positions on so many axes, frequencies and their axes, cosines and sines."""
+    return 4 * axes * rows, *(2 * turned,) * 2, *(2 * turned * rows,) * 2
+
+
+def _merger_kept(run, rows, cols, hidden, pooled, normed):
+    """What a merger keeps of so many rows of the merged, and reads first."""
+    first = (4 * pooled, 4 * pooled) if pooled else (8 * normed,)
     return *first, rows * cols * run.size, rows * hidden * run.size, rows * hidden * run.size
 
 
@@ -269,11 +199,11 @@ class _Vision:
             trained=trained(f"model.visual.blocks.{i}.")) for i in range(v["depth"])]
         self.lowest = _lowest(self.blocks, fed)
 
-    def _merger(self, run):
+    def _merger(self, run, normed):
         width, merge = self.v["hidden_size"], self.v["spatial_merge_size"] ** 2
         merged = width if self.pools else width * merge
         hidden = self.v.get("adapter_hidden_size", width * merge)
-        return _merger_kept(run, self.tokens, merged, hidden, self.patches * self.pools)
+        return _merger_kept(run, self.tokens, merged, hidden, self.patches * self.pools, normed)
 
     def forward(self, run):
         v, rows = self.v, self.patches
@@ -289,30 +219,33 @@ class _Vision:
                    for after, trained in self.mergers.items()}
         end = run.checkpoint and (first < depth or self.end)
         with run.work.rewound():
-            stream, front = _Stream(row), run.at(first < 0)
+            stream, front = Stream(row), run.at(first < 0)
             stream.next(run, first <= 0)
             front.stack.take(values * run.size)
             run.work.touch(values * self.pixel_size)
             if v.get("num_position_embeddings"):
                 front.stack.take(16 * rows, 16 * rows)
-            run.at(first < depth).stack.take(8 * rows, 4 * self.frames,
-                                             4 * rows * self.blocks[0].head_dim)
+            run.at(first < depth).stack.take(*_rope(rows, 2, self.blocks[0].head_dim),
+                                             4 * (self.frames + 1))
             for i, block in enumerate(self.blocks):
                 read = first <= i + 1 if i + 1 < depth else end
                 stream.next(run, read or mergers.get(i, False))
                 _forward(block, rows, run.at(first <= i))
                 if i in mergers:
                     with run.work.rewound():
-                        run.at(mergers[i]).stack.take(*self._merger(run))
-            run.at(end).stack.take(*(row, 8 * rows) * self.pools, *self._merger(run))
+                        run.at(mergers[i]).stack.take(*self._merger(run, self.tokens))
+            run.at(end).stack.take(*(row, 8 * rows) * self.pools, *self._merger(run, rows))
 
     def backward(self, run):
         row = self.patches * self.v["hidden_size"] * run.size
         with run.work.rewound(row * (self.lowest < len(self.blocks))):
-            hidden = self._merger(run)[-1]
+            hidden = self._merger(run, self.patches)[-1]
             run.work.touch(hidden, row, hidden // run.size * 4)
             run.work.touch(row * self.pools)
             _backward_all(self.blocks, self.patches, self.frames, run, self.lowest)
+            if self.lowest < 0:
+                run.work.touch(4 * (self.v.get("num_position_embeddings", 0) + 1
+                                    + 4 * self.patches))
 
 
 def _sound_numbers(a, lengths):
@@ -349,7 +282,7 @@ class _Audio:
         depth = len(self.blocks)
         first = self.lowest if run.checkpoint else depth + 1
         with run.work.rewound():
-            stream, front = _Stream(row), run.at(first < 0)
+            stream, front = Stream(row), run.at(first < 0)
             stream.next(run, first <= 0)
             front.stack.take(self.rows[0] * run.size)
             run.work.touch(4 * self.rows[0])
@@ -358,12 +291,13 @@ class _Audio:
                 front.stack.take(*(rows * channels * run.size,) * 2)
                 run.work.touch(rows * values * run.size)
             front.stack.take(4 * self.tokens)
+            run.at(first < depth).stack.take(4 * (self.segments + 1))
             run.work.touch(last[0] * (last[1] + last[2]) * run.size)
             for i, block in enumerate(self.blocks):
                 stream.next(run, first <= i + 1)
                 _forward(block, self.tokens, run.at(first <= i))
             width = self.a["d_model"]
-            run.stack.take(*_merger_kept(run, self.tokens, width, width, 0))
+            run.stack.take(*_merger_kept(run, self.tokens, width, width, 0, self.tokens))
 
     def backward(self, run):
         row = self.tokens * self.a["d_model"] * run.size
@@ -397,15 +331,16 @@ def _decoder_blocks(config, trained, ranks):
     return made
 
 
-def _decoder_forward(config, blocks, tokens, mixed, lowest, run):
+def _decoder_forward(config, blocks, tokens, segments, mixed, lowest, run):
     row = tokens * config.text["hidden_size"] * run.size
     first = lowest if run.checkpoint else len(blocks) + 1
     with run.work.rewound():
         run.keep.take(row)
-        stream = _Stream(row)
+        stream = Stream(row)
         stream.next(run, first <= 0)
         run.at(first < 0).stack.take(*(4 * tokens,) * (1 + mixed))
-        run.at(first < len(blocks)).stack.take(12 * tokens, 4 * tokens * config.rotary)
+        run.at(first < len(blocks)).stack.take(*_rope(tokens, 3, config.rotary),
+                                               4 * (segments + 1))
         run.stack.take(8 * tokens)
         for i, block in enumerate(blocks):
             stream.next(run, first <= i + 1)
@@ -415,12 +350,51 @@ def _decoder_forward(config, blocks, tokens, mixed, lowest, run):
 def _head_scratch(config, tokens):
     vocab, width = config.text["vocab_size"], config.text["hidden_size"]
     rows = min(tokens, max(_HEAD_ROWS, _HEAD_CHUNK // vocab))
-    return 4 * (tokens + rows * (vocab + width))
+    return 4 * sum(-(-n // 16) * 16 for n in (tokens, rows * vocab)) + 4 * rows * width
+
+
+def _feature_rows(config, name, rows, size):
+    """Bytes of a medium's features, and of DeepStack's; of each alike."""
+    deepstack = config.vision.get("deepstack_visual_indexes") or () if name == "vision" else ()
+    return (rows * config.text["hidden_size"] * size,) * (1 + len(deepstack))
+
+
+def _load(config, name, rows, run, stack):
+    """Features, or gradients, that come from the host."""
+    stack.take(*_feature_rows(config, name, rows, run.size))
+    run.work.touch(rows * config.text["hidden_size"] * run.exact)
+
+
+def _decode(config, cu_seqlens, media, wanted, given, trained, ranks, run):
+    """The language phase, of tokens with these media, and its backward, of which the gradients of
+    the features that are wanted stay in the workspace."""
+    tokens, segments = int(cu_seqlens[-1]), len(cu_seqlens) - 1
+    for name, rows in given.items():
+        _load(config, name, rows, run, run.keep)
+    blocks, training = _decoder_blocks(config, trained, ranks), run.checkpoint is not None
+    lowest = _lowest(blocks, bool(wanted) or trained("model.language_model.embed_tokens."))
+    reached = training and (lowest < len(blocks) or trained("model.language_model.norm."))
+    _decoder_forward(config, blocks, tokens, segments, len(media), lowest, run.at(reached))
+    text, work, row = config.text, run.work, tokens * config.text["hidden_size"] * run.size
+    run.keep.take(*(4 * tokens,) * 4)  # slopes, labels, weights, log-probabilities
+    work.touch(_head_scratch(config, tokens))
+    work.touch(8, 8, 8 * text.get("num_experts", 0))  # the normalizer, counts of the routers
+    if training:
+        head = trained("model.language_model.embed_tokens." if config.tied else "lm_head.")
+        run.keep.take(row * reached, text["vocab_size"] * text["hidden_size"] * run.exact * head)
+        work.take(row * reached, 4 * tokens)
+        work.touch(_head_scratch(config, tokens))
+        for name, rows in wanted.items():
+            work.take(*_feature_rows(config, name, rows, run.size))
+        with work.rewound(row * (lowest < len(blocks))):
+            _backward_all(blocks, tokens, segments, run, lowest)
+            if trained("model.language_model.embed_tokens."):
+                work.touch(4 * (text["vocab_size"] + 1 + tokens))
 
 
 def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float32",
             checkpoint="none", training=True, pixel_size=4, trained=lambda prefix: True,
-            ranks=lambda prefix: 0, chunk=None, spread=1):
+            ranks=lambda prefix: 0, chunk=None, spread=1, given=None):
     """Activations and workspace of a forward with labels, and of its backward.
 
     Parameters
@@ -442,43 +416,39 @@ def predict(config, cu_seqlens, grid_thw=None, mel_lengths=None, *, dtype="float
         Bound of the experts' rows at a time; None: all.
     spread : int
         Ranks that share the experts, and have as many tokens as this one.
+    given : dict of str to int, optional
+        By medium, rows of features that the decoder is given, and gives the gradients of: the
+        encoders are called on their own, for whomever.  None: one call encodes and decodes.
 
     Returns
     -------
-    activations, workspace : int
+    parts : dict of str to int
+        Activations of ``"llm"``, ``"vision"`` and ``"audio"``, each in an arena of its own.
+    workspace : int
     """
     size, exact = SIZES[dtype], max(4, SIZES[dtype])
-    run = _Run(size, exact, checkpoint if training else None, chunk or 0, spread)
-    tokens, segments = int(cu_seqlens[-1]), len(cu_seqlens) - 1
-    towers = []
-    if grid_thw is not None and len(grid_thw):
-        towers.append(_Vision(config, grid_thw, pixel_size, trained, ranks))
-    if mel_lengths is not None and len(mel_lengths):
-        towers.append(_Audio(config, mel_lengths, trained, ranks))
-    runs = [run.tower(training and tower.trained) for tower in towers]
-    for tower, one in zip(towers, runs):
-        tower.forward(one)
-    blocks = _decoder_blocks(config, trained, ranks)
-    backs = [(tower, one) for tower, one in zip(towers, runs) if one.checkpoint]
-    lowest = _lowest(blocks, bool(backs) or trained("model.language_model.embed_tokens."))
-    reached = training and (lowest < len(blocks) or trained("model.language_model.norm."))
-    _decoder_forward(config, blocks, tokens, len(towers), lowest, run.at(reached))
-    text, work, row = config.text, run.work, tokens * config.text["hidden_size"] * size
-    run.keep.take(*(4 * tokens,) * 3)  # slopes, labels, log-probabilities
-    work.touch(_head_scratch(config, tokens))
-    if training:
-        head = trained("model.language_model.embed_tokens." if config.tied else "lm_head.")
-        run.keep.take(row * reached, text["vocab_size"] * text["hidden_size"] * exact * head)
-        work.take(row * reached, 4 * tokens)
-        work.touch(_head_scratch(config, tokens))
-        for tower, _ in backs:
-            extra = tower.deepstack if isinstance(tower, _Vision) else 0
-            work.take(*(tower.tokens * text["hidden_size"] * size,) * (1 + extra))
-        with work.rewound(row * (lowest < len(blocks))):
-            _backward_all(blocks, tokens, segments, run, lowest)
-        for tower, one in backs:
-            tower.backward(one)
-    return run.keep.most + sum(one.keep.most for one in runs), work.most
+    run = Run(size, exact, checkpoint if training else None, chunk or 0, spread)
+    towers = {}
+    if grid_thw is not None and (len(grid_thw) or given is not None):
+        towers["vision"] = _Vision(config, grid_thw, pixel_size, trained, ranks)
+    if mel_lengths is not None and (len(mel_lengths) or given is not None):
+        towers["audio"] = _Audio(config, mel_lengths, trained, ranks)
+    runs = {name: run.tower(training and tower.trained, given is not None)
+            for name, tower in towers.items()}
+    for name, tower in towers.items():
+        tower.forward(runs[name])
+    backs = [name for name in towers if runs[name].checkpoint]
+    wanted = {name: towers[name].tokens for name in backs} if given is None else given
+    _decode(config, cu_seqlens, towers if given is None else given, wanted, given or {}, trained,
+            ranks, run)
+    for name in backs:
+        with runs[name].work.rewound():
+            if given is not None:
+                _load(config, name, towers[name].tokens, runs[name], runs[name].work)
+            towers[name].backward(runs[name])
+    return ({"llm": run.keep.most + _ROUNDED, **dict.fromkeys(("vision", "audio"), 0),
+             **{name: one.keep.most for name, one in runs.items()}},
+            max([run.work.most, *(one.work.most for one in runs.values())]) + _ROUNDED)
 
 
 def numbers(config, inputs, chunk=None):
@@ -508,13 +478,24 @@ def numbers(config, inputs, chunk=None):
         lengths = [] if inputs.mel_lengths is None else inputs.mel_lengths
         sounds = _sound_numbers(config.audio, lengths)
         found += [*sounds, _chunks(sounds[0]), len(lengths) > 0, not len(lengths)]
+    given = getattr(inputs, "given", None) or {}
+    for name in ("vision", "audio"):
+        found += [given.get(name, 0), name in given, name not in given]
     return found
 
 
 def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None, spread=1):
     """Of inputs, with the parameters' rows (name, kind, shape, trained) as the core lists them:
     {arena: bytes} after a step, or after a forward alone."""
-    training = bool(training)
+    parts, workspace = parts_of(config, inputs, rows, dtype, training, checkpoint, chunk, spread)
+    elements = sum(prod(shape) for _, _, shape, trained in rows if trained)
+    return {"training": bool(training) * state_bytes(elements, dtype),
+            "activations": sum(parts.values()), "workspace": workspace}
+
+
+def parts_of(config, inputs, rows, dtype, training, checkpoint, chunk=None, spread=1):
+    """As :func:`predict` has it, of what :func:`of_model` takes; inputs may say what features
+    are ``given``."""
     names = sorted(name for name, _, _, trained in rows if trained)
     ranks = {name: shape[0] for name, _, shape, _ in rows if name.endswith(".lora_A.weight")}
 
@@ -522,15 +503,12 @@ def of_model(config, inputs, rows, dtype, training, checkpoint, chunk=None, spre
         at = bisect_left(names, prefix)
         return at < len(names) and names[at].startswith(prefix)
     pixels = inputs.pixels is not None and inputs.pixels.dtype == np.uint8
-    activations, workspace = predict(
+    return predict(
         config, inputs.cu_seqlens, inputs.grid_thw, inputs.mel_lengths, dtype=dtype,
-        checkpoint=checkpoint, training=training, pixel_size=1 if pixels else 4,
+        checkpoint=checkpoint, training=bool(training), pixel_size=1 if pixels else 4,
         trained=trained,
         ranks=lambda prefix: sum(r for name, r in ranks.items() if name.startswith(prefix)),
-        chunk=chunk, spread=spread)
-    elements = sum(prod(shape) for _, _, shape, trained in rows if trained)
-    return {"training": training * state_bytes(elements, dtype), "activations": activations,
-            "workspace": workspace}
+        chunk=chunk, spread=spread, given=getattr(inputs, "given", None))
 
 
 def state_bytes(elements, dtype):

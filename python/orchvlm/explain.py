@@ -108,10 +108,12 @@ def foretell(run):
         # Its costs are of a model that is trained whole, at the cluster's peak.
         work = sum(plan.time for plan in plans) * cluster.peak_flops * flops / flops_of(
             config, batch, True)
-        shares = [[share_of(one, rank, batch.pixels) for one in rounds] for rank in range(ranks)]
+        shares = [[share for one in rounds for share in share_of(one, rank, batch.pixels)]
+                  for rank in range(ranks)]
     return Foretold(config, sum(prod(row[2]) for row in rows),
                     sum(prod(row[2]) for row in rows if row[3]), batch,
-                    [{**own, **_step(run, config, rows, some)} for own, some in zip(held, shares)],
+                    [{**own, **_step(run, config, rows, some, len(plans))}
+                     for own, some in zip(held, shares)],
                     flops, peak, work / peak * max(1.0, ranks * threads / cores()), len(plans),
                     {name: evenness(plans, name)[1] for name in (*plans[0].phases, "llm")}
                     if plans else {}, words)
@@ -191,12 +193,12 @@ def _rounds(run, config, rows, batch, cluster, held):
                   limited)
 
 
-def _step(run, config, rows, shares):
-    """{arena: bytes} of a rank's step, in rounds one after the other."""
+def _step(run, config, rows, shares, rounds):
+    """{arena: bytes} of a rank's step: of its packs, one after the other."""
     alone = run["ranks.n"] == 1
     counts = run["training.aux"] != "bias" and (not alone or run["training.micro_batches"] > 1)
     return step_bytes(config, shares, rows, run["model.dtype"], run["training.checkpoint"],
-                      counts=counts, encoded=not alone and len(shares) == 1,
+                      counts=counts, encoded=rounds == 1,
                       spread=run["ranks.experts"])
 
 

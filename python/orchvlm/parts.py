@@ -163,8 +163,9 @@ def plan_memory(config, dtype="float32", tokens=4096, checkpoint="none", image=(
     total = sum(count for count, _ in count_parameters(config).values())
     one, grid = _sample(config, image, text_tokens)
     samples = max(1, tokens // one)
-    activations, workspace = predict(config, [one * i for i in range(samples + 1)],
-                                     [grid] * samples, dtype=dtype, checkpoint=checkpoint)
+    phases, workspace = predict(config, [one * i for i in range(samples + 1)],
+                                [grid] * samples, dtype=dtype, checkpoint=checkpoint)
     return {"weights": SIZES[dtype] * total, "gradients": 4 * total,
-            "optimizer": state_bytes(total, dtype) - 4 * total, "activations": activations,
-            "workspace": workspace, "cache": cache_bytes(config, 1, tokens, dtype)}
+            "optimizer": state_bytes(total, dtype) - 4 * total,
+            "activations": sum(phases.values()), "workspace": workspace,
+            "cache": cache_bytes(config, 1, tokens, dtype)}

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .arenas import SIZES, numbers, of_model
+from .arenas import SIZES, numbers, parts_of
+from .choosing import media_of
 from .policies import squares_of
 from .sequence_phase import groups_of, loads_of
 from .sequences import SequencePlan
@@ -14,7 +15,6 @@ from .sharding import Shard
 from .tables import format_bytes
 
 _LONGEST = 1 << 24  # tokens
-_MEDIA = "grid_thw", "mel_lengths"  # sizes of what each encoder is given
 
 
 @dataclass
@@ -39,8 +39,7 @@ class Round:
 
 
 def share_of(round, rank, pixels=None):
-    """What a rank holds in a round, as the arenas need it: its fullest micro-batch, and all items
-    that it encodes.
+    """What a rank holds in a round, as the arenas need it.
 
     Parameters
     ----------
@@ -51,32 +50,46 @@ def share_of(round, rank, pixels=None):
 
     Returns
     -------
-    SimpleNamespace
+    list of SimpleNamespace
+        Of each micro-batch: its tokens and, as ``given``, how many of them are a medium's, whoever
+        encodes it; and all items of the round that the rank encodes.
     """
-    plan = round.plan
-    held = [_held(plan, groups, rank) for groups in groups_of(plan)]
-    packs = [lengths for lengths, _ in held]
-    share = SimpleNamespace(cu_seqlens=np.cumsum([0, *max(packs, key=sum, default=[])]),
-                            grid_thw=None, mel_lengths=None, pixels=pixels,
-                            groups={group for _, group in held if group[1] > 1})
-    for name, phase in plan.phases.items():
-        mine = round.sizes[name][phase.rank == rank, :3]
-        if name == "vision":
-            share.grid_thw = mine
-        else:
-            share.mel_lengths = mine[:, 0]
-    return share
+    plan, own = round.plan, {"vision": None, "audio": None}
+    media = {name: items for name, items in round.batch.phases.items() if len(items)}
+    for name in media:
+        own[name] = round.sizes[name][plan.phases[name].rank == rank, :3]
+    sounds = None if own["audio"] is None else own["audio"][:, 0]
+    shares = []
+    for groups in groups_of(plan):
+        lengths, given, group = _held(plan, groups, rank, media)
+        shares.append(SimpleNamespace(
+            cu_seqlens=np.cumsum([0, *lengths]), grid_thw=own["vision"], mel_lengths=sounds,
+            pixels=pixels, given=given, groups={group} if group[1] > 1 else set()))
+    return shares
 
 
-def _held(plan, groups, rank):
-    """Lengths of what a rank runs of a micro-batch, of a shard its tokens as one sequence; and its
-    group's tokens and degree."""
+def _held(plan, groups, rank, media):
+    """Lengths of what a rank runs of a micro-batch, of a shard its tokens among as many sequences
+    as the group's; tokens of each medium among them; and its group's tokens and degree."""
     for first, degree, samples in groups:
         if first <= rank < first + degree:
             lengths = plan.batch.language_lengths[samples]
             tokens = int(lengths.sum())
-            return lengths if degree == 1 else [-(-tokens // degree)], (tokens, degree)
-    return [], (0, 0)
+            begin, end = (tokens * (rank - first + k) // degree for k in range(2))
+            before = np.full(len(plan.batch), -1)  # of each sample, the group's tokens
+            before[samples] = np.cumsum(lengths) - lengths
+            given = {name: _inside(items, before, begin, end) for name, items in media.items()}
+            return (lengths if degree == 1 else [*[0] * (len(samples) - 1), -(-tokens // degree)],
+                    given, (tokens, degree))
+    return [], dict.fromkeys(media, 0), (0, 0)
+
+
+def _inside(items, before, begin, end):
+    """Tokens of items that are in a part of a group's axis, on which samples begin behind what is
+    before them; -1: they are on another's."""
+    start = before[items.sample] + items.position
+    inside = np.minimum(start + items.out_tokens, end) - np.maximum(start, begin)
+    return int(inside[(before[items.sample] >= 0) & (inside > 0)].sum())
 
 
 def exchanged_bytes(config, tokens, degree, dtype, checkpoint):
@@ -119,16 +132,16 @@ def most_exchanged(config, groups, dtype, checkpoint):
 
 def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded=True, chunk=None,
                spread=1):
-    """Activations and workspace of a rank's step, in rounds one after the other.
+    """Activations and workspace of a rank's step, in packs one after the other.
 
-    Each encoder and the decoder have activations of their own, which stay from one round to the
+    Each encoder and the decoder have activations of their own, which stay from one pack to the
     next: a rank holds the most that each takes in any of them.
 
     Parameters
     ----------
     config : ModelConfig
     shares : list of SimpleNamespace or Inputs
-        Of each round, from :func:`share_of`.
+        Of each micro-batch of each round, from :func:`share_of`.
     rows : list
         Of the parameters, as :func:`orchvlm.arenas.of_model` takes them.
     dtype, checkpoint : str
@@ -147,23 +160,18 @@ def step_bytes(config, shares, rows, dtype, checkpoint, *, counts=False, encoded
     dict of str to int
     """
     def ran(share, training=True):
-        return of_model(config, share, rows, dtype, training,
+        return parts_of(config, share, rows, dtype, training,
                         checkpoint if training else "none", chunk, spread)
-    several, groups = len(shares) > 1, {g for share in shares for g in getattr(share, "groups", ())}
+    groups = {group for share in shares for group in getattr(share, "groups", ())}
     heavy = extremes([[numbers(config, share, chunk)] for share in shares])
     shares = [shares[i] for i in heavy]
-    whole = [ran(share) for share in shares]
-    if not several:
-        activations = whole[0]["activations"]
-    else:
-        parts = [_parts(share, one["activations"], lambda share: ran(share)["activations"])
-                 for share, one in zip(shares, whole)]
-        activations = sum(max(part[name] for part in parts) for name in parts[0])
+    seen = [ran(share) for share in shares]
+    activations = sum(max(parts[name] for parts, _ in seen) for name in seen[0][0])
     if counts and config.sparse and config.text.get("router_aux_loss_coef", 0.001) > 0:
-        whole += [ran(_with(share) if encoded else share, False) for share in shares]
+        seen += [ran(_encoded(share) if encoded else share, False) for share in shares]
     kept, work = most_exchanged(config, groups, dtype, checkpoint)
     return {"activations": activations + kept,
-            "workspace": max(one["workspace"] for one in whole) + work}
+            "workspace": max(workspace for _, workspace in seen) + work}
 
 
 def extremes(sets):
@@ -196,19 +204,9 @@ def extremes(sets):
     return sorted(found)
 
 
-def _with(share, *media):
-    """A share with no other media than these."""
-    return SimpleNamespace(cu_seqlens=share.cu_seqlens, pixels=share.pixels if media else None, **{
-        name: getattr(share, name) if name in media else None for name in _MEDIA})
-
-
-def _parts(share, whole, activations):
-    """{part: bytes} of the decoder, under "", and of each medium's encoder."""
-    given = [name for name in _MEDIA if getattr(share, name) is not None]
-    words = activations(_with(share))
-    return {"": words, **dict.fromkeys(_MEDIA, 0), **{
-        name: (whole if given == [name] else activations(_with(share, name))) - words
-        for name in given}}
+def _encoded(share):
+    """A share whose features are there already."""
+    return SimpleNamespace(**{**vars(share), "grid_thw": None, "mel_lengths": None})
 
 
 class Rounds:
@@ -284,6 +282,7 @@ class Rounds:
         def fits(tokens):
             share = SimpleNamespace(cu_seqlens=np.array([0, tokens]), grid_thw=None,
                                     mel_lengths=None, pixels=None,
+                                    given=dict.fromkeys(media_of(self._config), 0),
                                     groups={(tokens * degree, degree)} if degree > 1 else ())
             return sum(step_bytes(self._config, [share], self._rows, self._dtype,
                                   self._checkpoint, counts=True,
@@ -305,7 +304,8 @@ class Rounds:
         int
         """
         pixels = np.zeros(0, dtype)
-        shares = [[share_of(one, rank, pixels) for one in rounds] for rank in range(self._ranks)]
+        shares = [[share for one in rounds for share in share_of(one, rank, pixels)]
+                  for rank in range(self._ranks)]
         heavy = extremes([[[*numbers(self._config, share, self._chunk), *most_exchanged(
             self._config, share.groups, self._dtype, self._checkpoint)] for share in some]
             for some in shares])

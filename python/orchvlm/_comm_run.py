@@ -22,6 +22,7 @@ _JOIN_S = 1.0
 #: How long processes have until all have met: imports may come from a slow file system, and a fork
 #: imports nothing.
 _BEGIN_S = {"fork": 60.0, "spawn": 600.0}
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 def shared_folder():
@@ -145,8 +146,9 @@ def _rank_main(pipe, path, rank, n, options, fn, args):
         os.setpgid(0, 0)  # the terminal's Ctrl-C goes to the launcher, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent(os.path.dirname(path))
     try:
+        _end_with_parent(os.path.dirname(path))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         from .comm import Comm
 
         with Comm(_core.comm_local(path, rank, n, options)) as comm:
@@ -162,18 +164,29 @@ def _rank_main(pipe, path, rank, n, options, fn, args):
 class _Ranks:
     """The processes of one run, and what they said."""
 
-    def __init__(self, n, start, path, options, fn, args):
-        context = multiprocessing.get_context(start)
+    def __init__(self):
         self.results, self.errors, self.processes, self.pipes = {}, {}, [], {}
         self.signals, self.deadline, self.joined, self.killed = [], None, 0, False
+        self._begin_s = 0.0
+
+    def begin(self, n, start, path, options, fn, args):
+        """Starts them; what signals come meanwhile all of them get."""
+        context = multiprocessing.get_context(start)
         for rank in range(n):
             pipe, end = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, name=f"rank {rank}",
                                       args=(end, path, rank, n, options, fn, args))
-            process.start()
+            # In a fork they would be this process's, until it has handlers of its own.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+            try:
+                process.start()
+                self.processes.append(process)
+                self.pipes[pipe] = rank
+                for number in self.signals:
+                    os.kill(process.pid, number)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             end.close()
-            self.processes.append(process)
-            self.pipes[pipe] = rank
         self._begin_s = _BEGIN_S[start]
         self._limit(self._begin_s)
 
@@ -268,8 +281,7 @@ def _signals_to(handler):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in _PASSED_ON}
     try:
         yield
     finally:
@@ -319,14 +331,13 @@ def run_processes(n, fn, *args, start="spawn", silent_s=60.0):
         raise ValueError(f"start must be 'spawn' or 'fork'; got {start!r}")
     n, options = _checked_n(n), local_options(silent_s)
     folder = tempfile.mkdtemp(prefix=f"orchvlm-{os.getpid()}-", dir=shared_folder())
-    ranks = None
+    ranks = _Ranks()
     try:
-        ranks = _Ranks(n, start, os.path.join(folder, "meet"), options, fn, args)
         with _signals_to(ranks.on_signal):
+            ranks.begin(n, start, os.path.join(folder, "meet"), options, fn, args)
             ranks.wait(options[0])
     finally:
-        if ranks is not None:
-            ranks.end()
+        ranks.end()
         shutil.rmtree(folder, ignore_errors=True)
     if len(ranks.results) == n:
         return [ranks.results[rank] for rank in range(n)]

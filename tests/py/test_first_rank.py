@@ -44,6 +44,7 @@ def test_ranks_that_are_told_other_things_are_named(tmp_path):
 
 def test_ranks_with_folders_of_their_own_take_the_same_way(tmp_path, monkeypatch):
     """``--resume auto`` where only rank 0 sees the run's checkpoints."""
+    pytest.importorskip("PIL", reason="the preset's pictures are drawn with Pillow")
     here, seen = threading.local(), []
 
     def look(arguments):

@@ -110,7 +110,7 @@ static void enter(walk *at, int64_t cell)
     const int64_t *start = &at->cells->cell_start[at->group];
     at->cell = cell;
     at->offset = 0;
-    if (cell < start[1]) {
+    if (at->group < at->cells->n_groups && cell < start[1]) { /* there may be none */
         at->rows = step_cell_cut(at->cells, at->group, cell + 1 - start[0]) -
                    step_cell_cut(at->cells, at->group, cell - start[0]);
     }

@@ -2,6 +2,8 @@
 import contextlib
 import threading
 
+import pytest
+
 import orchvlm
 from orchvlm import commands_model
 from orchvlm.cli import make_parser

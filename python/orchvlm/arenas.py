@@ -10,7 +10,7 @@ from ._walk import Run, Stream
 from .sounds import CONVOLUTIONS, halved, sound_chunks, sound_tokens
 
 SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
-_ROUNDED = 2048  # small sizes that are taken together here, and apart in the core
+_ROUNDED = 1024  # small sizes that are taken together here, and apart in the core
 _HEAD_CHUNK, _HEAD_ROWS = 1 << 22, 192  # logits at a time, and the least rows (cpu_loss.c)
 
 

@@ -45,7 +45,7 @@ def step(model, inputs, **options):
 
 def near(foretold, held, within=0.03):
     for arena, bytes_ in held.items():
-        assert abs(foretold[arena] - bytes_) <= within * bytes_ + 8192, (arena, foretold, held)
+        assert abs(foretold[arena] - bytes_) <= within * bytes_ + 4096, (arena, foretold, held)
 
 
 # ---------------------------------------------------------------- memory

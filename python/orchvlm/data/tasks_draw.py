@@ -130,7 +130,9 @@ def _cells(rng, canvas, n, reading=False):
         radius = min(min(wide, high) * rng.uniform(0.28, 0.44), min(wide, high) / 2 - 1)
         free = radius + max(0.08 * radius, 1)
         x = c * wide + rng.uniform(free, wide - free)
-        y = r * high + rng.uniform(free, high - free)
+        # What is read in one row is side by side: none is wholly above another.
+        most = min(high / 2 - free, radius / 2) if reading else high / 2 - free
+        y = (r + 0.5) * high + rng.uniform(-most, most)
         out.append((x, y, radius))
     return out
 

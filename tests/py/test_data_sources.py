@@ -414,7 +414,7 @@ def test_samples_are_named_by_where_they_stand(four):
     mixture = data.Mixture(sets, weights=[1, 1, 1, 1], seed=SEED % 2**20)
     print("seed", SEED)
     before, wanted = mixture.state_dict(), []
-    for k in range(60):
+    for k in range(400):  # all samples of all sets
         try:
             sample = next(mixture)
             wanted.append(getattr(sample, "where", sample))
